@@ -1,0 +1,60 @@
+"""Kernels shared by the compiled layers: checksums, bit runs, map hash, cells. Pure memory: no I/O, no Python objects."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    PAGE_BYTES = 4096
+    CELL_BYTES = 512
+    CELLS_PER_PAGE = 8
+    WORDS_PER_CELL = 62
+    ENTRIES_PER_CELL = 124
+    KIND_BITMAP = 1
+    KIND_TABLE = 2
+    JOURNAL_RECORDS_BYTES = 4032
+    WORD_RECORD_BYTES = 12
+    ENTRY_RECORD_BYTES = 8
+    JOURNAL_FLAG_CLEAN = 1
+
+cdef extern from *:
+    """
+    #define FVD_EMPTY 0xFFFFFFFFu
+    """
+    const uint32_t EMPTY "FVD_EMPTY"
+
+cdef packed struct JournalHeader:      # FORMAT.md section 6; asserted at import
+    uint32_t page_magic
+    uint32_t page_checksum
+    uint64_t sequence
+    uint64_t previous
+    uint64_t tail
+    uint64_t map_hash
+    uint16_t part
+    uint16_t parts
+    uint16_t word_count
+    uint16_t entry_count
+    uint32_t flags
+    uint8_t page_reserved[12]
+
+# CRC32C of `size` bytes continuing from `crc` (0 to start); composable: crc32c(crc32c(0, a), b) == crc32c(0, a+b).
+cdef uint32_t crc32c(uint32_t crc, const void *data, size_t size) noexcept nogil
+# Section 3 of FORMAT.md. `checksum_offset` is where the 4-byte checksum field lies (counted as zero).
+cdef uint32_t checksum(uint32_t uuid_crc, uint64_t position_bytes, const void *data, size_t size, size_t checksum_offset) noexcept nogil
+
+# Section 7. `seed` is the first 8 bytes of the UUID. Returns 0 for an initial value (word 0, entry EMPTY).
+cdef uint64_t entry_hash(uint64_t seed, uint32_t kind, uint64_t index, uint64_t value) noexcept nogil
+
+# Bit runs on 64-bit words. All take half-open bit ranges [first, end).
+cdef inline bint bit_get(const uint64_t *words, uint64_t bit) noexcept nogil:
+    return (words[bit >> 6] >> (bit & 63)) & 1
+
+cdef bint bits_all(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil      # all 1 (an empty range: true)
+cdef bint bits_none(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil     # all 0
+cdef uint64_t bits_find(const uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil  # first bit == value, or end
+cdef uint64_t bits_count(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil  # how many are 1
+cdef void bits_fill(uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil
+
+# Write one 512-byte cell at `cell`: header, `used` payload items from `items` (u64 words or u32 entries, by kind), the rest initial, checksum.
+cdef void cell_seal(uint8_t *cell, uint32_t uuid_crc, uint64_t position_bytes, uint32_t kind, uint64_t cell_index,
+                    const void *items, uint32_t used) noexcept nogil
+# Fill in magic and checksum of a journal page whose other header fields and records are already there.
+cdef void journal_seal(uint8_t *page, uint32_t uuid_crc, uint64_t position_bytes) noexcept nogil
