@@ -1,0 +1,1 @@
+"""fvd: virtual disks that grow on raw storage."""
