@@ -37,6 +37,104 @@ cdef struct Extent:
     uint32_t state          # ExtentState
     uint32_t reserved
 
+# --- Private to the engine: here only because a compiled class must declare its fields --------------------------------
+
+cdef struct Job                 # forward
+cdef struct Busy                # forward
+
+cdef struct Request:            # one guest request
+    uint64_t cookie
+    uint64_t start              # [start, end) in guest bytes
+    uint64_t end
+    uint64_t cursor             # everything before it has been handed on
+    uint8_t *buffer             # of `start`; NULL: zeros (write-zeroes)
+    Request *next               # in whichever list holds it
+    uint32_t kind
+    uint32_t flags
+    uint32_t pending            # operations and jobs under way, plus one while it walks or waits
+    int32_t error
+    uint8_t needs_commit        # FUA that one durable write cannot give
+    uint8_t touched_device
+
+cdef struct RequestList:
+    Request *head
+    Request *tail
+
+cdef struct Op:                 # one device operation handed out
+    Request *request
+    Job *job
+    Op *previous                # in-flight list of storage reads and writes
+    Op *next
+    uint8_t *bounce             # owned
+    uint8_t *copy_to            # unaligned read: where the guest wants it
+    uint64_t copy_skip
+    uint64_t copy_bytes
+    uint64_t offset_bytes
+    uint64_t length_bytes
+    uint64_t number             # order of issue
+    uint32_t index
+    uint32_t generation
+    uint32_t slot               # of a discard
+    uint8_t what                # What
+    uint8_t is_write
+    uint8_t listed
+    uint8_t watched             # a Drain counts it
+    uint8_t busy                # handed out and not completed
+
+cdef struct Drain:              # waits for the storage operations that were in flight in a range when it began
+    uint64_t first_byte
+    uint64_t end_byte
+    uint64_t number             # operations issued before this count
+    uint64_t remaining
+    uint64_t commit             # a retired slot: the commit that must be durable first
+    Job *job                    # who waits: a job, or
+    uint32_t slot               # a retired slot
+    uint8_t writes_only
+    Drain *next
+
+cdef struct Job:                # a run of blocks being allocated, read-modified-written, or waiting to be trimmed
+    Request *request
+    Busy *busy
+    Job *next                   # in its chunk
+    uint64_t first_block        # locked: [first_block, end_block)
+    uint64_t end_block
+    uint64_t guest_start        # [guest_start, guest_end): what the guest writes of it
+    uint64_t guest_end
+    uint64_t device_offset      # what will be written
+    uint64_t device_length
+    uint8_t *data
+    uint8_t *bounce             # owned; NULL when the guest's own buffer is written
+    uint64_t bounce_bytes
+    uint64_t reserved_bytes     # journal room kept for its changes
+    uint32_t pending
+    int32_t error
+    uint8_t kind                # JobKind
+    uint8_t phase
+
+cdef struct Busy:               # a chunk in which jobs are under way
+    uint64_t chunk
+    uint32_t slot
+    uint8_t reserved            # `slot` is reserved, not yet in the table
+    uint8_t preparing           # zeros are being written before the slot may be mapped: nobody else may join
+    Job *jobs
+    RequestList waiters
+    Busy *next
+
+cdef struct Change:             # an entry that differs from what is committed
+    uint64_t key                # kind << 56 | index, plus 1; 0: free cell
+    uint64_t committed          # its committed value
+    uint64_t frozen             # the value being committed
+
+cdef struct Delta:              # open-addressing hash of changes
+    Change *cells
+    uint64_t mask
+    uint64_t words
+    uint64_t entries
+
+cdef struct Staging:            # one checkpoint write in flight
+    uint8_t *buffer
+    uint8_t busy
+
 cdef class Engine:
     # --- What a driver uses -------------------------------------------------------------------------------------
     cdef DeviceOp *ops              # out: operations to start; the driver takes them all and sets op_count = 0.
@@ -57,3 +155,64 @@ cdef class Engine:
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil   # bytes of such requests
     # Fills at most `room` extents for [offset, offset+length); returns how many. Adjacent extents differ in state.
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil
+
+    # --- Private ------------------------------------------------------------------------------------------------
+    # geometry
+    cdef uint64_t virtual_size, base_size, storage_size, blocks, chunks, blocks_per_chunk, align_mask
+    cdef uint64_t data_offset, bitmap_offset, table_offset, journal_offset, journal_pages, words, bitmap_pages, table_pages
+    cdef uint32_t block_shift, chunk_shift, uuid_crc
+    cdef uint64_t uuid_seed
+    cdef bint raw, has_base, read_only, unsafe, write_through, fail_when_full, discard
+    # maps: what the guest sees now; `open` and `frozen` know what differs from storage
+    cdef object bitmap_array, table_array, used_array
+    cdef uint64_t *bitmap
+    cdef uint32_t *table
+    cdef Delta open
+    cdef Delta frozen
+    cdef uint64_t reserved_bytes, limit_bytes, commit_bytes
+    cdef uint64_t open_since_ns, now_ns
+    # slots
+    cdef uint64_t *used
+    cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
+    cdef bint exhausted
+    cdef Drain *retired
+    # pools and lists
+    cdef uint32_t op_room, done_room, op_total
+    cdef Op **slabs
+    cdef Op *free_ops
+    cdef Op *inflight
+    cdef uint64_t op_number
+    cdef Request *free_requests
+    cdef Drain *drains
+    cdef Busy **buckets
+    cdef uint32_t busy_count
+    cdef RequestList wait_slot, wait_room, wait_bounce
+    cdef uint64_t bounce_used
+    cdef uint8_t *zeros
+    cdef uint8_t **spare_bounces
+    cdef uint32_t spare_count
+    # commit
+    cdef uint8_t commit_state
+    cdef RequestList flush_next, flush_now
+    cdef uint64_t next_sequence, previous, tail, durable_tail, tail_after, map_hash, new_hash, commits, durable_commits
+    cdef uint64_t write_sequence, write_pages, write_tail
+    cdef uint32_t write_flags
+    cdef uint8_t *journal_buffer
+    cdef uint64_t max_commit_pages
+    cdef readonly int failed_errno
+    cdef bint clean_on_storage
+    # checkpoint
+    cdef uint8_t checkpoint_state
+    cdef uint64_t *dirty_bitmap
+    cdef uint64_t *dirty_table
+    cdef uint64_t dirty_pages, sweep, checkpoint_after
+    cdef Staging staging[4]
+    cdef uint32_t staging_busy
+    # close
+    cdef Request *closing
+    cdef bint closed
+    cdef uint8_t close_phase
+    cdef bint commit_due
+    # counters
+    cdef uint64_t stat_reads, stat_writes, stat_flushes, stat_trims, stat_device_reads, stat_device_writes, stat_device_flushes
+    cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes

@@ -1,0 +1,570 @@
+# cython: language_level=3
+"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md.
+
+One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished
+requests comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady
+state makes no Python object. Its parts: memory.pxi (pools, the pending changes, slots), request.pxi (requests, reads), write.pxi (writes, trim,
+drains), commit.pxi (flush, journal, checkpoint, failure, close).
+"""
+
+from libc.errno cimport EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
+
+import numpy as np
+
+from fvd import _core
+from fvd.errors import Corrupt, InvalidArgument
+
+from fvd._core cimport (
+    CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES, KIND_BITMAP,
+    KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill, bits_find,
+    bits_none, cell_seal, crc32c, entry_hash, journal_seal,
+)
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE, DeviceOp
+
+cdef enum What:                 # what a completion means
+    WHAT_PLAIN                  # guest buffer to storage, or storage or base to guest buffer
+    WHAT_READ_COPY              # unaligned read through a bounce buffer
+    WHAT_JOB
+    WHAT_FLUSH
+    WHAT_JOURNAL
+    WHAT_MAP
+    WHAT_MAP_FLUSH
+    WHAT_DISCARD
+
+cdef enum JobKind:
+    JOB_ALLOCATE
+    JOB_MODIFY
+    JOB_PUNCH
+
+cdef enum Phase:
+    PHASE_DRAIN
+    PHASE_READ
+    PHASE_WRITE
+
+cdef enum CommitState:
+    COMMIT_IDLE
+    COMMIT_FLUSHING             # the device flush that precedes the journal write
+    COMMIT_ROOM                 # waiting for room in the ring
+    COMMIT_WRITING
+
+cdef enum CheckpointState:
+    CHECKPOINT_IDLE
+    CHECKPOINT_WRITING
+    CHECKPOINT_FLUSHING
+
+cdef enum ClosePhase:
+    CLOSE_WAITING
+    CLOSE_COMMITTING
+    CLOSE_CHECKPOINT
+    CLOSE_RECORD
+
+cdef enum:
+    BUCKETS = 4096
+    ZEROS_BYTES = 1 << 20
+    SPARE_BOUNCE_BYTES = 1 << 16
+    SPARE_BOUNCES = 64
+    BOUNCE_LIMIT_BYTES = 64 << 20
+    STAGINGS = 4
+    STAGING_PAGES = 64
+
+cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
+
+include "memory.pxi"
+include "request.pxi"
+include "write.pxi"
+include "commit.pxi"
+
+CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+SEEDED_BUGS = bool(HAS_BUGS)
+
+
+def seed_bug(int number):
+    """Switch one seeded bug on (0: none). Raises RuntimeError in a release build, which contains none."""
+    if not HAS_BUGS:
+        raise RuntimeError("this build contains no seeded bugs")
+    set_bug(number)
+
+
+cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:
+    cdef uint64_t capacity = 0
+    if size_bytes > e.data_offset:
+        capacity = min((size_bytes - e.data_offset) >> e.chunk_shift, e.chunks)
+    if e.raw and capacity < e.chunks:
+        raise Corrupt("the storage is smaller than a raw disk needs")
+    if not e.raw and bits_find(e.used, capacity, e.chunks, True) < e.chunks:
+        raise Corrupt("the storage is smaller than a chunk that is in use needs")
+    e.storage_size = size_bytes
+    e.capacity = capacity
+    e.free_count = 0 if e.raw else capacity - bits_count(e.used, 0, capacity)
+    if e.slot_cursor >= capacity:
+        e.slot_cursor = 0
+    if not e.raw and not e.read_only and e.free_count < e.low_water_slots and capacity < e.chunks:
+        e.want |= WANT_GROWTH
+    return 0
+
+
+cdef class Engine:
+
+    def __cinit__(self):
+        cdef int i
+        for i in range(STAGINGS):
+            self.staging[i].buffer = NULL
+
+    def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
+                 storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
+                 low_water_bytes=0, discard=True):
+        """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
+        cdef const uint8_t[::1] uuid_view = uuid
+        cdef uint64_t[::1] words, used
+        cdef uint32_t[::1] entries
+        if cache_mode not in CACHE_MODES:
+            raise InvalidArgument(f"cache mode {cache_mode!r}: choose one of {', '.join(CACHE_MODES)}")
+        if on_full not in ("wait", "error"):
+            raise InvalidArgument(f"on_full {on_full!r}: choose wait or error")
+        if len(uuid) != 16 or align_bytes not in (512, 4096):
+            raise InvalidArgument("a UUID of 16 bytes and logical blocks of 512 or 4096 bytes are needed")
+        self.virtual_size = geometry.virtual_size_bytes
+        self.has_base = base_size_bytes is not None
+        self.base_size = min(base_size_bytes, self.virtual_size) if self.has_base else 0
+        self.raw = geometry.table_cells == 0
+        self.blocks = geometry.blocks
+        self.chunks = geometry.chunks
+        self.blocks_per_chunk = geometry.blocks_per_chunk
+        self.words = geometry.bitmap_words
+        self.block_shift = geometry.block_size_bytes.bit_length() - 1
+        self.chunk_shift = geometry.chunk_size_bytes.bit_length() - 1
+        self.data_offset = geometry.data_offset_bytes
+        self.bitmap_offset = geometry.bitmap_offset_bytes
+        self.table_offset = geometry.table_offset_bytes
+        self.journal_offset = geometry.journal_offset_bytes
+        self.journal_pages = geometry.journal_size_bytes // PAGE_BYTES
+        self.bitmap_pages = geometry.bitmap_size_bytes // PAGE_BYTES
+        self.table_pages = geometry.table_size_bytes // PAGE_BYTES
+        self.align_mask = align_bytes - 1
+        self.read_only = read_only
+        self.unsafe = cache_mode == "unsafe"
+        self.write_through = cache_mode in ("writethrough", "directsync")
+        self.fail_when_full = on_full == "error"
+        self.discard = discard
+        self.uuid_crc = crc32c(0, &uuid_view[0], 16)
+        self.uuid_seed = int.from_bytes(uuid[:8], "little")
+
+        words = bitmap
+        used = used_slots
+        if <uint64_t> words.shape[0] != self.words or <uint64_t> used.shape[0] * 64 < self.chunks:
+            raise InvalidArgument("the bitmap does not fit the geometry")
+        self.bitmap_array, self.used_array, self.table_array = bitmap, used_slots, table
+        self.bitmap = &words[0]
+        self.used = &used[0]
+        self.table = NULL
+        if not self.raw:
+            entries = table
+            if <uint64_t> entries.shape[0] != self.chunks:
+                raise InvalidArgument("the table does not fit the geometry")
+            self.table = &entries[0]
+        self.mapped_slots = self.chunks if self.raw else bits_count(self.used, 0, self.chunks)
+
+        self.next_sequence = journal_state.next_sequence
+        self.previous = journal_state.previous
+        self.tail = journal_state.tail
+        self.durable_tail = self.tail
+        self.map_hash = journal_state.map_hash
+        self.clean_on_storage = journal_state.clean
+        if self.next_sequence - self.durable_tail > self.journal_pages:
+            raise Corrupt("the journal is fuller than its ring")
+        self.max_commit_pages = max(1, min(self.journal_pages // 4, 4096))
+        self.limit_bytes = self.max_commit_pages * (JOURNAL_RECORDS_BYTES - WORD_RECORD_BYTES)
+        self.commit_bytes = max(self.journal_pages // 16, 1) * JOURNAL_RECORDS_BYTES // 2
+        if change_bytes(0, self.blocks_per_chunk + 63) > self.limit_bytes:
+            raise InvalidArgument("a commit of one whole chunk does not fit in a quarter of the journal")
+
+        self.ops = <DeviceOp *> calloc(256, sizeof(DeviceOp))
+        self.done = <Done *> calloc(256, sizeof(Done))
+        self.op_room = self.done_room = 256
+        self.buckets = <Busy **> calloc(BUCKETS, sizeof(Busy *))
+        self.spare_bounces = <uint8_t **> calloc(SPARE_BOUNCES, sizeof(uint8_t *))
+        self.zeros = <uint8_t *> aligned(ZEROS_BYTES)
+        self.journal_buffer = <uint8_t *> aligned(self.max_commit_pages * PAGE_BYTES)
+        self.dirty_bitmap = <uint64_t *> calloc(self.bitmap_pages // 64 + 1, 8)
+        self.dirty_table = <uint64_t *> calloc(self.table_pages // 64 + 1, 8)
+        if (self.ops == NULL or self.done == NULL or self.buckets == NULL or self.spare_bounces == NULL or self.zeros == NULL
+                or self.journal_buffer == NULL or self.dirty_bitmap == NULL or self.dirty_table == NULL):
+            raise MemoryError("fvd engine")
+        memset(self.zeros, 0, ZEROS_BYTES)
+        delta_resize(&self.open, 1024)
+        delta_resize(&self.frozen, 1024)
+        for page in np.flatnonzero(dirty_bitmap_pages):
+            bits_fill(self.dirty_bitmap, page, page + 1, True)
+            self.dirty_pages += 1
+        for page in np.flatnonzero(dirty_table_pages) if dirty_table_pages is not None else ():
+            bits_fill(self.dirty_table, page, page + 1, True)
+            self.dirty_pages += 1
+        self.low_water_slots = -(-low_water_bytes // geometry.chunk_size_bytes)
+        resize_storage(self, storage_size_bytes)
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        cdef Busy *b
+        cdef Job *j
+        cdef Drain *d
+        cdef Request *r
+        for i in range(self.op_total // 256):
+            free(self.slabs[i])
+        free(self.slabs)
+        free(self.ops)
+        free(self.done)
+        for i in range(self.spare_count):
+            free(self.spare_bounces[i])
+        free(self.spare_bounces)
+        for i in range(STAGINGS):
+            free(self.staging[i].buffer)
+        free(self.zeros)
+        free(self.journal_buffer)
+        free(self.dirty_bitmap)
+        free(self.dirty_table)
+        free(self.open.cells)
+        free(self.frozen.cells)
+        if self.buckets != NULL:
+            for i in range(BUCKETS):
+                while self.buckets[i] != NULL:
+                    b = self.buckets[i]
+                    self.buckets[i] = b.next
+                    while b.jobs != NULL:
+                        j = b.jobs
+                        b.jobs = j.next
+                        free(j.bounce)
+                        free(j)
+                    free(b)
+        free(self.buckets)
+        for d_list in range(2):
+            d = self.drains if d_list == 0 else self.retired
+            while d != NULL:
+                self.drains = d.next
+                free(d)
+                d = self.drains
+        while self.free_requests != NULL:
+            r = self.free_requests
+            self.free_requests = r.next
+            free(r)
+
+    # --- what a driver calls ------------------------------------------------------------------------------------
+
+    cdef int submit(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
+                    uint64_t cookie) except -1 nogil:
+        cdef Request *r = request_new(self)
+        r.cookie = cookie
+        r.kind = kind
+        r.start = r.cursor = offset_bytes
+        r.end = offset_bytes + length_bytes
+        r.buffer = buffer
+        r.flags = flags
+        r.pending = 1
+        if self.closing != NULL or self.closed:
+            return request_fail(self, r, -ESHUTDOWN)
+        if kind == REQUEST_FLUSH:
+            self.stat_flushes += 1
+            r.start = r.cursor = r.end = 0
+            if self.failed_errno and not BUG(11):
+                return request_fail(self, r, -EIO)
+            if self.unsafe or self.read_only:
+                return request_release(self, r)
+            r.needs_commit = 1
+            return request_release(self, r)
+        if kind == REQUEST_CLOSE:
+            r.start = r.cursor = r.end = 0
+            self.closing = r
+            list_fail(self, &self.wait_slot, -ESHUTDOWN)
+            return close_step(self)
+        if kind > REQUEST_ZERO:
+            return request_fail(self, r, -EINVAL)
+        if offset_bytes > self.virtual_size or length_bytes > self.virtual_size - offset_bytes:
+            r.end = r.start
+            return request_fail(self, r, -ENOSPC if kind == REQUEST_WRITE or kind == REQUEST_ZERO else -EINVAL)
+        if kind == REQUEST_READ:
+            self.stat_reads += 1
+            r.flags = 0
+            return walk(self, r)
+        if self.read_only:
+            return request_fail(self, r, -EROFS)
+        if kind == REQUEST_WRITE:
+            self.stat_writes += 1
+        else:
+            self.stat_trims += 1
+            r.buffer = NULL
+        if self.unsafe:
+            r.flags &= ~<uint32_t> FLAG_FUA
+        elif self.write_through:
+            r.flags |= FLAG_FUA
+        if r.flags & FLAG_FUA and kind != REQUEST_WRITE:
+            r.needs_commit = 1      # even where there is nothing to change, an earlier change may still be pending
+        return walk(self, r)
+
+    cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
+        cdef uint32_t index = <uint32_t> (token & 0xFFFFFFFFULL)
+        cdef Op *record
+        cdef Op op
+        cdef int32_t error = <int32_t> result if result < 0 else 0
+        ensure(index < self.op_total, "completion of an unknown operation")
+        record = &self.slabs[index >> 8][index & 255]
+        ensure(record.busy and record.generation == token >> 32, "completion of an operation that is not in flight")
+        if record.listed:
+            op_unlist(self, record)
+        record.busy = 0
+        op = record[0]
+        record.next = self.free_ops
+        self.free_ops = record
+        self.inflight_ops -= 1
+        if op.what == WHAT_PLAIN:
+            if error and op.request.error == 0:
+                op.request.error = error
+            request_release(self, op.request)
+        elif op.what == WHAT_JOB:
+            op.job.pending -= 1
+            if error and op.job.error == 0:
+                op.job.error = error
+            if op.job.pending == 0:
+                job_continue(self, op.job)
+        elif op.what == WHAT_READ_COPY:
+            if error == 0:
+                memcpy(op.copy_to, op.bounce + op.copy_skip, op.copy_bytes)
+            elif op.request.error == 0:
+                op.request.error = error
+            bounce_give(self, op.bounce, op.length_bytes)
+            request_release(self, op.request)
+            if self.wait_bounce.head != NULL:
+                list_walk(self, &self.wait_bounce)
+        elif op.what == WHAT_FLUSH:
+            commit_flushed(self, error)
+        elif op.what == WHAT_JOURNAL:
+            journal_written(self, error)
+        elif op.what == WHAT_MAP:
+            checkpoint_wrote(self, op.slot, error)
+        elif op.what == WHAT_MAP_FLUSH:
+            checkpoint_end(self, error)
+        else:
+            # A discard is advice: its failure loses nothing.
+            slot_give(self, op.slot)
+            if self.wait_slot.head != NULL:
+                list_walk(self, &self.wait_slot)
+        if op.watched:
+            drain_note(self, &op)
+        if self.closing != NULL:
+            return close_step(self)
+        return 0
+
+    cdef int tick(self, uint64_t now_ns) except -1 nogil:
+        self.now_ns = now_ns
+        if (self.open.words + self.open.entries and not self.commit_due and self.commit_state == COMMIT_IDLE
+                and now_ns - self.open_since_ns > COMMIT_AFTER_NS):
+            self.commit_due = True
+            return commit_maybe(self)
+        return 0
+
+    cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
+        cdef Request *r = list_take(&self.wait_slot)
+        cdef Request *following
+        cdef RequestList doomed
+        cdef int count = 0
+        doomed.head = doomed.tail = NULL
+        while r != NULL:
+            following = r.next
+            if (r.cookie & mask) == value:
+                list_push(&doomed, r)
+                count += 1
+            else:
+                list_push(&self.wait_slot, r)
+            r = following
+        list_fail(self, &doomed, error)
+        return count
+
+    cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
+        cdef Request *r = self.wait_slot.head
+        cdef uint64_t total = 0
+        while r != NULL:
+            if (r.cookie & mask) == value and r.buffer != NULL:
+                total += r.end - r.start
+            r = r.next
+        return total
+
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
+        cdef uint64_t at = offset_bytes
+        cdef uint64_t stop = min(offset_bytes + length_bytes, self.virtual_size)
+        cdef uint64_t end, chunk, first, last, run
+        cdef uint32_t slot, state
+        cdef bint present
+        cdef int count = 0
+        if offset_bytes > self.virtual_size:
+            return 0
+        while at < stop:
+            chunk = at >> self.chunk_shift
+            end = min(stop, (chunk + 1) << self.chunk_shift)
+            slot = slot_of(self, chunk)
+            first = at >> self.block_shift
+            last = ((end - 1) >> self.block_shift) + 1
+            present = bit_get(self.bitmap, first)
+            run = bits_find(self.bitmap, first, last, not present)
+            if run < last:
+                end = run << self.block_shift
+            if present:
+                state = EXTENT_DATA if slot != EMPTY else EXTENT_ZERO
+            elif at < self.base_size:
+                state = EXTENT_BASE
+                end = min(end, self.base_size)
+            else:
+                state = EXTENT_ZERO
+            if count and out[count - 1].state == state:
+                out[count - 1].length_bytes += end - at
+            else:
+                if count == room:
+                    break
+                out[count].length_bytes = end - at
+                out[count].state = state
+                out[count].reserved = 0
+                count += 1
+            at = end
+        return count
+
+    # --- what Python calls --------------------------------------------------------------------------------------
+
+    def set_storage_size(self, uint64_t size_bytes):
+        """The storage has this size now; writes that waited for a slot go on. Raises Corrupt if a slot in use lies beyond it."""
+        if size_bytes != self.storage_size:
+            self.exhausted = False
+        resize_storage(self, size_bytes)
+        list_walk(self, &self.wait_slot)
+
+    def set_exhausted(self, bint exhausted):
+        """Whether the storage cannot grow now. With on_full="error" the writes that wait for a slot then fail with ENOSPC."""
+        self.exhausted = exhausted
+        list_walk(self, &self.wait_slot)
+
+    def cancel_all_waiting(self, int error_number):
+        """End every write that waits for a slot with this errno (positive). Returns how many."""
+        return self.cancel_waiting(0, 0, -error_number)
+
+    def commit_soon(self):
+        """Commit what is pending without waiting for the timer or a flush."""
+        self.commit_due = True
+        commit_maybe(self)
+
+    def snapshot_maps(self):
+        """Copies of the bitmap and the table (None in the raw layout) as the guest sees them now."""
+        return self.bitmap_array.copy(), None if self.table_array is None else self.table_array.copy()
+
+    @property
+    def free_slots(self):
+        return self.free_count
+
+    @property
+    def capacity_slots(self):
+        return self.capacity
+
+    @property
+    def used_slots_count(self):
+        return self.chunks if self.raw else bits_count(self.used, 0, self.chunks)
+
+    @property
+    def mapped_chunks(self):
+        return self.mapped_slots
+
+    @property
+    def present_blocks(self):
+        return bits_count(self.bitmap, 0, self.blocks)
+
+    @property
+    def waiting_writes(self):
+        """Writes that wait for storage to grow."""
+        cdef Request *r = self.wait_slot.head
+        count = 0
+        while r != NULL:
+            count += 1
+            r = r.next
+        return count
+
+    @property
+    def storage_size_bytes(self):
+        return self.storage_size
+
+    @property
+    def low_water_bytes(self):
+        return self.low_water_slots << self.chunk_shift
+
+    @property
+    def clean(self):
+        """Whether storage ends with a clean record, as after a proper close."""
+        return self.clean_on_storage
+
+    @property
+    def pending_changes(self):
+        """Map entries that differ from what is committed."""
+        return self.open.words + self.open.entries + self.frozen.words + self.frozen.entries
+
+    def statistics(self):
+        """Counters since the engine was made, as a dict of integers."""
+        return {
+            "reads": self.stat_reads, "writes": self.stat_writes, "flushes": self.stat_flushes, "trims": self.stat_trims,
+            "device_reads": self.stat_device_reads, "device_writes": self.stat_device_writes,
+            "device_flushes": self.stat_device_flushes, "base_reads": self.stat_base_reads,
+            "commits": self.stat_commits, "journal_writes": self.stat_journal_writes, "checkpoints": self.stat_checkpoints,
+            "map_writes": self.stat_map_writes, "allocations": self.stat_allocations, "waited_for_space": self.stat_waited,
+        }
+
+    def leaks(self):
+        """What is still held when nothing is in flight and no request is open: an empty dict, or a bug of ours."""
+        held = {
+            "operations": self.inflight_ops, "requests": self.open_requests, "busy_chunks": self.busy_count,
+            "bounce_bytes": self.bounce_used, "reserved_journal_bytes": self.reserved_bytes, "drains": int(self.drains != NULL),
+        }
+        return {name: count for name, count in held.items() if count}
+
+    # --- the same interface for a driver in Python: the simulated device and the tests ------------------------------
+
+    def submit_request(self, uint32_t kind, uint64_t offset_bytes, uint64_t length_bytes, uintptr_t buffer_address, uint64_t cookie,
+                       uint32_t flags=0):
+        self.submit(kind, flags, offset_bytes, length_bytes, <uint8_t *> buffer_address, cookie)
+
+    def complete_operation(self, uint64_t token, int64_t result):
+        self.complete(token, result)
+
+    def advance_clock(self, uint64_t now_ns):
+        self.tick(now_ns)
+
+    def take_operations(self):
+        """[(token, kind, target, offset_bytes, length_bytes, buffer_address, durable)] since the last call."""
+        cdef uint32_t i
+        taken = []
+        for i in range(self.op_count):
+            op = self.ops[i]
+            taken.append((op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, <uintptr_t> op.buffer, bool(op.durable)))
+        self.op_count = 0
+        return taken
+
+    def take_done(self):
+        """[(cookie, error)] of the requests finished since the last call; error is 0 or a negative errno."""
+        cdef uint32_t i
+        taken = []
+        for i in range(self.done_count):
+            taken.append((self.done[i].cookie, self.done[i].error))
+        self.done_count = 0
+        return taken
+
+    def list_extents(self, uint64_t offset_bytes, uint64_t length_bytes):
+        """[(length_bytes, state)] covering the range; state is 0 data, 1 base, 2 zero."""
+        cdef Extent out[256]
+        cdef uint64_t at = offset_bytes
+        cdef uint64_t stop = min(offset_bytes + length_bytes, self.virtual_size)
+        cdef int count, i
+        found = []
+        while at < stop:
+            count = self.extents(at, stop - at, out, 256)
+            for i in range(count):
+                at += out[i].length_bytes
+                if found and found[len(found) - 1][1] == out[i].state:
+                    length, _ = found.pop()
+                    found.append((length + out[i].length_bytes, out[i].state))
+                else:
+                    found.append((out[i].length_bytes, out[i].state))
+        return found

@@ -1,0 +1,375 @@
+# Pools and buffers. Everything here is memory only; exhaustion of memory raises MemoryError.
+
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #include <string.h>
+    static void *fvd_aligned(size_t size) { void *p = NULL; return posix_memalign(&p, 4096, size) ? NULL : p; }
+    #ifdef FVD_SEEDED_BUGS
+    static int fvd_bug = 0;
+    #define FVD_BUG(n) __builtin_expect(fvd_bug == (n), 0)
+    #define FVD_HAS_BUGS 1
+    static void fvd_set_bug(int n) { fvd_bug = n; }
+    #else
+    #define FVD_BUG(n) 0
+    #define FVD_HAS_BUGS 0
+    static void fvd_set_bug(int n) { (void)n; }
+    #endif
+    """
+    void *aligned "fvd_aligned"(size_t size) nogil
+    bint BUG "FVD_BUG"(int n) nogil
+    bint HAS_BUGS "FVD_HAS_BUGS"
+    void set_bug "fvd_set_bug"(int n)
+
+
+cdef int broken(const char *what) except -1 nogil:
+    """An invariant of ours does not hold: stop before anything more is written. Survives python -O."""
+    with gil:
+        raise RuntimeError("fvd engine invariant broken: " + what.decode())
+
+
+cdef inline int ensure(bint holds, const char *what) except -1 nogil:
+    if not holds:
+        broken(what)
+    return 0
+
+
+cdef int out_of_memory() except -1 nogil:
+    with gil:
+        raise MemoryError("fvd engine")
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+cdef Request *request_new(Engine e) except NULL nogil:
+    cdef Request *r = e.free_requests
+    if r == NULL:
+        r = <Request *> calloc(1, sizeof(Request))
+        if r == NULL:
+            out_of_memory()
+    else:
+        e.free_requests = r.next
+        memset(r, 0, sizeof(Request))
+    e.open_requests += 1
+    return r
+
+
+cdef inline void list_push(RequestList *where, Request *r) noexcept nogil:
+    r.next = NULL
+    if where.tail == NULL:
+        where.head = r
+    else:
+        where.tail.next = r
+    where.tail = r
+
+
+cdef inline Request *list_take(RequestList *where) noexcept nogil:
+    """The whole list, leaving it empty."""
+    cdef Request *head = where.head
+    where.head = NULL
+    where.tail = NULL
+    return head
+
+
+# --- bounce buffers -----------------------------------------------------------------------------------------------
+
+cdef uint8_t *bounce_take(Engine e, uint64_t size_bytes) except NULL nogil:
+    cdef uint8_t *buffer
+    e.bounce_used += size_bytes
+    if size_bytes <= SPARE_BOUNCE_BYTES and e.spare_count:
+        e.spare_count -= 1
+        return e.spare_bounces[e.spare_count]
+    buffer = <uint8_t *> aligned(size_bytes if size_bytes > SPARE_BOUNCE_BYTES else SPARE_BOUNCE_BYTES)
+    if buffer == NULL:
+        out_of_memory()
+    return buffer
+
+
+cdef void bounce_give(Engine e, uint8_t *buffer, uint64_t size_bytes) noexcept nogil:
+    e.bounce_used -= size_bytes
+    if size_bytes <= SPARE_BOUNCE_BYTES and e.spare_count < SPARE_BOUNCES:
+        e.spare_bounces[e.spare_count] = buffer
+        e.spare_count += 1
+    else:
+        free(buffer)
+
+
+# --- device operations --------------------------------------------------------------------------------------------
+
+cdef int ops_grow(Engine e) except -1 nogil:
+    """One more slab of 256 operation records. Records never move: drains and jobs point at them."""
+    cdef Op *slab = <Op *> calloc(256, sizeof(Op))
+    cdef Op **slabs
+    cdef uint32_t i
+    if slab == NULL:
+        out_of_memory()
+    slabs = <Op **> realloc(e.slabs, (e.op_total / 256 + 1) * sizeof(Op *))
+    if slabs == NULL:
+        free(slab)
+        out_of_memory()
+    e.slabs = slabs
+    slabs[e.op_total / 256] = slab
+    for i in range(256):
+        slab[i].index = e.op_total + i
+        slab[i].next = e.free_ops
+        e.free_ops = &slab[i]
+    e.op_total += 256
+    return 0
+
+
+cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t offset_bytes, uint64_t length_bytes,
+                  uint8_t *buffer, bint durable) except NULL nogil:
+    """Put one operation on the outgoing batch and return its record."""
+    cdef Op *op
+    cdef DeviceOp *out
+    cdef uint32_t generation, index
+    if e.free_ops == NULL:
+        ops_grow(e)
+    if e.op_count == e.op_room:
+        out = <DeviceOp *> realloc(e.ops, 2 * e.op_room * sizeof(DeviceOp))
+        if out == NULL:
+            out_of_memory()
+        e.ops = out
+        e.op_room *= 2
+    op = e.free_ops
+    e.free_ops = op.next
+    generation = op.generation
+    index = op.index
+    memset(op, 0, sizeof(Op))
+    op.index = index
+    op.generation = generation + 1
+    op.busy = 1
+    op.what = what
+    op.offset_bytes = offset_bytes
+    op.length_bytes = length_bytes
+    e.op_number += 1
+    op.number = e.op_number
+    out = &e.ops[e.op_count]
+    out.token = (<uint64_t> op.generation << 32) | op.index
+    out.offset_bytes = offset_bytes
+    out.length_bytes = length_bytes
+    out.buffer = buffer
+    out.kind = kind
+    out.target = target
+    out.durable = durable
+    e.op_count += 1
+    e.inflight_ops += 1
+    if target == TARGET_STORAGE and kind == OP_WRITE:
+        e.stat_device_writes += 1
+        # Just before writing: nothing may leave the regions it belongs to.
+        ensure(length_bytes > 0 and ((offset_bytes | length_bytes) & e.align_mask) == 0, "unaligned device write")
+        ensure(offset_bytes + length_bytes <= e.storage_size, "write past the end of storage")
+        ensure((offset_bytes >= e.data_offset) == (what != WHAT_JOURNAL and what != WHAT_MAP), "write in a foreign region")
+    elif kind == OP_READ:
+        if target == TARGET_BASE:
+            e.stat_base_reads += 1
+        else:
+            e.stat_device_reads += 1
+    elif kind == OP_FLUSH:
+        e.stat_device_flushes += 1
+    return op
+
+
+cdef inline void op_list(Engine e, Op *op, bint is_write) noexcept nogil:
+    """Guest data in flight on storage: drains look for it."""
+    op.is_write = is_write
+    op.listed = 1
+    op.previous = NULL
+    op.next = e.inflight
+    if e.inflight != NULL:
+        e.inflight.previous = op
+    e.inflight = op
+
+
+cdef inline void op_unlist(Engine e, Op *op) noexcept nogil:
+    if op.previous != NULL:
+        op.previous.next = op.next
+    else:
+        e.inflight = op.next
+    if op.next != NULL:
+        op.next.previous = op.previous
+    op.listed = 0
+
+
+# --- chunks with something under way ------------------------------------------------------------------------------
+
+cdef inline Busy *busy_find(Engine e, uint64_t chunk) noexcept nogil:
+    cdef Busy *b = e.buckets[chunk & (BUCKETS - 1)]
+    while b != NULL and b.chunk != chunk:
+        b = b.next
+    return b
+
+
+cdef Busy *busy_get(Engine e, uint64_t chunk) except NULL nogil:
+    cdef Busy *b = busy_find(e, chunk)
+    if b == NULL:
+        b = <Busy *> calloc(1, sizeof(Busy))
+        if b == NULL:
+            out_of_memory()
+        b.chunk = chunk
+        b.slot = EMPTY
+        b.next = e.buckets[chunk & (BUCKETS - 1)]
+        e.buckets[chunk & (BUCKETS - 1)] = b
+        e.busy_count += 1
+    return b
+
+
+cdef void busy_free(Engine e, Busy *b) noexcept nogil:
+    cdef Busy **link = &e.buckets[b.chunk & (BUCKETS - 1)]
+    while link[0] != b:
+        link = &link[0].next
+    link[0] = b.next
+    e.busy_count -= 1
+    free(b)
+
+
+# --- changes ------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t change_key(uint32_t kind, uint64_t index) noexcept nogil:
+    return ((<uint64_t> kind << 56) | index) + 1
+
+
+cdef inline uint64_t scatter(uint64_t key) noexcept nogil:
+    key *= 0x9E3779B97F4A7C15ULL
+    return key ^ (key >> 29)
+
+
+cdef inline Change *delta_find(Delta *d, uint64_t key) noexcept nogil:
+    cdef uint64_t at
+    if d.words + d.entries == 0:
+        return NULL
+    at = scatter(key) & d.mask
+    while d.cells[at].key != 0:
+        if d.cells[at].key == key:
+            return &d.cells[at]
+        at = (at + 1) & d.mask
+    return NULL
+
+
+cdef int delta_resize(Delta *d, uint64_t room) except -1 nogil:
+    cdef Change *old = d.cells
+    cdef uint64_t i, at, old_room = d.mask + 1
+    cdef Change *cells = <Change *> calloc(room, sizeof(Change))
+    if cells == NULL:
+        out_of_memory()
+    if old != NULL:
+        for i in range(old_room):
+            if old[i].key:
+                at = scatter(old[i].key) & (room - 1)
+                while cells[at].key:
+                    at = (at + 1) & (room - 1)
+                cells[at] = old[i]
+        free(old)
+    d.cells = cells
+    d.mask = room - 1
+    return 0
+
+
+cdef void delta_clear(Delta *d) noexcept nogil:
+    memset(d.cells, 0, (d.mask + 1) * sizeof(Change))
+    d.words = 0
+    d.entries = 0
+
+
+cdef int delta_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) except -1 nogil:
+    """Remember the value that an entry had before its first change since the last freeze."""
+    cdef Delta *d = &e.open
+    cdef uint64_t key = change_key(kind, index)
+    cdef uint64_t at
+    if delta_find(d, key) != NULL:
+        return 0
+    if 2 * (d.words + d.entries + 1) > d.mask:
+        delta_resize(d, 2 * (d.mask + 1))
+    if d.words + d.entries == 0:
+        e.open_since_ns = e.now_ns
+    at = scatter(key) & d.mask
+    while d.cells[at].key:
+        at = (at + 1) & d.mask
+    d.cells[at].key = key
+    d.cells[at].committed = value
+    if kind == KIND_BITMAP:
+        d.words += 1
+    else:
+        d.entries += 1
+    return 0
+
+
+cdef inline uint64_t delta_bytes(Delta *d) noexcept nogil:
+    return d.words * WORD_RECORD_BYTES + d.entries * ENTRY_RECORD_BYTES
+
+
+cdef inline uint64_t committed_value(Engine e, uint32_t kind, uint64_t index, uint64_t now) noexcept nogil:
+    """The committed value of an entry whose value now is `now`."""
+    cdef uint64_t key = change_key(kind, index)
+    cdef Change *c = delta_find(&e.frozen, key)
+    if c == NULL:
+        c = delta_find(&e.open, key)
+    return now if c == NULL else c.committed
+
+
+# --- the two maps -------------------------------------------------------------------------------------------------
+
+cdef inline uint32_t slot_of(Engine e, uint64_t chunk) noexcept nogil:
+    return <uint32_t> chunk if e.raw else e.table[chunk]
+
+
+cdef int map_bits(Engine e, uint64_t first, uint64_t end, bint value) except -1 nogil:
+    """Change presence bits, remembering what was committed."""
+    cdef uint64_t word
+    for word in range(first >> 6, ((end - 1) >> 6) + 1):
+        delta_note(e, KIND_BITMAP, word, e.bitmap[word])
+    bits_fill(e.bitmap, first, end, value)
+    return 0
+
+
+cdef int map_slot(Engine e, uint64_t chunk, uint32_t slot) except -1 nogil:
+    ensure(not e.raw, "table change in the raw layout")
+    delta_note(e, KIND_TABLE, chunk, e.table[chunk])
+    e.table[chunk] = slot
+    return 0
+
+
+cdef bint is_committed(Engine e, uint64_t chunk, uint64_t first, uint64_t end) noexcept nogil:
+    """Whether the mapping of these blocks is durable already."""
+    cdef uint64_t word
+    if e.open.words + e.open.entries + e.frozen.words + e.frozen.entries == 0:
+        return True
+    if delta_find(&e.open, change_key(KIND_TABLE, chunk)) != NULL or delta_find(&e.frozen, change_key(KIND_TABLE, chunk)) != NULL:
+        return False
+    for word in range(first >> 6, ((end - 1) >> 6) + 1):
+        if delta_find(&e.open, change_key(KIND_BITMAP, word)) != NULL:
+            return False
+        if delta_find(&e.frozen, change_key(KIND_BITMAP, word)) != NULL:
+            return False
+    return True
+
+
+# --- slots --------------------------------------------------------------------------------------------------------
+
+cdef uint32_t slot_take(Engine e) noexcept nogil:
+    """Reserve a free slot in memory, or EMPTY. Placement `append`: the next one upwards, from the start again at the end."""
+    cdef uint64_t slot
+    if e.free_count == 0:
+        return EMPTY
+    slot = bits_find(e.used, e.slot_cursor, e.capacity, False)
+    if slot == e.capacity:
+        slot = bits_find(e.used, 0, e.capacity, False)
+        if slot == e.capacity:
+            return EMPTY
+    bits_fill(e.used, slot, slot + 1, True)
+    e.free_count -= 1
+    e.slot_cursor = slot + 1
+    if e.slot_cursor >= e.capacity:
+        e.slot_cursor = 0
+    if e.free_count < e.low_water_slots and e.capacity < e.chunks:
+        e.want |= WANT_GROWTH
+    return <uint32_t> slot
+
+
+cdef int slot_give(Engine e, uint32_t slot) except -1 nogil:
+    ensure(bit_get(e.used, slot), "a free slot was freed")
+    bits_fill(e.used, slot, <uint64_t> slot + 1, False)
+    if slot < e.capacity:
+        e.free_count += 1
+    return 0

@@ -1,0 +1,159 @@
+# Requests: how one is walked, how it ends, and what reads do. A request is handed on piece by piece from its cursor; each piece becomes
+# device operations or a job, and a piece that must wait leaves the whole request in one list, from which it walks on later.
+
+
+cdef int done_push(Engine e, Request *r) except -1 nogil:
+    cdef Done *out
+    if e.done_count == e.done_room:
+        out = <Done *> realloc(e.done, 2 * e.done_room * sizeof(Done))
+        if out == NULL:
+            out_of_memory()
+        e.done = out
+        e.done_room *= 2
+    out = &e.done[e.done_count]
+    out.cookie = r.cookie
+    out.error = r.error
+    out.flags = DONE_ALL_ZERO if r.kind == REQUEST_READ and not r.touched_device else 0
+    e.done_count += 1
+    e.open_requests -= 1
+    r.next = e.free_requests
+    e.free_requests = r
+    return 0
+
+
+cdef int request_release(Engine e, Request *r) except -1 nogil:
+    """One thing less to wait for."""
+    r.pending -= 1
+    if r.pending:
+        return 0
+    if r.needs_commit and r.error == 0:
+        r.needs_commit = 0
+        if e.failed_errno:
+            r.error = -EIO
+        else:
+            list_push(&e.flush_next, r)
+            return commit_maybe(e)
+    return done_push(e, r)
+
+
+cdef int request_fail(Engine e, Request *r, int32_t error) except -1 nogil:
+    """End a request that waits in no list any more."""
+    if r.error == 0:
+        r.error = error
+    r.cursor = r.end
+    return request_release(e, r)
+
+
+cdef int list_fail(Engine e, RequestList *where, int32_t error) except -1 nogil:
+    cdef Request *r = list_take(where)
+    cdef Request *following
+    while r != NULL:
+        following = r.next
+        request_fail(e, r, error)
+        r = following
+    return 0
+
+
+cdef int walk(Engine e, Request *r) except -1 nogil:
+    cdef int going
+    while r.cursor < r.end:
+        if r.kind == REQUEST_READ:
+            going = read_step(e, r)
+        elif r.kind == REQUEST_WRITE:
+            going = write_step(e, r, r.end)
+        else:
+            going = zero_step(e, r)
+        if not going:
+            return 0
+    return request_release(e, r)
+
+
+cdef int list_walk(Engine e, RequestList *where) except -1 nogil:
+    """Let every waiting request try again, oldest first; those that must still wait return to a list."""
+    cdef Request *r = list_take(where)
+    cdef Request *following
+    while r != NULL:
+        following = r.next
+        walk(e, r)
+        r = following
+    return 0
+
+
+# --- plain reads and writes ---------------------------------------------------------------------------------------
+
+cdef int issue_plain(Engine e, Request *r, uint8_t kind, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
+                     bint durable) except -1 nogil:
+    """Guest buffer to storage or back without a copy; joins the previous operation of this request when they touch."""
+    cdef DeviceOp *last
+    cdef Op *op
+    cdef uint32_t index
+    r.touched_device = 1
+    if e.op_count:
+        last = &e.ops[e.op_count - 1]
+        index = <uint32_t> (last.token & 0xFFFFFFFFULL)
+        op = &e.slabs[index >> 8][index & 255]
+        if (op.what == WHAT_PLAIN and op.number == e.op_number and op.request == r and last.target == TARGET_STORAGE and last.kind == kind and last.durable == durable
+                and last.offset_bytes + last.length_bytes == offset_bytes and last.buffer + last.length_bytes == buffer):
+            ensure(offset_bytes + length_bytes <= e.storage_size, "write past the end of storage")
+            last.length_bytes += length_bytes
+            op.length_bytes += length_bytes
+            return 0
+    op = op_issue(e, WHAT_PLAIN, kind, TARGET_STORAGE, offset_bytes, length_bytes, buffer, durable)
+    op.request = r
+    r.pending += 1
+    op_list(e, op, kind == OP_WRITE)
+    return 0
+
+
+cdef int read_absent(Engine e, Request *r, uint64_t start, uint64_t end, bint zeros) except -1 nogil:
+    """Blocks that are not here: from the base as far as it reaches, zeros beyond."""
+    cdef uint64_t base_end = start
+    cdef uint8_t *buffer = r.buffer + (start - r.start)
+    cdef Op *op
+    if e.has_base and not zeros and start < e.base_size:
+        base_end = end if end < e.base_size or BUG(12) else e.base_size
+        r.touched_device = 1
+        op = op_issue(e, WHAT_PLAIN, OP_READ, TARGET_BASE, start, base_end - start, buffer, False)
+        op.request = r
+        r.pending += 1
+    if base_end < end:
+        memset(buffer + (base_end - start), 0, end - base_end)
+    return 0
+
+
+cdef int read_step(Engine e, Request *r) except -1 nogil:
+    cdef uint64_t start = r.cursor
+    cdef uint64_t chunk = start >> e.chunk_shift
+    cdef uint64_t chunk_start = chunk << e.chunk_shift
+    cdef uint64_t end = min(r.end, chunk_start + (<uint64_t> 1 << e.chunk_shift))
+    cdef uint64_t first = start >> e.block_shift
+    cdef uint64_t last = ((end - 1) >> e.block_shift) + 1
+    cdef uint32_t slot = slot_of(e, chunk)
+    cdef bint present = bit_get(e.bitmap, first)
+    cdef uint64_t run = bits_find(e.bitmap, first, last, not present)
+    cdef uint64_t device_offset, low, high
+    cdef uint8_t *buffer = r.buffer + (start - r.start)
+    cdef Op *op
+    if run < last:
+        end = run << e.block_shift
+    r.cursor = end
+    if not present or slot == EMPTY:
+        read_absent(e, r, start, end, present)
+        return 1
+    device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start)
+    if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0:
+        issue_plain(e, r, OP_READ, device_offset, end - start, buffer, False)
+        return 1
+    low = device_offset & ~e.align_mask
+    high = (device_offset + (end - start) + e.align_mask) & ~e.align_mask
+    r.touched_device = 1
+    op = op_issue(e, WHAT_READ_COPY, OP_READ, TARGET_STORAGE, low, high - low, NULL, False)
+    op.bounce = bounce_take(e, high - low)
+    e.ops[e.op_count - 1].buffer = op.bounce
+    op.copy_to = buffer
+    op.copy_skip = device_offset - low
+    op.copy_bytes = end - start
+    op.request = r
+    r.pending += 1
+    op_list(e, op, False)
+    return 1

@@ -1,0 +1,149 @@
+"""A simulated block device: submission, effect and completion of an operation are separate events, and the caller's dice decide their order.
+
+A write takes effect (is seen by reads) at some moment before it completes, and stays volatile until a flush that began after its completion, or
+until its own completion if it is durable. A crash leaves each volatile logical block as any of the versions it went through since it was last
+durable; writes that had not taken effect yet may have reached some of their blocks too. It may not know the engine or the format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+READ, WRITE, FLUSH, DISCARD = range(4)
+STORAGE, BASE = range(2)
+_DISCARDED = b"\xdd"
+
+
+@dataclass(slots=True)
+class Operation:
+    """One device operation on its way."""
+
+    number: int
+    token: int
+    kind: int
+    target: int
+    offset_bytes: int
+    length_bytes: int
+    address: int
+    durable: bool
+    covered: set[int] | None = None  # a flush: the writes that had completed when it began
+    took_effect: bool = False
+    result: int = 0
+
+
+class SimulatedDevice:
+    """`image` is what the storage holds now; `base` is read only. Offsets and lengths are bytes."""
+
+    def __init__(self, image: bytearray, base: bytes | None, logical_block_bytes: int, dice: Random) -> None:
+        self.image = image
+        self.base = base
+        self.logical_block_bytes = logical_block_bytes
+        self.dice = dice
+        self.pending: list[Operation] = []
+        self.fault: Callable[[Operation], int] | None = None
+        """Called when an operation is about to take effect; a negative errno makes it fail (with or without effect, by dice)."""
+        self.stuck: Callable[[Operation], bool] | None = None
+        self._versions: dict[int, list[tuple[int, bytes]]] = {}
+        self._completed: set[int] = set()
+        self._numbers = 0
+
+    def submit(self, operations: list[tuple[int, int, int, int, int, int, bool]]) -> None:
+        for token, kind, target, offset, length, address, durable in operations:
+            self._numbers += 1
+            self.pending.append(Operation(self._numbers, token, kind, target, offset, length, address, durable))
+
+    def grow(self, size_bytes: int, filler: bytes) -> None:
+        """More storage at the end, holding what it held before."""
+        self.image.extend((filler * ((size_bytes - len(self.image)) // len(filler) + 1))[: size_bytes - len(self.image)])
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[int, int] | None:
+        """One event of one pending operation. Returns (token, result) when that completes it, else None."""
+        ready = [op for op in self.pending if self.stuck is None or not self.stuck(op)]
+        if not ready:
+            return None
+        operation = self.dice.choice(ready)
+        if not operation.took_effect:
+            self._take_effect(operation)
+            return None
+        return self.finish(operation)
+
+    def finish(self, operation: Operation) -> tuple[int, int]:
+        """Complete an operation that has taken effect."""
+        self.pending.remove(operation)
+        if operation.result == 0:
+            if operation.kind == WRITE:
+                self._completed.add(operation.number)
+                if operation.durable:
+                    self._make_durable({operation.number}, self._blocks(operation))
+            elif operation.kind == FLUSH and operation.covered:
+                self._make_durable(operation.covered, list(self._versions))
+        return operation.token, operation.result
+
+    def _blocks(self, operation: Operation) -> list[int]:
+        size = self.logical_block_bytes
+        return list(range(operation.offset_bytes // size, -(-(operation.offset_bytes + operation.length_bytes) // size)))
+
+    def _take_effect(self, operation: Operation) -> None:
+        operation.took_effect = True
+        error = self.fault(operation) if self.fault else 0
+        operation.result = error
+        if operation.kind == FLUSH:
+            operation.covered = set(self._completed)
+            return
+        if operation.kind == READ:
+            source: bytes | bytearray = self.image if operation.target == STORAGE else self.base or b""
+            end = operation.offset_bytes + operation.length_bytes
+            if end > len(source):
+                raise AssertionError(f"read past the end: {operation}")
+            if error == 0:
+                ctypes.memmove(operation.address, bytes(source[operation.offset_bytes : end]), operation.length_bytes)
+            return
+        if operation.target != STORAGE or operation.offset_bytes + operation.length_bytes > len(self.image):
+            raise AssertionError(f"write outside the storage: {operation}")
+        if operation.kind == WRITE:
+            data = ctypes.string_at(operation.address, operation.length_bytes)
+        else:
+            data = _DISCARDED * operation.length_bytes
+        self._write(operation, data, None if error == 0 else 0.5)
+
+    def _write(self, operation: Operation, data: bytes, share: float | None) -> None:
+        """Let the blocks of a write take effect: all, or each with probability `share`."""
+        size = self.logical_block_bytes
+        for index, block in enumerate(self._blocks(operation)):
+            if share is not None and self.dice.random() >= share:
+                continue
+            content = data[index * size : (index + 1) * size]
+            versions = self._versions.setdefault(block, [(0, bytes(self.image[block * size : (block + 1) * size]))])
+            versions.append((operation.number, content))
+            self.image[block * size : (block + 1) * size] = content
+
+    def _make_durable(self, covered: set[int], blocks: list[int]) -> None:
+        for block in blocks:
+            versions = self._versions.get(block)
+            if versions is None:
+                continue
+            newest = max((at for at, version in enumerate(versions) if version[0] in covered), default=0)
+            del versions[:newest]
+            if len(versions) == 1:
+                del self._versions[block]
+
+    # --- crash ----------------------------------------------------------------------------------------------------
+
+    def crash(self) -> bytearray:
+        """Power is gone: what the storage holds afterwards. The device is of no use any more."""
+        for operation in self.pending:
+            if operation.kind == WRITE and not operation.took_effect:
+                self._write(operation, ctypes.string_at(operation.address, operation.length_bytes), 0.5)
+        size = self.logical_block_bytes
+        keep = self.dice.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+        for block, versions in self._versions.items():
+            chosen = versions[-1] if self.dice.random() < keep else self.dice.choice(versions[:-1] or versions)
+            self.image[block * size : (block + 1) * size] = chosen[1]
+        self._versions.clear()
+        self.pending.clear()
+        return self.image

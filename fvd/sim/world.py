@@ -1,0 +1,399 @@
+"""One disk's life on the simulated device: random requests, faults, growth, crashes and reopens, judged by the oracle.
+
+Everything follows from one seed. The engine under test is the production engine, unmodified.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from fvd.engine._engine import Engine
+from fvd.format import journal, maps
+from fvd.format.geometry import Geometry, Layout
+from fvd.sim.device import FLUSH, READ, WRITE, SimulatedDevice
+from fvd.sim.oracle import SECTOR_BYTES, Oracle, Violation, Write, base_image, sector_values, stamped
+
+REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE = range(6)
+FUA, NO_HOLE = 1, 2
+KIB = 1024
+_FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
+_EIO, _ENOSPC, _ESHUTDOWN = -5, -28, -108
+
+
+class Memory:
+    """A page-aligned buffer with an address."""
+
+    def __init__(self, size_bytes: int, content: bytes | None = None, skew_bytes: int = 0) -> None:
+        self._map = mmap.mmap(-1, max(size_bytes + skew_bytes, 1))
+        self._handle = (ctypes.c_char * len(self._map)).from_buffer(self._map)
+        self.address = ctypes.addressof(self._handle) + skew_bytes
+        self.size_bytes = size_bytes
+        if content is not None:
+            ctypes.memmove(self.address, content, size_bytes)
+
+    def content(self) -> bytes:
+        return ctypes.string_at(self.address, self.size_bytes)
+
+
+@dataclass(slots=True)
+class Shape:
+    """What one world looks like; drawn from the seed."""
+
+    geometry: Geometry
+    base_bytes: int | None
+    logical_block_bytes: int
+    cache_mode: str
+    on_full: str
+    storage_chunks: int
+    kinds: dict[str, float]
+    largest_sectors: int
+    depth: int
+    fault_rate: float
+    discard: bool
+
+    @staticmethod
+    def draw(dice: Random) -> Shape:
+        block = dice.choice((4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB))
+        chunk = max(block, dice.choice((64 * KIB, 64 * KIB, 128 * KIB, 256 * KIB)))
+        virtual = dice.randint(8, 4 * 1024) * SECTOR_BYTES if dice.random() < 0.7 else dice.randint(1, 8) * chunk
+        virtual = max(virtual, 4096)
+        layout = Layout.RAW if dice.random() < 0.25 else Layout.COMPACT
+        base: int | None = None
+        if dice.random() < 0.5:
+            base = dice.choice((virtual, virtual // 2 // 8 * 8, virtual + 12345 * 8, dice.randint(1, virtual // 8) * 8))
+        geometry = Geometry(
+            virtual_size_bytes=virtual,
+            block_size_bytes=block,
+            chunk_size_bytes=chunk,
+            journal_size_bytes=dice.choice((64 * KIB, 64 * KIB, 128 * KIB)),
+            grow_step_bytes=max(chunk, 256 * KIB),
+            layout=layout,
+        )
+        chunks = geometry.chunks
+        kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
+        kinds["write"] = 3.0
+        return Shape(
+            geometry=geometry,
+            base_bytes=base,
+            logical_block_bytes=dice.choice((512, 4096)),
+            cache_mode=dice.choice(("none", "none", "none", "writeback", "directsync", "unsafe")),
+            on_full=dice.choice(("wait", "error")),
+            storage_chunks=chunks if layout is Layout.RAW or dice.random() < 0.4 else dice.randint(1, chunks),
+            kinds=kinds,
+            largest_sectors=dice.choice((8, 32, 128, 512)),
+            depth=dice.choice((1, 4, 16, 48)),
+            fault_rate=dice.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
+            discard=dice.random() < 0.5,
+        )
+
+
+@dataclass(slots=True)
+class Guest:
+    """A guest request in flight."""
+
+    kind: str
+    memory: Memory | None
+    records: list[Write] = field(default_factory=list)
+    first_sector: int = 0
+    began: int = 0
+    fua: bool = False
+    waits: bool = False
+
+
+class World:
+    def __init__(self, seed: int, shape: Shape | None = None) -> None:
+        self.seed = seed
+        self.dice = Random(seed)
+        self.shape = shape or Shape.draw(self.dice)
+        geometry = self.shape.geometry
+        self.geometry = geometry
+        self.uuid = self.dice.randbytes(16)
+        self.base = None if self.shape.base_bytes is None else base_image(self.shape.base_bytes)
+        size = geometry.data_offset_bytes + self.shape.storage_chunks * geometry.chunk_size_bytes
+        self.image = bytearray((_FOREIGN * (size // len(_FOREIGN) + 1))[:size])
+        self._format()
+        self.oracle = Oracle(geometry.virtual_size_bytes, self.base)
+        self.requests_done = 0
+        self.in_flight: dict[int, Guest] = {}
+        self._cookies = 0
+        self.device: SimulatedDevice
+        self.engine: Any
+        self.clock_ns = 0
+        self.sick = False
+        self.open()
+
+    # --- the disk's life ------------------------------------------------------------------------------------------
+
+    def _format(self) -> None:
+        geometry = self.geometry
+        start = geometry.journal_offset_bytes
+        self.image[start : start + geometry.journal_size_bytes] = bytes(geometry.journal_size_bytes)
+        position = journal.page_offset_bytes(geometry, 1)
+        self.image[position : position + 4096] = journal.first_page(geometry, self.uuid)
+        items: Any
+        for kind, items in ((maps.MapKind.BITMAP, maps.empty_bitmap(geometry)), (maps.MapKind.TABLE, maps.empty_table(geometry))):
+            if items is None:
+                continue
+            raw = maps.encode_pages(geometry, kind, items, self.uuid, 0, maps.map_pages(geometry, kind)).tobytes()
+            offset = maps.map_offset_bytes(geometry, kind)
+            self.image[offset : offset + len(raw)] = raw
+
+    def load(self, image: bytearray) -> tuple[Any, ...]:
+        """Recovery from an image: the maps, the journal's state, the dirty pages and the slots in use. Raises Corrupt."""
+        geometry = self.geometry
+        bitmap = maps.decode_bitmap(geometry, bytes(image[geometry.bitmap_offset_bytes :][: geometry.bitmap_size_bytes]), self.uuid)
+        table = maps.decode_table(geometry, bytes(image[geometry.table_offset_bytes :][: geometry.table_size_bytes]), self.uuid)
+        ring = np.frombuffer(bytes(image[geometry.journal_offset_bytes :][: geometry.journal_size_bytes]), np.uint8)
+        state, dirty_bitmap, dirty_table = journal.replay(geometry, self.uuid, ring, bitmap, table)
+        used = maps.check_maps(geometry, bitmap, table, self.base is not None)
+        return bitmap, table, state, dirty_bitmap, dirty_table, used
+
+    def open(self) -> None:
+        bitmap, table, state, dirty_bitmap, dirty_table, used = self.load(self.image)
+        shape = self.shape
+        self.engine = Engine(
+            self.geometry,
+            uuid=self.uuid,
+            bitmap=bitmap,
+            table=table,
+            used_slots=used,
+            journal_state=state,
+            dirty_bitmap_pages=dirty_bitmap,
+            dirty_table_pages=dirty_table,
+            storage_size_bytes=len(self.image),
+            base_size_bytes=shape.base_bytes,
+            align_bytes=shape.logical_block_bytes,
+            cache_mode=shape.cache_mode,
+            on_full=shape.on_full,
+            low_water_bytes=0,
+            discard=shape.discard,
+        )
+        self.device = SimulatedDevice(self.image, self.base, shape.logical_block_bytes, self.dice)
+        self.device.fault = self._fault
+        self.sick = False
+
+    def _fault(self, operation: Any) -> int:
+        if self.shape.fault_rate and self.dice.random() < self.shape.fault_rate:
+            if operation.kind == FLUSH and self.dice.random() < 0.9:
+                return 0
+            if operation.kind == WRITE and operation.offset_bytes < self.geometry.data_offset_bytes and self.dice.random() < 0.9:
+                return 0
+            return _EIO
+        return 0
+
+    def _pump(self) -> None:
+        self.device.submit(self.engine.take_operations())
+        for cookie, error in self.engine.take_done():
+            self._finished(self.in_flight.pop(cookie), error)
+
+    def step(self) -> bool:
+        """One device event. False when nothing is pending."""
+        self._pump()
+        if not self.device.pending:
+            return False
+        completion = self.device.step()
+        if completion is not None:
+            self.engine.complete_operation(*completion)
+        self._pump()
+        return True
+
+    def submit(self, kind: str, first_sector: int, sectors: int, *, fua: bool = False, no_hole: bool = False) -> None:
+        self._cookies += 1
+        geometry = self.geometry
+        guest = Guest(kind, None, first_sector=first_sector, fua=fua)
+        offset, length = first_sector * SECTOR_BYTES, sectors * SECTOR_BYTES
+        number = REQUEST_FLUSH
+        flags = (FUA if fua else 0) | (NO_HOLE if no_hole else 0)
+        if kind == "read":
+            number = REQUEST_READ
+            guest.memory = Memory(length, b"\xee" * length)
+            guest.began = self.oracle.tick()
+        elif kind == "write":
+            number = REQUEST_WRITE
+            stamp, guest.records = self.oracle.begin_write(first_sector, sectors)
+            guest.memory = Memory(length, stamped(stamp, first_sector, sectors))
+        elif kind == "zero":
+            number = REQUEST_ZERO
+            _, guest.records = self.oracle.begin_write(first_sector, sectors, zero=True)
+        elif kind == "trim":
+            number = REQUEST_TRIM
+            # Without a base whole blocks are promised to read as zeros; the rest may be ignored.
+            per_block = geometry.block_size_bytes // SECTOR_BYTES
+            low, high = -(-first_sector // per_block) * per_block, (first_sector + sectors) // per_block * per_block
+            if self.base is None and low < high:
+                _, guest.records = self.oracle.begin_write(low, high - low, zero=True)
+            else:
+                _, guest.records = self.oracle.begin_write(first_sector, sectors, zero=True, advisory=True)
+        else:
+            offset = length = 0
+            guest.began = self.oracle.begin_flush()
+        self.in_flight[self._cookies] = guest
+        self.engine.submit_request(number, offset, length, guest.memory.address if guest.memory else 0, self._cookies, flags)
+
+    def _finished(self, guest: Guest, error: int) -> None:
+        self.requests_done += 1
+        shape = self.shape
+        if error and not (error == _ESHUTDOWN or (error == _ENOSPC and shape.on_full == "error") or (error == _EIO and shape.fault_rate)):
+            raise Violation(f"{guest.kind} at sector {guest.first_sector} failed with {error}")
+        if self.engine.failed_errno and not self.sick:
+            self.sick = True
+        if guest.kind == "read":
+            if error == 0 and guest.memory is not None:
+                self.oracle.check_read(guest.first_sector, guest.began, guest.memory.content())
+        elif guest.kind == "flush":
+            if shape.cache_mode != "unsafe":
+                if error == 0 and self.sick and self.engine.failed_errno and guest.began > self._failed_at():
+                    raise Violation("a flush succeeded after the device had failed one")
+                self.oracle.end_flush(guest.began, error == 0)
+        elif guest.kind != "close":
+            durable = shape.cache_mode == "directsync" or (guest.fua and shape.cache_mode != "unsafe")
+            self.oracle.end_write(guest.records, error == 0, durable)
+
+    def _failed_at(self) -> int:
+        return 1 << 62
+
+    # --- random play ----------------------------------------------------------------------------------------------
+
+    def random_request(self) -> None:
+        dice = self.dice
+        shape = self.shape
+        total = self.oracle.sectors
+        kinds = shape.kinds
+        kind = dice.choices(list(kinds), list(kinds.values()))[0]
+        unit = shape.logical_block_bytes // SECTOR_BYTES if dice.random() < 0.6 else 1
+        sectors = max(1, min(dice.randint(1, shape.largest_sectors), total))
+        first = dice.randint(0, total - sectors)
+        if kind == "rewrite":
+            first = dice.randint(0, min(total - 1, 64))
+            sectors = min(sectors, 16, total - first)
+        if kind in ("trim", "zero") and dice.random() < 0.6:
+            per = dice.choice((self.geometry.block_size_bytes, self.geometry.chunk_size_bytes)) // SECTOR_BYTES
+            first = first // per * per
+            sectors = min(per * dice.randint(1, 3), total - first)
+        if unit > 1:
+            first = first // unit * unit
+            sectors = max(min(sectors // unit * unit or unit, total - first), 1)
+        fua = kind == "fua" or (kind in ("trim", "zero", "write") and dice.random() < 0.1)
+        name = "write" if kind in ("fua", "rewrite") else kind
+        self.submit(name, first, sectors, fua=fua, no_hole=kind == "zero" and dice.random() < 0.3)
+
+    def grow(self) -> None:
+        """One more step of storage."""
+        geometry = self.geometry
+        limit = geometry.max_storage_size_bytes
+        if len(self.image) < limit:
+            self.device.grow(min(len(self.image) + geometry.grow_step_bytes, limit), _FOREIGN)
+            self.engine.set_storage_size(len(self.image))
+
+    def play(self, requests: int) -> None:
+        """Submit and complete in random order; the caller ends it with a crash or a close."""
+        dice = self.dice
+        for _ in range(requests):
+            self.random_request()
+            if dice.random() < 0.02:
+                self.clock_ns += 10_000_000_000
+                self.engine.advance_clock(self.clock_ns)
+            if dice.random() < 0.05:
+                self.grow()
+            elif dice.random() < 0.05 and self.shape.on_full == "error":
+                self.engine.set_exhausted(True)
+            while len(self.in_flight) >= dice.randint(1, self.shape.depth):
+                if not self.step():
+                    break
+
+    def settle(self) -> None:
+        """Faults stop; everything under way must end."""
+        self.device.fault = None
+        while True:
+            while self.step():
+                pass
+            if not self.in_flight:
+                break
+            waiting = self.engine.waiting_writes
+            if waiting == 0:
+                raise Violation(f"{len(self.in_flight)} requests never end: {[g.kind for g in self.in_flight.values()]}")
+            if len(self.image) >= self.geometry.max_storage_size_bytes:
+                raise Violation("writes wait for space though the storage has its greatest size")
+            self.grow()
+        leaks = self.engine.leaks()
+        if leaks:
+            raise Violation(f"leaked: {leaks}")
+
+    def close(self) -> None:
+        self.settle()
+        failed = self.engine.failed_errno
+        self._cookies += 1
+        self.in_flight[self._cookies] = Guest("close", None)
+        self.engine.submit_request(REQUEST_CLOSE, 0, 0, 0, self._cookies)
+        while self.step():
+            pass
+        if self.in_flight:
+            raise Violation("close never ends")
+        # A closed disk is durable as a whole, whatever the cache mode.
+        if not failed:
+            self.oracle.end_flush(self.oracle.begin_flush(), True)
+        self.image = self.device.crash()
+        if not failed and not self.load(self.image)[2].clean:
+            raise Violation("a closed disk is not clean")
+        self._reopen()
+
+    def crash(self) -> None:
+        self.image = self.device.crash()
+        self.in_flight.clear()
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self.open()
+        self.check_storage()
+        self.oracle.settle_after_crash(self.read_all())
+
+    def read_all(self) -> bytes:
+        size = self.geometry.virtual_size_bytes
+        memory = Memory(size, b"\xee" * size)
+        fault, self.device.fault = self.device.fault, None
+        self.engine.submit_request(REQUEST_READ, 0, size, memory.address, 0)
+        done: list[tuple[int, int]] = []
+        while not done:
+            self.device.submit(self.engine.take_operations())
+            completion = self.device.step() if self.device.pending else None
+            if completion is not None:
+                self.engine.complete_operation(*completion)
+            done = self.engine.take_done()
+        self.device.fault = fault
+        if done[0][1]:
+            raise Violation(f"reading the whole disk failed: {done}")
+        return memory.content()
+
+    def check_storage(self) -> None:
+        """No slot is leaked: as many are in use as the table names."""
+        _, table = self.engine.snapshot_maps()
+        if table is not None:
+            named = int((table != 0xFFFFFFFF).sum())
+            if named != self.engine.used_slots_count:
+                raise Violation(f"{self.engine.used_slots_count} slots in use, {named} in the table")
+
+
+def run(seed: int, rounds: int = 6, requests: int = 40) -> int:
+    """One world from its seed. Returns the number of guest requests. Raises Violation, or whatever the engine raises."""
+    world = World(seed)
+    for _ in range(rounds):
+        world.play(world.dice.randint(1, requests))
+        ending = world.dice.random()
+        if ending < 0.65:
+            world.crash()
+        elif ending < 0.85:
+            world.close()
+        else:
+            world.settle()
+            if world.engine.failed_errno:
+                world.crash()
+    return world.requests_done
+
+
+__all__ = ["READ", "Memory", "Shape", "World", "run", "sector_values"]
