@@ -53,7 +53,8 @@ cdef uint64_t bits_find(const uint64_t *words, uint64_t first, uint64_t end, bin
 cdef uint64_t bits_count(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil  # how many are 1
 cdef void bits_fill(uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil
 
-# Write one 512-byte cell at `cell`: header, `used` payload items from `items` (u64 words or u32 entries, by kind), the rest initial, checksum.
+# Write one 512-byte cell at `cell`: header, `used` payload items from `items` (u64 words or u32 entries, by kind), the rest initial,
+# checksum.
 cdef void cell_seal(uint8_t *cell, uint32_t uuid_crc, uint64_t position_bytes, uint32_t kind, uint64_t cell_index,
                     const void *items, uint32_t used) noexcept nogil
 # Fill in magic and checksum of a journal page whose other header fields and records are already there.

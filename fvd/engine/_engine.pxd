@@ -115,7 +115,7 @@ cdef struct Busy:               # a chunk in which jobs are under way
     uint64_t chunk
     uint32_t slot
     uint8_t reserved            # `slot` is reserved, not yet in the table
-    uint8_t preparing           # zeros are being written before the slot may be mapped: nobody else may join
+    uint8_t exclusive           # a trim waits, or zeros are written before the slot may be mapped: nobody else may join
     Job *jobs
     RequestList waiters
     Busy *next

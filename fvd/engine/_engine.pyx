@@ -239,12 +239,14 @@ cdef class Engine:
                         free(j)
                     free(b)
         free(self.buckets)
-        for d_list in range(2):
-            d = self.drains if d_list == 0 else self.retired
-            while d != NULL:
-                self.drains = d.next
-                free(d)
-                d = self.drains
+        while self.drains != NULL:
+            d = self.drains
+            self.drains = d.next
+            free(d)
+        while self.retired != NULL:
+            d = self.retired
+            self.retired = d.next
+            free(d)
         while self.free_requests != NULL:
             r = self.free_requests
             self.free_requests = r.next

@@ -126,7 +126,7 @@ cdef int journal_commit(Engine e) except -1 nogil:
     if at + pages > e.journal_pages:
         sequence += e.journal_pages - at
     # R4: nothing from the durable tail on is overwritten, and one page stays for the commit that moves the tail.
-    if sequence + pages + 1 - e.durable_tail <= e.journal_pages or BUG(17):
+    if sequence + pages + 1 - e.durable_tail <= e.journal_pages or BUG(16):
         return journal_write(e, sequence, pages, 0)
     if (e.tail if e.tail else e.next_sequence) != e.durable_tail:
         memset(e.journal_buffer, 0, PAGE_BYTES)
@@ -140,7 +140,7 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
     cdef uint32_t i
     ensure(e.commit_state == COMMIT_IDLE or e.commit_state == COMMIT_ROOM, "two journal writes at once")
     ensure(sequence % e.journal_pages + pages <= e.journal_pages, "a commit across the end of the ring")
-    ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(17), "the journal would overwrite its tail")
+    ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(16), "the journal would overwrite its tail")
     e.clean_on_storage = False
     if e.tail == 0:
         e.tail = sequence
@@ -163,7 +163,7 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
         header.flags = flags
         journal_seal(e.journal_buffer + i * PAGE_BYTES, e.uuid_crc, position + i * PAGE_BYTES)
     e.stat_journal_writes += 1
-    op_issue(e, WHAT_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal_buffer, not BUG(18))
+    op_issue(e, WHAT_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal_buffer, not BUG(17))
     return 0
 
 

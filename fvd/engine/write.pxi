@@ -3,7 +3,7 @@
 
 cdef int jobs_conflict(Busy *b, uint64_t first, uint64_t last) noexcept nogil:
     cdef Job *j = b.jobs
-    if b.preparing:
+    if b.exclusive:
         return True
     while j != NULL:
         if j.first_block < last and first < j.end_block:
@@ -170,7 +170,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     j.device_length = run_end - run_start
     # R8: over a base an EMPTY chunk may hold blocks that read as zeros; they must be zeros in the slot before it is mapped.
     if fresh and e.has_base and not BUG(13) and (not bits_none(e.bitmap, chunk_first, first) or not bits_none(e.bitmap, last, chunk_end)):
-        b.preparing = 1
+        b.exclusive = 1
     r.touched_device = 1
     if whole:
         j.data = buffer
@@ -304,7 +304,7 @@ cdef int job_continue(Engine e, Job *j) except -1 nogil:
         j.phase = PHASE_WRITE
         if j.kind == JOB_ALLOCATE:
             job_write(e, j, False)
-            if j.busy.preparing:
+            if j.busy.exclusive:
                 zero_fill(e, j)
             return 0
         head = j.guest_start & e.align_mask
@@ -321,6 +321,7 @@ cdef int job_continue(Engine e, Job *j) except -1 nogil:
 
 cdef int allocate_map(Engine e, Job *j) except -1 nogil:
     """R1: the data are written; now the change becomes pending."""
+    ensure(slot_of(e, j.busy.chunk) == (EMPTY if j.busy.reserved else j.busy.slot), "the slot of a chunk changed under a job")
     map_bits(e, j.first_block, j.end_block, True)
     if j.busy.reserved:
         map_slot(e, j.busy.chunk, j.busy.slot)
@@ -352,8 +353,8 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
     link[0] = j.next
     if j.bounce != NULL:
         bounce_give(e, j.bounce, j.bounce_bytes)
-    if j.kind == JOB_ALLOCATE:
-        b.preparing = 0
+    if j.kind != JOB_MODIFY:
+        b.exclusive = 0
     free(j)
     waiters = b.waiters
     b.waiters.head = NULL
@@ -430,6 +431,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
         return 0
     b = busy_get(e, chunk)
     b.slot = slot
+    b.exclusive = 1     # a job that joined could map blocks of a slot that this one is about to free
     j = job_new(e, r, b, JOB_PUNCH, first, last)
     j.reserved_bytes = need
     e.reserved_bytes += need
@@ -448,6 +450,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
 cdef int punch_map(Engine e, uint64_t chunk, uint32_t slot, uint64_t first, uint64_t last) except -1 nogil:
     cdef uint64_t chunk_first = chunk * e.blocks_per_chunk
     cdef uint64_t chunk_end = min(chunk_first + e.blocks_per_chunk, e.blocks)
+    ensure(slot_of(e, chunk) == slot, "the slot of a chunk changed under a trim")
     map_bits(e, first, last, e.has_base)
     if e.raw or slot == EMPTY or (not e.has_base and not bits_none(e.bitmap, chunk_first, chunk_end)):
         return 0

@@ -1,0 +1,4 @@
+"""Bytes and their meaning: geometry, superblock, maps, journal. The code of FORMAT.md.
+
+Pure: knows no files, no devices, no time and no randomness.
+"""

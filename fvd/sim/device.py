@@ -32,6 +32,7 @@ class Operation:
     covered: set[int] | None = None  # a flush: the writes that had completed when it began
     took_effect: bool = False
     result: int = 0
+    held_until: int = 0
 
 
 class SimulatedDevice:
@@ -45,15 +46,20 @@ class SimulatedDevice:
         self.pending: list[Operation] = []
         self.fault: Callable[[Operation], int] | None = None
         """Called when an operation is about to take effect; a negative errno makes it fail (with or without effect, by dice)."""
-        self.stuck: Callable[[Operation], bool] | None = None
+        self.slow_share = 0.0
+        """Share of operations that are held back for long, so that much else happens meanwhile."""
         self._versions: dict[int, list[tuple[int, bytes]]] = {}
         self._completed: set[int] = set()
         self._numbers = 0
+        self._steps = 0
 
     def submit(self, operations: list[tuple[int, int, int, int, int, int, bool]]) -> None:
         for token, kind, target, offset, length, address, durable in operations:
             self._numbers += 1
-            self.pending.append(Operation(self._numbers, token, kind, target, offset, length, address, durable))
+            operation = Operation(self._numbers, token, kind, target, offset, length, address, durable)
+            if self.slow_share and self.dice.random() < self.slow_share:
+                operation.held_until = self._steps + self.dice.randint(20, 300)
+            self.pending.append(operation)
 
     def grow(self, size_bytes: int, filler: bytes) -> None:
         """More storage at the end, holding what it held before."""
@@ -61,18 +67,17 @@ class SimulatedDevice:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> tuple[int, int] | None:
-        """One event of one pending operation. Returns (token, result) when that completes it, else None."""
-        ready = [op for op in self.pending if self.stuck is None or not self.stuck(op)]
-        if not ready:
-            return None
+    def step(self) -> Operation | None:
+        """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
+        self._steps += 1
+        ready = [op for op in self.pending if op.held_until <= self._steps] or self.pending
         operation = self.dice.choice(ready)
         if not operation.took_effect:
-            self._take_effect(operation)
+            self.take_effect(operation)
             return None
         return self.finish(operation)
 
-    def finish(self, operation: Operation) -> tuple[int, int]:
+    def finish(self, operation: Operation) -> Operation:
         """Complete an operation that has taken effect."""
         self.pending.remove(operation)
         if operation.result == 0:
@@ -82,13 +87,13 @@ class SimulatedDevice:
                     self._make_durable({operation.number}, self._blocks(operation))
             elif operation.kind == FLUSH and operation.covered:
                 self._make_durable(operation.covered, list(self._versions))
-        return operation.token, operation.result
+        return operation
 
     def _blocks(self, operation: Operation) -> list[int]:
         size = self.logical_block_bytes
         return list(range(operation.offset_bytes // size, -(-(operation.offset_bytes + operation.length_bytes) // size)))
 
-    def _take_effect(self, operation: Operation) -> None:
+    def take_effect(self, operation: Operation) -> None:
         operation.took_effect = True
         error = self.fault(operation) if self.fault else 0
         operation.result = error

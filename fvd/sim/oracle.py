@@ -26,6 +26,7 @@ class Write:
     succeeded: bool = False
     durable: bool = False
     advisory: bool = False  # a trim that may be ignored: allowed, but supersedes nothing
+    outdated: int = NEVER  # since when a read has shown, for good, that something else came after it
 
 
 def stamped(number: int, first_sector: int, sectors: int) -> bytes:
@@ -123,8 +124,14 @@ class Oracle:
         for sector, value in enumerate(self._observe(data), first_sector):
             records = self.history[sector]
             floor = max((w.began for w in records if w.succeeded and w.ended < began and not w.advisory), default=0)
-            if not any(w.value == value and w.began < now and not (w.ended < floor and w.ended < NEVER) for w in records):
+            shown = [w for w in records if w.value == value and w.ended >= floor and w.outdated >= began]
+            if not shown:
                 raise Violation(f"sector {sector}: a read showed {value:#x}; allowed: {self._describe(records, floor)}")
+            if len(shown) == 1 and len(records) > 1:
+                # What had ended before this read and was not shown came before what was: no later read may show it again.
+                for w in records:
+                    if w is not shown[0] and w.ended < began and w.outdated == NEVER:
+                        w.outdated = now
 
     def settle_after_crash(self, data: bytes) -> None:
         """The whole disk after a crash and reopen: each sector must hold an allowed value, and holds that one from now on."""

@@ -16,8 +16,8 @@ import numpy as np
 from fvd.engine._engine import Engine
 from fvd.format import journal, maps
 from fvd.format.geometry import Geometry, Layout
-from fvd.sim.device import FLUSH, READ, WRITE, SimulatedDevice
-from fvd.sim.oracle import SECTOR_BYTES, Oracle, Violation, Write, base_image, sector_values, stamped
+from fvd.sim.device import FLUSH, WRITE, SimulatedDevice
+from fvd.sim.oracle import NEVER, SECTOR_BYTES, Oracle, Violation, Write, base_image, stamped
 
 REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE = range(6)
 FUA, NO_HOLE = 1, 2
@@ -56,6 +56,9 @@ class Shape:
     depth: int
     fault_rate: float
     discard: bool
+    slow_share: float
+    hot_sectors: int
+    longest_round: int
 
     @staticmethod
     def draw(dice: Random) -> Shape:
@@ -90,6 +93,9 @@ class Shape:
             depth=dice.choice((1, 4, 16, 48)),
             fault_rate=dice.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
             discard=dice.random() < 0.5,
+            slow_share=dice.choice((0.0, 0.05, 0.2)),
+            hot_sectors=dice.choice((0, 0, 256, 1024)),
+            longest_round=dice.choice((10, 40, 40, 250)),
         )
 
 
@@ -125,7 +131,7 @@ class World:
         self.device: SimulatedDevice
         self.engine: Any
         self.clock_ns = 0
-        self.sick = False
+        self.failed_at = NEVER
         self.open()
 
     # --- the disk's life ------------------------------------------------------------------------------------------
@@ -176,7 +182,8 @@ class World:
         )
         self.device = SimulatedDevice(self.image, self.base, shape.logical_block_bytes, self.dice)
         self.device.fault = self._fault
-        self.sick = False
+        self.device.slow_share = shape.slow_share
+        self.failed_at = NEVER
 
     def _fault(self, operation: Any) -> int:
         if self.shape.fault_rate and self.dice.random() < self.shape.fault_rate:
@@ -186,6 +193,12 @@ class World:
                 return 0
             return _EIO
         return 0
+
+    def _note_failure(self, operation: Any, result: int) -> None:
+        """From the first flush or metadata write that failed, the oracle expects no flush to succeed."""
+        is_metadata = operation.kind == WRITE and operation.offset_bytes < self.geometry.data_offset_bytes
+        if result and (operation.kind == FLUSH or is_metadata):
+            self.failed_at = min(self.failed_at, self.oracle.tick())
 
     def _pump(self) -> None:
         self.device.submit(self.engine.take_operations())
@@ -197,13 +210,18 @@ class World:
         self._pump()
         if not self.device.pending:
             return False
-        completion = self.device.step()
-        if completion is not None:
-            self.engine.complete_operation(*completion)
-        self._pump()
+        self.deliver(self.device.step())
         return True
 
-    def submit(self, kind: str, first_sector: int, sectors: int, *, fua: bool = False, no_hole: bool = False) -> None:
+    def deliver(self, ended: Any) -> None:
+        """Hand a completed operation of the device to the engine, and take what comes of it."""
+        if ended is not None:
+            self._note_failure(ended, ended.result)
+            self.engine.complete_operation(ended.token, ended.result)
+        self._pump()
+
+    def submit(self, kind: str, first_sector: int, sectors: int, *, fua: bool = False, no_hole: bool = False) -> int:
+        """Hand one request to the engine. Returns its cookie; it is in `in_flight` until it is done."""
         self._cookies += 1
         geometry = self.geometry
         guest = Guest(kind, None, first_sector=first_sector, fua=fua)
@@ -226,6 +244,8 @@ class World:
             # Without a base whole blocks are promised to read as zeros; the rest may be ignored.
             per_block = geometry.block_size_bytes // SECTOR_BYTES
             low, high = -(-first_sector // per_block) * per_block, (first_sector + sectors) // per_block * per_block
+            if first_sector + sectors == self.oracle.sectors:
+                high = self.oracle.sectors  # the last block is whole though it is short
             if self.base is None and low < high:
                 _, guest.records = self.oracle.begin_write(low, high - low, zero=True)
             else:
@@ -235,35 +255,31 @@ class World:
             guest.began = self.oracle.begin_flush()
         self.in_flight[self._cookies] = guest
         self.engine.submit_request(number, offset, length, guest.memory.address if guest.memory else 0, self._cookies, flags)
+        return self._cookies
 
     def _finished(self, guest: Guest, error: int) -> None:
         self.requests_done += 1
         shape = self.shape
         if error and not (error == _ESHUTDOWN or (error == _ENOSPC and shape.on_full == "error") or (error == _EIO and shape.fault_rate)):
             raise Violation(f"{guest.kind} at sector {guest.first_sector} failed with {error}")
-        if self.engine.failed_errno and not self.sick:
-            self.sick = True
         if guest.kind == "read":
             if error == 0 and guest.memory is not None:
                 self.oracle.check_read(guest.first_sector, guest.began, guest.memory.content())
         elif guest.kind == "flush":
             if shape.cache_mode != "unsafe":
-                if error == 0 and self.sick and self.engine.failed_errno and guest.began > self._failed_at():
+                if error == 0 and guest.began > self.failed_at:
                     raise Violation("a flush succeeded after the device had failed one")
                 self.oracle.end_flush(guest.began, error == 0)
         elif guest.kind != "close":
             durable = shape.cache_mode == "directsync" or (guest.fua and shape.cache_mode != "unsafe")
             self.oracle.end_write(guest.records, error == 0, durable)
 
-    def _failed_at(self) -> int:
-        return 1 << 62
-
     # --- random play ----------------------------------------------------------------------------------------------
 
     def random_request(self) -> None:
         dice = self.dice
         shape = self.shape
-        total = self.oracle.sectors
+        total = min(self.oracle.sectors, shape.hot_sectors or self.oracle.sectors)
         kinds = shape.kinds
         kind = dice.choices(list(kinds), list(kinds.values()))[0]
         unit = shape.logical_block_bytes // SECTOR_BYTES if dice.random() < 0.6 else 1
@@ -275,7 +291,7 @@ class World:
         if kind in ("trim", "zero") and dice.random() < 0.6:
             per = dice.choice((self.geometry.block_size_bytes, self.geometry.chunk_size_bytes)) // SECTOR_BYTES
             first = first // per * per
-            sectors = min(per * dice.randint(1, 3), total - first)
+            sectors = min(per * dice.randint(1, 3), self.oracle.sectors - first)
         if unit > 1:
             first = first // unit * unit
             sectors = max(min(sectors // unit * unit or unit, total - first), 1)
@@ -361,9 +377,9 @@ class World:
         done: list[tuple[int, int]] = []
         while not done:
             self.device.submit(self.engine.take_operations())
-            completion = self.device.step() if self.device.pending else None
-            if completion is not None:
-                self.engine.complete_operation(*completion)
+            ended = self.device.step() if self.device.pending else None
+            if ended is not None:
+                self.engine.complete_operation(ended.token, ended.result)
             done = self.engine.take_done()
         self.device.fault = fault
         if done[0][1]:
@@ -379,11 +395,11 @@ class World:
                 raise Violation(f"{self.engine.used_slots_count} slots in use, {named} in the table")
 
 
-def run(seed: int, rounds: int = 6, requests: int = 40) -> int:
+def run(seed: int, rounds: int = 6) -> int:
     """One world from its seed. Returns the number of guest requests. Raises Violation, or whatever the engine raises."""
     world = World(seed)
     for _ in range(rounds):
-        world.play(world.dice.randint(1, requests))
+        world.play(world.dice.randint(1, world.shape.longest_round))
         ending = world.dice.random()
         if ending < 0.65:
             world.crash()
@@ -394,6 +410,3 @@ def run(seed: int, rounds: int = 6, requests: int = 40) -> int:
             if world.engine.failed_errno:
                 world.crash()
     return world.requests_done
-
-
-__all__ = ["READ", "Memory", "Shape", "World", "run", "sector_values"]

@@ -1,0 +1,126 @@
+"""Kernels on memory, as Python sees them. Arrays are C-contiguous; a range or shape that does not fit raises ValueError.
+
+Bit ranges are half-open: [first, end). A UUID is 16 bytes. Offsets and positions are byte offsets in the storage.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+_Words = npt.NDArray[np.uint64]
+_Entries = npt.NDArray[np.uint32]
+_Raw = Buffer | npt.NDArray[np.uint8]
+_Bytes = npt.NDArray[np.uint8]
+
+ACCELERATED: bool
+"""Whether crc32c uses the processor's instruction on this machine."""
+CONSTANTS: dict[str, int]
+"""The format's constants as the kernels were built with them."""
+JOURNAL_HEADER_LAYOUT: dict[str, tuple[int, int]]
+"""Field name -> (offset, size) of the kernels' struct JournalHeader."""
+CELL_HEADER_LAYOUT: dict[str, tuple[int, int]]
+"""Field name -> (offset, size) of the kernels' struct CellHeader."""
+
+def crc32c(data: _Raw, crc: int = 0) -> int:
+    """CRC32C of bytes, continuing from `crc`: crc32c(b, crc32c(a)) == crc32c(a + b)."""
+
+def crc32c_portable(data: _Raw, crc: int = 0) -> int:
+    """As crc32c, without the processor's instruction: the fallback of other machines, callable everywhere for its tests."""
+
+def checksum(uuid: bytes, position_bytes: int, data: _Raw, checksum_offset: int) -> int:
+    """FORMAT.md section 3 of the structure in `data`, whose own 4-byte checksum field lies at `checksum_offset`."""
+
+def bitmap_count(bitmap: _Words, first: int, end: int) -> int:
+    """How many bits are 1."""
+
+def bitmap_find(bitmap: _Words, first: int, end: int, value: bool) -> int:
+    """The first bit that equals `value`, or `end`."""
+
+def bitmap_all(bitmap: _Words, first: int, end: int) -> bool:
+    """Whether every bit is 1 (an empty range: True)."""
+
+def bitmap_none(bitmap: _Words, first: int, end: int) -> bool:
+    """Whether every bit is 0 (an empty range: True)."""
+
+def bitmap_fill(bitmap: _Words, first: int, end: int, value: bool) -> None:
+    """Set every bit to `value`."""
+
+def bitmap_runs(bitmap: _Words, first: int, end: int, limit: int = 65536) -> tuple[_Words, bool]:
+    """Runs of equal bits as ``(bounds, value)``: run i is [bounds[i], bounds[i + 1]) and has the value ``value ^ (i & 1)``.
+
+    At most `limit` runs: where bounds[-1] < end, go on from there. An empty range has one bound and no run.
+    """
+
+class Lookup:
+    """Where a disk's bytes are, asked one request at a time. Holds the maps' buffers, so that a call costs no buffer request;
+    it sees later changes of the arrays."""
+
+    def __init__(self, bitmap: _Words, table: _Entries | None, block_size_bytes: int, chunk_size_bytes: int) -> None:
+        """`table` is None in the raw layout."""
+
+    def find(self, offset_bytes: int, length_bytes: int) -> tuple[int, bool, int]:
+        """``(run_bytes, present, slot)``: the first `run_bytes` (1 to `length_bytes`) of the range lie in one chunk and are all present or
+        all absent; `slot` is the chunk's slot, or -1 where it is EMPTY. Ask again from offset + run_bytes for the rest.
+        The end of the maps is known to a whole word of 64 blocks only."""
+
+def cells_encode(
+    kind: int, items: npt.NDArray[Any], uuid: bytes, map_offset_bytes: int, first_page: int, page_count: int, out: _Bytes
+) -> None:
+    """Seal pages [first_page, first_page + page_count) of a map into `out` (page_count * 4096 bytes).
+
+    `items` is the whole map: uint64 words for kind 1, uint32 entries for kind 2. Cells past its end get initial content.
+    """
+
+def cells_decode(kind: int, raw: _Raw, items_out: npt.NDArray[Any], uuid: bytes, map_offset_bytes: int, first_page: int = 0) -> int:
+    """Verify the whole pages in `raw`, which begin with page `first_page` of the map, and copy their items to their place in `items_out`.
+
+    Returns the index of the first cell whose checksum, kind, reserved field, index or items past the map's end are wrong, or -1.
+    """
+
+def map_hash(uuid: bytes, bitmap: _Words, table: _Entries | None) -> int:
+    """FORMAT.md section 7 over whole maps; `table` is None in the raw layout."""
+
+def table_slots(table: _Entries, limit_slots: int, used_out: _Words) -> int:
+    """Set the bit of every slot in use in `used_out`, which the caller zeroed.
+
+    Returns the index of the first chunk whose slot is used twice or not below `limit_slots`, or -1.
+    """
+
+def empty_chunk_with_bits(bitmap: _Words, table: _Entries, blocks_per_chunk: int, blocks: int) -> int:
+    """Index of the first EMPTY chunk that has a 1-bit below bit `blocks`, or -1."""
+
+def journal_scan(ring: _Raw, uuid: bytes, journal_offset_bytes: int, headers_out: _Bytes) -> int:
+    """Copy the header of every valid page to its row of `headers_out` (pages x 64), zeros for the others. Returns how many are valid.
+
+    No valid page has sequence 0.
+    """
+
+def journal_apply(
+    ring: _Raw, positions: _Words, bitmap: _Words, table: _Entries | None, dirty_bitmap_pages: _Bytes, dirty_table_pages: _Bytes
+) -> int:
+    """Apply the records of the pages at these ring positions, in order, and set the byte of every map page that they touch.
+
+    Returns -1, or the index in `positions` of the first page that names a word or entry outside the maps; neither it nor the
+    pages after it are applied. Trusts the headers only as far as bounds: scan the ring first.
+    """
+
+def journal_parts(words: int, entries: int) -> int:
+    """Pages that a commit of so many records takes (at least one)."""
+
+def journal_encode(
+    words: _Bytes,
+    entries: _Bytes,
+    uuid: bytes,
+    journal_offset_bytes: int,
+    ring_pages: int,
+    sequence: int,
+    previous: int,
+    tail: int,
+    map_hash_after: int,
+    flags: int,
+    out: _Bytes,
+) -> None:
+    """Build the sealed pages of one commit into `out` (journal_parts * 4096 bytes): all word records (12 packed bytes each), then all
+    entry records (8 packed bytes each)."""

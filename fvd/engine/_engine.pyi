@@ -1,0 +1,115 @@
+"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md."""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+CACHE_MODES: Final[tuple[str, ...]]
+SEEDED_BUGS: Final[bool]
+"""Whether this build contains the bugs that prove the tests; a release does not."""
+
+def seed_bug(number: int) -> None:
+    """Switch one seeded bug on (0: none). Raises RuntimeError in a release build."""
+
+class Engine:
+    def __init__(
+        self,
+        geometry: Any,
+        *,
+        uuid: bytes,
+        bitmap: npt.NDArray[np.uint64],
+        table: npt.NDArray[np.uint32] | None,
+        used_slots: npt.NDArray[np.uint64],
+        journal_state: Any,
+        dirty_bitmap_pages: npt.NDArray[Any],
+        dirty_table_pages: npt.NDArray[Any] | None,
+        storage_size_bytes: int,
+        base_size_bytes: int | None = None,
+        align_bytes: int = 512,
+        read_only: bool = False,
+        cache_mode: str = "none",
+        on_full: str = "wait",
+        low_water_bytes: int = 0,
+        discard: bool = True,
+    ) -> None:
+        """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
+
+        `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table` geometry.chunks
+        entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base. `align_bytes`: the device's logical
+        block, 512 or 4096. Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
+        """
+
+    want: int
+    @property
+    def inflight_ops(self) -> int: ...
+    @property
+    def open_requests(self) -> int: ...
+    @property
+    def failed_errno(self) -> int:
+        """0, or the errno after which nothing that needs durability succeeds any more."""
+
+    def set_storage_size(self, size_bytes: int) -> None:
+        """The storage has this size now; writes that waited for a slot go on. Raises Corrupt if a slot in use lies beyond it."""
+
+    def set_exhausted(self, exhausted: bool) -> None:
+        """Whether the storage cannot grow now. With on_full="error" the writes that wait for a slot then fail with ENOSPC."""
+
+    def cancel_all_waiting(self, error_number: int) -> int:
+        """End every write that waits for a slot with this errno (positive). Returns how many."""
+
+    def commit_soon(self) -> None:
+        """Commit what is pending without waiting for the timer or a flush."""
+
+    def snapshot_maps(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32] | None]:
+        """Copies of the bitmap and the table (None in the raw layout) as the guest sees them now."""
+
+    @property
+    def free_slots(self) -> int: ...
+    @property
+    def capacity_slots(self) -> int: ...
+    @property
+    def used_slots_count(self) -> int: ...
+    @property
+    def mapped_chunks(self) -> int: ...
+    @property
+    def present_blocks(self) -> int: ...
+    @property
+    def waiting_writes(self) -> int:
+        """Writes that wait for storage to grow."""
+
+    @property
+    def storage_size_bytes(self) -> int: ...
+    @property
+    def low_water_bytes(self) -> int: ...
+    @property
+    def clean(self) -> bool:
+        """Whether storage ends with a clean record, as after a proper close."""
+
+    @property
+    def pending_changes(self) -> int:
+        """Map entries that differ from what is committed."""
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the engine was made."""
+
+    def leaks(self) -> dict[str, int]:
+        """What is still held when nothing is in flight and no request is open: empty, or a bug of ours."""
+
+    def submit_request(
+        self, kind: int, offset_bytes: int, length_bytes: int, buffer_address: int, cookie: int, flags: int = 0
+    ) -> None:
+        """For drivers in Python: submit one request (kinds and flags as in _engine.pxd)."""
+
+    def complete_operation(self, token: int, result: int) -> None:
+        """For drivers in Python: an operation ended with 0 or a negative errno. Raises RuntimeError if it was not in flight."""
+
+    def advance_clock(self, now_ns: int) -> None: ...
+    def take_operations(self) -> list[tuple[int, int, int, int, int, int, bool]]:
+        """[(token, kind, target, offset_bytes, length_bytes, buffer_address, durable)] since the last call."""
+
+    def take_done(self) -> list[tuple[int, int]]:
+        """[(cookie, error)] of the requests finished since the last call; error is 0 or a negative errno."""
+
+    def list_extents(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+        """[(length_bytes, state)] covering the range; state is 0 data, 1 base, 2 zero."""

@@ -1,0 +1,259 @@
+"""The superblock: one page that says what the disk is (FORMAT.md section 4), to and from bytes.
+
+Pure: the caller reads and writes the pages. What comes from storage may be anything; decoding it raises only FvdError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from fvd import _core
+from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported
+from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
+
+SUPERBLOCK_BYTES = PAGE_BYTES
+SLOT_OFFSETS_BYTES = (0, 524288)
+MAGIC = b"FVDISK\r\n"
+VERSION = 1
+UUID_BYTES = 16
+MAX_LOCATOR_BYTES = 3072
+KNOWN_INCOMPATIBLE_FEATURES = 0
+_U64_END = 1 << 64
+
+SUPERBLOCK = np.dtype(
+    [
+        ("magic", "V8"),
+        ("checksum", "<u4"),
+        ("version", "<u4"),
+        ("generation", "<u8"),
+        ("uuid", "V16"),
+        ("compatible_features", "<u8"),
+        ("incompatible_features", "<u8"),
+        ("autoclear_features", "<u8"),
+        ("virtual_size_bytes", "<u8"),
+        ("block_size_bytes", "<u4"),
+        ("chunk_size_bytes", "<u4"),
+        ("grow_step_bytes", "<u8"),
+        ("journal_offset_bytes", "<u8"),
+        ("journal_size_bytes", "<u8"),
+        ("bitmap_offset_bytes", "<u8"),
+        ("bitmap_size_bytes", "<u8"),
+        ("table_offset_bytes", "<u8"),
+        ("table_size_bytes", "<u8"),
+        ("data_offset_bytes", "<u8"),
+        ("max_storage_size_bytes", "<u8"),
+        ("layout", "u1"),
+        ("placement", "u1"),
+        ("base_format", "u1"),
+        ("reserved_a", "V1"),
+        ("base_locator_size", "<u4"),
+        ("base_size_bytes", "<u8"),
+        ("created_seconds", "<u8"),
+        ("reserved_b", "V336"),
+        ("base_locator", f"V{MAX_LOCATOR_BYTES}"),
+        ("reserved_c", "V512"),
+    ]
+)
+_CHOSEN = ("virtual_size_bytes", "block_size_bytes", "chunk_size_bytes", "journal_size_bytes", "grow_step_bytes")
+_DERIVED = (
+    "journal_offset_bytes",
+    "bitmap_offset_bytes",
+    "bitmap_size_bytes",
+    "table_offset_bytes",
+    "table_size_bytes",
+    "data_offset_bytes",
+    "max_storage_size_bytes",
+)
+_FEATURES = ("compatible_features", "incompatible_features", "autoclear_features")
+_RESERVED = ("reserved_a", "reserved_b", "reserved_c")
+_CHECKSUM_OFFSET = 8
+
+if SUPERBLOCK.itemsize != SUPERBLOCK_BYTES:
+    raise ImportError(f"the superblock has {SUPERBLOCK.itemsize} bytes, not {SUPERBLOCK_BYTES}")
+
+
+class BaseFormat(IntEnum):
+    """How the bytes of a base are stored. 0 in the superblock means that there is no base."""
+
+    RAW = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReference:
+    """The image that absent blocks are read from. The size is fixed at provision. Raises InvalidArgument."""
+
+    locator: str
+    size_bytes: int
+    format: BaseFormat = BaseFormat.RAW
+
+    def __post_init__(self) -> None:
+        try:
+            raw = self.locator.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"the base's path {self.locator!r} is not UTF-8") from error
+        if not self.locator.startswith("/") or b"\0" in raw:
+            raise InvalidArgument(f"the base's path {self.locator!r} must be absolute and without NUL")
+        if len(raw) > MAX_LOCATOR_BYTES:
+            raise InvalidArgument(f"the base's path has {len(raw)} bytes; at most {MAX_LOCATOR_BYTES} fit")
+        if not 0 <= self.size_bytes < _U64_END:
+            raise InvalidArgument(f"the base's size {self.size_bytes} is not possible")
+        if self.format not in tuple(BaseFormat):
+            raise InvalidArgument(f"base format {self.format} does not exist")
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What a disk is. Raises InvalidArgument."""
+
+    geometry: Geometry
+    uuid: bytes
+    generation: int
+    base: BaseReference | None
+    created_seconds: int
+    compatible_features: int = 0
+    incompatible_features: int = 0
+    autoclear_features: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.uuid) != UUID_BYTES:
+            raise InvalidArgument(f"a UUID has {UUID_BYTES} bytes, not {len(self.uuid)}")
+        if not 1 <= self.generation < _U64_END:
+            raise InvalidArgument(f"generation {self.generation} is not possible; the first is 1")
+        for name in ("created_seconds", *_FEATURES):
+            if not 0 <= getattr(self, name) < _U64_END:
+                raise InvalidArgument(f"{name} {getattr(self, name)} does not fit in 64 bits")
+
+    @property
+    def slot(self) -> int:
+        """Which of the two slots this generation lives in."""
+        return self.generation % 2
+
+
+def encode(superblock: Superblock) -> bytes:
+    """The page to write at ``SLOT_OFFSETS_BYTES[superblock.slot]``. Raises InvalidArgument or Unsupported;
+    what it returns decodes to the same superblock."""
+    geometry = superblock.geometry
+    page = np.zeros(1, SUPERBLOCK)
+    row = page[0]
+    row["magic"] = np.void(MAGIC)
+    row["version"] = VERSION
+    row["generation"] = superblock.generation
+    row["uuid"] = np.void(superblock.uuid)
+    for name in _FEATURES:
+        row[name] = getattr(superblock, name)
+    for name in _CHOSEN + _DERIVED:
+        row[name] = getattr(geometry, name)
+    row["layout"] = int(geometry.layout)
+    row["placement"] = int(geometry.placement)
+    row["created_seconds"] = superblock.created_seconds
+    if superblock.base is not None:
+        locator = superblock.base.locator.encode()
+        row["base_format"] = int(superblock.base.format)
+        row["base_locator_size"] = len(locator)
+        row["base_size_bytes"] = superblock.base.size_bytes
+        row["base_locator"] = np.void(locator.ljust(MAX_LOCATOR_BYTES, b"\0"))
+    raw = page.view(np.uint8)
+    row["checksum"] = _core.checksum(superblock.uuid, SLOT_OFFSETS_BYTES[superblock.slot], raw, _CHECKSUM_OFFSET)
+    encoded = raw.tobytes()
+    if decode(encoded, superblock.slot) != superblock:
+        raise InvalidArgument("the superblock does not survive its own encoding")
+    return encoded
+
+
+def decode(page: bytes, slot: int) -> Superblock:
+    """Read the page of one slot (0 or 1). Raises NotFound, Corrupt or Unsupported."""
+    if len(page) != SUPERBLOCK_BYTES or slot not in (0, 1):
+        raise InvalidArgument(f"superblock slot {slot} with {len(page)} bytes")
+    where = f"superblock slot {slot}"
+    page = bytes(page)
+    row = np.frombuffer(page, SUPERBLOCK)[0]
+    if row["magic"].tobytes() != MAGIC:
+        raise NotFound(f"{where} holds no fvd superblock")
+    uuid = row["uuid"].tobytes()
+    # Before the version: rot must not look like a format of the future.
+    if int(row["checksum"]) != _core.checksum(uuid, SLOT_OFFSETS_BYTES[slot], page, _CHECKSUM_OFFSET):
+        raise Corrupt(f"{where}: checksum mismatch")
+    if int(row["version"]) != VERSION:
+        raise Unsupported(f"{where}: format version {int(row['version'])}; this program knows version {VERSION}")
+    unknown = int(row["incompatible_features"]) & ~KNOWN_INCOMPATIBLE_FEATURES
+    if unknown:
+        raise Unsupported(f"{where}: unknown incompatible features {unknown:#x}; a newer program wrote this disk")
+    try:
+        return _interpret(row, uuid, slot)
+    except InvalidArgument as error:
+        raise Corrupt(f"{where}: {error}") from error
+
+
+def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
+    if int(row["generation"]) % 2 != slot:
+        raise InvalidArgument(f"generation {int(row['generation'])} does not belong here")
+    if int(row["layout"]) not in tuple(Layout) or int(row["placement"]) not in tuple(Placement):
+        raise InvalidArgument(f"layout {int(row['layout'])} or placement {int(row['placement'])} does not exist")
+    chosen = {name: int(row[name]) for name in _CHOSEN}
+    geometry = Geometry(**chosen, layout=Layout(int(row["layout"])), placement=Placement(int(row["placement"])))
+    for name in _DERIVED:
+        if int(row[name]) != getattr(geometry, name):
+            raise InvalidArgument(f"{name} is {int(row[name])}, but the sizes give {getattr(geometry, name)}")
+    superblock = Superblock(
+        geometry=geometry,
+        uuid=uuid,
+        generation=int(row["generation"]),
+        base=_interpret_base(row),
+        created_seconds=int(row["created_seconds"]),
+        **{name: int(row[name]) for name in _FEATURES},
+    )
+    # A feature that this program may ignore may also have given a meaning to reserved bytes.
+    if not superblock.compatible_features | superblock.autoclear_features:
+        for name in _RESERVED:
+            if any(row[name].tobytes()):
+                raise InvalidArgument(f"{name} is not zero")
+    return superblock
+
+
+def _interpret_base(row: np.void) -> BaseReference | None:
+    padded = row["base_locator"].tobytes()
+    size = int(row["base_locator_size"])
+    if size > MAX_LOCATOR_BYTES or any(padded[size:]):
+        raise InvalidArgument(f"base_locator_size is {size}, which does not fit the locator")
+    if int(row["base_format"]) == 0:
+        if size or int(row["base_size_bytes"]):
+            raise InvalidArgument("a base's path or size without a base")
+        return None
+    if int(row["base_format"]) not in tuple(BaseFormat):
+        raise InvalidArgument(f"base format {int(row['base_format'])} does not exist")
+    try:
+        locator = padded[:size].decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument("the base's path is not UTF-8") from error
+    return BaseReference(locator, int(row["base_size_bytes"]), BaseFormat(int(row["base_format"])))
+
+
+def choose(page0: bytes, page1: bytes) -> Superblock:
+    """The superblock in force, from the pages of both slots. Raises NotFound (no fvd disk), Unsupported or Corrupt."""
+    found: Superblock | None = None
+    newest_unsupported: tuple[int, Unsupported] | None = None
+    damaged: Corrupt | None = None
+    missing: NotFound | None = None
+    for slot, page in enumerate((page0, page1)):
+        try:
+            superblock = decode(page, slot)
+        except Unsupported as error:
+            generation = int(np.frombuffer(page, SUPERBLOCK)[0]["generation"])
+            if newest_unsupported is None or generation > newest_unsupported[0]:
+                newest_unsupported = (generation, error)
+        except Corrupt as error:
+            damaged = error
+        except NotFound as error:
+            missing = error
+        else:
+            if found is None or superblock.generation > found.generation:
+                found = superblock
+    # An intact superblock of a newer program is in force: falling back to an older generation would undo what that program did.
+    if newest_unsupported is not None and (found is None or newest_unsupported[0] > found.generation):
+        raise newest_unsupported[1]
+    if found is not None:
+        return found
+    raise damaged or missing or NotFound("no fvd superblock")
