@@ -51,7 +51,7 @@ def extensions() -> list[Extension]:
                 [str(path)],
                 define_macros=MACROS,
                 include_dirs=["fvd"],
-                extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"],
+                extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", "-Wno-sign-compare"],
                 extra_link_args=LINK.get(name, []),
             )
         )
@@ -64,5 +64,7 @@ setup(
         compiler_directives=DIRECTIVES,
         build_dir=f"build/cython-{BUILD}",
         nthreads=int(os.environ.get("FVD_JOBS", "0")),
-    )
+    ),
+    # Objects of one build are never taken for another's.
+    options={"build": {"build_base": f"build/objects-{BUILD}"}},
 )

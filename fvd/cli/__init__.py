@@ -1,0 +1,1 @@
+"""The command ``fvd-lv``: one command per file, over the public Python API and nothing below it."""

@@ -1,0 +1,1 @@
+"""Floor 2: open files and block devices, who owns them, what else lies on them, and the queues of their operations."""

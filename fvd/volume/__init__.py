@@ -1,0 +1,1 @@
+"""Floor 4: the life of a disk (provision, open, grow, close, remove) and what an administrator sees of it."""

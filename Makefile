@@ -1,0 +1,59 @@
+# Two commands on a bare Debian 12 with git, python3 and make:  make demo  ·  make test
+# Both install what is missing (scripts/setup), build, and run. `make help` lists the rest.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build checked lint test test-quick demo bench bench-quick coverage wheel clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+CHECKED := build/checked
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+PYTEST_ARGS ?=
+# Every temporary file of the tests: a place for sparse files of some GB.
+export TMPDIR ?= /tmp
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo 'Variables: PYTHON=/path/to/python3 (3.11 or newer)  JOBS=N  PYTEST_ARGS="-k name"'
+
+setup: ## install what is missing: Debian packages, the venv, its Python packages
+	@scripts/setup
+
+build: setup ## compile in place (release)
+	@FVD_BUILD=release FVD_JOBS=$(JOBS) $(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+
+# The checked build (bounds checks, asserted invariants, seeded bugs) lives in a copy of the tree, so that both can be tested.
+checked: setup ## compile the checked build in build/checked
+	@scripts/copy-tree $(CHECKED)
+	@cd $(CHECKED) && FVD_BUILD=checked FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+
+lint: setup ## ruff, mypy --strict, cython-lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check fvd/api.py fvd/control fvd/cli tests/cli tests/api tests/control
+	$(PY) -m mypy
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd
+
+# The release run is last: its summary closes the output. The checked run leaves out what is slow or about speed.
+test: build checked lint ## everything: both builds, the linters, all tests (at most 20 minutes)
+	FVD_TEST_BUILD=checked $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
+	FVD_TEST_BUILD=release $(PY) -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+test-quick: build ## the release build's fast tests
+	FVD_TEST_BUILD=release $(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+demo: build ## the main job on real input, narrated; a few minutes, some GB in $TMPDIR
+	@$(PY) scripts/demo
+
+bench: build ## every benchmark; results in results/
+	$(PY) bench/run.py
+
+bench-quick: build ## a few minutes of benchmarks
+	$(PY) bench/run.py --quick
+
+wheel: setup ## a wheel in dist/
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean: ## forget everything that was built (not the venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fvd -name '*.so' -delete

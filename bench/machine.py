@@ -1,0 +1,131 @@
+"""What a measurement stands on: loop devices over tmpfs, server processes, fio runs, and the facts of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class CannotMeasure(Exception):
+    """Something that this measurement needs is not on this machine."""
+
+
+def need(*programs: str) -> None:
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        raise CannotMeasure(f"not installed: {', '.join(missing)}")
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def facts() -> dict[str, Any]:
+    """The machine, the versions and the commit."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+
+    def version(*command: str) -> str:
+        try:
+            return output(*command).splitlines()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            return "not there"
+
+    return {
+        "kernel": platform.release(),
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "fio": version("fio", "--version"),
+        "qemu_nbd": version("qemu-nbd", "--version"),
+        "commit": version("git", "rev-parse", "--short", "HEAD"),
+        "modified": bool(version("git", "status", "--porcelain", "--untracked-files=no") not in ("", "not there")),
+        "load_at_start": os.getloadavg()[0],
+    }
+
+
+@contextlib.contextmanager
+def loop_device(size_bytes: int) -> Iterator[str]:
+    """A loop device with direct I/O over a fully allocated tmpfs file: software cost, no disk."""
+    need("losetup")
+    if os.geteuid() != 0:
+        raise CannotMeasure("loop devices need root")
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="fvd-bench-") as backing:
+        os.posix_fallocate(backing.fileno(), 0, size_bytes)
+        try:
+            device = output("losetup", "--find", "--show", "--direct-io=on", backing.name)
+        except subprocess.CalledProcessError as error:
+            raise CannotMeasure(f"losetup: {error.stderr.strip()}") from error
+        try:
+            yield device
+        finally:
+            subprocess.run(["losetup", "-d", device], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def server(command: list[str], socket_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that is up when its socket accepts; ended with SIGTERM."""
+    import socket
+
+    log = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            probe = socket.socket(socket.AF_UNIX)
+            try:
+                probe.connect(str(socket_path))
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise CannotMeasure(f"{command[0]} does not serve: {log.read().decode(errors='replace').strip()}") from None
+                time.sleep(0.02)
+            finally:
+                probe.close()
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_SECONDS
+
+
+def fio(uri: str, pattern: str, *, block_bytes: int, depth: int, seconds: float, size_bytes: int) -> dict[str, float]:
+    """One run of fio's nbd engine: operations a second, and how many there were."""
+    printed = output(
+        "fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={block_bytes}", f"--iodepth={depth}",
+        f"--size={size_bytes}", "--time_based", f"--runtime={seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
+    )
+    report = json.loads(printed[printed.index("{") :])  # its engine prints a line before
+    side = report["jobs"][0]["read" if "read" in pattern else "write"]
+    return {"iops": side["iops"], "operations": side["total_ios"], "p99_us": side["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000}
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def spread(values: list[float]) -> str:
+    """Median with the smallest and largest: ``1.93 (1.80-2.11)``."""
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -1,0 +1,54 @@
+# bash completion for fvd-lv. Written by scripts/make-completions.
+_fvd_lv() {
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command= word
+    COMPREPLY=()
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case $word in provision|serve|extend|info|map|check|dump|list|remove) command=$word; break ;; esac
+    done
+    # Bash splits file:PATH at the colon.
+    if [[ $current == : ]]; then current=; previous=:; fi
+    if [[ $previous == : ]]; then _fvd_lv_files -f; return; fi
+    case $command:$previous in
+        provision:--output|serve:--output|extend:--output|info:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
+        provision:--size) :; return ;;
+        provision:--base) _fvd_lv_files -f; return ;;
+        provision:--layout) COMPREPLY=($(compgen -W "compact raw" -- "$current")); return ;;
+        provision:--block-size) :; return ;;
+        provision:--chunk-size) :; return ;;
+        provision:--journal-size) :; return ;;
+        provision:--grow-step) :; return ;;
+        provision:--placement) COMPREPLY=($(compgen -W "append" -- "$current")); return ;;
+        serve:--socket) _fvd_lv_files -f; return ;;
+        serve:--listen) :; return ;;
+        serve:--cache) COMPREPLY=($(compgen -W "none writeback writethrough directsync unsafe" -- "$current")); return ;;
+        serve:--on-full) COMPREPLY=($(compgen -W "wait error" -- "$current")); return ;;
+        serve:--socket-mode) :; return ;;
+        serve:--socket-group) COMPREPLY=($(compgen -g -- "$current")); return ;;
+        extend:--by) :; return ;;
+        map:--offset) :; return ;;
+        map:--length) :; return ;;
+        map:--picture) COMPREPLY=($(compgen -W "auto always never" -- "$current")); return ;;
+    esac
+    case $command in
+        "") COMPREPLY=($(compgen -W "provision serve extend info map check dump list remove --help --version --output --verbose" -- "$current")) ;;
+        provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --layout --block-size --chunk-size --journal-size --grow-step --placement --force" -- "$current")); else _fvd_lv_volumes; fi ;;
+        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
+        extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
+        info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        map) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --offset --length --picture" -- "$current")); else _fvd_lv_volumes; fi ;;
+        check) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_files -d; fi ;;
+        remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+    esac
+}
+_fvd_lv_files() {
+    compopt -o filenames 2>/dev/null
+    mapfile -t COMPREPLY < <(compgen "$1" -- "$current")
+}
+_fvd_lv_volumes() {
+    if [[ $current == /* ]]; then _fvd_lv_files -f; return; fi
+    COMPREPLY=($(compgen -W "file: /dev/" -- "$current"))
+    compopt -o nospace 2>/dev/null
+}
+complete -F _fvd_lv fvd-lv

@@ -1,0 +1,128 @@
+"""An open disk in this process: read and write it without NBD, from any number of threads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fvd.api.opened import OpenedVerbs
+from fvd.api.types import CacheMode, CheckReport, Extended, Info, Map, OnFull, from_json, info_from_json
+from fvd.api.verbs import map_from_json
+from fvd.units import parse_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+
+    from fvd.volume._driver import Driver
+    from fvd.volume.name import VolumeName
+    from fvd.volume.policy import GrowthEvent
+
+log = logging.getLogger("fvd.api")
+
+
+def open(volume: str, *, read_only: bool = False, cache: CacheMode = "none", on_full: OnFull = "error") -> Disk:
+    """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
+
+    ``on_full``: when storage has ended and cannot grow, a write that needs more raises NoSpace ("error") or waits until there is some.
+    Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, DeviceError.
+    """
+    from fvd.volume._driver import drive
+    from fvd.volume.name import parse_name
+    from fvd.volume.opening import open_volume
+
+    name = parse_name(volume)
+    opened = open_volume(name, read_only=read_only, cache=cache, on_full=on_full, on_event=reporter(name))
+    try:
+        for notice in opened.notices:
+            log.warning("%s", notice)
+        return Disk(drive(opened))
+    except BaseException:
+        opened.close()
+        raise
+
+
+class Disk:
+    """An open disk: a context manager, safe from threads. Made by ``open``. Offsets and lengths are bytes, of any alignment.
+
+    Every method raises DeviceError once the disk has been closed, and after a flush failed: nothing is promised then until the next open.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._verbs = OpenedVerbs(driver.volume, driver.call)
+
+    @property
+    def volume(self) -> str:
+        """The volume's name."""
+        return str(self._driver.volume.name)
+
+    @property
+    def size(self) -> int:
+        """The virtual size in bytes."""
+        return self._driver.volume.geometry.virtual_size_bytes
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. Raises InvalidArgument (not in the disk), DeviceError."""
+        return self._driver.pread(offset, length)
+
+    def pread_into(self, offset: int, buffer: Buffer) -> int:
+        """Fill a writable buffer from ``offset``; returns its length. Raises as ``pread``."""
+        return self._driver.pread_into(offset, buffer)
+
+    def pwrite(self, offset: int, data: Buffer, *, durable: bool = False) -> int:
+        """Write all of ``data`` at ``offset``; with ``durable`` it survives any crash when this returns. Returns its length.
+
+        Raises InvalidArgument (not in the disk), NoSpace, ReadOnly, DeviceError.
+        """
+        return self._driver.pwrite(offset, data, fua=durable)
+
+    def flush(self) -> None:
+        """What was written before, by any thread, survives any crash when this returns. Raises DeviceError."""
+        self._driver.flush()
+
+    def trim(self, offset: int, length: int) -> None:
+        """The range is not needed any longer: it reads as its old contents or zeros. Raises InvalidArgument, ReadOnly, DeviceError."""
+        self._driver.trim(offset, length)
+
+    def zero(self, offset: int, length: int, *, keep_storage: bool = False) -> None:
+        """The range reads as zeros; with ``keep_storage`` later writes there need no more. Raises as ``pwrite``."""
+        self._driver.zero(offset, length, no_hole=keep_storage)
+
+    def info(self) -> Info:
+        """What the disk is and how full."""
+        return info_from_json(self._verbs.info())
+
+    def map(self, offset: int | str = 0, length: int | str | None = None) -> Map:
+        """Which part of the disk is where. Raises InvalidArgument (not in the disk)."""
+        return map_from_json(self._verbs.map(parse_size(offset), None if length is None else parse_size(length), limit=None))
+
+    def check(self) -> CheckReport:
+        """Is the metadata whole? What is damaged is in the report."""
+        return from_json(CheckReport, self._verbs.check())
+
+    def extend(self, by: int | str | None = None) -> Extended:
+        """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
+        return from_json(Extended, self._verbs.extend(None if by is None else parse_size(by)))
+
+    def close(self) -> None:
+        """Commit everything and close the disk; again is fine. Raises DeviceError when that failed: what was flushed is safe even then."""
+        self._driver.close()
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def reporter(name: VolumeName) -> Callable[[GrowthEvent], None]:
+    """Logs what happens to a disk's storage: failures as warnings, the rest as information."""
+
+    def report(event: GrowthEvent) -> None:
+        level = logging.WARNING if event.kind in ("extend_failed", "extend_slow") else logging.INFO
+        detail = event.message or f"storage {event.storage_size_bytes} bytes, {event.free_bytes} free"
+        log.log(level, "%s: %s: %s", name, event.kind.replace("_", " "), detail)
+
+    return report

@@ -1,0 +1,58 @@
+"""The verbs on a disk that this process has open, whoever drives it: the in-process driver or the NBD server's loop.
+
+Answers are plain values, for a control socket as for this process. What looks at the engine runs in the loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fvd.api.verbs import MAP_PIECE_EXTENTS, map_of, map_to_json
+from fvd.errors import InvalidArgument, ReadOnly
+
+if TYPE_CHECKING:
+    from fvd.volume.opening import OpenVolume
+
+# call(function): function() as called in the loop's thread, between two requests.
+Call = Callable[[Callable[[], Any]], Any]
+
+
+class OpenedVerbs:
+    """info, map, check and extend of one open disk. Safe from threads."""
+
+    def __init__(self, disk: OpenVolume, call: Call) -> None:
+        self._disk = disk
+        self._call = call
+
+    def info(self, uri: str | None = None) -> dict[str, Any]:
+        from fvd.volume.info import info
+
+        found: dict[str, Any] = self._call(lambda: info(self._disk))
+        return {**found, "uri": uri, "failed": bool(found.get("failed_errno"))}
+
+    def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
+        """The map, or its beginning: ``more`` says which."""
+        from fvd.volume.view import look
+
+        # The snapshot is taken between two requests; what is made of it takes no time from them.
+        view = self._call(lambda: look(self._disk))
+        found = map_of(view, offset, length, limit)
+        end = view.geometry.virtual_size_bytes if length is None else offset + length
+        return map_to_json(found, more=offset + found.length < end)
+
+    def check(self) -> dict[str, Any]:
+        from fvd.volume.check import check
+
+        return {**asdict(self._call(lambda: check(self._disk))), "served": True}
+
+    def extend(self, by_bytes: int | None = None) -> dict[str, Any]:
+        disk = self._disk
+        if disk.allocator is None:
+            raise ReadOnly(f"{disk.name} is open read-only; open it for writing to extend it")
+        if by_bytes is not None and by_bytes <= 0:
+            raise InvalidArgument(f"{disk.name}: cannot extend by {by_bytes} bytes; name a size above 0")
+        before_bytes = disk.engine.storage_size_bytes
+        size_bytes = disk.allocator.extend_now(by_bytes).result()
+        return {"volume": str(disk.name), "storage_size": size_bytes, "added_bytes": size_bytes - before_bytes}

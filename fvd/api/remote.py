@@ -1,0 +1,36 @@
+"""Asks the process that serves a volume, if there is one. Knows control sockets, not what the verbs mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fvd.volume.name import VolumeName
+
+# A disk of many small extents on slow storage; the control client's own limit is for a server that says nothing at all.
+LONG_TIMEOUT_SECONDS = 3600.0
+
+
+class NotServed:
+    """The answer when nobody serves the volume: any JSON value may be an answer of a server."""
+
+
+NOT_SERVED = NotServed()
+
+
+def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
+    """The answer of the process that serves the volume, or NOT_SERVED. Raises what the verb raised there, Timeout, PermissionDenied."""
+    from fvd.control.client import ControlClient
+    from fvd.control.paths import find_socket
+    from fvd.control.protocol import ServerGone
+
+    path = find_socket(name.path)
+    if path is None:
+        return NOT_SERVED
+    client = ControlClient(path, timeout_seconds=LONG_TIMEOUT_SECONDS)
+    try:
+        client.connect()
+    except ServerGone:
+        return NOT_SERVED  # the socket of a process that has died
+    with client:
+        return client.ask(verb, **arguments)

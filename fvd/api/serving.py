@@ -1,0 +1,286 @@
+"""Disks served over NBD by a thread of this process, each with its control socket. Composes volumes, the NBD server and control sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fvd.api.address import parse_listen
+from fvd.api.disk import reporter
+from fvd.api.opened import OpenedVerbs
+from fvd.api.types import CacheMode, Export, Extended, Info, OnFull, from_json, info_from_json
+from fvd.errors import Conflict, FvdError, InvalidArgument, NotFound
+from fvd.units import parse_size
+
+if TYPE_CHECKING:
+    from fvd.export.server import NbdServer, Tcp, Unix
+    from fvd.volume.name import VolumeName
+    from fvd.volume.opening import OpenVolume
+
+log = logging.getLogger("fvd.api")
+READY_SECONDS = 60.0
+# The engine's Want bits (fvd/engine/_engine.pxd).
+_WANT_GROWTH, _WANT_EVENT = 1, 2
+
+
+def serve(
+    *volumes: str,
+    socket: str | os.PathLike[str] | None = None,
+    listen: str | tuple[str, int] | None = None,
+    cache: CacheMode = "none",
+    read_only: bool = False,
+    on_full: OnFull = "wait",
+    socket_mode: int = 0o600,
+    socket_group: str | int | None = None,
+    on_end: Callable[[], None] | None = None,
+) -> Served:
+    """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP.
+
+    ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. Notices (no io_uring here, no O_DIRECT...) and
+    failed growth steps are logged as warnings of the logger "fvd".
+    Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied.
+    """
+    served = Served(
+        volumes,
+        socket=socket,
+        listen=listen,
+        cache=cache,
+        read_only=read_only,
+        on_full=on_full,
+        socket_mode=socket_mode,
+        socket_group=socket_group,
+        on_end=on_end,
+    )
+    served.open()
+    return served
+
+
+class Served:
+    """Disks that are being served: a context manager, safe from threads. Made by ``serve``."""
+
+    def __init__(
+        self,
+        volumes: tuple[str, ...],
+        *,
+        socket: str | os.PathLike[str] | None,
+        listen: str | tuple[str, int] | None,
+        cache: CacheMode,
+        read_only: bool,
+        on_full: OnFull,
+        socket_mode: int,
+        socket_group: str | int | None,
+        on_end: Callable[[], None] | None,
+    ) -> None:
+        if not volumes:
+            raise InvalidArgument("name at least one volume to serve")
+        if (socket is None) == (listen is None):
+            raise InvalidArgument("say where to serve: either socket=PATH or listen=HOST:PORT")
+        self._names = volumes
+        self._socket = socket
+        self._listen = listen
+        self._cache = cache
+        self._read_only = read_only
+        self._on_full = on_full
+        self._socket_mode = socket_mode
+        self._socket_group = socket_group
+        self._on_end = on_end
+        self._server: NbdServer | None = None
+        self._disks: dict[str, OpenVolume] = {}  # by export name
+        self._verbs: dict[str, OpenedVerbs] = {}  # of the same
+        self._resources = ExitStack()
+        self._ready = threading.Event()
+        self._close_lock = threading.Lock()
+        self._closed = False
+        self.exports: list[Export] = []
+
+    # --- What a user calls -----------------------------------------------------------------------------------------------------
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI of the only volume. Raises InvalidArgument when there are several: see ``exports``."""
+        if len(self.exports) != 1:
+            raise InvalidArgument("several volumes are served here; take the URI from exports")
+        return self.exports[0].uri
+
+    def info(self, volume: str | None = None) -> Info:
+        """What a served disk is and how full. ``volume`` may be left out where there is only one. Raises NotFound: not served here."""
+        return info_from_json(self._info(self._export(volume)))
+
+    def extend(self, by: int | str | None = None, volume: str | None = None) -> Extended:
+        """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
+        return from_json(Extended, self._verbs[self._export(volume)].extend(None if by is None else parse_size(by)))
+
+    def close(self) -> None:
+        """Answer what is under way, hang up, commit and close each disk; again is fine. Raises DeviceError when a disk could not be closed
+        cleanly: what was flushed is safe even then."""
+        with self._close_lock:
+            if not self._closed:
+                self._closed = True
+                self._resources.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- From start to end -----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Claim and recover every disk, then serve them. All or none."""
+        from fvd.control.server import ControlServer
+        from fvd.export.server import NbdServer
+        from fvd.volume.name import parse_name
+        from fvd.volume.opening import open_volume
+
+        on_end = self._on_end
+
+        class Server(NbdServer):
+            """Tells when serving has ended, also by a failure."""
+
+            def run(self) -> None:
+                try:
+                    super().run()
+                finally:
+                    if on_end is not None:
+                        on_end()
+
+        names = [parse_name(volume) for volume in self._names]
+        with ExitStack() as undo:
+            server = self._server = Server(self._address(), on_stop=self._close_exports)
+            for export_name, name in zip(export_names(names), names, strict=True):
+                disk = open_volume(name, read_only=self._read_only, cache=self._cache, on_full=self._on_full, on_event=reporter(name))
+                undo.callback(disk.close)
+                for notice in disk.notices:
+                    log.warning("%s", notice)
+                self._disks[export_name] = disk
+                self._verbs[export_name] = OpenedVerbs(disk, self._call)
+                server.add_export(
+                    export_name,
+                    disk.engine,
+                    storage_fd=disk.node.fd,
+                    base_fd=-1 if disk.base_node is None else disk.base_node.fd,
+                    size_bytes=disk.geometry.virtual_size_bytes,
+                    read_only=self._read_only,
+                    block_size_bytes=disk.geometry.block_size_bytes,
+                    description=str(name),
+                    on_want=_on_want(disk),
+                )
+            undo.callback(server.stop)
+            for export_name, disk in self._disks.items():
+                control = ControlServer(str(disk.name), disk.name.path, self._handlers(export_name))
+                control.start()
+                undo.callback(control.close)
+            undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
+            server.start()
+            server.call(self._attach_allocators)
+            self.exports = [Export(str(disk.name), export_name, server.uri(export_name)) for export_name, disk in self._disks.items()]
+            self._ready.set()
+            self._resources = undo.pop_all()
+
+    def _address(self) -> Unix | Tcp:
+        from fvd.export.server import Tcp, Unix
+
+        if self._listen is not None:
+            host, port = parse_listen(self._listen) if isinstance(self._listen, str) else self._listen
+            return Tcp(host, port)
+        group = self._socket_group
+        if isinstance(group, str) and group.isascii() and group.isdigit():
+            group = int(group)
+        return Unix(os.fspath(self._socket or ""), self._socket_mode, group)
+
+    def _attach_allocators(self) -> None:
+        for disk in self._disks.values():
+            if disk.allocator is not None:
+                disk.allocator.attach(disk.engine, self._post)
+
+    def _post(self, work: Callable[[], None]) -> None:
+        """Have the serving thread call ``work``; nothing happens when it has ended."""
+        try:
+            self._call(work)
+        except Conflict:
+            log.debug("the serving thread has ended; a growth step's result is left for the next open")
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        assert self._server is not None
+        return self._server.call(work)
+
+    def _close_exports(self) -> None:
+        """In the serving thread, after the last request. Every disk is tried before the first failure is told."""
+        assert self._server is not None
+        failures = []
+        for export_name in self._disks:
+            try:
+                self._server.close_export(export_name)
+            except FvdError as error:
+                failures.append(error)
+                log.error("%s", error)
+        if failures:
+            raise failures[0]
+
+    # --- Verbs, for this process and for the control socket --------------------------------------------------------------------
+
+    def _export(self, volume: str | None) -> str:
+        from fvd.volume.name import parse_name
+
+        if volume is None:
+            if len(self._disks) != 1:
+                raise InvalidArgument("several volumes are served here; name one")
+            return next(iter(self._disks))
+        name = parse_name(volume)
+        for export_name, disk in self._disks.items():
+            if disk.name == name:
+                return export_name
+        raise NotFound(f"{name} is not served here")
+
+    def _handlers(self, export_name: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
+        from fvd.control.protocol import check_arguments
+
+        def handler(allowed: dict[str, type], verb: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+            def answer(arguments: dict[str, Any]) -> Any:
+                check_arguments(arguments, allowed)
+                self._ready.wait(READY_SECONDS)
+                return verb(**arguments)
+
+            return answer
+
+        verbs = self._verbs[export_name]
+        return {
+            "info": handler({}, lambda: self._info(export_name)),
+            "map": handler({"offset": int, "length": int}, verbs.map),
+            "check": handler({}, verbs.check),
+            "extend": handler({"by_bytes": int}, verbs.extend),
+        }
+
+    def _info(self, export_name: str) -> dict[str, Any]:
+        uri = next((export.uri for export in self.exports if export.name == export_name), None)
+        return self._verbs[export_name].info(uri)
+
+
+def export_names(names: list[VolumeName]) -> list[str]:
+    """The last part of each volume's path; the whole name where that would not tell two apart. Raises InvalidArgument: one named twice."""
+    if len(set(names)) < len(names):
+        raise InvalidArgument(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+    shorts = [name.short for name in names]
+    return [short if shorts.count(short) == 1 else str(name) for short, name in zip(shorts, names, strict=True)]
+
+
+def _on_want(disk: OpenVolume) -> Callable[[int], None]:
+    def act(wants: int) -> None:
+        if wants & _WANT_GROWTH:
+            if disk.allocator is not None:
+                disk.allocator.on_want(disk.engine)
+            else:
+                disk.engine.want &= ~_WANT_GROWTH
+        if wants & _WANT_EVENT:
+            disk.engine.want &= ~_WANT_EVENT
+            if disk.engine.failed_errno:
+                reason = os.strerror(disk.engine.failed_errno)
+                log.error("%s: the storage failed (%s); writes are refused until the disk is closed and opened again", disk.name, reason)
+
+    return act

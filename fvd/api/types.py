@@ -1,0 +1,142 @@
+"""What the public functions answer: frozen dataclasses whose fields are also the keys of JSON output. Knows only its own shape.
+
+All sizes and offsets are bytes. Fields are only ever added; a removed or changed one would raise the schema version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+Layout = Literal["compact", "raw"]
+CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
+OnFull = Literal["wait", "error"]
+ExtentState = Literal["data", "base", "zero"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The image under a disk, as it was fixed at provision."""
+
+    path: str
+    size: int
+    format: str
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a disk is and how full. Fields with a default say something only of a disk that is open."""
+
+    volume: str
+    uuid: str
+    virtual_size: int
+    mapped_bytes: int  # storage taken by chunks that hold something
+    present_bytes: int  # what does not come from the base
+    storage_size: int  # what the disk has now
+    metadata_size: int  # part of the storage
+    max_storage_size: int  # what it can ever need
+    free_bytes: int  # storage that no chunk has taken
+    low_water_bytes: int  # a growth step begins when less than this is free; 0: every chunk has its place
+    can_grow: bool  # False: only somebody else can add storage
+    block_size: int
+    chunk_size: int
+    journal_size: int
+    grow_step: int
+    layout: Layout
+    placement: str
+    base: Base | None
+    clean: bool  # closed cleanly; False while it is open for writing
+    created_seconds: int  # Unix time
+    uri: str | None = None  # where it is served; None: it is not
+    read_only: bool = False
+    cache: CacheMode | None = None
+    on_full: OnFull | None = None
+    waiting_writes: int = 0  # writes that wait for storage
+    failed: bool = False  # a flush or journal write failed: writes are refused until the disk is opened again
+    growth: dict[str, Any] | None = None  # steps so far, how long they took, the last failure
+    statistics: dict[str, int] | None = None  # since it was opened
+
+
+@dataclass(frozen=True)
+class Provisioned(Info):
+    """A disk that was provisioned."""
+
+    created: bool = True  # False: it was there, with the same parameters
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A part of a disk, all of it in one state."""
+
+    start: int
+    length: int
+    state: ExtentState  # data: in this disk; base: read from the base; zero: reads as zeros
+    storage_offset: int | None  # where it lies in the storage; None: nowhere
+
+
+@dataclass(frozen=True)
+class Map:
+    """The extents of a part of a disk, in order, without gaps."""
+
+    volume: str
+    offset: int
+    length: int
+    chunk_size: int
+    data_offset: int  # where the metadata ends in the storage
+    storage_size: int
+    extents: list[Extent]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found."""
+
+    volume: str
+    clean: bool  # closed cleanly; False while it is open for writing
+    mapped_chunks: int
+    mapped_bytes: int
+    commits_replayed: int  # what the journal holds that the maps on storage do not
+    errors: list[str]  # empty: the metadata is whole
+    warnings: list[str]  # worth knowing; the disk works
+    served: bool = False  # checked while in use, in its server's memory
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What an extend did."""
+
+    volume: str
+    storage_size: int
+    added_bytes: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A disk that was found."""
+
+    volume: str
+    state: str  # "served", "closed", or the kind of the error that keeps it from being read ("in_use", "corrupt"...)
+    info: Info | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A served volume as NBD clients see it."""
+
+    volume: str
+    name: str
+    uri: str
+
+
+def from_json(kind: type[T], answer: dict[str, Any]) -> T:
+    """A dataclass from plain values, which may be those of another version: what is unknown here is left out."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in answer.items() if name in known})
+
+
+def info_from_json(answer: dict[str, Any]) -> Info:
+    """An Info with its base."""
+    found: Info = from_json(Info, answer)
+    return found if answer.get("base") is None else replace(found, base=from_json(Base, answer["base"]))

@@ -1,0 +1,219 @@
+"""The verbs on a volume, by its name. On a served volume they go to the process that serves it, through its control socket.
+
+A volume is ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for a name
+or value that can never work, PermissionDenied, DeviceError (an I/O error), Corrupt (a damaged disk) and Unsupported (one of a later
+version).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fvd.api.types import CheckReport, Extended, Extent, Info, Layout, Map, Provisioned, from_json, info_from_json
+from fvd.errors import InUse, InvalidArgument
+from fvd.units import parse_size
+
+if TYPE_CHECKING:
+    from fvd.volume.map import Extent as VolumeExtent
+    from fvd.volume.view import View
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+# A served disk answers a map in pieces, so that no answer grows without bounds.
+MAP_PIECE_EXTENTS = 100_000
+
+
+def provision(
+    volume: str,
+    size: int | str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    layout: Layout = "compact",
+    block_size: int | str = "64K",
+    chunk_size: int | str = "1M",
+    journal_size: int | str = "16M",
+    grow_step: int | str = "5G",
+    placement: str = "append",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Provisioned:
+    """Make a virtual disk of ``size`` in a volume. The same again is fine (``created`` is False then), interrupted or not.
+
+    ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
+    else is there), InUse, NoSpace, NotFound (no such device or base).
+    """
+    from fvd.format.geometry import Layout as LayoutCode
+    from fvd.format.geometry import Placement
+    from fvd.volume.provision import provision as make
+
+    made = make(
+        volume,
+        virtual_size_bytes=parse_size(size),
+        block_size_bytes=parse_size(block_size),
+        chunk_size_bytes=parse_size(chunk_size),
+        journal_size_bytes=parse_size(journal_size),
+        grow_step_bytes=parse_size(grow_step),
+        layout=_choice("layout", layout, LayoutCode),
+        placement=_choice("placement", placement, Placement),
+        base=base,
+        force=force,
+        progress=progress,
+    )
+    found = info(str(made.name))
+    return Provisioned(**{**vars(found), "created": made.created})
+
+
+def extend(volume: str, by: int | str | None = None) -> Extended:
+    """Put more storage under a disk (default: its grow step), at most what it can ever use. The virtual size stays as it is.
+
+    Raises NotFound, InUse, NoSpace, Unsupported (a device of fixed size), ReadOnly (served read-only), Timeout.
+    """
+    from fvd.api import remote
+    from fvd.volume.extending import extend as extend_closed
+    from fvd.volume.name import parse_name
+
+    name = parse_name(volume)
+    by_bytes = None if by is None else parse_size(by)
+    if by_bytes == 0:
+        raise InvalidArgument(f"{name}: cannot extend by nothing; name a size above 0")
+    answer = remote.ask(name, "extend", **({} if by_bytes is None else {"by_bytes": by_bytes}))
+    if answer is not remote.NOT_SERVED:
+        return from_json(Extended, answer)
+    grown = extend_closed(name, by_bytes)
+    return Extended(str(grown.name), grown.storage_size_bytes, grown.added_bytes)
+
+
+def info(volume: str) -> Info:
+    """What a disk is and how full. Raises NotFound, InUse (someone has it open without serving it)."""
+    from fvd.api import remote
+    from fvd.volume.info import info as info_of
+    from fvd.volume.name import parse_name
+
+    name = parse_name(volume)
+    answer = remote.ask(name, "info")
+    return info_from_json(info_of(name) if answer is remote.NOT_SERVED else answer)
+
+
+def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) -> Map:
+    """Which part of the disk is where. Of a served disk that is being written, parts of the answer may be of different moments.
+
+    Raises NotFound, InUse, InvalidArgument (a part that is not in the disk).
+    """
+    from fvd.api import remote
+    from fvd.volume.name import parse_name
+    from fvd.volume.view import look
+
+    name = parse_name(volume)
+    start, length_bytes = parse_size(offset), None if length is None else parse_size(length)
+    pieces: list[Map] = []
+    while True:
+        at = pieces[-1].offset + pieces[-1].length if pieces else start
+        arguments = {"offset": at} | ({} if length_bytes is None else {"length": start + length_bytes - at})
+        answer = remote.ask(name, "map", **arguments)
+        if answer is remote.NOT_SERVED:
+            return map_of(look(name), start, length_bytes)
+        pieces.append(map_from_json(answer))
+        if not answer["more"]:
+            break
+    last = pieces[-1]
+    return Map(
+        last.volume,
+        start,
+        last.offset + last.length - start,
+        last.chunk_size,
+        last.data_offset,
+        last.storage_size,
+        _joined([extent for piece in pieces for extent in piece.extents]),
+    )
+
+
+def check(volume: str, *, progress: Progress | None = None) -> CheckReport:
+    """Is the metadata whole? Changes nothing; damage is in the report, not raised. Raises NotFound, InUse."""
+    from fvd.api import remote
+    from fvd.volume.check import check as check_closed
+    from fvd.volume.name import parse_name
+
+    name = parse_name(volume)
+    answer = remote.ask(name, "check")
+    return from_json(CheckReport, asdict(check_closed(name, progress=progress)) if answer is remote.NOT_SERVED else answer)
+
+
+def dump(volume: str) -> dict[str, Any]:
+    """The metadata as it lies on the storage, damaged or not, as plain values. Raises NotFound, InUse (of a disk that is served, the
+    storage is behind the memory)."""
+    from fvd.volume.dump import dump as dump_closed
+
+    return dump_closed(volume)
+
+
+def remove(volume: str) -> bool:
+    """End a disk: a file is deleted, on a block device the superblocks are wiped. False: there was none, which is fine.
+
+    Raises InUse, Conflict (the volume holds something that is not an fvd disk).
+    """
+    from fvd.api import remote
+    from fvd.volume.name import parse_name
+    from fvd.volume.removing import remove as remove_closed
+
+    name = parse_name(volume)
+    try:
+        return remove_closed(name)
+    except InUse as error:
+        served = remote.ask(name, "info")
+        if served is remote.NOT_SERVED:
+            raise
+        raise InUse(f"{name} is being served at {served['uri']}; stop that first") from error
+
+
+# --- Plain values of maps, for both ends of a control socket ---------------------------------------------------------------------
+
+
+def map_of(view: View, offset: int, length: int | None, limit: int | None = None) -> Map:
+    """The map of a part of a disk; with a limit, of its beginning only."""
+    from fvd.volume.map import extents
+
+    found: list[Extent] = []
+    for extent in extents(view, offset, length):
+        if limit is not None and len(found) >= limit:
+            break
+        found.append(_extent(extent))
+    end = found[-1].start + found[-1].length if found else offset
+    geometry = view.geometry
+    return Map(str(view.name), offset, end - offset, geometry.chunk_size_bytes, geometry.data_offset_bytes, view.storage_size_bytes, found)
+
+
+def map_to_json(found: Map, more: bool) -> dict[str, Any]:
+    """Extents as rows: a large map has many."""
+    rows = [[extent.start, extent.length, extent.state, extent.storage_offset] for extent in found.extents]
+    return {**vars(found), "extents": rows, "more": more}
+
+
+def map_from_json(answer: dict[str, Any]) -> Map:
+    return from_json(Map, {**answer, "extents": [Extent(*row) for row in answer["extents"]]})
+
+
+def _extent(extent: VolumeExtent) -> Extent:
+    return Extent(extent.start, extent.length, extent.state, extent.storage_offset)
+
+
+def _joined(found: list[Extent]) -> list[Extent]:
+    """Extents that were cut only because an answer ended there, put together."""
+    joined: list[Extent] = []
+    for extent in found:
+        before = joined[-1] if joined else None
+        if before is not None and before.state == extent.state:
+            continues = before.storage_offset is None or before.storage_offset + before.length == extent.storage_offset
+            if continues:
+                joined[-1] = Extent(before.start, before.length + extent.length, before.state, before.storage_offset)
+                continue
+        joined.append(extent)
+    return joined
+
+
+def _choice(what: str, name: str, codes: Any) -> Any:
+    try:
+        return codes[name.upper()]
+    except KeyError:
+        raise InvalidArgument(f"{what} {name!r}: choose {' or '.join(code.name.lower() for code in codes)}") from None

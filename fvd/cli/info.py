@@ -1,0 +1,80 @@
+"""``fvd-lv info``: what a disk is and how full. Knows how to say it, not how it is found out."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import fvd
+from fvd.cli.options import Subparsers, add_command, add_volume
+from fvd.cli.output import Output, share
+from fvd.units import GIB, MIB, format_size
+
+if TYPE_CHECKING:
+    from fvd import Info
+
+EXAMPLES = """\
+  fvd-lv info file:vm1.img
+  fvd-lv info file:vm1.img --output json | jq .mapped_bytes
+
+Works on a closed disk and on a served one, through its control socket."""
+
+# Rates for which the growth reserve is told in seconds: a busy virtual machine, and one that writes as fast as flash storage can.
+WRITE_RATES_BYTES = (100 * MIB, GIB)
+
+
+def register(subparsers: Subparsers) -> None:
+    add_volume(add_command(subparsers, "info", "show what a disk is and how full", run, EXAMPLES))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = fvd.info(arguments.volume)
+    Output(arguments.output).result(asdict(found), [found.volume, *describe_info(found)])
+    return 0
+
+
+def describe_info(found: Info) -> list[str]:
+    """The lines under a volume's name."""
+    rows = [
+        ("virtual size", f"{format_size(found.virtual_size)} ({found.virtual_size} bytes)"),
+        ("mapped", f"{format_size(found.mapped_bytes)}, {share(found.mapped_bytes, found.virtual_size)} of the virtual size"),
+        ("storage", f"{format_size(found.storage_size)}, {describe_growth(found)}"),
+        ("metadata", format_size(found.metadata_size)),
+        ("layout", f"{found.layout}, blocks of {format_size(found.block_size)} in chunks of {format_size(found.chunk_size)}"),
+        ("journal", format_size(found.journal_size)),
+        ("base", f"{found.base.path} ({format_size(found.base.size)}, {found.base.format})" if found.base else "none"),
+        ("state", describe_state(found)),
+        ("uuid", found.uuid),
+        ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
+        *(("growth reserve" if number == 0 else "", line) for number, line in enumerate(describe_reserve(found))),
+    ]
+    return [f"  {label:<16}{text}" for label, text in rows]
+
+
+def describe_growth(found: Info) -> str:
+    most = format_size(found.max_storage_size)
+    if found.storage_size >= found.max_storage_size:
+        return "all that it can ever need"
+    if not found.can_grow:
+        return f"of a fixed size; the disk could use {most}"
+    return f"grows by {format_size(found.grow_step)}, at most to {most} ({found.max_storage_size} bytes)"
+
+
+def describe_state(found: Info) -> str:
+    clean = "clean" if found.clean else "not clean: the next open replays its journal"
+    return f"served at {found.uri}" if found.uri else clean
+
+
+def describe_reserve(found: Info) -> list[str]:
+    """How long writes to new places go on, at given rates, while storage is being added."""
+    if found.low_water_bytes == 0:
+        return ["not needed: every chunk has its place"]
+    lines = [
+        f"{format_size(found.free_bytes)} free now; a growth step begins when {format_size(found.low_water_bytes)} are left, "
+        "and no write waits if it ends within"
+    ]
+    for rate in WRITE_RATES_BYTES:
+        lines.append(f"  {found.low_water_bytes / rate:.1f} s, when new places are written at {format_size(rate)}/s")
+    return lines

@@ -1,0 +1,94 @@
+"""``fvd-lv``: reads the command line, runs one command, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fvd import __version__
+from fvd.cli import check, dump, extend, info, list_volumes, map_volume, output, provision, remove, serve
+from fvd.cli.failure import EXIT_BROKEN_PIPE, EXIT_USAGE, PROGRAM, error_line, error_object, exit_code_of, exit_code_table
+from fvd.cli.options import add_common
+from fvd.errors import FvdError, InvalidArgument
+
+COMMANDS = (provision, serve, extend, info, map_volume, check, dump, list_volumes, remove)
+
+DESCRIPTION = """\
+Virtual disks that hold what was written and no more, served over NBD, that survive any crash.
+
+VOLUME is file:PATH (a sparse file that plays the logical volume, no privileges needed) or a block device such as /dev/sdb."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of usage in JSON too, for a program that asked for it."""
+
+    def error(self, message: str) -> NoReturn:
+        if _wants_json(sys.argv[1:]):
+            print(json.dumps({"schema_version": output.SCHEMA_VERSION, "error": error_object(InvalidArgument(message), None)}, indent=2))
+        sys.stderr.write(f"{PROGRAM}: {message}; see {self.prog} --help\n")
+        sys.exit(EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; also what completions and the manual page are compared with."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=f"""\
+examples:
+  fvd-lv provision file:vm1.img --size 100G
+  fvd-lv serve file:vm1.img --socket vm1.sock
+  fvd-lv info file:vm1.img
+
+exit codes:
+{exit_code_table()}
+
+Sizes: 64K, 1.5G, 100GiB or bytes; G means GiB. See fvd-lv COMMAND --help, and fvd-lv(1).""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    add_common(parser, default=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Usage errors and --help leave by SystemExit, as argparse does."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(format=f"{PROGRAM}: note: %(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        output.silence_stdout()
+        return EXIT_BROKEN_PIPE
+    except (FvdError, OSError, KeyboardInterrupt) as error:
+        return _fail(error, arguments)
+    except Exception as error:  # a bug of ours: the line first, then what a report needs
+        traceback.print_exc()
+        return _fail(error, arguments)
+
+
+def _fail(error: BaseException, arguments: argparse.Namespace) -> int:
+    volume = getattr(arguments, "volume", None)
+    if arguments.output == "json":
+        try:
+            print(json.dumps({"schema_version": output.SCHEMA_VERSION, "error": error_object(error, volume)}, indent=2), flush=True)
+        except BrokenPipeError:
+            output.silence_stdout()
+    sys.stderr.write(error_line(error, volume) + "\n")
+    return exit_code_of(error)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    return "--output=json" in words or any(pair == ("--output", "json") for pair in itertools.pairwise(words))

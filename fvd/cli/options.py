@@ -1,0 +1,80 @@
+"""Options and argument types that several commands share. Knows argparse and sizes, not what the commands do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fvd.api.address import parse_listen
+from fvd.errors import InvalidArgument
+from fvd.units import parse_size
+
+VOLUME_HELP = "file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
+
+# How a command is registered: its parser, and what runs it.
+Run = Callable[[argparse.Namespace], int]
+Subparsers = Any  # argparse does not name the type that add_subparsers returns
+
+
+def size(text: str) -> int:
+    """An argparse type: a size as people write them."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def mode(text: str) -> int:
+    """An argparse type: permission bits in octal."""
+    try:
+        value = int(text, 8)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file mode; write for example 0600")
+    return value
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """An argparse type: where to listen."""
+    try:
+        return parse_listen(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_command(subparsers: Subparsers, name: str, help_text: str, run: Run, examples: str) -> argparse.ArgumentParser:
+    """A command's parser, with the options that every command has."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    add_common(parser, default=False)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser, default: bool) -> None:
+    """--output and --verbose, which may stand before or after the command's name."""
+    parser.add_argument(
+        "--output",
+        choices=("text", "json"),
+        default="text" if default else argparse.SUPPRESS,
+        help="text for people (default), or one JSON object with stable keys and sizes in bytes",
+    )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=False if default else argparse.SUPPRESS,
+        help="say more on stderr; a traceback with an internal error",
+    )
+
+
+def add_volume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("volume", metavar="VOLUME", help=VOLUME_HELP)

@@ -1,0 +1,71 @@
+"""What a command prints: text for people, or one JSON object with a schema version for programs. Knows no command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fvd.units import format_size
+
+SCHEMA_VERSION = 1
+
+
+class Output:
+    """Where a command's result goes."""
+
+    def __init__(self, form: str) -> None:
+        self.is_json = form == "json"
+
+    def result(self, payload: dict[str, Any], text: str | Iterable[str]) -> None:
+        """Print the payload or the text, at once."""
+        if self.is_json:
+            sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **payload}, indent=2) + "\n")
+        else:
+            for line in [text] if isinstance(text, str) else text:
+                sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Rows as aligned columns; ``right`` names the columns that hold numbers."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    aligned = set(right)
+    lines = []
+    for row in rows:
+        cells = [row[column].rjust(width) if column in aligned else row[column].ljust(width) for column, width in enumerate(widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def sizes(size_bytes: int) -> str:
+    """``5.0 GiB (5368709120 bytes)``."""
+    return f"{format_size(size_bytes)} ({size_bytes} bytes)"
+
+
+def share(part: int, whole: int) -> str:
+    """``3.2 %``; something that is not nothing is never shown as 0."""
+    if part == 0 or whole == 0:
+        return "0 %"
+    percent = 100 * part / whole
+    return "< 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
+
+
+def silence_stdout() -> None:
+    """The reader is gone: let nothing that is still buffered complain about it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

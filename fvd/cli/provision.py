@@ -1,0 +1,59 @@
+"""``fvd-lv provision``: make a virtual disk in a volume. Knows the options; what they mean is the API's business."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import fvd
+from fvd.cli.info import describe_info
+from fvd.cli.options import Subparsers, add_command, add_volume, size
+from fvd.cli.output import Output
+from fvd.cli.progress import Progress
+
+EXAMPLES = """\
+  fvd-lv provision file:vm1.img --size 100G
+  fvd-lv provision file:vm2.img --size 100G --base debian-12.raw
+  fvd-lv provision /dev/sdb --size 500G --layout raw
+
+The same command again is fine and changes nothing; with other parameters it fails (exit code 4)."""
+
+
+def register(subparsers: Subparsers) -> None:
+    parser = add_command(subparsers, "provision", "make a virtual disk in a volume", run, EXAMPLES)
+    add_volume(parser)
+    parser.add_argument("--size", metavar="SIZE", type=size, required=True, help="size of the virtual disk, for example 100G")
+    parser.add_argument("--base", metavar="IMAGE", help="a raw image that shows through where nothing was written")
+    parser.add_argument(
+        "--layout", choices=("compact", "raw"), default="compact", help="compact: storage on demand (default); raw: all of it now"
+    )
+    parser.add_argument("--block-size", metavar="SIZE", type=size, default="64K", help="unit of presence: 4K to 1M, default 64K")
+    parser.add_argument("--chunk-size", metavar="SIZE", type=size, default="1M", help="unit of allocation: 64K to 256M, default 1M")
+    parser.add_argument("--journal-size", metavar="SIZE", type=size, default="16M", help="64K to 1G, default 16M")
+    parser.add_argument("--grow-step", metavar="SIZE", type=size, default="5G", help="storage at first and at each growth, default 5G")
+    parser.add_argument("--placement", choices=("append",), default="append", help="where new chunks go; append: after the others")
+    parser.add_argument("--force", action="store_true", help="overwrite foreign signatures (a file system, say); nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output = Output(arguments.output)
+    with Progress("provisioning", enabled=not output.is_json) as progress:
+        made = fvd.provision(
+            arguments.volume,
+            arguments.size,
+            base=arguments.base,
+            layout=arguments.layout,
+            block_size=arguments.block_size,
+            chunk_size=arguments.chunk_size,
+            journal_size=arguments.journal_size,
+            grow_step=arguments.grow_step,
+            placement=arguments.placement,
+            force=arguments.force,
+            progress=progress,
+        )
+    if made.created:
+        lines = [f"{arguments.volume}: provisioned", *describe_info(made)]
+    else:
+        lines = [f"{arguments.volume}: there already, with the same parameters; nothing was changed"]
+    output.result(asdict(made), lines)
+    return 0

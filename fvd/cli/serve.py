@@ -1,0 +1,74 @@
+"""``fvd-lv serve``: disks over NBD until SIGTERM or SIGINT. Says one line per volume when it is ready, tells systemd, closes cleanly."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from types import FrameType
+
+import fvd
+from fvd.cli.notify import notify
+from fvd.cli.options import VOLUME_HELP, Subparsers, add_command, host_and_port, mode
+from fvd.cli.output import Output
+
+EXAMPLES = """\
+  fvd-lv serve file:vm1.img --socket /run/vm1.sock
+  fvd-lv serve file:vm1.img file:vm2.img --listen localhost:10809
+  fvd-lv serve /dev/sdb --socket vm.sock --cache none --on-full error
+
+Prints one line for each volume when all are ready: its NBD URI. With one volume the empty export name is that volume too.
+Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, which loses nothing that was flushed."""
+
+CACHE_HELP = """as in QEMU. none (default): O_DIRECT, flushed when the guest flushes; writeback: the same through
+the page cache; writethrough, directsync: every write is durable when it is answered, with and without the page cache;
+unsafe: guest flushes are ignored, a crash of the host may lose data"""
+
+
+def register(subparsers: Subparsers) -> None:
+    parser = add_command(subparsers, "serve", "serve disks over NBD", run, EXAMPLES)
+    parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; several are told apart by export name")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket")
+    where.add_argument("--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP: whoever reaches it reads and writes")
+    parser.add_argument("--cache", choices=("none", "writeback", "writethrough", "directsync", "unsafe"), default="none", help=CACHE_HELP)
+    parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
+    parser.add_argument(
+        "--on-full",
+        choices=("wait", "error"),
+        default="wait",
+        help="when storage has ended, a write that needs more waits until there is some (default) or fails with ENOSPC",
+    )
+    parser.add_argument("--socket-mode", metavar="MODE", type=mode, default="0600", help="permissions of the unix socket, default 0600")
+    parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket, by name or number")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output = Output(arguments.output)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        # Whoever asks twice is not kept waiting by storage that does not answer.
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    with fvd.serve(
+        *arguments.volumes,
+        socket=arguments.socket,
+        listen=arguments.listen,
+        cache=arguments.cache,
+        read_only=arguments.read_only,
+        on_full=arguments.on_full,
+        socket_mode=arguments.socket_mode,
+        socket_group=arguments.socket_group,
+        on_end=stop.set,
+    ) as served:
+        exports = [{"volume": export.volume, "export": export.name, "uri": export.uri} for export in served.exports]
+        output.result({"pid": os.getpid(), "volumes": exports}, [export.uri for export in served.exports])
+        notify(f"READY=1\nSTATUS=serving {', '.join(export.volume for export in served.exports)}\nMAINPID={os.getpid()}")
+        stop.wait()
+        notify("STOPPING=1")
+    return 0

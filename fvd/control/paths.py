@@ -1,0 +1,110 @@
+"""Where control sockets live: the folder, and the name of a volume's socket, the same for everyone who names that volume.
+
+A volume is known by what it is (device and inode of a file, numbers of a block device), not by how it is written: links, relative
+paths and renames all lead to the same socket. Knows nothing of what is said there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fvd.errors import NotFound, PermissionDenied
+
+SUFFIX = ".sock"
+
+
+def runtime_dir() -> Path:
+    """The folder for the sockets that this user makes. $FVD_RUNTIME_DIR; root: /run/fvd; else $XDG_RUNTIME_DIR/fvd.
+
+    Root's does not depend on $XDG_RUNTIME_DIR, so that a disk served by systemd is found from root's shell.
+    """
+    if named := os.environ.get("FVD_RUNTIME_DIR"):
+        return Path(named)
+    uid = os.getuid()
+    if uid == 0:
+        return Path("/run/fvd")
+    if session := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(session) / "fvd"
+    session_dir = Path(f"/run/user/{uid}")
+    return session_dir / "fvd" if session_dir.is_dir() else Path(f"/tmp/fvd-{uid}")
+
+
+def make_runtime_dir() -> Path:
+    """The folder, made if need be, mode 0700. Raises PermissionDenied where it belongs to someone else or others may write there."""
+    path = runtime_dir()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise PermissionDenied(f"{path}: cannot make the folder for control sockets ({error.strerror}); set FVD_RUNTIME_DIR") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionDenied(f"{path}: must be a folder of yours that nobody else may write to; mend it or set FVD_RUNTIME_DIR")
+    return path
+
+
+def search_dirs() -> list[Path]:
+    """The folders where sockets of served disks are looked for. Root sees every user's."""
+    own = runtime_dir()
+    if os.environ.get("FVD_RUNTIME_DIR") or os.getuid() != 0:
+        return [own]
+    others = [*Path("/run/user").glob("*/fvd"), *Path("/tmp").glob("fvd-*")]
+    return [own, *(path for path in others if _belongs_to_its_name(path))]
+
+
+def _belongs_to_its_name(path: Path) -> bool:
+    """/run/user/1000/fvd and /tmp/fvd-1000 count only if they are user 1000's: anyone can make a folder in /tmp."""
+    uid_text = path.parent.name if path.name == "fvd" else path.name.removeprefix("fvd-")
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and uid_text == str(status.st_uid)
+
+
+def socket_name(path: str | os.PathLike[str]) -> str:
+    """The name of the socket of the volume whose file or device node is ``path``. Raises NotFound."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise NotFound(f"{os.fspath(path)}: {error.strerror}") from None
+    if stat.S_ISBLK(status.st_mode):
+        return f"dev-{os.major(status.st_rdev)}-{os.minor(status.st_rdev)}{SUFFIX}"
+    return f"file-{status.st_dev:x}-{status.st_ino:x}{SUFFIX}"
+
+
+def find_socket(path: str | os.PathLike[str]) -> Path | None:
+    """The socket of a volume that is being served, or was when its server died; None: there is none."""
+    try:
+        name = socket_name(path)
+    except NotFound:
+        return None
+    for folder in search_dirs():
+        if (folder / name).is_socket():
+            return folder / name
+    return None
+
+
+def all_sockets() -> list[Path]:
+    """Every control socket that this user can see, dead ones included."""
+    return [path for folder in search_dirs() for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_socket()]
+
+
+# sun_path holds 108 bytes, the last a zero.
+_ADDRESS_LIMIT_BYTES = 107
+
+
+@contextmanager
+def short_address(path: Path) -> Iterator[str]:
+    """An address for bind or connect that fits into a socket address: a longer path goes through its folder's descriptor."""
+    if len(os.fsencode(path)) <= _ADDRESS_LIMIT_BYTES:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)

@@ -1,0 +1,134 @@
+"""The messages of a control socket: one JSON object a line, with a schema version. Pure: bytes in, messages out; no sockets.
+
+Request: ``{"schema_version": 1, "verb": "info", "arguments": {}}``. Answer: ``{"schema_version": 1, "result": ...}`` or
+``{"schema_version": 1, "error": {"kind": "no_space", "message": "..."}}``. A connection carries any number of them, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from fvd.errors import FvdError, InvalidArgument
+
+SCHEMA_VERSION = 1
+REQUEST_LIMIT_BYTES = 64 << 10
+# The map of the largest disk is the largest answer; its sender shortens it long before this.
+ANSWER_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a served disk."""
+
+    verb: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class ProtocolError(FvdError):
+    """The peer does not speak this protocol, or another version of it."""
+
+    kind = "protocol"
+
+
+class ServerGone(FvdError):
+    """Nobody answers at the control socket: the process that served the disk has ended."""
+
+    kind = "server_gone"
+
+
+def _known_errors(base: type[FvdError]) -> dict[str, type[FvdError]]:
+    found = {base.kind: base}
+    for sub in base.__subclasses__():
+        found |= _known_errors(sub)
+    return found
+
+
+def error_from(kind: str, message: str) -> FvdError:
+    """The exception that the other side raised; FvdError itself where this version does not know the kind."""
+    return _known_errors(FvdError).get(kind, FvdError)(message)
+
+
+def encode_request(request: Request) -> bytes:
+    return _line({"verb": request.verb, "arguments": request.arguments})
+
+
+def encode_result(result: Any) -> bytes:
+    return _line({"result": result})
+
+
+def encode_error(error: Exception) -> bytes:
+    """An error nobody planned for is passed on too, by name, so that the asker is not left guessing."""
+    if isinstance(error, FvdError):
+        return _line({"error": {"kind": error.kind, "message": str(error)}})
+    return _line({"error": {"kind": FvdError.kind, "message": f"internal error: {type(error).__name__}: {error}"}})
+
+
+def decode_request(line: bytes) -> Request:
+    message = _object(line)
+    verb, arguments = message.get("verb"), message.get("arguments", {})
+    if not isinstance(verb, str) or not isinstance(arguments, dict):
+        raise ProtocolError('a request needs a "verb" (a string) and may have "arguments" (an object)')
+    return Request(verb, arguments)
+
+
+def decode_answer(line: bytes) -> Any:
+    """The result, or the error raised."""
+    message = _object(line)
+    if "result" in message:
+        return message["result"]
+    error = message.get("error")
+    if not isinstance(error, dict):
+        raise ProtocolError('an answer needs a "result" or an "error"')
+    raise error_from(str(error.get("kind")), str(error.get("message")))
+
+
+class Lines:
+    """Bytes as they arrive, to whole lines; refuses a line longer than ``limit_bytes`` before storing more of it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if b"\n" not in data:
+            self._refuse_long(len(self._held) + len(data))
+            self._held += data
+            return []
+        *lines, rest = (bytes(self._held) + data).split(b"\n")
+        for line in (*lines, rest):
+            self._refuse_long(len(line))
+        self._held = bytearray(rest)
+        return [line for line in lines if line.strip()]
+
+    def _refuse_long(self, length_bytes: int) -> None:
+        if length_bytes > self._limit_bytes:
+            raise ProtocolError(f"a message is longer than {self._limit_bytes} bytes")
+
+
+def check_arguments(arguments: dict[str, Any], allowed: dict[str, type]) -> dict[str, Any]:
+    """The arguments, if each is known and of its type."""
+    for name, value in arguments.items():
+        if name not in allowed:
+            raise InvalidArgument(f"unknown argument {name!r}; known are: {', '.join(sorted(allowed)) or 'none'}")
+        if not isinstance(value, allowed[name]) or isinstance(value, bool) != (allowed[name] is bool):
+            raise InvalidArgument(f"argument {name!r} must be of type {allowed[name].__name__}, not {type(value).__name__}")
+    return arguments
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps({"schema_version": SCHEMA_VERSION, **message}, separators=(",", ":")).encode() + b"\n"
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not a line of JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message must be a JSON object, not {type(message).__name__}")
+    version = message.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise ProtocolError(f"schema version {version!r} is not known; this is version {SCHEMA_VERSION}")
+    return message

@@ -1,0 +1,193 @@
+"""The control socket of one served disk: takes connections, hands each request to the verb's handler, sends the answer.
+
+Knows sockets and messages; what a verb does is the handlers' business. Handlers run in threads of their own, one request of a
+connection after the other: what they touch must be safe from threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fvd.control import protocol
+from fvd.control.paths import make_runtime_dir, short_address, socket_name
+from fvd.errors import InUse, InvalidArgument
+
+Handler = Callable[[dict[str, Any]], Any]
+
+CONNECTION_LIMIT = 16
+IDLE_TIMEOUT_SECONDS = 60.0
+# At close a handler that hangs (storage that does not answer) is left behind rather than waited for for ever.
+STUCK_HANDLER_SECONDS = 10.0
+SOCKET_MODE = 0o600
+
+
+class ControlServer:
+    """Serves the verbs of one disk. ``start`` claims the volume's socket, ``close`` gives it up; both may be called once."""
+
+    def __init__(
+        self,
+        volume: str,
+        volume_path: str | os.PathLike[str],
+        handlers: Mapping[str, Handler],
+        idle_timeout_seconds: float = IDLE_TIMEOUT_SECONDS,
+    ) -> None:
+        self._volume = volume
+        self._volume_path = volume_path
+        self._handlers = dict(handlers)
+        self._idle_timeout_seconds = idle_timeout_seconds
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
+        self._listener: socket.socket | None = None
+        self._lock_fd = -1
+        self._closing = False
+        self._closed = threading.Event()
+        self.path: Path | None = None
+
+    def start(self) -> None:
+        """Raises InUse when a living process serves this volume; a dead one's socket is replaced."""
+        path = make_runtime_dir() / socket_name(self._volume_path)
+        self._lock_fd = _claim(path.with_suffix(".lock"), self._volume)
+        try:
+            _refuse_live(path, self._volume)
+            self._listener = _listen(path)
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+        self.path = path
+        self._start_thread(self._accept_all, "fvd-control")
+
+    def close(self) -> None:
+        """Ends every connection and gives the socket up. Waits for a handler that is at work."""
+        if self._listener is None:
+            return
+        assert self.path is not None
+        with self._lock:
+            self._closing = True
+            self._closed.set()
+            connections = list(self._connections)
+            threads = list(self._threads)
+        # The name goes first: who looks from now on sees that nobody serves.
+        self.path.unlink(missing_ok=True)
+        for end in (self._listener, *connections):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RD)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(STUCK_HANDLER_SECONDS)
+        self._listener.close()
+        self._listener = None
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
+        os.close(self._lock_fd)
+
+    def _start_thread(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _accept_all(self) -> None:
+        assert self._listener is not None
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                if self._closing:
+                    return
+                self._closed.wait(0.1)  # out of descriptors, say: it passes
+                continue
+            with self._lock:
+                refused = self._closing or len(self._connections) >= CONNECTION_LIMIT
+                if not refused:
+                    self._connections.add(connection)
+            if refused:
+                connection.close()
+            else:
+                self._start_thread(self._converse, "fvd-control-client", connection)
+
+    def _converse(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(self._idle_timeout_seconds)
+            lines = protocol.Lines(protocol.REQUEST_LIMIT_BYTES)
+            while data := connection.recv(1 << 16):
+                try:
+                    requests = lines.feed(data)
+                except protocol.ProtocolError as error:
+                    # The rest of an endless line cannot be told from a request.
+                    connection.sendall(protocol.encode_error(error))
+                    return
+                for line in requests:
+                    connection.sendall(self._answer(line))
+        except OSError:
+            pass  # the asker went away, or said nothing for too long
+        finally:
+            connection.close()
+            with self._lock:
+                self._connections.discard(connection)
+                self._threads.discard(threading.current_thread())
+
+    def _answer(self, line: bytes) -> bytes:
+        try:
+            request = protocol.decode_request(line)
+            handler = self._handlers.get(request.verb)
+            if handler is None:
+                raise InvalidArgument(f"{self._volume}: unknown verb {request.verb!r}; known are: {', '.join(sorted(self._handlers))}")
+            return protocol.encode_result(handler(request.arguments))
+        except Exception as error:  # whatever a handler raises is the asker's answer, never the server's end
+            return protocol.encode_error(error)
+
+
+def _claim(path: Path, volume: str) -> int:
+    """The lock beside the socket, held as long as the process lives; whoever holds it owns the socket's name."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SOCKET_MODE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise InUse(f"{volume}: another process serves it; ask it with fvd-lv info, or stop it first") from None
+        try:
+            still_there = os.path.samestat(os.fstat(fd), path.stat())
+        except FileNotFoundError:
+            still_there = False
+        if still_there:
+            return fd
+        os.close(fd)  # its owner removed it between our open and our lock
+
+
+def _refuse_live(path: Path, volume: str) -> None:
+    """Someone who removed the lock file must not lead to two servers on one name."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, short_address(path) as address:
+        probe.settimeout(1)
+        try:
+            probe.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise InUse(f"{volume}: {path} is in the way ({error.strerror}); remove it if nobody serves this volume") from None
+    raise InUse(f"{volume}: another process answers at {path}; stop it first")
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bound under another name, given its mode, then moved into place: never seen with the wrong mode, a stale one is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    fresh = path.with_suffix(f".{os.getpid()}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        with short_address(fresh) as address:
+            listener.bind(address)
+        fresh.chmod(SOCKET_MODE)
+        listener.listen(CONNECTION_LIMIT)
+        fresh.replace(path)
+    except BaseException:
+        listener.close()
+        fresh.unlink(missing_ok=True)
+        raise
+    return listener

@@ -1,0 +1,59 @@
+"""The compiled interface of operation queues: device operations in, completions and socket readiness out. See _queue.pyx."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from fvd.device.op cimport DeviceOp
+
+cdef enum EventKind:
+    EVENT_OP = 0            # an operation ended: key is its token
+    EVENT_READABLE = 1      # edge: read until it would block; result is the poll mask, or a negative errno
+    EVENT_WRITABLE = 2      # once per want_write
+
+cdef struct Event:
+    uint64_t key
+    int64_t result          # of an operation: 0 or a negative errno
+    uint32_t disk           # of an operation
+    uint32_t kind           # EventKind
+
+cdef struct Disk:
+    int storage_fd
+    int base_fd
+    uint32_t discard        # how storage discards: see DiscardHow
+
+cdef struct Watch:
+    uint64_t key
+    int fd                  # -1: free
+    uint32_t generation     # tells late answers to an earlier watch from those to this one
+    uint8_t wants_write     # blocking queue: EPOLLOUT is armed
+
+cdef class Queue:
+    # --- What a driver uses -------------------------------------------------------------------------------------
+    cdef readonly str kind              # "io_uring" or "blocking"
+    cdef readonly str notice            # why it is not io_uring; empty when it is
+    cdef Event *events                  # out: the driver takes them all and sets event_count = 0
+    cdef uint32_t event_count
+    cdef readonly uint64_t inflight     # operations started whose end turn() has not reported
+    cdef readonly bint interrupted      # the last turn() was cut short by a signal
+    # Descriptors stay the caller's, and must outlive what was started on them.
+    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd) except -1
+    cdef int detach(self, uint32_t disk) except -1
+    cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil
+    # Returns a handle for the two below. Unwatch before closing the descriptor.
+    cdef int watch(self, int fd, uint64_t key) except -1 nogil
+    cdef int want_write(self, uint32_t handle) except -1 nogil
+    cdef int unwatch(self, uint32_t handle) except -1 nogil
+    # Hands everything started to the kernel and takes what ended: at once if something has, else after spinning up to spin_ns, else
+    # sleeping up to timeout_ns. May return with no events.
+    cdef int turn(self, int64_t timeout_ns, int64_t spin_ns) except -1 nogil
+    # Waits for the operations in flight; nothing may be started afterwards.
+    cpdef int close(self) except -1
+    # --- Shared by both implementations -------------------------------------------------------------------------
+    cdef uint32_t event_room
+    cdef Disk *disks
+    cdef uint32_t disk_room
+    cdef Watch *watches
+    cdef uint32_t watch_room
+    cdef int add_event(self, uint32_t kind, uint64_t key, int64_t result, uint32_t disk) except -1 nogil
+    cdef int new_watch(self, int fd, uint64_t key) except -1 nogil
+
+cpdef Queue open_queue(bint force_blocking=*, uint32_t entries=*)

@@ -1,0 +1,64 @@
+"""A descriptor of its own for whoever makes storage larger in a thread of its own: asks the size, lengthens files. Knows no disk format."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from fvd.device.node import Node, descriptor_size_bytes, typed_errors
+from fvd.errors import DeviceError
+
+
+class Lengthener:
+    """A second descriptor of an open node. Closing the disk while a call hangs must not hand the call's descriptor to another file."""
+
+    def __init__(self, node: Node) -> None:
+        self.path = node.path
+        with typed_errors("duplicating the descriptor of", node.path):
+            self._fd = os.dup(node.fd)
+        self._lock = threading.Lock()  # guards the two below; never held across a system call that can block
+        self._busy = 0
+        self._closed = False
+
+    def size_bytes(self) -> int:
+        """The size now. Raises DeviceError."""
+        with self, typed_errors("asking the size of", self.path):
+            return descriptor_size_bytes(self._fd)
+
+    def room_bytes(self) -> int:
+        """What the file system that holds the file has left for us. Raises DeviceError."""
+        with self, typed_errors("asking the free space of", self.path):
+            found = os.fstatvfs(self._fd)
+        return found.f_bavail * found.f_frsize
+
+    def lengthen(self, size_bytes: int) -> None:
+        """A sparse file is at least `size_bytes` long when this returns, durably, and no byte of it has changed.
+
+        Raises NoSpace, PermissionDenied, DeviceError.
+        """
+        with self, typed_errors(f"growing (to {size_bytes} bytes)", self.path):
+            if descriptor_size_bytes(self._fd) >= size_bytes:
+                return
+            # Not ftruncate: a call that hung, and goes on when the disk has long been opened by another process and has grown,
+            # would cut it off. This can only lengthen. It allocates the block of the last byte and leaves the rest sparse.
+            os.posix_fallocate(self._fd, size_bytes - 1, 1)
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """No more calls; the descriptor goes when one that is still running has ended. Again is fine."""
+        with self._lock:
+            if not self._closed and not self._busy:
+                os.close(self._fd)
+            self._closed = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise DeviceError(f"{self.path} has been closed")
+            self._busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._busy -= 1
+            if self._closed and not self._busy:
+                os.close(self._fd)

@@ -1,0 +1,386 @@
+"""Open files and block devices: whole transfers at given offsets, direct or through the page cache, with errors that say what to do.
+
+For metadata and for everything that is not the data path (that one has its own queues). Knows neither the disk format nor the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
+
+Bytes = npt.NDArray[np.uint8]
+Data = bytes | bytearray | memoryview | Bytes
+# What a node is, whatever path led to it: ("block", device number, 0) or ("file", file system, inode).
+Identity = tuple[str, int, int]
+
+PAGE_BYTES = 4096
+SECTOR_BYTES = 512
+TRANSFER_BYTES = 4 << 20  # one system call moves at most this much: it bounds the bounce buffer
+
+# <linux/fs.h>; Python's fcntl module does not name them.
+BLKROGET = 0x125E
+BLKSSZGET = 0x1268
+BLKGETSIZE64 = 0x80081272
+BLKZEROOUT = 0x127F
+
+_FALLOC_KEEP_SIZE = 1
+_FALLOC_ZERO_RANGE = 16
+_STATX_DIOALIGN = 0x2000
+_AT_EMPTY_PATH = 0x1000
+_NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+
+
+def typed_error(error: OSError, what: str, path: str) -> FvdError:
+    """The typed exception for `error`, which happened while fvd was doing `what` ("reading", "opening") to `path`."""
+    number = error.errno
+    reason = os.strerror(number) if number else str(error)
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return NotFound(f"{path} does not exist ({what} it failed); check the name")
+    if number in (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):
+        return NotFound(f"{path} names a device that is not there ({reason}); attach or activate it")
+    if number in (errno.EACCES, errno.EPERM):
+        return PermissionDenied(f"{what} {path} is not permitted ({reason}); check its owner and mode, or run as a user who may")
+    if number == errno.EROFS:
+        return PermissionDenied(f"{what} {path} failed: it lies on read-only storage; open it read-only")
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return NoSpace(f"{what} {path} failed: {reason}; make room and try again")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return Unsupported(f"{what} {path} failed: {reason}; raise the limit on open files (ulimit -n)")
+    if number in (errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR):
+        return InvalidArgument(f"{path} cannot be opened: {reason}")
+    return DeviceError(f"{what} {path} failed: {reason}")
+
+
+@contextlib.contextmanager
+def typed_errors(what: str, path: str) -> Iterator[None]:
+    """Turns every OSError of the block into its typed exception (see `typed_error`)."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FvdError):
+            raise
+        raise typed_error(error, what, path) from error
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """The identity behind a stat result."""
+    if stat.S_ISBLK(status.st_mode):
+        return ("block", status.st_rdev, 0)
+    return ("file", status.st_dev, status.st_ino)
+
+
+def aligned_buffer(size_bytes: int) -> Bytes:
+    """A page-aligned, zeroed buffer that O_DIRECT accepts."""
+    if size_bytes == 0:
+        return np.empty(0, np.uint8)
+    # Private: the shared mapping that mmap makes by default costs twice as much at the first touch of each page.
+    return np.frombuffer(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+
+
+class Node:
+    """An open regular file or block device. `open_node` makes one; the constructor itself does no I/O.
+
+    All offsets and lengths are bytes. With `direct`, both must be multiples of `logical_block_bytes`. Safe from threads.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        *,
+        is_block: bool,
+        read_only: bool,
+        direct: bool,
+        logical_block_bytes: int,
+        identity: Identity,
+        notice: str | None = None,
+    ) -> None:
+        self.path = path
+        self.fd = fd
+        self.is_block = is_block
+        self.read_only = read_only
+        self.direct = direct
+        self.logical_block_bytes = logical_block_bytes
+        self.identity = identity
+        self.notice = notice  # why something that was asked for is not so: worth a line to the user
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        words = ["direct"] * self.direct + ["read-only"] * self.read_only + ["closed"] * (self.fd < 0)
+        return f"<Node {' '.join([self.path, *words])}>"
+
+    def size_bytes(self) -> int:
+        """The size now, asked of the open descriptor: it is the truth when storage has grown under us. Raises DeviceError."""
+        with typed_errors("asking the size of", self.path):
+            return descriptor_size_bytes(self._open_fd())
+
+    def pread(self, offset_bytes: int, length_bytes: int) -> Bytes:
+        """Exactly `length_bytes` from `offset_bytes`, in a page-aligned array. A shorter device or file: DeviceError."""
+        self._check_range(offset_bytes, length_bytes)
+        data = aligned_buffer(length_bytes)
+        self.pread_into(offset_bytes, data)
+        return data
+
+    def pread_into(self, offset_bytes: int, buffer: Bytes) -> None:
+        """Fills `buffer`, which must be page-aligned where `direct` is on. Raises as `pread`."""
+        length_bytes = int(buffer.size)
+        self._check_range(offset_bytes, length_bytes)
+        fd = self._open_fd()
+        view = buffer.data
+        done = 0
+        while done < length_bytes:
+            with typed_errors(f"reading {length_bytes} bytes at {offset_bytes} of", self.path):
+                count = os.preadv(fd, [view[done : done + TRANSFER_BYTES]], offset_bytes + done)
+            if count == 0:
+                raise DeviceError(f"{self.path} ends at byte {offset_bytes + done}, before the {length_bytes} bytes at {offset_bytes}")
+            done += count
+
+    def pwrite(self, offset_bytes: int, data: Data) -> None:
+        """All of `data` at `offset_bytes`. Not durable before `flush`. Raises NoSpace, DeviceError, PermissionDenied."""
+        source: Bytes = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+        length = int(source.size)
+        self._check_range(offset_bytes, length)
+        self._check_writable()
+        fd = self._open_fd()
+        bounce = self.direct and length > 0 and source.ctypes.data % PAGE_BYTES != 0
+        buffer = aligned_buffer(min(length, TRANSFER_BYTES)) if bounce else source
+        done = 0
+        while done < length:
+            count = min(length - done, TRANSFER_BYTES)
+            if bounce:
+                buffer[:count] = source[done : done + count]
+                piece = buffer[:count]
+            else:
+                piece = source[done : done + count]
+            with typed_errors(f"writing {length} bytes at {offset_bytes} of", self.path):
+                written = os.pwritev(fd, [piece.data], offset_bytes + done)
+            if written == 0:
+                raise DeviceError(f"{self.path} took no data at byte {offset_bytes + done}")
+            done += written
+
+    def zero(self, offset_bytes: int, length_bytes: int) -> None:
+        """The range reads as zeros afterwards; the device is asked to do it, and written to when it cannot. Durable after `flush`."""
+        self._check_range(offset_bytes, length_bytes)
+        self._check_writable()
+        fd = self._open_fd()
+        if length_bytes == 0:
+            return
+        try:
+            if self.is_block:
+                fcntl.ioctl(fd, BLKZEROOUT, struct.pack("=QQ", offset_bytes, length_bytes))
+            else:
+                _fallocate(fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset_bytes, length_bytes)
+                if os.fstat(fd).st_size < offset_bytes + length_bytes:
+                    raise OSError(errno.EOPNOTSUPP, "the file is shorter: zeros must be written")
+            return
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise typed_error(error, f"zeroing {length_bytes} bytes at {offset_bytes} of", self.path) from error
+        zeros = aligned_buffer(min(length_bytes, TRANSFER_BYTES))
+        for done in range(0, length_bytes, TRANSFER_BYTES):
+            self.pwrite(offset_bytes + done, zeros[: min(TRANSFER_BYTES, length_bytes - done)])
+
+    def flush(self) -> None:
+        """Everything written before is durable when this returns. Raises DeviceError: then nothing may be assumed of earlier writes."""
+        with typed_errors("flushing", self.path):
+            os.fdatasync(self._open_fd())
+
+    def close(self) -> None:
+        """Closes the descriptor; again is fine. Flushes nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open_fd(self) -> int:
+        if self.fd < 0:
+            raise DeviceError(f"{self.path} has been closed")
+        return self.fd
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise PermissionDenied(f"{self.path} was opened read-only")
+
+    def _check_range(self, offset_bytes: int, length_bytes: int) -> None:
+        if offset_bytes < 0 or length_bytes < 0:
+            raise InvalidArgument(f"{self.path}: a range cannot be negative: {length_bytes} bytes at {offset_bytes}")
+        block = self.logical_block_bytes
+        if self.direct and (offset_bytes % block or length_bytes % block):
+            raise InvalidArgument(
+                f"{self.path} is open for direct transfers, which must be multiples of its {block}-byte blocks: "
+                f"{length_bytes} bytes at {offset_bytes} are not"
+            )
+
+
+def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = True) -> Node:
+    """Opens a regular file or block device.
+
+    `direct` asks for O_DIRECT; where the file system refuses it the page cache is used and `notice` says so.
+    Raises NotFound, PermissionDenied, Unsupported (a directory, a pipe...), DeviceError.
+    """
+    name = os.fspath(path)
+    access = os.O_RDONLY if read_only else os.O_RDWR
+    with typed_errors("opening", name):
+        check_kind(name, Path(name).stat())  # before the open: opening a pipe would wait for its other end
+        notice = None
+        fd = -1
+        if direct:
+            try:
+                fd = os.open(name, access | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
+                notice = f"{name}: its file system refuses O_DIRECT; the page cache is used"
+        if fd < 0:
+            fd = os.open(name, access | os.O_CLOEXEC)
+            direct = False
+        try:
+            status = os.fstat(fd)
+            check_kind(name, status)
+            is_block = stat.S_ISBLK(status.st_mode)
+            if is_block and not read_only and _device_is_read_only(fd):
+                raise PermissionDenied(f"{name} is a read-only device; open it read-only, or make it writable (blockdev --setrw)")
+            block_bytes = _logical_block_bytes(fd, is_block, direct)
+            if direct and (block_bytes == 0 or block_bytes > PAGE_BYTES):
+                reason = "its file system refuses O_DIRECT" if block_bytes == 0 else f"O_DIRECT there needs {block_bytes}-byte blocks"
+                notice = f"{name}: {reason}; the page cache is used"
+                os.close(fd)
+                fd = os.open(name, access | os.O_CLOEXEC)
+                direct = False
+                status = os.fstat(fd)
+                block_bytes = _logical_block_bytes(fd, is_block, direct)
+        except BaseException:
+            os.close(fd)
+            raise
+    return Node(
+        name,
+        fd,
+        is_block=is_block,
+        read_only=read_only,
+        direct=direct,
+        logical_block_bytes=block_bytes,
+        identity=identity_of(status),
+        notice=notice,
+    )
+
+
+def create_file(path: str | os.PathLike[str], size_bytes: int, *, mode: int = 0o600) -> None:
+    """Makes a sparse file of `size_bytes`, readable by nobody else unless `mode` says so. Never overwrites: FileExistsError.
+
+    Raises NotFound (no such directory), PermissionDenied, NoSpace.
+    """
+    name = os.fspath(path)
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise typed_error(error, "creating", name) from error
+    try:
+        with typed_errors(f"sizing (to {size_bytes} bytes)", name):
+            os.ftruncate(fd, size_bytes)
+    except BaseException:
+        os.unlink(name)  # noqa: PTH108 - the name may hold anything a file system allows
+        raise
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Makes the names in the directory `path` durable: a created, linked, renamed or removed file survives a crash from here on."""
+    name = os.fspath(path)
+    with typed_errors("flushing the directory", name):
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def descriptor_size_bytes(fd: int) -> int:
+    """The size of an open file or block device. Raises OSError."""
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    size: int = struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
+    return size
+
+
+def check_kind(name: str, status: os.stat_result) -> None:
+    """Raises Unsupported unless the status is that of a regular file or a block device."""
+    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        return
+    kind = "a directory" if stat.S_ISDIR(status.st_mode) else "neither a regular file nor a block device"
+    raise Unsupported(f"{name} is {kind}; name a file or a block device")
+
+
+def _device_is_read_only(fd: int) -> bool:
+    return bool(struct.unpack("=i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0])
+
+
+def _logical_block_bytes(fd: int, is_block: bool, direct: bool) -> int:
+    """What direct transfers must be multiples of; 0: direct transfers do not work here."""
+    if is_block:
+        size: int = struct.unpack("=i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
+        return size
+    if not direct:
+        return SECTOR_BYTES
+    told = _statx_direct_alignment(fd)
+    if told is not None:
+        return max(told, SECTOR_BYTES) if told else 0
+    # A kernel before 6.1 does not tell. Reads that cross nothing: the larger size is always right where the smaller is.
+    for size_bytes in (SECTOR_BYTES, PAGE_BYTES):
+        with mmap.mmap(-1, PAGE_BYTES) as page:
+            view = memoryview(page)
+            try:
+                count = os.preadv(fd, [view[:size_bytes]], 0)
+                return size_bytes if count else PAGE_BYTES  # an empty file proves nothing
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                view.release()
+    return 0
+
+
+def _statx_direct_alignment(fd: int) -> int | None:
+    """stx_dio_offset_align of the descriptor; None: this kernel or C library does not tell."""
+    try:
+        statx = ctypes.CDLL(None, use_errno=True).statx
+    except (OSError, AttributeError):
+        return None
+    answer = ctypes.create_string_buffer(256)
+    if statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) != 0:
+        return None
+    (mask,) = struct.unpack_from("=I", answer, 0)
+    if not mask & _STATX_DIOALIGN:
+        return None
+    memory_align, offset_align = struct.unpack_from("=II", answer, 152)
+    return max(int(offset_align), int(memory_align)) if offset_align else 0
+
+
+def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+    while libc.fallocate(fd, mode, offset_bytes, length_bytes) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

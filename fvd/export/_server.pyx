@@ -1,0 +1,1087 @@
+"""The serving loop: one thread moves requests between NBD connections, engines and the device queue, with no Python object per request.
+
+A turn: take what the device finished, answer, read what clients sent, submit, hand new operations to the queue. It returns to Python
+(server.py) for what is not a request: new connections, control calls, an engine that wants something, signals. May not know the
+handshake, the format, or where sockets come from.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, ENOSPC, ESHUTDOWN, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
+
+from fvd.device._queue cimport EVENT_OP, EVENT_READABLE, Event, Queue, open_queue
+from fvd.device.op cimport DeviceOp
+from fvd.engine._engine cimport (DONE_ALL_ZERO, EXTENT_ZERO, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ,
+                                 REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done, Extent)
+from fvd.export._nbd cimport (COMMAND_BLOCK_STATUS, COMMAND_CACHE, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
+                              COMMAND_FLUSH, COMMAND_READ, COMMAND_TRIM, COMMAND_WRITE, COMMAND_WRITE_ZEROES, DATA_HEAD_BYTES,
+                              ERROR_CHUNK_BYTES, HOLE_CHUNK_BYTES, ON_END, ON_NO_MEMORY, REQUEST_BYTES,
+                              SIMPLE_HEAD_BYTES, STATUS_EXTENT_BYTES, STATUS_HEAD_BYTES, STATUS_HOLE, STATUS_ZERO, WIRE_CLOSED,
+                              WIRE_HEADER, WIRE_PAYLOAD, Limits, Request, Wire, nbd_error, put_data_head, put_error, put_hole,
+                              put_simple, put_status_extent, put_status_head, take_data, take_header, wire_step)
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <poll.h>
+    #include <stdlib.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static inline int64_t fvd_monotonic_ns(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    }
+    """
+    int64_t fvd_monotonic_ns() noexcept nogil
+    ctypedef long ssize_t
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    cdef struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t recvmsg(int fd, msghdr *message, int flags) nogil
+    ssize_t sendmsg(int fd, const msghdr *message, int flags) nogil
+    int shutdown(int fd, int how) nogil
+    int c_close "close"(int fd) nogil
+    void *aligned_alloc(size_t alignment, size_t size) nogil
+    const int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
+    const int64_t POLLHUP, POLLERR, POLLRDHUP
+
+cdef enum:
+    PAGE = 4096                     # payloads are aligned to it; a reply's head lies in the page before its payload
+    RECEIVE_BYTES = 64 << 10
+    LARGE_BYTES = 32 << 10          # after a write this large, headers are received alone and data straight into its buffer
+    HEADERS_BYTES = 4 << 10
+    REQUESTS_PER_TURN = 64          # of one connection: the others get their turn
+    BYTES_PER_TURN = 1 << 20
+    REPLIES_PER_SEND = 64
+    STATUS_EXTENTS = 1024
+    CLASSES = 14                    # payload buffers of 4 KiB << class, up to 32 MiB
+    NO_CLASS = 0xFF
+    POOLED_BYTES = 64 << 20         # free buffers that are kept
+    SLOTS_PER_SLAB = 256
+    INTERNAL = 0xFFFFFFFF           # connection number in the cookies of the loop's own requests
+    ALL = -1                        # instead of an export's number
+    WATCH_CONNECTION = 0            # in the upper half of a watch's key; the lower is its number
+    WATCH_PYTHON = 1                # ... or a descriptor
+
+cdef int64_t TICK_NS = 250000000
+cdef int64_t LINGER_NS = 10000000000    # a client that hung up or said goodbye has this long to take the rest of its replies
+cdef uint64_t CONNECTION_MASK = <uint64_t>0xFFFFFFFF << 32
+
+cdef enum ConnectionState:
+    CONNECTION_OPEN = 0
+    CONNECTION_ENDING = 1           # reads nothing more; answers what is under way
+    CONNECTION_DEAD = 2             # no socket; waits for the engine to be done with its buffers
+
+cdef enum:                          # lists
+    LIST_READY = 0                  # may have bytes to read
+    LIST_PAUSED = 1                 # has, but is at a cap
+    LIST_SEND = 2                   # has replies to send
+    LIST_DYING = 3
+    LISTS = 4
+
+cdef enum Verdict:
+    NEEDS_BYTES = 0
+    PAUSED = 1
+    SHARE_USED = 2
+    CLOSED = 3
+
+cdef enum Attention:                # why the loop returns to Python
+    ATTENTION_FDS = 1
+    ATTENTION_WANT = 2
+    ATTENTION_TICK = 4
+
+cdef struct Export:
+    PyObject *backend               # a Backend; borrowed from Server.backends
+    uint32_t number
+    uint32_t reported               # Want bits that Python knows of
+    uint64_t open_requests          # in the backend
+    uint64_t open_ops               # in the queue
+    uint32_t connections
+    uint8_t live
+    uint8_t closing                 # REQUEST_CLOSE was submitted
+    uint8_t touched
+    uint8_t answered                # the loop's own request ended ...
+    int32_t answer                  # ... with this
+    Export *next_touched
+    uint64_t commands[8]            # by NBD command
+    uint64_t errors
+    uint64_t read_bytes
+    uint64_t written_bytes
+
+cdef struct Connection              # forward
+
+cdef struct Slot:                   # one request of a client
+    uint8_t head[36]                # the whole reply, when it carries no data
+    uint8_t *out                    # the reply, while it waits to be sent
+    uint64_t out_bytes
+    Slot *next                      # in the connection's replies, or in the free list
+    Connection *connection
+    uint8_t *payload
+    uint64_t cost                   # what it counts against the caps
+    uint64_t data_bytes
+    Request request
+    uint32_t number
+    uint8_t payload_class
+
+cdef struct Connection:
+    uint32_t number
+    int fd
+    uint32_t watch
+    uint8_t state                   # ConnectionState
+    uint8_t readable                # the socket may hold bytes: set by an edge, cleared when it is empty
+    uint8_t hung_up                 # ... or its end: a short read does not mean empty
+    uint8_t blocked                 # the socket takes no more for now
+    uint8_t large                   # the last write was
+    uint8_t listed[LISTS]
+    Connection *next[LISTS]
+    Export *export
+    Limits limits
+    Wire wire
+    uint8_t *buffer
+    uint32_t begin                  # received and not parsed: buffer[begin:end]
+    uint32_t end
+    Slot *filling                   # a write whose data is arriving
+    Slot *first_reply
+    Slot *last_reply
+    uint64_t sent                   # bytes of first_reply already sent
+    uint64_t inflight_bytes         # cost of its slots
+    uint64_t data_bytes             # of them, what clients asked to move
+    uint32_t slots
+    int64_t deadline_ns             # when ending
+
+
+cdef uint64_t share(uint64_t cost, uint64_t waiting, uint64_t data) noexcept nogil:
+    """How much of `cost` belongs to the waiting ones of so many bytes of data: a small write costs more than its bytes."""
+    if waiting == 0 or data == 0:
+        return 0
+    return cost if waiting >= data else <uint64_t>(<double>cost * <double>waiting / <double>data)
+
+
+cdef class Backend:
+    """What the loop needs of a disk."""
+
+    cdef int submit(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
+                    uint64_t cookie) except -1 nogil:
+        with gil:
+            raise NotImplementedError
+
+    cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
+        with gil:
+            raise NotImplementedError
+
+    cdef int tick(self, uint64_t now_ns) except -1 nogil:
+        return 0
+
+    cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
+        return 0
+
+    cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
+        return 0
+
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
+        out[0].length_bytes = length_bytes
+        out[0].state = 0
+        return 1
+
+    cdef uint32_t take_ops(self, DeviceOp **ops) noexcept nogil:
+        return 0
+
+    cdef uint32_t take_done(self, Done **done) noexcept nogil:
+        return 0
+
+    cdef uint32_t wants(self) noexcept nogil:
+        return 0
+
+
+cdef class Server:
+    """The loop's state. Everything but the constructor belongs to the thread that called open()."""
+
+    cdef readonly Queue queue
+    cdef uint64_t connection_cap, total_cap, waiting_cap
+    cdef int64_t busy_poll_ns
+    cdef bint force_blocking
+    cdef int64_t now_ns, last_request_ns, next_tick_ns
+    cdef uint32_t attention
+    cdef list backends
+    cdef dict watches               # descriptor -> handle
+    cdef Export **exports
+    cdef uint32_t export_count
+    cdef Export *touched
+    cdef Connection **connections   # by number; NULL: free
+    cdef uint32_t connection_room
+    cdef readonly uint32_t connection_count
+    cdef Connection *first[LISTS]
+    cdef Connection *last[LISTS]
+    cdef Slot **slabs
+    cdef uint32_t slab_count
+    cdef Slot *free_slots
+    cdef uint8_t *pool[CLASSES]
+    cdef uint64_t pooled_bytes, inflight_bytes, data_bytes, turn_count, accepted
+    cdef Extent *scratch
+    cdef int *ready_fds
+    cdef uint32_t ready_count, ready_room
+
+    def __init__(self, *, connection_bytes, total_bytes, waiting_bytes, busy_poll_us=0, force_blocking=False):
+        self.connection_cap = connection_bytes
+        self.total_cap = total_bytes
+        self.waiting_cap = waiting_bytes
+        self.busy_poll_ns = busy_poll_us * 1000
+        self.force_blocking = force_blocking
+        self.backends = []
+        self.watches = {}
+
+    def __dealloc__(self):
+        cdef int kind
+        cdef uint32_t i
+        cdef uint8_t *buffer
+        if self.queue is not None:
+            return                  # not closed: the device may still write to the buffers
+        for i in range(self.slab_count):
+            free(self.slabs[i])
+        for kind in range(CLASSES):
+            while self.pool[kind] != NULL:
+                buffer = self.pool[kind]
+                self.pool[kind] = (<uint8_t **>buffer)[0]
+                free(buffer - PAGE)
+        for i in range(self.export_count):
+            free(self.exports[i])
+        for i in range(self.connection_room):
+            if self.connections[i] != NULL:
+                free(self.connections[i].buffer)
+                free(self.connections[i])
+        free(self.slabs)
+        free(self.exports)
+        free(self.connections)
+        free(self.scratch)
+        free(self.ready_fds)
+
+    # --- Set-up and Python's side -------------------------------------------------------------------------------
+
+    def open(self):
+        """Create the queue, in the thread that will call turns()."""
+        self.queue = open_queue(self.force_blocking)
+        self.scratch = <Extent *>malloc(STATUS_EXTENTS * sizeof(Extent))
+        if self.scratch == NULL:
+            raise MemoryError
+        self.now_ns = fvd_monotonic_ns()
+
+    def close(self):
+        """Drop every connection and wait for the device operations under way."""
+        cdef uint32_t i
+        if self.queue is None:
+            return
+        for i in range(self.connection_room):
+            if self.connections[i] != NULL and self.connections[i].state != CONNECTION_DEAD:
+                self.hang_up(self.connections[i])
+        self.queue.close()
+        self.queue = None
+
+    def watch(self, int fd):
+        """Have turns() report the descriptor when it becomes readable: an edge, so read until it would block."""
+        self.watches[fd] = self.queue.watch(fd, <uint64_t>WATCH_PYTHON << 32 | <uint32_t>fd)
+
+    def want_write(self, int fd):
+        self.queue.want_write(self.watches[fd])
+
+    def unwatch(self, int fd):
+        self.queue.unwatch(self.watches.pop(fd))
+
+    def add_export(self, Backend backend not None, int storage_fd, int base_fd):
+        """Returns the export's number."""
+        cdef uint32_t number = 0
+        cdef Export **grown
+        cdef Export *export
+        while number < self.export_count and self.exports[number].backend != NULL:
+            number += 1
+        self.queue.attach(number, storage_fd, base_fd)
+        if number == self.export_count:
+            grown = <Export **>realloc(self.exports, (number + 1) * sizeof(Export *))
+            if grown != NULL:
+                self.exports = grown
+            export = <Export *>malloc(sizeof(Export))
+            if grown == NULL or export == NULL:
+                raise MemoryError
+            self.exports[number] = export
+            self.export_count += 1
+            self.backends.append(None)
+        export = self.exports[number]
+        memset(export, 0, sizeof(Export))
+        export.number = number
+        export.backend = <PyObject *>backend
+        export.live = 1
+        self.backends[number] = backend
+        return number
+
+    def remove_export(self, uint32_t number):
+        """Forget an export that was closed and has no connections, once its last operations (discards) have ended."""
+        cdef Export *export = self.exports[number]
+        if export.live or export.connections:
+            raise RuntimeError("the export is in use")
+        with nogil:
+            while export.open_ops or export.touched:
+                self.turn(TICK_NS)
+        self.queue.detach(number)
+        export.backend = NULL
+        self.backends[number] = None
+
+    def adopt(self, int fd, uint32_t export, uint64_t size_bytes, uint32_t minimum_block_bytes, bint read_only, bint structured,
+              bint allocation, bytes received):
+        """Serve a connection whose handshake is over; the loop owns the descriptor from now on."""
+        cdef uint32_t number = 0, room
+        cdef Connection **grown
+        if len(received) > RECEIVE_BYTES:
+            raise ValueError("more bytes than a receive buffer holds")
+        while number < self.connection_room and self.connections[number] != NULL:
+            number += 1
+        if number == self.connection_room:
+            room = max(16, 2 * number)
+            grown = <Connection **>realloc(self.connections, room * sizeof(Connection *))
+            if grown == NULL:
+                raise MemoryError
+            memset(grown + number, 0, (room - number) * sizeof(Connection *))
+            self.connections = grown
+            self.connection_room = room
+        cdef Connection *connection = <Connection *>calloc(1, sizeof(Connection))
+        cdef uint8_t *buffer = <uint8_t *>malloc(RECEIVE_BYTES)
+        if connection == NULL or buffer == NULL:
+            free(connection)
+            free(buffer)
+            raise MemoryError
+        connection.number = number
+        connection.fd = fd
+        connection.export = self.exports[export]
+        connection.limits = Limits(size_bytes, minimum_block_bytes, read_only, structured, allocation)
+        connection.buffer = buffer
+        connection.end = len(received)
+        memcpy(buffer, <const uint8_t *>received, len(received))
+        try:
+            connection.watch = self.queue.watch(fd, <uint64_t>WATCH_CONNECTION << 32 | number)
+        except BaseException:
+            free(connection)
+            free(buffer)
+            raise
+        connection.readable = 1
+        self.push(LIST_READY, connection)
+        connection.export.connections += 1
+        self.connections[number] = connection
+        self.connection_count += 1
+        self.accepted += 1
+        return number
+
+    def turns(self):
+        """Serve until Python has something to do. Returns the watched descriptors that became ready."""
+        cdef uint32_t number
+        with nogil:
+            for number in range(self.export_count):     # Python may have changed something in an engine
+                if self.exports[number].live:
+                    self.touch(self.exports[number])
+                    self.exports[number].reported &= (<Backend>self.exports[number].backend).wants()
+            while not self.attention:
+                self.turn(TICK_NS)
+        PyErr_CheckSignals()
+        self.attention = 0
+        ready = [self.ready_fds[i] for i in range(self.ready_count)]
+        self.ready_count = 0
+        return ready
+
+    def take_wants(self):
+        """(export number, Want bits) of every export that wants something it has not said before."""
+        cdef uint32_t i, wants
+        cdef Export *export
+        found = []
+        for i in range(self.export_count):
+            export = self.exports[i]
+            wants = (<Backend>export.backend).wants() if export.live else 0
+            if wants & ~export.reported:
+                found.append((i, wants))
+            export.reported = wants
+        return found
+
+    def drain(self, int64_t timeout_ns, int64_t export=ALL):
+        """Read nothing more from the clients (of one export, or all), answer what is under way, hang up. Writes that wait for
+        storage end with ESHUTDOWN. Clients that do not take their replies in time are dropped."""
+        cdef uint32_t i
+        cdef int64_t until = fvd_monotonic_ns() + timeout_ns
+        cdef Connection *connection
+        for i in range(self.connection_room):
+            connection = self.connections[i]
+            if connection != NULL and connection.state == CONNECTION_OPEN and export in (ALL, connection.export.number):
+                with nogil:
+                    self.end(connection)
+        while self.count_connections(export):
+            if fvd_monotonic_ns() > until:
+                self.drop_all(export)
+                until = fvd_monotonic_ns() + timeout_ns
+            with nogil:
+                self.turn(TICK_NS // 10)
+            PyErr_CheckSignals()
+
+    def request(self, uint32_t export, bint close=False):
+        """Flush an export, or close it: nothing may be asked of it afterwards. Returns 0 or a negative errno."""
+        cdef Export *it = self.exports[export]
+        if not it.live or it.closing:
+            return 0
+        it.answered = 0
+        it.closing = close
+        with nogil:
+            self.touch(it)
+            (<Backend>it.backend).submit(REQUEST_CLOSE if close else REQUEST_FLUSH, 0, 0, 0, NULL, <uint64_t>INTERNAL << 32 | export)
+            while not it.answered:
+                self.turn(TICK_NS)
+        if close:
+            it.live = 0
+        return it.answer
+
+    def drop_all(self, int64_t export=ALL):
+        """Hang up on every client (of one export) at once."""
+        cdef uint32_t i
+        cdef Connection *connection
+        for i in range(self.connection_room):
+            connection = self.connections[i]
+            if connection != NULL and connection.state != CONNECTION_DEAD and export in (ALL, connection.export.number):
+                self.drop(connection)
+
+    def counters(self):
+        cdef Export *export
+        exports = []
+        for i in range(self.export_count):
+            export = self.exports[i]
+            exports.append({
+                "reads": export.commands[COMMAND_READ],
+                "writes": export.commands[COMMAND_WRITE],
+                "flushes": export.commands[COMMAND_FLUSH],
+                "trims": export.commands[COMMAND_TRIM],
+                "write_zeroes": export.commands[COMMAND_WRITE_ZEROES],
+                "caches": export.commands[COMMAND_CACHE],
+                "block_statuses": export.commands[COMMAND_BLOCK_STATUS],
+                "errors": export.errors,
+                "read_bytes": export.read_bytes,
+                "written_bytes": export.written_bytes,
+                "open_requests": export.open_requests,
+                "connections": export.connections,
+            })
+        return {
+            "connections": self.connection_count,
+            "connections_total": self.accepted,
+            "inflight_bytes": self.inflight_bytes,
+            "pooled_bytes": self.pooled_bytes,
+            "turns": self.turn_count,
+            "exports": exports,
+        }
+
+    cdef uint32_t count_connections(self, int64_t export) noexcept:
+        return self.connection_count if export == ALL else self.exports[export].connections
+
+    # --- A turn -------------------------------------------------------------------------------------------------
+
+    cdef int turn(self, int64_t timeout_ns) except -1 nogil:
+        cdef Connection *connection
+        cdef Connection *next
+        cdef Export *export
+        cdef int64_t spin_ns = 0
+        if self.first[LIST_READY] != NULL or self.touched != NULL:
+            timeout_ns = 0
+        if self.busy_poll_ns and self.now_ns - self.last_request_ns < 10 * self.busy_poll_ns:
+            spin_ns = self.busy_poll_ns
+        self.queue.turn(timeout_ns, spin_ns)
+        self.turn_count += 1
+        self.now_ns = fvd_monotonic_ns()
+        if self.queue.interrupted:
+            self.attention |= ATTENTION_TICK
+
+        self.take_events()
+        export = self.touched
+        while export != NULL:
+            self.answer(export)
+            export = export.next_touched
+        self.send_all()
+
+        connection = self.take(LIST_PAUSED)
+        while connection != NULL:
+            next = connection.next[LIST_PAUSED]
+            connection.listed[LIST_PAUSED] = 0
+            self.push(LIST_READY if self.may_read(connection) else LIST_PAUSED, connection)
+            connection = next
+        connection = self.take(LIST_READY)
+        while connection != NULL:
+            next = connection.next[LIST_READY]
+            connection.listed[LIST_READY] = 0
+            if connection.state == CONNECTION_OPEN:
+                self.receive(connection)
+            connection = next
+
+        if self.now_ns >= self.next_tick_ns:
+            self.next_tick_ns = self.now_ns + TICK_NS
+            self.tick_all()
+        export = self.touched
+        while export != NULL:
+            self.settle(export)
+            export = export.next_touched
+        self.touched = NULL
+        self.send_all()
+        self.bury()
+        return 0
+
+    cdef int take_events(self) except -1 nogil:
+        cdef uint32_t i, number
+        cdef Event *event
+        cdef Connection *connection
+        for i in range(self.queue.event_count):
+            event = &self.queue.events[i]
+            if event.kind == EVENT_OP:
+                self.touch(self.exports[event.disk])
+                self.exports[event.disk].open_ops -= 1
+                (<Backend>self.exports[event.disk].backend).complete(event.key, event.result)
+                continue
+            number = <uint32_t>event.key
+            if event.key >> 32 == WATCH_PYTHON:
+                self.note_ready(<int>number)
+                continue
+            connection = self.connections[number]
+            if event.kind == EVENT_READABLE:
+                connection.readable = 1
+                if event.result < 0 or event.result & (POLLHUP | POLLERR | POLLRDHUP):
+                    connection.hung_up = 1
+                self.push(LIST_READY, connection)
+            else:
+                connection.blocked = 0
+                self.push(LIST_SEND, connection)
+        self.queue.event_count = 0
+        return 0
+
+    cdef int note_ready(self, int fd) except -1 nogil:
+        cdef uint32_t i, room = max(16, 2 * self.ready_room)
+        cdef int *grown
+        self.attention |= ATTENTION_FDS
+        for i in range(self.ready_count):
+            if self.ready_fds[i] == fd:
+                return 0
+        if self.ready_count == self.ready_room:
+            grown = <int *>realloc(self.ready_fds, room * sizeof(int))
+            if grown == NULL:
+                with gil:
+                    raise MemoryError
+            self.ready_fds = grown
+            self.ready_room = room
+        self.ready_fds[self.ready_count] = fd
+        self.ready_count += 1
+        return 0
+
+    cdef void touch(self, Export *export) noexcept nogil:
+        if not export.touched:
+            export.touched = 1
+            export.next_touched = self.touched
+            self.touched = export
+
+    cdef int tick_all(self) except -1 nogil:
+        cdef uint32_t i
+        cdef Connection *connection
+        self.attention |= ATTENTION_TICK
+        for i in range(self.export_count):
+            if self.exports[i].live:
+                self.touch(self.exports[i])
+        for i in range(self.connection_room):
+            connection = self.connections[i]
+            if connection == NULL or connection.state == CONNECTION_OPEN:
+                continue
+            if connection.state == CONNECTION_ENDING and self.now_ns > connection.deadline_ns:
+                self.drop(connection)
+            else:
+                self.cancel(connection)         # what has begun to wait since
+        return 0
+
+    cdef int answer(self, Export *export) except -1 nogil:
+        """Make replies of what the engine finished."""
+        cdef Done *done = NULL
+        cdef uint32_t i, count = (<Backend>export.backend).take_done(&done)
+        for i in range(count):
+            if done[i].cookie >> 32 == INTERNAL:
+                export.answered = 1
+                export.answer = done[i].error
+                continue
+            export.open_requests -= 1
+            self.finish(self.slot(<uint32_t>done[i].cookie), done[i].error, done[i].flags)
+        return 0
+
+    cdef int settle(self, Export *export) except -1 nogil:
+        """The engine's tick; then everything it has for the device and for the clients."""
+        cdef DeviceOp *ops = NULL
+        cdef uint32_t count, wants
+        if export.live:
+            (<Backend>export.backend).tick(<uint64_t>self.now_ns)
+        self.answer(export)
+        count = (<Backend>export.backend).take_ops(&ops)
+        if count:
+            export.open_ops += count
+            self.queue.start(export.number, ops, count)
+        export.touched = 0
+        wants = (<Backend>export.backend).wants()
+        if wants & ~export.reported:
+            self.attention |= ATTENTION_WANT
+        export.reported &= wants
+        return 0
+
+    # --- Reading ------------------------------------------------------------------------------------------------
+
+    cdef bint may_read(self, Connection *connection) except -1 nogil:
+        """Whether another request may be taken from a connection. Writes that wait for storage have a cap of their own: those of a
+        full disk must not stop the reads and flushes behind them."""
+        cdef uint64_t mine = connection.inflight_bytes
+        cdef uint64_t value = <uint64_t>connection.number << 32
+        cdef uint64_t waiting
+        cdef uint32_t i
+        if mine < self.connection_cap and mine < self.waiting_cap and self.inflight_bytes < self.total_cap:
+            return True
+        if connection.state != CONNECTION_OPEN:
+            return True
+        waiting = (<Backend>connection.export.backend).waiting_bytes(CONNECTION_MASK, value)
+        waiting = share(mine, waiting, connection.data_bytes)
+        if waiting > self.waiting_cap:
+            self.touch(connection.export)
+            (<Backend>connection.export.backend).cancel_waiting(CONNECTION_MASK, value, -ENOSPC)
+            return False
+        if mine - waiting >= self.connection_cap:
+            return False
+        if mine == 0:
+            return True             # whatever the others hold: slow clients must not shut this one out
+        waiting = 0
+        for i in range(self.export_count):
+            if self.exports[i].live:
+                waiting += (<Backend>self.exports[i].backend).waiting_bytes(0, 0)
+        waiting = share(self.inflight_bytes, waiting, self.data_bytes)
+        return self.inflight_bytes - min(waiting, self.total_cap) < self.total_cap
+
+    cdef int receive(self, Connection *connection) except -1 nogil:
+        """Take what a connection sent, up to its share of this turn."""
+        cdef uint32_t requests = REQUESTS_PER_TURN
+        cdef int64_t room = BYTES_PER_TURN, count
+        cdef int verdict
+        while True:
+            verdict = self.parse(connection, &requests)
+            if verdict == CLOSED:
+                return self.end(connection)
+            if verdict == PAUSED:
+                self.push(LIST_PAUSED, connection)
+                return 0
+            if verdict == SHARE_USED or (room <= 0 and connection.readable):
+                self.push(LIST_READY, connection)
+                return 0
+            if not connection.readable:
+                return 0
+            count = self.fill(connection)
+            if count < 0:
+                return self.drop(connection)
+            room -= count
+
+    cdef int64_t fill(self, Connection *connection) except? -1 nogil:
+        """Receive once: the rest of a write's data straight into its buffer, what follows into the receive buffer. Returns how many
+        bytes; negative: the connection is broken."""
+        cdef iovec[2] parts
+        cdef msghdr message
+        cdef Slot *slot = connection.filling
+        cdef uint32_t direct = 0
+        cdef uint32_t room = HEADERS_BYTES if connection.large else RECEIVE_BYTES
+        cdef ssize_t count
+        if connection.begin:
+            connection.end -= connection.begin
+            memmove(connection.buffer, connection.buffer + connection.begin, connection.end)
+            connection.begin = 0
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = parts
+        if connection.wire.state == WIRE_PAYLOAD:
+            direct = connection.wire.left
+            parts[0].iov_base = slot.payload + (slot.request.length_bytes - direct)
+            parts[0].iov_len = direct
+            message.msg_iovlen = 1
+        parts[message.msg_iovlen].iov_base = connection.buffer + connection.end
+        parts[message.msg_iovlen].iov_len = room - connection.end
+        message.msg_iovlen += 1
+        count = recvmsg(connection.fd, &message, MSG_DONTWAIT)
+        if count < 0:
+            if errno == EINTR:
+                return 0
+            if errno != EAGAIN:
+                return -2
+            connection.readable = 0
+            return 0
+        if count == 0:
+            wire_step(&connection.wire, ON_END)
+            return 0
+        if count < <ssize_t>(direct + room - connection.end) and not connection.hung_up:
+            connection.readable = 0
+        direct = <uint32_t>min(<uint64_t>count, <uint64_t>direct)
+        connection.end += <uint32_t>count - direct
+        if direct and take_data(&connection.wire, direct):
+            self.submit_write(connection)
+        return count
+
+    cdef int parse(self, Connection *connection, uint32_t *requests) except -1 nogil:
+        """Turn received bytes into requests. Returns a Verdict."""
+        cdef Wire *wire = &connection.wire
+        cdef Slot *slot
+        cdef Request request
+        cdef uint32_t size
+        while True:
+            size = connection.end - connection.begin
+            if wire.state == WIRE_HEADER:
+                if size < REQUEST_BYTES:
+                    return NEEDS_BYTES
+                if requests[0] == 0:
+                    return SHARE_USED
+                if not self.may_read(connection):
+                    return PAUSED
+                take_header(wire, &connection.limits, connection.buffer + connection.begin, &request)
+                connection.begin += REQUEST_BYTES
+                if wire.state != WIRE_CLOSED:
+                    requests[0] -= 1
+                    self.begin(connection, &request)
+                continue
+            if wire.state == WIRE_CLOSED:
+                return CLOSED
+            if size == 0:
+                return NEEDS_BYTES
+            size = min(size, wire.left)
+            slot = connection.filling
+            if wire.state == WIRE_PAYLOAD:
+                memcpy(slot.payload + (slot.request.length_bytes - wire.left), connection.buffer + connection.begin, size)
+            connection.begin += size
+            if take_data(wire, size) and slot != NULL:
+                self.submit_write(connection)
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    cdef int begin(self, Connection *connection, const Request *request) except -1 nogil:
+        cdef Slot *slot = self.new_slot(connection)
+        cdef Export *export = connection.export
+        cdef uint32_t flags = FLAG_FUA if request.flags & COMMAND_FLAG_FUA else 0
+        cdef uint64_t length = request.length_bytes
+        self.last_request_ns = self.now_ns
+        slot.request = request[0]
+        if request.error:
+            return self.reply_error(slot, request.error)
+        export.commands[request.command] += 1
+        if request.command == COMMAND_READ:
+            if not self.give_payload(slot, length):
+                return self.finish(slot, -ENOMEM, 0)
+            return self.submit(slot, REQUEST_READ, 0, slot.payload)
+        if request.command == COMMAND_WRITE:
+            connection.large = length >= LARGE_BYTES
+            if not self.give_payload(slot, length):
+                wire_step(&connection.wire, ON_NO_MEMORY)
+                return self.finish(slot, -ENOMEM, 0)
+            connection.filling = slot
+            return 0
+        if request.command == COMMAND_FLUSH:
+            return self.submit(slot, REQUEST_FLUSH, 0, NULL)
+        if request.command == COMMAND_TRIM:
+            return self.submit(slot, REQUEST_TRIM, flags, NULL)
+        if request.command == COMMAND_WRITE_ZEROES:
+            return self.submit(slot, REQUEST_ZERO, flags | (FLAG_NO_HOLE if request.flags & COMMAND_FLAG_NO_HOLE else 0), NULL)
+        if request.command == COMMAND_BLOCK_STATUS:
+            return self.status(slot)
+        return self.finish(slot, 0, 0)      # COMMAND_CACHE is a hint that we do not take
+
+    cdef int submit_write(self, Connection *connection) except -1 nogil:
+        cdef Slot *slot = connection.filling
+        connection.filling = NULL
+        connection.export.written_bytes += slot.request.length_bytes
+        return self.submit(slot, REQUEST_WRITE, FLAG_FUA if slot.request.flags & COMMAND_FLAG_FUA else 0, slot.payload)
+
+    cdef int submit(self, Slot *slot, uint32_t kind, uint32_t flags, uint8_t *buffer) except -1 nogil:
+        cdef Export *export = slot.connection.export
+        if not export.live or export.closing:
+            return self.finish(slot, -ESHUTDOWN, 0)
+        export.open_requests += 1
+        self.touch(export)
+        return (<Backend>export.backend).submit(kind, flags, slot.request.offset_bytes, slot.request.length_bytes, buffer,
+                                                <uint64_t>slot.connection.number << 32 | slot.number)
+
+    cdef int status(self, Slot *slot) except -1 nogil:
+        cdef Export *export = slot.connection.export
+        cdef int room = 1 if slot.request.flags & COMMAND_FLAG_REQ_ONE else STATUS_EXTENTS
+        cdef int i, count, kept = 0
+        cdef uint32_t flags, last_flags = 0
+        cdef uint64_t last_bytes = 0
+        if not export.live or export.closing:
+            return self.finish(slot, -ESHUTDOWN, 0)
+        count = (<Backend>export.backend).extents(slot.request.offset_bytes, slot.request.length_bytes, self.scratch, room)
+        if count <= 0:
+            return self.finish(slot, -EIO, 0)
+        if not self.give_payload(slot, STATUS_HEAD_BYTES + STATUS_EXTENT_BYTES * count):
+            return self.finish(slot, -ENOMEM, 0)
+        for i in range(count):
+            flags = STATUS_HOLE | STATUS_ZERO if self.scratch[i].state == EXTENT_ZERO else 0
+            if kept and flags == last_flags:
+                last_bytes += self.scratch[i].length_bytes      # engine extents that differ may look the same to NBD
+            else:
+                last_bytes = self.scratch[i].length_bytes
+                kept += 1
+            last_flags = flags
+            put_status_extent(slot.payload + STATUS_HEAD_BYTES + STATUS_EXTENT_BYTES * (kept - 1), <uint32_t>last_bytes, flags)
+        put_status_head(slot.payload, slot.request.cookie, kept)
+        return self.reply(slot, slot.payload, STATUS_HEAD_BYTES + STATUS_EXTENT_BYTES * kept)
+
+    cdef int finish(self, Slot *slot, int32_t result, uint32_t flags) except -1 nogil:
+        """A request ended: make its reply."""
+        cdef Connection *connection = slot.connection
+        cdef Request *request = &slot.request
+        cdef uint64_t length = request.length_bytes
+        if result:
+            return self.reply_error(slot, nbd_error(result))
+        if request.command != COMMAND_READ:
+            put_simple(slot.head, request.cookie, 0)
+            return self.reply(slot, slot.head, SIMPLE_HEAD_BYTES)
+        connection.export.read_bytes += length
+        if not connection.limits.structured:
+            put_simple(slot.payload - SIMPLE_HEAD_BYTES, request.cookie, 0)
+            return self.reply(slot, slot.payload - SIMPLE_HEAD_BYTES, SIMPLE_HEAD_BYTES + length)
+        if flags & DONE_ALL_ZERO:
+            put_hole(slot.head, request.cookie, request.offset_bytes, request.length_bytes)
+            return self.reply(slot, slot.head, HOLE_CHUNK_BYTES)
+        put_data_head(slot.payload - DATA_HEAD_BYTES, request.cookie, request.offset_bytes, request.length_bytes)
+        return self.reply(slot, slot.payload - DATA_HEAD_BYTES, DATA_HEAD_BYTES + length)
+
+    cdef int reply_error(self, Slot *slot, uint32_t error) except -1 nogil:
+        slot.connection.export.errors += 1
+        if slot.connection.limits.structured:
+            put_error(slot.head, slot.request.cookie, error)
+            return self.reply(slot, slot.head, ERROR_CHUNK_BYTES)
+        put_simple(slot.head, slot.request.cookie, error)
+        return self.reply(slot, slot.head, SIMPLE_HEAD_BYTES)
+
+    cdef int reply(self, Slot *slot, uint8_t *out, uint64_t out_bytes) except -1 nogil:
+        cdef Connection *connection = slot.connection
+        if connection.state == CONNECTION_DEAD:
+            self.free_slot(slot)
+            return 0
+        slot.out = out
+        slot.out_bytes = out_bytes
+        slot.next = NULL
+        if connection.last_reply == NULL:
+            connection.first_reply = slot
+        else:
+            connection.last_reply.next = slot
+        connection.last_reply = slot
+        self.push(LIST_SEND, connection)
+        return 0
+
+    # --- Sending ------------------------------------------------------------------------------------------------
+
+    cdef int send_all(self) except -1 nogil:
+        cdef Connection *connection = self.take(LIST_SEND)
+        cdef Connection *next
+        while connection != NULL:
+            next = connection.next[LIST_SEND]
+            connection.listed[LIST_SEND] = 0
+            if connection.state != CONNECTION_DEAD and not connection.blocked:
+                self.send(connection)
+            connection = next
+        return 0
+
+    cdef int send(self, Connection *connection) except -1 nogil:
+        cdef iovec[REPLIES_PER_SEND] parts
+        cdef msghdr message
+        cdef Slot *slot
+        cdef uint64_t skip, asked
+        cdef ssize_t count
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = parts
+        while connection.first_reply != NULL:
+            slot = connection.first_reply
+            skip = connection.sent
+            asked = 0
+            message.msg_iovlen = 0
+            while slot != NULL and message.msg_iovlen < REPLIES_PER_SEND:
+                parts[message.msg_iovlen].iov_base = slot.out + skip
+                parts[message.msg_iovlen].iov_len = slot.out_bytes - skip
+                asked += slot.out_bytes - skip
+                skip = 0
+                message.msg_iovlen += 1
+                slot = slot.next
+            count = sendmsg(connection.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if count < 0:
+                if errno == EINTR:
+                    continue
+                if errno != EAGAIN:
+                    return self.drop(connection)
+                count = 0
+            connection.sent += <uint64_t>count
+            while connection.first_reply != NULL and connection.sent >= connection.first_reply.out_bytes:
+                slot = connection.first_reply
+                connection.sent -= slot.out_bytes
+                connection.first_reply = slot.next
+                self.free_slot(slot)
+            if <uint64_t>count < asked:
+                connection.blocked = 1
+                return self.queue.want_write(connection.watch)
+        connection.last_reply = NULL
+        if connection.state == CONNECTION_ENDING and connection.slots == 0:
+            return self.drop(connection)
+        return 0
+
+    # --- The end of a connection --------------------------------------------------------------------------------
+
+    cdef int end(self, Connection *connection) except -1 nogil:
+        """Take nothing more from it; it closes when everything under way has been answered."""
+        connection.state = CONNECTION_ENDING
+        connection.deadline_ns = self.now_ns + LINGER_NS
+        if connection.filling != NULL:
+            self.free_slot(connection.filling)
+            connection.filling = NULL
+        if connection.slots == 0:
+            return self.drop(connection)
+        return self.cancel(connection)
+
+    cdef int cancel(self, Connection *connection) except -1 nogil:
+        if not connection.export.live:
+            return 0
+        self.touch(connection.export)
+        return (<Backend>connection.export.backend).cancel_waiting(CONNECTION_MASK, <uint64_t>connection.number << 32, -ESHUTDOWN)
+
+    cdef int drop(self, Connection *connection) except -1 nogil:
+        """Hang up now. Requests in the engine keep their buffers until it is done with them."""
+        self.hang_up(connection)
+        return self.cancel(connection)
+
+    cdef int hang_up(self, Connection *connection) except -1 nogil:
+        cdef Slot *slot
+        connection.state = CONNECTION_DEAD
+        shutdown(connection.fd, SHUT_RDWR)      # the peer learns now: the kernel's poll holds on to the socket a little longer
+        self.queue.unwatch(connection.watch)
+        c_close(connection.fd)
+        connection.fd = -1
+        if connection.filling != NULL:
+            self.free_slot(connection.filling)
+            connection.filling = NULL
+        while connection.first_reply != NULL:
+            slot = connection.first_reply
+            connection.first_reply = slot.next
+            self.free_slot(slot)
+        connection.last_reply = NULL
+        self.push(LIST_DYING, connection)
+        return 0
+
+    cdef void bury(self) noexcept nogil:
+        """Free the dead connections that nothing refers to any more."""
+        cdef Connection *connection = self.take(LIST_DYING)
+        cdef Connection *next
+        while connection != NULL:
+            next = connection.next[LIST_DYING]
+            connection.listed[LIST_DYING] = 0
+            if connection.slots or connection.listed[LIST_READY] or connection.listed[LIST_PAUSED] or connection.listed[LIST_SEND]:
+                self.push(LIST_DYING, connection)
+            else:
+                self.connections[connection.number] = NULL
+                self.connection_count -= 1
+                connection.export.connections -= 1
+                free(connection.buffer)
+                free(connection)
+            connection = next
+
+    # --- Lists, slots, buffers ----------------------------------------------------------------------------------
+
+    cdef void push(self, uint32_t name, Connection *connection) noexcept nogil:
+        if connection.listed[name]:
+            return
+        connection.listed[name] = 1
+        connection.next[name] = NULL
+        if self.first[name] == NULL:
+            self.first[name] = connection
+        else:
+            self.last[name].next[name] = connection
+        self.last[name] = connection
+
+    cdef Connection *take(self, uint32_t name) noexcept nogil:
+        """The whole list, which is empty afterwards. Its members stay marked until the caller unmarks them, one by one."""
+        cdef Connection *connection = self.first[name]
+        self.first[name] = NULL
+        return connection
+
+    cdef Slot *slot(self, uint32_t number) noexcept nogil:
+        return &self.slabs[number // SLOTS_PER_SLAB][number % SLOTS_PER_SLAB]
+
+    cdef Slot *new_slot(self, Connection *connection) except NULL nogil:
+        cdef Slot **grown
+        cdef Slot *slab
+        cdef int i
+        if self.free_slots == NULL:
+            grown = <Slot **>realloc(self.slabs, (self.slab_count + 1) * sizeof(Slot *))
+            if grown != NULL:
+                self.slabs = grown
+            slab = <Slot *>calloc(SLOTS_PER_SLAB, sizeof(Slot))
+            if grown == NULL or slab == NULL:
+                with gil:
+                    raise MemoryError
+            self.slabs[self.slab_count] = slab
+            for i in range(SLOTS_PER_SLAB):
+                slab[i].number = self.slab_count * SLOTS_PER_SLAB + i
+                slab[i].next = self.free_slots
+                self.free_slots = &slab[i]
+            self.slab_count += 1
+        cdef Slot *slot = self.free_slots
+        self.free_slots = slot.next
+        slot.connection = connection
+        slot.payload = NULL
+        slot.payload_class = NO_CLASS
+        slot.data_bytes = 0
+        slot.cost = PAGE            # requests without data count too: a flood of flushes is bounded
+        connection.slots += 1
+        connection.inflight_bytes += PAGE
+        self.inflight_bytes += PAGE
+        return slot
+
+    cdef bint give_payload(self, Slot *slot, uint64_t size_bytes) noexcept nogil:
+        """A page-aligned buffer with a page before it for the reply's head. False: no memory."""
+        cdef uint8_t kind = 0
+        cdef uint8_t *payload
+        while <uint64_t>PAGE << kind < size_bytes:
+            kind += 1
+        cdef uint64_t room = <uint64_t>PAGE << kind
+        payload = self.pool[kind]
+        if payload != NULL:
+            self.pool[kind] = (<uint8_t **>payload)[0]
+            self.pooled_bytes -= room
+        else:
+            payload = <uint8_t *>aligned_alloc(PAGE, PAGE + room)
+            if payload == NULL:
+                return False
+            payload += PAGE
+        slot.payload = payload
+        slot.payload_class = kind
+        slot.data_bytes = size_bytes
+        slot.cost += room
+        slot.connection.data_bytes += size_bytes
+        slot.connection.inflight_bytes += room
+        self.data_bytes += size_bytes
+        self.inflight_bytes += room
+        return True
+
+    cdef void free_slot(self, Slot *slot) noexcept nogil:
+        cdef uint64_t room = <uint64_t>PAGE << slot.payload_class if slot.payload != NULL else 0
+        slot.connection.slots -= 1
+        slot.connection.data_bytes -= slot.data_bytes
+        slot.connection.inflight_bytes -= slot.cost
+        self.data_bytes -= slot.data_bytes
+        self.inflight_bytes -= slot.cost
+        if slot.payload != NULL:
+            if self.pooled_bytes + room <= POOLED_BYTES:
+                (<uint8_t **>slot.payload)[0] = self.pool[slot.payload_class]
+                self.pool[slot.payload_class] = slot.payload
+                self.pooled_bytes += room
+            else:
+                free(slot.payload - PAGE)
+            slot.payload = NULL
+        slot.next = self.free_slots
+        self.free_slots = slot

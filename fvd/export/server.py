@@ -1,0 +1,568 @@
+"""The NBD server as Python sees it: listening sockets, handshakes, control calls, start and stop.
+
+Requests never come here: `_server.Server` moves them in the same thread, and returns to this module for everything else. May not know
+the command line, the format, or how a disk was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fvd.engine._engine import Engine
+from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout
+from fvd.export import handshake
+from fvd.export._engine_backend import EngineBackend
+from fvd.export._nbd import MAXIMUM_PAYLOAD_BYTES
+from fvd.export._server import Backend, Server
+from fvd.units import MIB
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+_RECEIVE_BYTES = 4096
+_SEND_BUFFER_BYTES = 1 << 20
+_BACKLOG = 128
+_ACCEPTS_PER_STEP = 64
+_EVENTS_PER_STEP = 64  # of one handshake: requests of others go in between
+_SO_SNDBUFFORCE = 32
+_SOCKET_PATH_BYTES = 107
+
+
+@dataclass(frozen=True)
+class Unix:
+    """Listen on a Unix socket; `group` is a name or a number."""
+
+    path: str
+    mode: int = 0o600
+    group: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Tcp:
+    """Listen on TCP; port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 10809
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may cost."""
+
+    connections: int = 256  # more are turned away
+    connection_inflight_bytes: int = 64 * MIB  # of requests under way; beyond it their socket is not read
+    total_inflight_bytes: int = 512 * MIB
+    connection_waiting_bytes: int = 64 * MIB  # of writes that wait for storage; beyond it they end with ENOSPC
+    handshake_s: float = 10.0
+    drain_s: float = 10.0  # at the end: for clients to take the replies of what is under way
+
+
+@dataclass
+class _Client:
+    """A connection whose handshake is under way."""
+
+    socket: socket.socket
+    handshake: handshake.Handshake
+    deadline: float
+    unsent: bytes
+
+
+@dataclass
+class _Call:
+    function: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class NbdServer:
+    """Serves any number of exports on one address, in one thread.
+
+    run() serves in the calling thread; start() in one of its own. Everything else is thread-safe.
+    """
+
+    def __init__(
+        self,
+        listen: Unix | Tcp,
+        *,
+        limits: Limits | None = None,
+        busy_poll_us: int = 0,
+        force_blocking: bool = False,
+        on_stop: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_stop` runs in the serving thread after the last request has been answered, before the device queue goes: the place to
+        close_export() each disk."""
+        if not 0 <= busy_poll_us <= 10_000:
+            raise InvalidArgument(f"busy_poll_us={busy_poll_us}: choose 0 to 10000 microseconds")
+        self._listen = listen
+        self._limits = limits or Limits()
+        self._on_stop = on_stop
+        self._loop = Server(
+            connection_bytes=self._limits.connection_inflight_bytes,
+            total_bytes=self._limits.total_inflight_bytes,
+            waiting_bytes=self._limits.connection_waiting_bytes,
+            busy_poll_us=busy_poll_us,
+            force_blocking=force_blocking,
+        )
+        self._exports: dict[str, handshake.Export] = {}
+        self._on_want: dict[int, Callable[[int], None]] = {}
+        self._clients: dict[int, _Client] = {}
+        self._calls: deque[_Call] = deque()
+        self._postponed: list[Callable[[], None]] = []  # to do when the loop is there
+        self._again: set[int] = set()  # handshakes that used up their share of a step
+        self._lock = threading.RLock()  # of _calls, _wake and _serving; a signal handler may come in between
+        self._wake = -1
+        self._thread: threading.Thread | None = None
+        self._serving: int | None = None  # the serving thread's ident
+        self._ready: Future[None] = Future()
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._accept_later = False
+        self._listener: socket.socket | None = None
+        self._bound: tuple[int, int] | None = None  # device and inode of our Unix socket
+
+    # --- Exports ------------------------------------------------------------------------------------------------
+
+    def add_export(
+        self,
+        name: str,
+        engine: Engine | Backend,
+        *,
+        storage_fd: int,
+        base_fd: int = -1,
+        size_bytes: int,
+        read_only: bool = False,
+        block_size_bytes: int = 4096,
+        minimum_block_bytes: int = 1,
+        description: str = "",
+        on_want: Callable[[int], None] | None = None,
+    ) -> None:
+        """Offer a disk. The descriptors stay the caller's and must outlive close_export(). `block_size_bytes` is what requests are
+        preferably aligned to. `on_want` is called in the serving thread with the engine's Want bits, once until they are cleared."""
+        for text in (name, description):
+            if len(text.encode()) > handshake.MAXIMUM_NAME_BYTES or "\0" in text:
+                raise InvalidArgument(f"the name or description of export {name[:64]!r} is too long for NBD, or contains NUL")
+        if not 1 <= minimum_block_bytes <= 65536 or minimum_block_bytes & (minimum_block_bytes - 1):
+            raise InvalidArgument(f"the minimum block of {minimum_block_bytes} bytes is no power of two up to 64 KiB")
+        if block_size_bytes < max(512, minimum_block_bytes) or block_size_bytes & (block_size_bytes - 1):
+            raise InvalidArgument(f"the block size of {block_size_bytes} bytes is no power of two from {max(512, minimum_block_bytes)}")
+        if not 0 <= size_bytes < 1 << 63 or size_bytes % minimum_block_bytes:
+            raise InvalidArgument(f"the size of {size_bytes} bytes is no multiple of the minimum block of {minimum_block_bytes}")
+        backend = engine if isinstance(engine, Backend) else EngineBackend(engine)
+
+        def attach() -> None:
+            if name in self._exports:
+                raise Conflict(f"an export named {name!r} is already served")
+            number = self._loop.add_export(backend, storage_fd, base_fd)
+            preferred = min(block_size_bytes, MAXIMUM_PAYLOAD_BYTES)
+            export = handshake.Export(name, number, size_bytes, read_only, minimum_block_bytes, preferred, description)
+            self._exports[name] = export
+            if on_want is not None:
+                self._on_want[number] = on_want
+
+        self._call_or_postpone(attach)
+
+    def close_export(self, name: str) -> None:
+        """Stop serving a disk: answer what is under way, hang up on its clients, have its engine close. Raises what that failed with."""
+        self.call(lambda: self._close_export(name))
+
+    def _close_export(self, name: str) -> None:
+        export = self._exports.pop(name, None)
+        if export is None:
+            raise NotFound(f"no export named {name!r} is served")
+        self._loop.drain(int(self._limits.drain_s * 1e9), export.number)
+        result = self._loop.request(export.number, close=True)
+        self._loop.remove_export(export.number)
+        self._on_want.pop(export.number, None)
+        if result:
+            raise DeviceError(f"closing {name!r}: {os.strerror(-result)}; what was not flushed may be lost")
+
+    def uri(self, name: str = "") -> str:
+        """The NBD URI of an export. For TCP with port 0, once the server runs."""
+        if isinstance(self._listen, Unix):
+            return f"nbd+unix:///{quote(name, safe='')}?socket={quote(str(Path(self._listen.path).absolute()), safe='/')}"
+        host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
+        port = self._listener.getsockname()[1] if self._listener is not None else self._listen.port
+        return f"nbd://{host}:{port}/{quote(name, safe='')}"
+
+    @property
+    def notice(self) -> str:
+        """Why the device queue is not io_uring; empty when it is, or before the server runs."""
+        return self._loop.queue.notice if self._loop.queue is not None else ""
+
+    # --- Running ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve in this thread until stop(); once."""
+        if self._ready.done() or self._serving is not None:
+            raise Conflict("an NBD server runs once: make another")
+        try:
+            self._open()
+            self._ready.set_result(None)
+            while not self._stopping:
+                self._step()
+            self._shut_down()
+        except BaseException as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            raise
+        finally:
+            self._close()
+
+    def start(self) -> None:
+        """Serve in a thread of our own; returns when clients can connect."""
+        if self._thread is not None:
+            raise Conflict("the server was started before")
+        self._thread = threading.Thread(target=self._run_thread, name="fvd-nbd", daemon=True)
+        self._thread.start()
+        self._ready.result()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Answer what is under way, flush, hang up. May be called from a signal handler. Waits for a thread that start() made, and
+        raises what ended it."""
+        with self._lock:
+            self._stopping = True
+            self._wake_up()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
+            if thread.is_alive():
+                raise Timeout(f"the NBD server did not stop within {timeout_s} s")
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+
+    def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
+        """Run `function` in the serving thread, between two turns; its result or exception."""
+        if threading.get_ident() == self._serving:
+            return function()
+        call = _Call(function)
+        with self._lock:
+            if self._serving is None:
+                raise Conflict("the NBD server does not run")
+            self._calls.append(call)
+            self._wake_up()
+        try:
+            result: Result = call.future.result(timeout_s)
+        except FutureTimeout:
+            if call.future.cancel() or not call.future.done():
+                raise Timeout(f"the serving thread did not answer within {timeout_s} s") from None
+            raise
+        return result
+
+    def counters(self) -> dict[str, Any]:
+        """Requests, bytes and connections, in total and by export."""
+
+        def collect() -> dict[str, Any]:
+            counters = self._loop.counters()
+            by_number = counters.pop("exports")
+            counters["exports"] = {name: by_number[export.number] for name, export in self._exports.items()}
+            counters["handshakes"] = len(self._clients)
+            return counters
+
+        return self.call(collect)
+
+    def _call_or_postpone(self, function: Callable[[], None]) -> None:
+        with self._lock:
+            if self._serving is None:
+                self._postponed.append(function)
+                return
+        self.call(function)
+
+    def _wake_up(self) -> None:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def _run_thread(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            if self._ready.exception() is not error:  # else start() raises it
+                self._failure = error
+                log.exception("the NBD server failed")
+
+    def _open(self) -> None:
+        self._loop.open()
+        for attach in self._postponed:
+            attach()
+        self._postponed.clear()
+        self._listener, self._bound = open_listener(self._listen)
+        self._loop.watch(self._listener.fileno())
+        with self._lock:
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._serving = threading.get_ident()
+        self._loop.watch(self._wake)
+        if self.notice:
+            log.warning("%s", self.notice)
+
+    def _step(self) -> None:
+        ready = self._loop.turns()
+        if self._accept_later:
+            ready.append(self._listener.fileno() if self._listener is not None else -1)
+        for fd in [*ready, *self._again]:
+            if fd == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            elif self._listener is not None and fd == self._listener.fileno():
+                self._accept(self._listener)
+            elif fd in self._clients:
+                self._shake(fd, self._clients[fd])
+        self._run_calls()
+        for number, wants in self._loop.take_wants():
+            if number in self._on_want:
+                try:
+                    self._on_want[number](wants)
+                except Exception:
+                    log.exception("what an engine wanted (%#x) could not be done", wants)
+        now = time.monotonic()
+        for fd in [fd for fd, client in self._clients.items() if now > client.deadline]:
+            self._reject(fd, f"no handshake within {self._limits.handshake_s:g} s")
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            call = self._calls.popleft()
+            if not call.future.set_running_or_notify_cancel():
+                continue
+            try:
+                call.future.set_result(call.function())
+            except BaseException as error:
+                call.future.set_exception(error)
+
+    def _shut_down(self) -> None:
+        self._close_listener()
+        for fd in list(self._clients):
+            self._reject(fd, "the server stops")
+        self._loop.drain(int(self._limits.drain_s * 1e9))
+        self._run_calls()
+        for name, export in self._exports.items():
+            if result := self._loop.request(export.number):
+                log.error("the last flush of %r failed: %s", name, os.strerror(-result))
+        if self._on_stop is not None:
+            self._on_stop()
+
+    def _close(self) -> None:
+        with self._lock:
+            self._serving = None
+            wake, self._wake = self._wake, -1
+            calls, self._calls = self._calls, deque()
+        self._close_listener()
+        for client in self._clients.values():
+            client.socket.close()
+        self._clients.clear()
+        self._loop.close()
+        if wake >= 0:
+            os.close(wake)
+        for call in calls:
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_exception(Conflict("the NBD server has stopped"))
+
+    def _close_listener(self) -> None:
+        if self._listener is None:
+            return
+        if isinstance(self._listen, Unix):
+            with contextlib.suppress(OSError):
+                path = Path(self._listen.path)
+                status = path.lstat()
+                if (status.st_dev, status.st_ino) == self._bound:  # not another server's by now
+                    path.unlink()
+        with contextlib.suppress(KeyError):
+            self._loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        self._listener = None
+
+    # --- Handshakes ---------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        self._accept_later = False
+        for _ in range(_ACCEPTS_PER_STEP):
+            try:
+                client, _address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.ECONNABORTED, errno.EINTR):
+                    continue
+                log.error("accept: %s", error.strerror)  # out of descriptors or memory: the queue will not ring again for this one
+                self._accept_later = True
+                return
+            if len(self._clients) + self._loop.connection_count >= self._limits.connections:
+                log.warning("turned a client away: %d are connected", self._limits.connections)
+                client.close()
+                continue
+            client.setblocking(False)
+            _tune(client)
+            deadline = time.monotonic() + self._limits.handshake_s
+            entry = _Client(client, handshake.Handshake(self._exports), deadline, handshake.Handshake.greeting())
+            self._clients[client.fileno()] = entry
+            self._loop.watch(client.fileno())
+            self._shake(client.fileno(), entry)
+        self._accept_later = True  # there may be more
+        self._wake_up()
+
+    def _shake(self, fd: int, client: _Client) -> None:
+        """Take a handshake as far as it goes now."""
+        self._again.discard(fd)
+        try:
+            for _ in range(_EVENTS_PER_STEP):
+                while client.unsent:
+                    client.unsent = client.unsent[client.socket.send(client.unsent) :]
+                match client.handshake.next_event():
+                    case handshake.Send(data):
+                        client.unsent = data
+                    case handshake.NeedData():
+                        client.handshake.receive_data(client.socket.recv(_RECEIVE_BYTES))
+                    case handshake.Start() as start:
+                        self._begin(fd, client, start)
+                        return
+                    case handshake.Rejected(reason):
+                        self._reject(fd, reason)
+                        return
+        except BlockingIOError:
+            if client.unsent:
+                self._loop.want_write(fd)
+            return
+        except OSError as error:
+            self._reject(fd, error.strerror or str(error))
+            return
+        self._again.add(fd)
+        self._wake_up()
+
+    def _begin(self, fd: int, client: _Client, start: handshake.Start) -> None:
+        export = start.export
+        if self._exports.get(export.name) is not export:
+            self._reject(fd, "its export was closed")
+            return
+        self._forget(fd)
+        try:
+            self._loop.adopt(
+                fd,
+                export.number,
+                export.size_bytes,
+                export.minimum_block_bytes,
+                export.read_only,
+                start.structured,
+                start.allocation,
+                start.received,
+            )
+        except BaseException:
+            client.socket.close()
+            raise
+        client.socket.detach()
+
+    def _reject(self, fd: int, reason: str) -> None:
+        log.info("a client's handshake ended: %s", reason)
+        self._forget(fd).socket.close()
+
+    def _forget(self, fd: int) -> _Client:
+        self._loop.unwatch(fd)
+        self._again.discard(fd)
+        return self._clients.pop(fd)
+
+
+# --- Sockets ----------------------------------------------------------------------------------------------------
+
+
+def open_listener(listen: Unix | Tcp) -> tuple[socket.socket, tuple[int, int] | None]:
+    """A listening socket, and of a Unix one its (device, inode)."""
+    try:
+        return _listen_unix(listen) if isinstance(listen, Unix) else (_listen_tcp(listen), None)
+    except PermissionError as error:
+        raise PermissionDenied(f"listening on {listen}: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise NotFound(f"listening on {listen}: {error.strerror}") from error
+    except socket.gaierror as error:
+        raise InvalidArgument(f"listening on {listen}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(f"listening on {listen}: the address is in use") from error
+        raise InvalidArgument(f"listening on {listen}: {error}") from error
+
+
+def _listen_tcp(listen: Tcp) -> socket.socket:
+    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _name, address = found[0]
+    listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _listen_unix(listen: Unix) -> tuple[socket.socket, tuple[int, int]]:
+    """Given its owner before it listens: until then nobody can connect."""
+    path = Path(listen.path)
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise InvalidArgument(f"the socket path {path} is longer than {_SOCKET_PATH_BYTES} bytes")
+    group = -1 if listen.group is None else listen.group if isinstance(listen.group, int) else _group_id(listen.group)
+    _remove_dead(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(str(path))
+        try:
+            if group >= 0:
+                os.chown(path, -1, group)
+            path.chmod(listen.mode)
+            listener.listen(_BACKLOG)
+            status = path.lstat()
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    except BaseException:
+        listener.close()
+        raise
+    return listener, (status.st_dev, status.st_ino)
+
+
+def _group_id(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise InvalidArgument(f"there is no group {name!r}") from None
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove the socket of a process that has ended. Anything else at the path is refused."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise Conflict(f"{path} exists and is no socket: remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its queue is full: alive
+    raise InUse(f"a process listens on {path}")
+
+
+def _tune(client: socket.socket) -> None:
+    if client.family == socket.AF_UNIX:
+        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):  # the first ignores the system's limit, where we may
+            with contextlib.suppress(OSError):
+                client.setsockopt(socket.SOL_SOCKET, option, _SEND_BUFFER_BYTES)
+                return
+    else:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

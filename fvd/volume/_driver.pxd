@@ -1,0 +1,53 @@
+"""The compiled fields of the in-process driver. See _driver.pyx."""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from fvd.device._queue cimport Queue
+from fvd.engine._engine cimport Engine
+
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+
+cdef struct Call:               # one request of a caller, from the moment it is queued until both sides have let go of it
+    uint64_t offset_bytes
+    uint64_t length_bytes
+    uint8_t *buffer             # page-aligned; the call's own: a caller that was interrupted must not pull it away from under the device
+    Call *next                  # in the inbox
+    Call *newer                 # among the calls that the engine has
+    Call *older
+    uint32_t kind
+    uint32_t flags
+    int32_t error
+    uint8_t abandoned           # the caller is gone: whoever finishes the call frees it
+    uint8_t finished
+    sem_t done
+
+cdef class Driver:
+    cdef readonly object volume
+    cdef Engine engine
+    cdef Queue queue
+    cdef object thread, posted, opened, failure, close_lock
+    cdef pthread_mutex_t lock   # guards inbox_*, closing, dead, Call.abandoned and Call.finished
+    cdef Call *inbox_first
+    cdef Call *inbox_last
+    cdef Call *calls            # those that the engine has; only the loop touches it
+    cdef uint32_t call_count
+    cdef int wake_fd
+    cdef bint closing, dead, has_posted, stop
+    cdef readonly str queue_kind
+    cdef bint force_blocking
+
+    cdef void enqueue(self, Call *call) noexcept nogil
+    cdef void finish(self, Call *call, int32_t error) noexcept nogil
+    cdef int loop(self) except -1 nogil
+    cdef int turn_once(self) except -1 nogil
+    cdef int take_inbox(self) except -1 nogil
+    cdef int attend(self) except -1 with gil
+    cdef int run_posted(self) except -1
+    cdef int32_t request(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, const uint8_t *source,
+                         uint8_t *target) except? 1

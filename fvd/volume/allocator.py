@@ -1,0 +1,272 @@
+"""Owns the storage's size while a disk is open: grows it in the background, before it is needed, and tells the engine.
+
+Carries out what `policy.GrowthPolicy` decides. Everything but the steps themselves happens in the thread of the disk's loop, which `post`
+leads to: so there are no locks here. Knows neither sockets nor the format; how a step is done is the storage's business (`growth.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from fvd.errors import DeviceError, FvdError
+from fvd.format.geometry import Geometry
+from fvd.volume.growth import Storage
+from fvd.volume.policy import (
+    EXTEND_TIMEOUT_SECONDS,
+    Action,
+    Answer,
+    Exhausted,
+    GrowthEvent,
+    GrowthPolicy,
+    Look,
+    Start,
+    UseSize,
+    WakeAt,
+)
+
+WANT_GROWTH = 1  # fvd.engine: Engine.want
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class GrowingEngine(Protocol):
+    """What the allocator needs of an engine. Touched only in the loop's thread."""
+
+    want: int
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that the engine may hand out."""
+
+    def set_storage_size(self, size_bytes: int, /) -> Any:
+        """More slots from now on."""
+
+    def set_exhausted(self, exhausted: bool, /) -> Any:
+        """Storage cannot grow now: writes that wait for a slot may have to fail."""
+
+
+class Timer(Protocol):
+    """A call that comes later unless it is cancelled: threading.Timer is one."""
+
+    def cancel(self) -> None: ...
+
+
+def run_in_thread(work: Callable[[], None]) -> None:
+    """The executor of real life. A daemon: a step that hangs for ever must not keep the process alive."""
+    threading.Thread(target=work, name="fvd-grow", daemon=True).start()
+
+
+def call_later(seconds: float, call: Callable[[], None]) -> Timer:
+    """The timer of real life."""
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+class Allocator:
+    """Growth of one open disk.
+
+    A driver calls `attach` once, in its loop's thread, and `on_want` there whenever the engine's `want` has WANT_GROWTH. `extend_now`,
+    `poke`, `figures` and `close` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        geometry: Geometry,
+        *,
+        storage_size_bytes: int,
+        low_water_bytes: int,
+        on_event: Callable[[GrowthEvent], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        executor: Callable[[Callable[[], None]], None] = run_in_thread,
+        timer: Callable[[float, Callable[[], None]], Timer] = call_later,
+        extend_timeout_seconds: float = EXTEND_TIMEOUT_SECONDS,
+    ) -> None:
+        self.storage = storage
+        self.on_event = on_event
+        self._geometry = geometry
+        self._policy = GrowthPolicy(
+            geometry,
+            storage_size_bytes=storage_size_bytes,
+            low_water_bytes=low_water_bytes,
+            can_grow=storage.can_grow,
+            extend_timeout_seconds=extend_timeout_seconds,
+        )
+        self._clock = clock
+        self._executor = executor
+        self._timer = timer
+        self._engine: GrowingEngine | None = None
+        self._post: Post | None = None
+        self._alarm: Timer | None = None
+        self._alarm_at = 0.0
+        self._queued: list[Future[int]] = []  # on their way to the loop's thread
+        self._waiting: list[Future[int]] = []  # for an Answer of the policy
+        self._closed = False
+
+    # --- In the loop's thread --------------------------------------------------------------------------------------------------------
+
+    def attach(self, engine: GrowingEngine, post: Post) -> None:
+        """Begins work. `post(fn)` makes the loop's thread call fn soon; it may be called from any thread."""
+        self._engine = engine
+        self._post = post
+        self.on_want(engine)
+
+    def on_want(self, engine: GrowingEngine) -> None:
+        """The engine wants room: takes the wish back and begins a step, unless one runs or rests after a failure."""
+        engine.want &= ~WANT_GROWTH
+        if not self._closed:
+            self._do(self._policy.room(self._clock(), self._free_bytes()))
+
+    # --- From any thread -------------------------------------------------------------------------------------------------------------
+
+    def extend_now(self, by_bytes: int | None = None) -> Future[int]:
+        """Asks for more storage (default: a grow step), at most what the disk can use. The future's result is the size then, in bytes;
+        its errors are those of `Storage.grow_to`, and Timeout for a step that hangs."""
+        future: Future[int] = Future()
+
+        def begin() -> None:
+            self._queued.remove(future)
+            self._waiting.append(future)
+            self._do(self._policy.extend(self._clock(), self._geometry.grow_step_bytes if by_bytes is None else by_bytes))
+
+        self._queued.append(future)
+        self._in_loop(begin)
+        if self._closed:
+            self._give_up()
+        return future
+
+    def poke(self) -> None:
+        """Something changed outside (room was made, storage was added): look now instead of resting after a failure."""
+        self._in_loop(lambda: self._do(self._policy.poke(self._clock(), self._free_bytes())))
+
+    def close(self) -> None:
+        """Nothing runs afterwards. A step that hangs is left behind: it can do no harm, and the next open reads what it did."""
+        self._closed = True
+        self._set_alarm(None)
+        self.storage.close()
+        self._give_up()
+
+    def reserve_seconds(self, write_rate_bytes_per_second: float) -> float:
+        """How long a step may take at this rate of first writes before one of them waits, if it begins at the low-water mark."""
+        return self._policy.low_water_bytes / write_rate_bytes_per_second
+
+    def figures(self) -> dict[str, Any]:
+        """What `info` tells about growth. Sizes in bytes."""
+        policy = self._policy
+        seconds = policy.longest_extend_seconds
+        return {
+            "low_water": policy.low_water_bytes,
+            "extending": policy.extending,
+            "extend_steps": policy.steps_done,
+            "last_extend_seconds": policy.last_extend_seconds,
+            "longest_extend_seconds": seconds,
+            # The rate of first writes that never waits, if steps take as long as the longest so far.
+            "reserve_bytes_per_second": None if not seconds else int(min(policy.low_water_bytes, self._geometry.grow_step_bytes) / seconds),
+            "last_failure": policy.last_failure,
+        }
+
+    # --- Carrying out ----------------------------------------------------------------------------------------------------------------
+
+    def _free_bytes(self) -> int:
+        engine = self._engine
+        return 0 if engine is None else engine.free_slots * self._geometry.chunk_size_bytes
+
+    def _in_loop(self, work: Callable[[], None]) -> None:
+        post = self._post
+        if post is not None and not self._closed:
+            post(lambda: None if self._closed else work())
+
+    def _do(self, actions: list[Action]) -> None:
+        resized = False
+        for action in actions:
+            if isinstance(action, UseSize):
+                if self._engine is not None:
+                    self._engine.set_storage_size(action.size_bytes)
+                resized = True
+            elif isinstance(action, Start):
+                self._start(action.target_bytes)
+            elif isinstance(action, Look):
+                self._executor(self._look)
+            elif isinstance(action, WakeAt):
+                self._set_alarm(action.when)
+            elif isinstance(action, Exhausted):
+                if self._engine is not None:
+                    self._engine.set_exhausted(True)
+            elif isinstance(action, Answer):
+                self._answer(action.error)
+            else:
+                self._tell(action)
+        if resized:
+            self._do(self._policy.room(self._clock(), self._free_bytes()))
+
+    def _tell(self, event: GrowthEvent) -> None:
+        if self.on_event is None:
+            return
+        try:
+            self.on_event(event)
+        except Exception:  # a listener's bug must not stop the disk
+            logging.getLogger(__name__).exception("a listener failed at %s", event)
+
+    def _start(self, target_bytes: int) -> None:
+        def work() -> None:
+            error: FvdError | None = None
+            try:
+                self.storage.grow_to(target_bytes)
+            except FvdError as failure:
+                error = failure
+            except Exception as failure:  # a storage's own bug must not end growth for ever
+                error = DeviceError(f"growing failed: {failure!r}")
+            size_bytes = self._read_size()
+            self._in_loop(lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes())))
+
+        self._executor(work)
+
+    def _look(self) -> None:
+        size_bytes = self._read_size()
+        self._in_loop(lambda: self._do(self._policy.looked(size_bytes)))
+
+    def _read_size(self) -> int | None:
+        with contextlib.suppress(FvdError):
+            return self.storage.size_bytes()
+        return None
+
+    def _set_alarm(self, when: float | None) -> None:
+        if when is not None and when == self._alarm_at and self._alarm is not None:
+            return  # asked for again with every write that finds the storage low
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            alarm.cancel()
+        if when is not None and not self._closed:
+            self._alarm_at = when
+            self._alarm = self._timer(max(0.0, when - self._clock()), self._ring)
+
+    def _ring(self) -> None:
+        def tick() -> None:
+            self._alarm = None
+            self._do(self._policy.tick(self._clock(), self._free_bytes()))
+
+        self._in_loop(tick)
+
+    def _give_up(self) -> None:
+        for futures in (self._queued, self._waiting):
+            while futures:
+                future = futures.pop()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(DeviceError("the disk has been closed; open it again"))
+
+    def _answer(self, error: FvdError | None) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                if error is None:
+                    future.set_result(self._policy.storage_size_bytes)
+                else:
+                    future.set_exception(error)

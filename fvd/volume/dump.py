@@ -1,0 +1,138 @@
+"""A disk's metadata as it lies on storage, for whoever must understand it. Interprets as little as it can and shows damaged things too.
+
+Field names are those of FORMAT.md. Never modifies. Only for closed disks: of an open one the storage is behind the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fvd.device.claim import Ownership, claim
+from fvd.device.node import Node, open_node
+from fvd.errors import Corrupt, DeviceError, FvdError
+from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL
+from fvd.format.journal import iter_commits
+from fvd.format.maps import CELL, EMPTY, MapKind, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
+from fvd.format.superblock import MAGIC, SUPERBLOCK, Superblock, decode
+from fvd.volume.name import VolumeName, parse_name
+from fvd.volume.provider import provider_for
+from fvd.volume.superblocks import read_slots, read_superblock, uuid_text
+
+SCHEMA_VERSION = 1
+
+
+def dump(name: str | VolumeName, *, cells: bool = True) -> dict[str, Any]:
+    """Superblocks, journal commits, and the cells of the maps that have content or are damaged, as plain values for JSON.
+
+    Raises NotFound (no such volume, or nothing of fvd in it), InUse, PermissionDenied, DeviceError.
+    """
+    volume = parse_name(name)
+    provider = provider_for(volume)
+    path = provider.attach(volume)
+    try:
+        with claim(path, Ownership.READER) as held, open_node(path, read_only=True) as node:
+            held.check_covers(node)
+            return _dump(volume, node, cells)
+    finally:
+        provider.detach(volume)
+
+
+def _dump(volume: VolumeName, node: Node, cells: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "volume": str(volume), "storage_size": node.size_bytes()}
+    slots = read_slots(node)
+    found["superblocks"] = [] if slots is None else [_superblock(page, slot) for slot, page in enumerate(slots)]
+    try:
+        superblock = read_superblock(node)
+    except Corrupt as error:
+        return found | {"error": str(error)}
+    geometry = superblock.geometry
+    try:
+        ring = node.pread(geometry.journal_offset_bytes, geometry.journal_size_bytes)
+        found["journal"] = [
+            {
+                "sequence": commit.sequence,
+                "parts": commit.parts,
+                "previous": commit.previous,
+                "tail": commit.tail,
+                "map_hash": f"{commit.map_hash:#018x}",
+                "clean": commit.clean,
+                "complete": commit.complete,
+                "words": [[int(index), f"{int(value):#018x}"] for index, value in commit.words.tolist()],
+                "entries": [[int(index), None if value == EMPTY else int(value)] for index, value in commit.entries.tolist()],
+            }
+            for commit in iter_commits(geometry, superblock.uuid, ring)
+        ]
+        if cells:
+            found["bitmap_cells"] = _cells(node, superblock, MapKind.BITMAP)
+            found["table_cells"] = _cells(node, superblock, MapKind.TABLE)
+    except DeviceError as error:
+        found["error"] = str(error)
+    return found
+
+
+def _superblock(page: bytes, slot: int) -> dict[str, Any]:
+    """Every field of a slot, and whether it decodes."""
+    found: dict[str, Any] = {"slot": slot}
+    try:
+        decode(page, slot)
+        found["valid"] = True
+    except FvdError as error:
+        found |= {"valid": False, "problem": str(error)}
+    if not page.startswith(MAGIC):
+        return found
+    row = np.frombuffer(page, SUPERBLOCK)[0]
+    for name in SUPERBLOCK.names or ():
+        value = row[name]
+        if name == "uuid":
+            found[name] = uuid_text(value.tobytes())
+        elif name == "checksum" or name.endswith("_features"):
+            found[name] = f"{int(value):#x}"
+        elif name == "base_locator":
+            size = min(int(row["base_locator_size"]), len(value.tobytes()))
+            found[name] = value.tobytes()[:size].decode(errors="replace")
+        elif name == "magic":
+            found[name] = value.tobytes().decode("latin-1")
+        elif not name.startswith("reserved"):
+            found[name] = int(value)
+    return found
+
+
+def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, Any]]:
+    """Cells with content, and damaged ones, a page at a time: what one page says must not hide another."""
+    geometry = superblock.geometry
+    whole = empty_bitmap(geometry) if kind is MapKind.BITMAP else empty_table(geometry)
+    if whole is None:
+        return []
+    found = []
+    initial = 0 if kind is MapKind.BITMAP else EMPTY
+    per_cell = WORDS_PER_CELL if kind is MapKind.BITMAP else ENTRIES_PER_CELL
+    for page in range(map_pages(geometry, kind)):
+        offset = map_offset_bytes(geometry, kind) + page * PAGE_BYTES
+        raw = node.pread(offset, PAGE_BYTES)
+        try:
+            decode_pages(geometry, kind, raw, superblock.uuid, whole, page)
+            problem = None
+        except Corrupt as error:
+            problem = str(error)
+        for row, number in zip(raw.view(CELL), range(page * CELLS_PER_PAGE, (page + 1) * CELLS_PER_PAGE), strict=True):
+            payload = np.frombuffer(row["cell_payload"].tobytes(), whole.dtype)[:per_cell]
+            filled = np.flatnonzero(payload != initial)
+            if filled.size == 0 and problem is None:
+                continue
+            cell: dict[str, Any] = {
+                "offset": map_offset_bytes(geometry, kind) + number * CELL_BYTES,
+                "cell_index": int(row["cell_index"]),
+                "cell_kind": int(row["cell_kind"]),
+                "cell_checksum": f"{int(row['cell_checksum']):#010x}",
+                "items": [[number * per_cell + int(index), _item(kind, int(payload[index]))] for index in filled.tolist()],
+            }
+            if problem is not None:
+                cell["problem"] = problem
+            found.append(cell)
+    return found
+
+
+def _item(kind: MapKind, value: int) -> int | str:
+    return f"{value:#018x}" if kind is MapKind.BITMAP else value

@@ -1,0 +1,92 @@
+"""The seam to whatever holds a disk: a sparse file, a device of fixed size, later a logical volume. Only sizes are spoken of here.
+
+A Storage grows and tells its size, and nothing else: what lies in it, who waits for it and when it should grow are not its business.
+Knows neither engine nor format. docs/growth.md says what an implementation must promise.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from fvd.device.lengthen import Lengthener
+from fvd.device.node import Node
+from fvd.errors import NoSpace, Unsupported
+from fvd.units import format_size
+
+_FILE_UNIT_BYTES = 64 << 10
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """The place where one open disk lives.
+
+    `grow_to` and `size_bytes` are called from threads of the allocator, `grow_to` never twice at a time; `close` from any, also while a
+    call hangs.
+    """
+
+    can_grow: bool  # False: only somebody else can make it larger
+
+    def size_bytes(self) -> int:
+        """The size now, asked of the open descriptor. Whatever `grow_to` reported, this is the truth. Raises DeviceError."""
+
+    def grow_to(self, size_bytes: int) -> None:
+        """Makes the storage at least `size_bytes` long, durably, without changing a byte that it holds; never makes it shorter.
+
+        May stop half-way. Raises NoSpace (the group or file system is full), Unsupported (cannot grow), Timeout, DeviceError.
+        """
+
+    def close(self) -> None:
+        """No more calls. One that is still running ends by itself and changes nothing but the size."""
+
+
+class FileStorage:
+    """A sparse file that plays the logical volume: it grows by the same steps, and takes room on its file system only where written."""
+
+    can_grow = True
+
+    def __init__(self, node: Node) -> None:
+        self._file = Lengthener(node)
+
+    def size_bytes(self) -> int:
+        return self._file.size_bytes()
+
+    def grow_to(self, size_bytes: int) -> None:
+        have = self._file.size_bytes()
+        if size_bytes <= have:
+            return
+        # Room that the file system does not have would be found missing only by the guest's writes, as I/O errors: take what is
+        # there, and let the writes wait for the rest. A sparse file reserves nothing, so this bounds the damage and is no promise.
+        room = self._file.room_bytes()
+        target = min(size_bytes, have + room // _FILE_UNIT_BYTES * _FILE_UNIT_BYTES)
+        if target > have:
+            self._file.lengthen(target)
+        if target < size_bytes:
+            raise NoSpace(
+                f"{self._file.path}: its file system has {format_size(room)} left, and {format_size(size_bytes - have)} more were wanted; "
+                "make room there and writes go on by themselves"
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class FixedStorage:
+    """A block device: fvd cannot make it larger. Somebody else can, and then the new size is used."""
+
+    can_grow = False
+
+    def __init__(self, node: Node) -> None:
+        self._device = Lengthener(node)
+
+    def size_bytes(self) -> int:
+        return self._device.size_bytes()
+
+    def grow_to(self, size_bytes: int) -> None:
+        have = self._device.size_bytes()
+        if have < size_bytes:
+            raise Unsupported(
+                f"{self._device.path} holds {format_size(have)}, and fvd cannot enlarge it; enlarge the device, and the new size is used"
+            )
+
+    def close(self) -> None:
+        self._device.close()

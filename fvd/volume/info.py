@@ -1,0 +1,80 @@
+"""What a disk is and how full: plain values with stable keys, for JSON as for people. Only ever added to within a schema version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvd.volume.name import VolumeKind
+from fvd.volume.opening import OpenVolume
+from fvd.volume.policy import default_low_water_bytes, limit_size_bytes
+from fvd.volume.superblocks import uuid_text
+from fvd.volume.view import Target, look
+
+SCHEMA_VERSION = 1
+
+
+def info(target: Target) -> dict[str, Any]:
+    """Sizes in bytes. Of an open volume: call it in its loop's thread. Raises as `look`.
+
+    ``mapped_bytes``: storage taken by chunks (compact: slots in use; raw, where every chunk has its slot: present blocks).
+    ``present_bytes``: what does not come from the base. ``free_bytes``: slots that the storage has and no chunk has taken.
+    """
+    view = look(target)
+    geometry, superblock = view.geometry, view.superblock
+    present_bytes = min(view.present_blocks * geometry.block_size_bytes, geometry.virtual_size_bytes)
+    slots = geometry.slots_in(view.storage_size_bytes)
+    if view.table is None:
+        mapped_bytes, free_bytes, low_water_bytes = present_bytes, 0, 0
+    else:
+        mapped_bytes = view.mapped_chunks * geometry.chunk_size_bytes
+        free_bytes = slots * geometry.chunk_size_bytes - mapped_bytes
+        # Where every chunk has its place nothing will ever be asked for.
+        low_water_bytes = 0 if slots >= geometry.chunks else min(default_low_water_bytes(geometry), geometry.max_storage_size_bytes)
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "volume": str(view.name),
+        "uuid": uuid_text(superblock.uuid),
+        "generation": superblock.generation,
+        "created_seconds": superblock.created_seconds,
+        "virtual_size": geometry.virtual_size_bytes,
+        "mapped_bytes": mapped_bytes,
+        "present_bytes": present_bytes,
+        "storage_size": view.storage_size_bytes,
+        "metadata_size": geometry.metadata_size_bytes,
+        "max_storage_size": geometry.max_storage_size_bytes,
+        "storage_limit": limit_size_bytes(geometry),
+        "free_bytes": free_bytes,
+        "low_water_bytes": low_water_bytes,
+        "can_grow": view.name.kind is not VolumeKind.DEVICE,
+        "block_size": geometry.block_size_bytes,
+        "chunk_size": geometry.chunk_size_bytes,
+        "journal_size": geometry.journal_size_bytes,
+        "grow_step": geometry.grow_step_bytes,
+        "layout": geometry.layout.name.lower(),
+        "placement": geometry.placement.name.lower(),
+        "base": None,
+        "clean": view.clean,
+        "open": view.open,
+    }
+    if superblock.base is not None:
+        base = superblock.base
+        found["base"] = {"path": base.locator, "size": base.size_bytes, "format": base.format.name.lower()}
+    if isinstance(target, OpenVolume):
+        found |= _open_info(target, low_water_bytes)
+    return found
+
+
+def _open_info(volume: OpenVolume, low_water_bytes: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "read_only": volume.read_only,
+        "cache": volume.cache,
+        "on_full": volume.on_full,
+        "notices": list(volume.notices),
+        "failed_errno": volume.engine.failed_errno,
+        "waiting_writes": volume.engine.waiting_writes,
+        "statistics": volume.engine.statistics(),
+    }
+    if volume.allocator is not None:
+        found["growth"] = volume.allocator.figures()
+        found["low_water_bytes"] = volume.allocator.figures()["low_water"] if low_water_bytes else 0
+    return found

@@ -1,0 +1,218 @@
+"""Makes a disk in a volume, so that at every moment there is either no disk or a whole one (FORMAT.md section 8). Idempotent by name.
+
+What happens to the name (a hidden file, a device) is the provider's; what a superblock or map page looks like is the format's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fvd.device.node import Node, open_node
+from fvd.device.signature import find_signatures, wipe_signatures
+from fvd.errors import Conflict, Corrupt, FvdError, InvalidArgument, NoSpace, NotFound
+from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
+from fvd.format.journal import first_page, page_offset_bytes
+from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, map_offset_bytes, map_pages
+from fvd.format.superblock import BaseReference, Superblock
+from fvd.units import GIB, KIB, MIB, format_size
+from fvd.volume.base import examine_base
+from fvd.volume.name import VolumeName, parse_name
+from fvd.volume.policy import initial_size_bytes, least_size_bytes
+from fvd.volume.provider import Provider, provider_for
+from fvd.volume.superblocks import Pages, holds_remains, state_of, write_superblock
+
+HEADER_BYTES = MIB  # both superblock slots lie in it; a reader ignores the rest
+BATCH_BYTES = 4 * MIB
+
+Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """The disk that a provision made or found."""
+
+    name: VolumeName
+    superblock: Superblock
+    created: bool  # False: it was there before, with the same parameters
+    storage_size_bytes: int
+
+
+def provision(
+    name: str | VolumeName,
+    *,
+    virtual_size_bytes: int,
+    block_size_bytes: int = 64 * KIB,
+    chunk_size_bytes: int = MIB,
+    journal_size_bytes: int = 16 * MIB,
+    grow_step_bytes: int = 5 * GIB,
+    layout: Layout = Layout.COMPACT,
+    placement: Placement = Placement.APPEND,
+    base: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    new_uuid: Callable[[], bytes] = lambda: uuid.uuid4().bytes,
+    clock: Callable[[], float] = time.time,
+) -> Provisioned:
+    """Makes the disk, or finds that it is there already with these parameters. Can be run again whenever it was interrupted.
+
+    `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
+    Raises InvalidArgument, Conflict (naming what differs, or what is there), Corrupt, InUse, NoSpace, NotFound, PermissionDenied,
+    Unsupported (a base that is not raw), DeviceError.
+    """
+    volume = parse_name(name)
+    geometry = Geometry(
+        virtual_size_bytes=virtual_size_bytes,
+        block_size_bytes=block_size_bytes,
+        chunk_size_bytes=chunk_size_bytes,
+        journal_size_bytes=journal_size_bytes,
+        grow_step_bytes=grow_step_bytes,
+        layout=layout,
+        placement=placement,
+    )
+    provider = provider_for(volume)
+    exists = provider.exists(volume)
+    replaces = False
+    reference: BaseReference | None = None
+    if exists:
+        with _Look(provider, volume) as node:
+            reference = None if base is None else examine_base(base, node.identity)
+            found = state_of(node)
+            if isinstance(found, Superblock):
+                return _same_disk(volume, found, geometry, reference, node.size_bytes())
+            if not provider.fixed_size:
+                _refuse_contents(node, volume, found, force)
+                replaces = True
+    elif provider.fixed_size:
+        raise NotFound(f"{volume} does not exist; check the name")
+    elif base is not None:
+        reference = examine_base(base)
+
+    building = provider.build(volume, initial_size_bytes(geometry))
+    try:
+        if not building.blank:
+            # Looked at again now that nobody else can change it.
+            found = state_of(building.node)
+            if isinstance(found, Superblock):
+                return _same_disk(volume, found, geometry, reference, building.node.size_bytes())
+            _refuse_contents(building.node, volume, found, force)
+            _check_room(building.node, volume, geometry)
+            if force:
+                wipe_signatures(building.node)
+        superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()))
+        write_disk(building.node, superblock, progress=progress)
+        building.publish(replace=replaces)
+        return Provisioned(volume, superblock, True, building.node.size_bytes())
+    finally:
+        building.close()
+
+
+def write_disk(node: Pages, superblock: Superblock, *, progress: Progress | None = None) -> None:
+    """Writes a whole new disk in the order of FORMAT.md section 8; the superblock given is its second generation.
+
+    Raises DeviceError, NoSpace; then the storage holds no disk, or the whole one.
+    """
+    geometry = superblock.geometry
+    if superblock.generation != 2:
+        raise InvalidArgument(f"a new disk's superblock is of generation 2, not {superblock.generation}")
+    # The whole first megabyte: other programs' marks must not survive beside our superblocks and be found by them later.
+    node.zero(0, HEADER_BYTES)
+    node.flush()
+    # In a new file this also takes the room: a journal that hits a full file system later would fail the disk, not one write.
+    node.zero(geometry.journal_offset_bytes, geometry.journal_size_bytes)
+    _write_maps(node, superblock, progress)
+    node.pwrite(page_offset_bytes(geometry, 1), first_page(geometry, superblock.uuid))
+    node.flush()
+    write_superblock(node, replace(superblock, generation=1))
+    write_superblock(node, superblock)
+
+
+def _write_maps(node: Pages, superblock: Superblock, progress: Progress | None) -> None:
+    """Every cell of both maps, valid and empty: no byte of what the storage held before can be taken for a map."""
+    geometry = superblock.geometry
+    total_bytes = geometry.bitmap_size_bytes + geometry.table_size_bytes
+    done_bytes = 0
+    for kind, items in ((MapKind.BITMAP, empty_bitmap(geometry)), (MapKind.TABLE, empty_table(geometry))):
+        if items is None:
+            continue
+        pages = map_pages(geometry, kind)
+        for first in range(0, pages, BATCH_BYTES // PAGE_BYTES):
+            batch = encode_pages(geometry, kind, items, superblock.uuid, first, min(BATCH_BYTES // PAGE_BYTES, pages - first))
+            node.pwrite(map_offset_bytes(geometry, kind) + first * PAGE_BYTES, batch)
+            done_bytes += batch.size
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
+
+# --- What is there already ---------------------------------------------------------------------------------------------------------
+
+
+class _Look:
+    """The volume opened read-only. Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time."""
+
+    def __init__(self, provider: Provider, volume: VolumeName) -> None:
+        self._provider, self._volume = provider, volume
+
+    def __enter__(self) -> Node:
+        self._node = open_node(self._provider.attach(self._volume), read_only=True)
+        return self._node
+
+    def __exit__(self, *_: object) -> None:
+        self._node.close()
+        self._provider.detach(self._volume)
+
+
+def _same_disk(volume: VolumeName, found: Superblock, geometry: Geometry, base: BaseReference | None, size_bytes: int) -> Provisioned:
+    differing = differences(found, geometry, base)
+    if differing:
+        raise Conflict(f"{volume} is an fvd disk with other parameters: {'; '.join(differing)}. Remove it first, or use another name")
+    return Provisioned(volume, found, False, size_bytes)
+
+
+def differences(found: Superblock, geometry: Geometry, base: BaseReference | None) -> list[str]:
+    """What a disk has and what was asked for, where they differ: ``block_size is 65536, asked for 4096``."""
+    there, asked = found.geometry, geometry
+    pairs: list[tuple[str, object, object]] = [
+        ("virtual_size", there.virtual_size_bytes, asked.virtual_size_bytes),
+        ("block_size", there.block_size_bytes, asked.block_size_bytes),
+        ("chunk_size", there.chunk_size_bytes, asked.chunk_size_bytes),
+        ("journal_size", there.journal_size_bytes, asked.journal_size_bytes),
+        ("grow_step", there.grow_step_bytes, asked.grow_step_bytes),
+        ("layout", there.layout.name.lower(), asked.layout.name.lower()),
+        ("placement", there.placement.name.lower(), asked.placement.name.lower()),
+        ("base", found.base and found.base.locator, base and base.locator),
+    ]
+    if found.base and base:
+        pairs += [("base_size", found.base.size_bytes, base.size_bytes), ("base_format", found.base.format.name, base.format.name)]
+    return [f"{name} is {have or 'none'}, asked for {want or 'none'}" for name, have, want in pairs if have != want]
+
+
+def _refuse_contents(node: Node, volume: VolumeName, found: FvdError, force: bool) -> None:
+    """Raises unless what the volume holds may be overwritten: nothing at all, or anything with `force`."""
+    if force:
+        return
+    if not isinstance(found, NotFound):
+        raise Corrupt(f"{volume} holds a damaged fvd disk ({found}); --force overwrites it") from found
+    if not node.is_block and (node.size_bytes() == 0 or holds_remains(node)):
+        return
+    signatures = find_signatures(node)
+    if signatures:
+        raise Conflict(f"{volume} holds {', '.join(map(str, signatures))}; --force overwrites it")
+    if not node.is_block:
+        raise Conflict(f"{volume} is a file that holds something else ({format_size(node.size_bytes())}); --force overwrites it")
+    # Without a known mark only the header can be judged: an unfinished provision and a removed disk leave zeros in it.
+    head = min(node.size_bytes(), HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES
+    if head and node.pread(0, head).any():
+        raise Conflict(f"{volume} holds data of an unknown kind at its beginning; --force overwrites it")
+
+
+def _check_room(node: Node, volume: VolumeName, geometry: Geometry) -> None:
+    size_bytes, least_bytes = node.size_bytes(), least_size_bytes(geometry)
+    if size_bytes < least_bytes:
+        kind = "the raw layout needs all of" if geometry.layout is Layout.RAW else "metadata and the first chunk need"
+        raise NoSpace(
+            f"{volume} has {format_size(size_bytes)} ({size_bytes} bytes); {kind} {format_size(least_bytes)} ({least_bytes} bytes)"
+        )

@@ -1,0 +1,83 @@
+"""A disk to look at: the same view of a closed disk, read from its storage, and of an open one, taken from its engine.
+
+Never modifies anything. Of an open volume the snapshot must be taken in the thread of its loop, like everything else of an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fvd import _core
+from fvd.device.claim import Ownership, claim
+from fvd.device.node import open_node
+from fvd.format.geometry import Geometry
+from fvd.format.maps import EMPTY, Bitmap, Table
+from fvd.format.superblock import Superblock
+from fvd.volume.loading import load_disk
+from fvd.volume.name import VolumeName, parse_name
+from fvd.volume.opening import OpenVolume
+from fvd.volume.provider import provider_for
+
+Target = str | VolumeName | OpenVolume
+
+
+@dataclass(frozen=True)
+class View:
+    """One moment of a disk. The arrays are copies."""
+
+    name: VolumeName
+    superblock: Superblock
+    storage_size_bytes: int
+    bitmap: Bitmap
+    table: Table | None
+    clean: bool  # closed properly; always False for one that is open for writing
+    open: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.superblock.geometry
+
+    @property
+    def present_blocks(self) -> int:
+        """Blocks that do not come from the base."""
+        return _core.bitmap_count(self.bitmap, 0, self.geometry.blocks)
+
+    @property
+    def mapped_chunks(self) -> int:
+        """Chunks that have a slot; in the raw layout those with a present block, for all have one."""
+        if self.table is not None:
+            return int(np.count_nonzero(self.table != EMPTY))
+        geometry = self.geometry
+        per_chunk = geometry.blocks_per_chunk
+        if per_chunk >= 64:
+            return int(np.count_nonzero(np.logical_or.reduceat(self.bitmap != 0, np.arange(0, geometry.bitmap_words, per_chunk // 64))))
+        chunk_bits = (1 << per_chunk) - 1
+        masks = (np.uint64(chunk_bits << first_bit) for first_bit in range(0, 64, per_chunk))
+        return sum(int(np.count_nonzero(self.bitmap & mask)) for mask in masks)
+
+
+def look(target: Target) -> View:
+    """Raises NotFound, InUse (someone else has it open for writing: ask its control socket), Corrupt, Unsupported, DeviceError."""
+    if isinstance(target, OpenVolume):
+        bitmap, table = target.engine.snapshot_maps()
+        return View(
+            name=target.name,
+            superblock=target.superblock,
+            storage_size_bytes=target.engine.storage_size_bytes,
+            bitmap=bitmap,
+            table=table,
+            clean=target.was_clean and target.read_only,
+            open=True,
+        )
+    name = parse_name(target)
+    provider = provider_for(name)
+    path = provider.attach(name)
+    try:
+        with claim(path, Ownership.READER) as held, open_node(path, read_only=True) as node:
+            held.check_covers(node)
+            disk = load_disk(node)
+    finally:
+        provider.detach(name)
+    return View(name, disk.superblock, disk.storage_size_bytes, disk.bitmap, disk.table, disk.journal_state.clean, open=False)

@@ -1,0 +1,46 @@
+"""Which build is tested, and what every test may ask for.
+
+FVD_TEST_BUILD=release (default) is the tree itself; checked is the copy in build/checked, compiled with bounds checks and assertions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = os.environ.get("FVD_TEST_BUILD", "release")
+TREES = {"release": ROOT, "checked": ROOT / "build" / "checked"}
+if BUILD not in TREES:
+    raise SystemExit(f"FVD_TEST_BUILD={BUILD}: choose {' or '.join(TREES)}")
+TREE = TREES[BUILD]
+
+# For this process and for every command that a test starts.
+sys.path.insert(0, str(TREE))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes long; left out of the checked build's run and of make test-quick")
+    config.addinivalue_line("markers", "release_only: about speed, the sources or the tools; says nothing about the checked build")
+
+
+def pytest_report_header() -> str:
+    import fvd
+
+    where = Path(fvd.__file__).resolve().parent.parent
+    if where != TREE:
+        raise pytest.UsageError(f"FVD_TEST_BUILD={BUILD} tests {TREE}, but fvd was imported from {where}")
+    return f"fvd: {BUILD} build in {where}"
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Control sockets of a test meet those of no other test and of no disk that really runs here."""
+    path = tmp_path_factory.mktemp("run", numbered=True)
+    path.chmod(0o700)
+    monkeypatch.setenv("FVD_RUNTIME_DIR", str(path))
+    return path

@@ -1,0 +1,282 @@
+"""Operation queues: what they answer, on files and on a block device, through io_uring and blocking."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fvd.device._queue import Driver, Op, open_queue
+
+KINDS = ["io_uring", "blocking"]
+PAGE = 4096
+
+
+@pytest.fixture(params=KINDS)
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    driver = Driver(force_blocking=request.param == "blocking")
+    if driver.queue.kind != request.param:
+        pytest.skip(driver.queue.notice)
+    yield driver
+    driver.close()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "storage", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 1 << 20)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[int]:
+    if os.geteuid() != 0:
+        pytest.skip("a loop device takes root")
+    image = tmp_path / "device"
+    image.write_bytes(bytes(1 << 20))
+    done = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True, check=False, timeout=10)
+    if done.returncode:
+        pytest.skip(f"no loop device: {done.stderr}")
+    node = done.stdout.strip()
+    fd = os.open(node, os.O_RDWR | os.O_DIRECT)
+    yield fd
+    os.close(fd)
+    subprocess.run(["losetup", "-d", node], check=True, timeout=10)
+
+
+def pattern(number: int, size: int = PAGE) -> bytes:
+    return random.Random(number).randbytes(size)
+
+
+def test_transfers(driver: Driver, storage: int, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(pattern(99))
+    base_fd = os.open(base, os.O_RDONLY)
+    driver.attach(storage, base_fd)
+    writes: list[Op] = [("write" if i % 2 else "write_durable", i * PAGE, pattern(i)) for i in range(16)]
+    assert driver.run(writes) == [(0, b"")] * 16
+    assert driver.run([("flush",)]) == [(0, b"")]
+    reads = driver.run([*(("read", i * PAGE, PAGE) for i in range(16)), ("read_base", 0, PAGE)])
+    assert reads == [*((0, pattern(i)) for i in range(16)), (0, pattern(99))]
+    assert driver.queue.inflight == 0
+    os.close(base_fd)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_operations_than_the_ring_holds(kind: str, storage: int) -> None:
+    """The submission queue spills and the completion queue overflows; nothing is lost or mixed up."""
+    driver = Driver(force_blocking=kind == "blocking", entries=4)
+    driver.attach(storage)
+    count = 3000
+    assert driver.run([("write", i % 256 * PAGE, pattern(i % 256)) for i in range(count)]) == [(0, b"")] * count
+    assert driver.run([("read", i % 256 * PAGE, PAGE) for i in range(count)]) == [(0, pattern(i % 256)) for i in range(count)]
+    driver.close()
+
+
+def test_the_end_of_a_file(driver: Driver, storage: int) -> None:
+    driver.attach(storage)
+    size = os.fstat(storage).st_size
+    assert [result for result, _ in driver.run([("read", size - 512, 1024), ("read", size, 512), ("read", size - 512, 512)])] == [
+        -errno.EIO,
+        -errno.EIO,
+        0,
+    ]
+
+
+def test_the_end_of_a_device(driver: Driver, device: int) -> None:
+    driver.attach(device)
+    size = os.lseek(device, 0, os.SEEK_END)
+    batch: list[Op] = [
+        ("write", size - PAGE, bytes(2 * PAGE)),
+        ("write", size, bytes(PAGE)),
+        ("read", size - PAGE, 2 * PAGE),
+        ("read", size, PAGE),
+    ]
+    assert [result for result, _ in driver.run(batch)] == [-errno.ENOSPC, -errno.ENOSPC, -errno.EIO, -errno.EIO]
+
+
+def test_errors_are_answers(driver: Driver, tmp_path: Path) -> None:
+    (tmp_path / "read-only").write_bytes(bytes(PAGE))
+    fd = os.open(tmp_path / "read-only", os.O_RDONLY)
+    driver.attach(fd)
+    assert driver.run([("write", 0, bytes(512)), ("read", 0, 512)]) == [(-errno.EBADF, b""), (0, bytes(512))]
+    os.close(fd)
+
+
+def test_discard_makes_a_hole_and_keeps_the_size(driver: Driver, storage: int) -> None:
+    driver.attach(storage)
+    assert driver.run([("write", 0, pattern(1, 64 * PAGE))]) == [(0, b"")]
+    assert driver.run([("flush",), ("discard", 16 * PAGE, 32 * PAGE), ("discard", 1 << 30, PAGE)]) == [(0, b"")] * 3
+    assert os.fstat(storage).st_size == 1 << 20
+    assert os.pread(storage, 64 * PAGE, 0) == pattern(1, 64 * PAGE)[: 16 * PAGE] + bytes(32 * PAGE) + pattern(1, 64 * PAGE)[48 * PAGE :]
+
+
+def test_discard_on_a_device_is_advisory(driver: Driver, device: int) -> None:
+    driver.attach(device)
+    assert driver.run([("discard", 0, 16 * PAGE), ("discard", 1, 100), ("discard", 16 * PAGE, PAGE)]) == [(0, b"")] * 3
+
+
+def test_readiness_is_an_edge(driver: Driver) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    handle = driver.watch(ours.fileno(), 7)
+    assert driver.turn(0) == []
+    for _ in range(3):
+        theirs.send(b"x")
+        events = driver.turn(5)
+        assert [(kind, key) for kind, key, _ in events] == [("readable", 7)]
+        assert ours.recv(10) == b"x"
+    theirs.send(b"y")
+    assert driver.turn(5)
+    assert driver.turn(0.01) == []  # not read, and not said twice
+    theirs.close()
+    ((kind, key, mask),) = driver.turn(5)
+    assert (kind, key) == ("readable", 7) and mask & (select.POLLRDHUP | select.POLLHUP)
+    driver.unwatch(handle)
+    ours.close()
+    assert driver.turn(0.01) == []
+
+
+def test_a_watch_that_ended_says_nothing_of_its_successor(driver: Driver) -> None:
+    for key in range(50):
+        ours, theirs = socket.socketpair()
+        handle = driver.watch(ours.fileno(), key)
+        theirs.send(b"x")
+        theirs.shutdown(socket.SHUT_RDWR)
+        events = driver.turn(0 if key % 2 else 5)
+        assert {event[1] for event in events} <= {key}
+        driver.unwatch(handle)
+        ours.close()
+        theirs.close()
+
+
+def test_an_unwatched_socket_is_let_go(driver: Driver) -> None:
+    """Even when its poll is firing at that moment: the peer sees the end."""
+    for _ in range(20):
+        ours, theirs = socket.socketpair()
+        handle = driver.watch(ours.fileno(), 1)
+        driver.turn(0)
+        theirs.send(b"x")
+        driver.unwatch(handle)
+        ours.close()
+        driver.turn(0)
+        driver.turn(0)
+        theirs.settimeout(5)
+        with pytest.raises(ConnectionResetError):  # its byte was never read
+            theirs.recv(1)
+        theirs.close()
+
+
+def test_want_write_comes_once(driver: Driver) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    handle = driver.watch(ours.fileno(), 3)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(65536))
+    driver.want_write(handle)
+    driver.want_write(handle)
+    assert driver.turn(0.01) == []
+    theirs.settimeout(5)
+    seen = driver.turn(0)
+    while not seen:
+        theirs.recv(1 << 20)
+        seen = driver.turn(0.01)
+    assert [event[:2] for event in seen] == [("writable", 3)]
+    while select.select([theirs], [], [], 0)[0]:
+        theirs.recv(1 << 20)
+    assert driver.turn(0.01) == []
+    driver.unwatch(handle)
+    ours.close()
+    theirs.close()
+
+
+def test_timeout_and_spin(driver: Driver) -> None:
+    for timeout, spin in ((0.05, 0), (0.02, 0.03)):
+        for _ in range(10):  # the teardown of an earlier test's ring may interrupt us
+            began = time.monotonic()
+            assert driver.turn(timeout, spin) == []
+            if not driver.queue.interrupted:
+                break
+        assert 0.045 <= time.monotonic() - began < 2
+    ours, theirs = socket.socketpair()
+    driver.watch(ours.fileno(), 5)
+    driver.turn(0)
+    timer = threading.Timer(0.05, theirs.send, [b"x"])
+    timer.start()
+    assert [event[:2] for event in driver.turn(5, 5)] == [("readable", 5)]
+    timer.join()
+    ours.close()
+    theirs.close()
+
+
+def test_a_signal_cuts_a_turn_short(driver: Driver) -> None:
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+    try:
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+        began = time.monotonic()
+        while not seen and time.monotonic() < began + 10:
+            assert driver.turn(5) == []
+        assert driver.queue.interrupted and time.monotonic() - began < 4
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_close_waits_for_nothing_else(driver: Driver) -> None:
+    pairs = [socket.socketpair() for _ in range(10)]
+    for ours, theirs in pairs:
+        driver.watch(ours.fileno(), 1)
+        theirs.send(b"x")
+    began = time.monotonic()
+    driver.close()
+    driver.close()
+    assert time.monotonic() - began < 0.5
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+def test_blocking_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVD_QUEUE", "blocking")
+    queue = open_queue()
+    assert queue.kind == "blocking" and "asked for" in queue.notice
+    queue.close()
+
+
+# A filter that refuses io_uring_setup as seccomp profiles of containers do. x86-64 and arm64 number it alike.
+REFUSE = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050000 | {error}), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+buffer = ctypes.create_string_buffer(code)
+program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0, ctypes.get_errno()
+from fvd.device._queue import open_queue
+queue = open_queue()
+print(queue.kind, queue.notice)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(errno.EPERM, "io_uring_disabled"), (errno.ENOSYS, "older than Linux"), (errno.ENOMEM, "ulimit -l")]
+)
+def test_falls_back_where_the_kernel_refuses(error: int, words: str) -> None:
+    code = REFUSE.replace("{error}", str(error))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("blocking ") and words in done.stdout

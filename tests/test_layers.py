@@ -1,0 +1,349 @@
+"""The floors of docs/architecture.md, held: who imports whom, and who may touch clocks, dice, sockets, processes and files.
+
+The table is parsed out of that document, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "architecture.md"
+SOURCES = sorted(path for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd", "*.pxi") for path in (ROOT / "fvd").rglob(pattern))
+
+pytestmark = pytest.mark.release_only
+
+# --- The outside world: what counts as touching it, and the modules made for that --------------------------------------------
+
+
+def words(text: str) -> set[str]:
+    return set(text.split())
+
+
+OUTSIDE_MODULES = {
+    "clock": {"time", "sched"},
+    "dice": {"random", "secrets", "uuid"},
+    "socket": {"socket", "socketserver", "selectors", "select", "asyncio", "http", "urllib", "nbd"},
+    "process": {"subprocess", "multiprocessing", "signal", "pty"},
+    "file": {"fcntl", "mmap", "tempfile", "shutil", "pyudev", "glob", "fileinput", "ctypes"},
+}
+OUTSIDE_HEADERS = {
+    "clock": {"time.h", "sys/time.h"},
+    "dice": {"sys/random.h"},
+    "socket": {"sys/socket.h", "netinet/in.h", "netinet/tcp.h", "sys/un.h"},
+    "file": {
+        "poll.h",
+        "sys/epoll.h",
+        "sys/eventfd.h",
+        "liburing.h",
+        "unistd.h",
+        "fcntl.h",
+        "sys/uio.h",
+        "sys/ioctl.h",
+        "sys/stat.h",
+        "stdio.h",
+        "linux/fs.h",
+        "linux/falloc.h",
+    },
+    "process": {"pthread.h", "signal.h", "sys/wait.h"},
+}
+OUTSIDE_CIMPORTS = {
+    "clock": {"posix.time", "libc.time"},
+    "file": {"posix.unistd", "posix.fcntl", "posix.stat", "posix.ioctl", "posix.uio", "libc.stdio"},
+    "process": {"posix.wait", "posix.signal", "libc.signal"},
+}
+OS_CALLS = {
+    "clock": {"times"},
+    "dice": {"urandom", "getrandom"},
+    "process": {"system", "popen", "fork", "kill", "waitpid", "posix_spawn", "execv", "execve", "execvp"},
+    "file": words(
+        "open fdopen read write pread pwrite preadv pwritev readv writev fsync fdatasync sync lseek stat lstat fstat statvfs fstatvfs "
+        "listdir scandir walk unlink remove rename replace mkdir makedirs rmdir truncate ftruncate link symlink readlink chmod fchmod "
+        "chown fchown posix_fallocate posix_fadvise copy_file_range sendfile mknod mkfifo access utime pipe eventfd"
+    ),
+}
+PATH_METHODS = words(
+    "read_text read_bytes write_text write_bytes iterdir rglob unlink mkdir touch rmdir resolve exists is_file is_dir is_block_device "
+    "is_socket lstat samefile symlink_to hardlink_to readlink"
+)
+
+# module -> (what it may touch, why it is the place for that)
+ALLOWED: dict[str, tuple[set[str], str]] = {
+    "fvd.device._queue": ({"file", "clock"}, "device operations: io_uring and the blocking queue; waits with a time limit"),
+    "fvd.device.node": ({"file"}, "opens, reads and writes files and devices"),
+    "fvd.device.claim": ({"file", "clock"}, "ownership: locks, O_EXCL, what holds a device; readers take turns, for a moment"),
+    "fvd.device.lengthen": ({"file"}, "makes a file longer"),
+    "fvd.device.names": ({"file"}, "names of files: link, rename, remove"),
+    "fvd.device.signature": ({"file", "process"}, "asks wipefs what else lives on a device; where that program is"),
+    "fvd.volume._driver": ({"clock", "file", "process"}, "the loop of a disk in this process: a thread, its wake-up, the engine's ticks"),
+    "fvd.volume.allocator": ({"clock"}, "when a growth step began; injected in tests"),
+    "fvd.volume.provision": ({"clock", "dice"}, "the UUID and the date of a new disk; injected in tests"),
+    "fvd.sim.device": ({"dice", "file"}, "a seeded simulation; the C library's memory functions"),
+    "fvd.sim.world": ({"dice", "file"}, "a seeded simulation; aligned memory"),
+    "fvd.export.server": ({"socket", "clock", "file"}, "the listening socket, handshakes with a time limit, the wake-up of the loop"),
+    "fvd.export._server": ({"socket", "clock", "file"}, "the serving loop: the clients' sockets, the engine's ticks"),
+    "fvd.control.paths": ({"file"}, "finds and makes the folder of the control sockets, and the identity of a volume's file"),
+    "fvd.control.client": ({"socket"}, "asks a served disk"),
+    "fvd.control.server": ({"socket", "file"}, "the control socket of a served disk, its lock and its mode"),
+    "fvd.api.listing": ({"file"}, "looks through the folders that one names"),
+    "fvd.cli.notify": ({"socket"}, "tells systemd that a disk is ready"),
+    "fvd.cli.output": ({"file"}, "the terminal's width; a reader that has gone"),
+    "fvd.cli.progress": ({"clock"}, "draws a progress bar, a few times a second"),
+    "fvd.cli.serve": ({"process"}, "SIGTERM and SIGINT end it"),
+}
+
+
+class Import(NamedTuple):
+    line: int
+    module: str
+
+
+# --- Reading the sources -----------------------------------------------------------------------------------------------------
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def strip_cython(text: str) -> str:
+    """Without comments and strings of several lines, which may talk about imports."""
+    text = re.sub(r'"""(?:.|\n)*?"""', lambda match: "\n" * match.group().count("\n"), text)
+    return re.sub(r"#.*", "", text)
+
+
+def python_imports(path: Path) -> Iterator[Import]:
+    package = module_name(path) if path.stem == "__init__" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.rsplit(".", node.level - 1)[0]
+                base = f"{parent}.{base}" if base else parent
+            yield from (Import(node.lineno, from_name(base, alias.name)) for alias in node.names)
+
+
+def cython_imports(path: Path) -> Iterator[Import]:
+    lines = re.sub(r"\([^()]*\)", lambda match: match.group().replace("\n", " "), strip_cython(path.read_text())).splitlines()
+    for number, line in enumerate(lines, 1):
+        if match := re.match(r"\s*from\s+([\w.]+)\s+c?import\s+(.*)", line):
+            for name in re.findall(r"[\w*]+", re.sub(r"\bas\s+\w+", "", match[2])):
+                yield Import(number, from_name(match[1], name))
+        elif match := re.match(r"\s*c?import\s+(.*)", line):
+            yield from (Import(number, part.split()[0]) for part in match[1].split(",") if part.split())
+
+
+def from_name(base: str, name: str) -> str:
+    """``from fvd import errors`` means fvd.errors; ``from fvd.errors import X`` means fvd.errors."""
+    return f"{base}.{name}" if name == "*" or f"{base}.{name}" in MODULES else base
+
+
+def imports(path: Path) -> list[Import]:
+    return list(python_imports(path) if path.suffix in (".py", ".pyi") else cython_imports(path))
+
+
+# --- Floors ------------------------------------------------------------------------------------------------------------------
+
+
+class Room(NamedTuple):
+    floor: int
+    row: int  # modules named in one row of the table are one room
+
+
+def read_rooms() -> dict[str, Room]:
+    rooms = {}
+    for row, line in enumerate(DOCUMENT.read_text().splitlines()):
+        if match := re.match(r"\|\s*(\d+)\s*\|([^|]*)\|", line):
+            for name in re.findall(r"`(fvd[\w.]*)`", match[2]):
+                rooms[name] = Room(int(match[1]), row)
+    return rooms
+
+
+ROOMS = read_rooms()
+
+
+def room_of(module: str) -> tuple[str, Room] | None:
+    if module in ("fvd", "fvd.*"):
+        return "fvd.api", ROOMS["fvd.api"]
+    for name, room in ROOMS.items():
+        if module == name or module.startswith(f"{name}."):
+            return name, room
+    return None
+
+
+def test_the_document_has_its_floors() -> None:
+    assert {name: room.floor for name, room in ROOMS.items()} | {"fvd.errors": 0, "fvd._core": 1, "fvd.cli": 7} == {
+        name: room.floor for name, room in ROOMS.items()
+    }
+    assert len({room.floor for room in ROOMS.values()}) == 8
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    found = room_of(module_name(path))
+    assert found is not None, f"{path} is in no room of docs/architecture.md"
+    own_name, own = found
+    for line, module in imports(path):
+        if module.split(".")[0] != "fvd":
+            continue
+        target = room_of(module)
+        assert target is not None, f"{path}:{line}: imports {module}, which is in no room of docs/architecture.md"
+        name, room = target
+        assert name != "fvd.sim" or own_name == "fvd.sim", f"{path}:{line}: nothing imports fvd.sim"
+        assert room == own or room.floor < own.floor, (
+            f"{path}:{line}: {own_name} (floor {own.floor}) may not import {module} (floor {room.floor})"
+        )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_star_imports(path: Path) -> None:
+    assert not [line for line, module in imports(path) if module.endswith("*")]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".pyi"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_first_paragraph(path: Path) -> None:
+    """Each module begins by saying what it is for."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        doc = ast.get_docstring(ast.parse(text))
+    elif path.suffix == ".pxi":  # a part of a module: a docstring there would be a statement in the middle
+        doc = "".join(re.findall(r"\A(?:#.*\n)+", text))
+    else:
+        doc = "".join(re.findall(r'\A\s*(?:#[^\n]*\n\s*)*"""((?:.|\n)*?)"""', text))
+    assert doc, f"{path} does not say what it is for"
+    first = doc.strip().split("\n\n")[0]
+    assert len(first) >= 20, f"{path}: its docstring says too little: {first!r}"
+
+
+# --- The outside world -------------------------------------------------------------------------------------------------------
+
+
+def kinds_of(module: str, table: dict[str, set[str]]) -> Iterator[str]:
+    for kind, names in table.items():
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            yield kind
+
+
+def touches(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, kind, what) of every use of the outside world in one source."""
+    for line, module in imports(path):
+        for kind in (*kinds_of(module, OUTSIDE_MODULES), *kinds_of(module, OUTSIDE_CIMPORTS)):
+            yield line, kind, module
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield from python_touches(node)
+    elif path.suffix != ".pyi":
+        text = path.read_text()
+        for number, line_text in enumerate(strip_cython(text).splitlines(), 1):
+            yield from cython_touches(number, line_text)
+        for number, line_text in enumerate(text.splitlines(), 1):
+            if match := re.match(r"\s*#\s*include\s*<([^>]+)>", line_text):  # in a verbatim block of C
+                yield from ((number, kind, match[1]) for kind, names in OUTSIDE_HEADERS.items() if match[1] in names)
+
+
+def python_touches(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    if isinstance(node, ast.Attribute):
+        if isinstance(node.value, ast.Name) and node.value.id == "os":
+            yield from ((node.lineno, kind, f"os.{node.attr}") for kind, names in OS_CALLS.items() if node.attr in names)
+        elif node.attr in ("now", "utcnow", "today"):
+            yield node.lineno, "clock", f".{node.attr}()"
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+        yield node.lineno, "file", "open()"
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PATH_METHODS:
+        if not (node.func.attr == "exists" and node.args):  # Path.exists() takes none; other things have an exists(name)
+            yield node.lineno, "file", f".{node.func.attr}()"
+    elif isinstance(node, ast.ImportFrom) and node.module == "os":
+        for alias in node.names:
+            yield from ((node.lineno, kind, f"os.{alias.name}") for kind, names in OS_CALLS.items() if alias.name in names)
+
+
+def cython_touches(number: int, text: str) -> Iterator[tuple[int, str, str]]:
+    if match := re.search(r"cdef\s+extern\s+from\s+[\"']<?([^\"'>]+)>?[\"']", text):
+        yield from ((number, kind, match[1]) for kind, names in OUTSIDE_HEADERS.items() if match[1] in names)
+    for name in re.findall(r"\bos\.(\w+)", text):
+        yield from ((number, kind, f"os.{name}") for kind, names in OS_CALLS.items() if name in names)
+    if re.search(r"(?<![\w.])open\(", text) and not re.search(r"\bc?p?def\b.*\bopen\(", text):
+        yield number, "file", "open()"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_outside_world_only_where_it_belongs(path: Path) -> None:
+    allowed = ALLOWED.get(module_name(path), (set(), ""))[0]
+    wrong = [f"{path}:{line}: {what} ({kind})" for line, kind, what in touches(path) if kind not in allowed]
+    assert not wrong, "\n".join([*wrong, "Move it to a module made for that, or add this module and the reason to ALLOWED."])
+
+
+def test_the_allow_list_is_not_stale() -> None:
+    for module, (kinds, reason) in ALLOWED.items():
+        assert reason, module
+        assert module in MODULES, f"{module} is gone: take it off the list"
+        used = {kind for path in SOURCES if module_name(path) == module for _, kind, _ in touches(path)}
+        assert kinds == used, f"{module} is allowed {sorted(kinds)} and uses {sorted(used)}"
+
+
+# --- Importing does no work --------------------------------------------------------------------------------------------------
+
+WATCHED_IMPORT = r"""
+import sys, threading
+seen = []
+QUIET = ("import", "compile", "exec", "marshal.", "object.", "sys.", "code.", "os.listdir", "os.scandir", "cpython.", "ctypes.",
+         "builtins.", "mmap.__new__", "function.__new__", "os.putenv", "os.unsetenv")
+def hook(event, args):
+    if event == "open":
+        path, mode, flags = args
+        if isinstance(path, int) or str(path).endswith((".py", ".pyc", ".so", ".pth", ".zip")) and (mode is None or "r" in mode):
+            return
+        seen.append((event, str(path), mode))
+    elif not event.startswith(QUIET):
+        seen.append((event, repr(args)[:200]))
+{before}
+sys.addaudithook(hook)
+{imports}
+assert threading.active_count() == 1, threading.enumerate()
+assert not seen, seen
+"""
+
+
+def run_watched(import_lines: str, before: str = "") -> None:
+    code = WATCHED_IMPORT.replace("{before}", before).replace("{imports}", import_lines)
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_fvd_does_no_work() -> None:
+    run_watched("import fvd")
+
+
+def test_import_fvd_is_light() -> None:
+    """``fvd-lv --help`` need not wait for numpy: the heavy floors come with the first verb."""
+    run_watched("import fvd\nassert 'numpy' not in sys.modules")
+
+
+def test_importing_every_module_does_no_work() -> None:
+    """Libraries (numpy, pyudev) come first: what they do at import is theirs."""
+    names = sorted(name for name in MODULES if not name.endswith("__main__") and importable(name))
+    run_watched("\n".join(f"import {name}" for name in names), before=libraries())
+
+
+def importable(name: str) -> bool:
+    """Has a .py or a .pyx: a lone .pxd is declarations only."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.with_suffix(".pyx").exists() or (path / "__init__.py").exists()
+
+
+def libraries() -> str:
+    outside = {module.split(".")[0] for path in SOURCES if path.suffix == ".py" for _, module in imports(path)} - {"fvd", "__future__"}
+    return "\n".join(f"import {name}" for name in sorted(outside))

@@ -1,0 +1,318 @@
+"""fvd.volume.allocator: what the policy decides is carried out in the loop's thread; threads, timers and the clock are the test's own."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+
+from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
+from fvd.format.geometry import Geometry
+from fvd.volume.allocator import WANT_GROWTH, Allocator, call_later, run_in_thread
+from fvd.volume.policy import GrowthEvent
+
+MIB = 1 << 20
+DISK = Geometry(virtual_size_bytes=1 << 30, journal_size_bytes=MIB, grow_step_bytes=64 * MIB)
+STEP = DISK.grow_step_bytes
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.size = STEP
+        self.used = 0
+        self.want = 0
+        self.exhausted = False
+
+    @property
+    def free_slots(self) -> int:
+        return DISK.slots_in(self.size) - self.used
+
+    def set_storage_size(self, size_bytes: int) -> None:
+        self.size = size_bytes
+        self.exhausted = False
+
+    def set_exhausted(self, exhausted: bool) -> None:
+        self.exhausted = exhausted
+
+
+class FakeStorage:
+    can_grow = True
+
+    def __init__(self) -> None:
+        self.size = STEP
+        self.failure: Exception | None = None
+        self.closed = False
+        self.asked: list[int] = []
+
+    def size_bytes(self) -> int:
+        return self.size
+
+    def grow_to(self, size_bytes: int) -> None:
+        self.asked.append(size_bytes)
+        if self.failure is not None:
+            raise self.failure
+        self.size = max(self.size, size_bytes)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeTimer:
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self.seconds, self.call, self.cancelled = seconds, call, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class World:
+    """An allocator with everything around it in the hand of the test."""
+
+    def __init__(self, low_water_bytes: int = STEP // 2) -> None:
+        self.now = 100.0
+        self.engine = FakeEngine()
+        self.storage = FakeStorage()
+        self.work: deque[Callable[[], None]] = deque()
+        self.posted: deque[Callable[[], None]] = deque()
+        self.timers: list[FakeTimer] = []
+        self.events: list[GrowthEvent] = []
+        self.allocator = Allocator(
+            self.storage,
+            DISK,
+            storage_size_bytes=STEP,
+            low_water_bytes=low_water_bytes,
+            on_event=self.events.append,
+            clock=lambda: self.now,
+            executor=self.work.append,
+            timer=self.timer,
+            extend_timeout_seconds=10.0,
+        )
+        self.allocator.attach(self.engine, self.posted.append)
+
+    def timer(self, seconds: float, call: Callable[[], None]) -> FakeTimer:
+        self.timers.append(FakeTimer(seconds, call))
+        return self.timers[-1]
+
+    def fill(self, leave_slots: int) -> None:
+        self.engine.used = DISK.slots_in(self.engine.size) - leave_slots
+        self.engine.want |= WANT_GROWTH
+        self.allocator.on_want(self.engine)
+
+    def loop(self) -> None:
+        while self.posted:
+            self.posted.popleft()()
+
+    def step(self) -> None:
+        """The step under way runs, and the loop learns of it."""
+        self.work.popleft()()
+        self.loop()
+
+    def ring(self) -> None:
+        """The newest timer goes off at its time."""
+        timer = self.timers[-1]
+        assert not timer.cancelled
+        self.now += timer.seconds
+        timer.call()
+        self.loop()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+
+def test_growth_in_the_background() -> None:
+    world = World()
+    assert not world.work
+    world.fill(leave_slots=31)
+    assert world.engine.want == 0
+    assert world.storage.asked == [] and len(world.work) == 1  # not in the loop's thread
+    world.work.popleft()()
+    assert world.engine.size == STEP  # the engine is touched in the loop's thread only
+    world.loop()
+    assert world.engine.size == 2 * STEP
+    assert world.kinds == ["low_water", "extend_started", "extend_done"]
+
+
+def test_wishes_while_a_step_runs_cost_nothing() -> None:
+    world = World()
+    world.fill(31)
+    timers = len(world.timers)
+    for left in range(30, 0, -1):
+        world.fill(left)
+    assert len(world.work) == 1 and len(world.timers) == timers
+
+
+def test_wishes_while_it_rests_cost_no_timers() -> None:
+    world = World()
+    world.storage.failure = NoSpace("full")
+    world.fill(0)
+    world.step()
+    timers = len(world.timers)
+    for _ in range(10):
+        world.fill(0)
+    assert len(world.timers) == timers and not world.work
+
+
+def test_another_step_at_once_when_one_is_not_enough() -> None:
+    world = World(low_water_bytes=3 * STEP)
+    while world.work:
+        world.step()
+    assert world.engine.size == 4 * STEP
+    assert world.storage.asked == [2 * STEP, 3 * STEP, 4 * STEP]
+
+
+def test_writes_that_wait_go_on_when_there_is_room_again() -> None:
+    world = World()
+    world.storage.failure = NoSpace("the group is full")
+    world.fill(0)
+    world.step()
+    assert world.engine.exhausted
+    for _ in range(3):
+        world.ring()
+        world.step()
+    assert world.kinds == ["low_water", "extend_started", "extend_failed", "extend_started", "extend_started", "extend_started"]
+    world.storage.failure = None
+    world.ring()
+    world.step()
+    assert world.engine.size == 2 * STEP and not world.engine.exhausted
+    assert world.allocator.figures()["last_failure"] is None
+
+
+def test_a_storage_with_a_bug_does_not_end_growth() -> None:
+    world = World()
+    world.storage.failure = ZeroDivisionError("oops")
+    world.fill(0)
+    world.step()
+    assert "ZeroDivisionError" in world.events[-1].message
+    world.storage.failure = None
+    world.ring()
+    world.step()
+    assert world.engine.size == 2 * STEP
+
+
+def test_a_step_that_hangs() -> None:
+    world = World()
+    world.fill(0)
+    hanging = world.work.popleft()
+    world.ring()
+    assert world.kinds[-1] == "extend_slow" and world.engine.exhausted
+    world.step()  # the look
+    assert world.engine.size == STEP
+    world.storage.size = 2 * STEP  # it had worked after all
+    world.ring()
+    world.step()
+    assert world.engine.size == 2 * STEP and not world.engine.exhausted
+    hanging()
+    world.loop()
+    assert world.kinds[-1] == "extend_done"
+
+
+def test_storage_added_by_hand() -> None:
+    world = World()
+    world.storage.failure = NoSpace("full")
+    world.fill(0)
+    world.step()
+    world.storage.size = 10 * STEP
+    world.allocator.poke()
+    world.loop()
+    world.step()
+    assert world.engine.size == 10 * STEP
+
+
+def test_extend_now() -> None:
+    world = World()
+    future = world.allocator.extend_now(5 * MIB)
+    assert not future.done()
+    world.loop()
+    world.step()
+    assert future.result(0) == STEP + 5 * MIB == world.engine.size
+    future = world.allocator.extend_now()
+    world.loop()
+    world.step()
+    assert future.result(0) == 2 * STEP + 5 * MIB
+
+
+def test_extend_now_that_fails() -> None:
+    world = World()
+    world.storage.failure = Unsupported("fixed")
+    future = world.allocator.extend_now()
+    world.loop()
+    world.step()
+    with pytest.raises(Unsupported, match="fixed"):
+        future.result(0)
+
+
+def test_extend_now_that_hangs() -> None:
+    world = World()
+    future = world.allocator.extend_now()
+    world.loop()
+    world.ring()
+    with pytest.raises(Timeout):
+        future.result(0)
+
+
+def test_nothing_runs_after_close() -> None:
+    world = World()
+    world.fill(0)
+    waiting = world.allocator.extend_now()
+    world.loop()
+    hanging = world.work.popleft()
+    world.allocator.close()
+    assert world.storage.closed
+    assert all(timer.cancelled for timer in world.timers)
+    with pytest.raises(DeviceError, match="closed"):
+        waiting.result(0)
+    hanging()
+    world.timers[-1].call()
+    world.allocator.poke()
+    world.allocator.on_want(world.engine)
+    with pytest.raises(DeviceError, match="closed"):
+        world.allocator.extend_now().result(0)
+    assert not world.posted and not world.work
+    assert world.engine.size == STEP
+
+
+def test_what_was_posted_before_close_does_nothing_after_it() -> None:
+    world = World()
+    world.fill(0)
+    future = world.allocator.extend_now()
+    world.work.popleft()()
+    world.allocator.close()
+    world.loop()
+    assert world.engine.size == STEP
+    with pytest.raises(DeviceError, match="closed"):
+        future.result(0)
+
+
+def test_a_listener_that_fails_stops_nothing() -> None:
+    world = World()
+    world.allocator.on_event = lambda event: 1 // 0
+    world.fill(0)
+    world.step()
+    assert world.engine.size == 2 * STEP
+
+
+def test_figures() -> None:
+    world = World()
+    assert world.allocator.reserve_seconds(STEP) == 0.5
+    assert world.allocator.figures()["reserve_bytes_per_second"] is None
+    world.fill(0)
+    world.now += 2.0
+    world.step()
+    figures = world.allocator.figures()
+    assert figures["low_water"] == STEP // 2
+    assert (figures["last_extend_seconds"], figures["extend_steps"], figures["reserve_bytes_per_second"]) == (2.0, 1, STEP // 4)
+
+
+def test_real_threads_and_timers() -> None:
+    seen = threading.Event()
+    run_in_thread(seen.set)
+    assert seen.wait(10)
+    rang = threading.Event()
+    call_later(0.01, rang.set)
+    assert rang.wait(10)
+    never = threading.Event()
+    call_later(0.05, never.set).cancel()
+    assert not never.wait(0.1)
