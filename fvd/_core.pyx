@@ -680,7 +680,7 @@ def table_slots(const uint32_t[::1] table not None, uint64_t limit_slots, uint64
 def empty_chunk_with_bits(const uint64_t[::1] bitmap not None, const uint32_t[::1] table not None, uint64_t blocks_per_chunk,
                           uint64_t blocks):
     """Index of the first EMPTY chunk that has a 1-bit below `blocks`, or -1."""
-    cdef uint64_t i, first, end
+    cdef uint64_t chunk, bit = 0
     cdef uint64_t entries = <uint64_t>table.shape[0]
     cdef int64_t result = -1
     if blocks > <uint64_t>bitmap.shape[0] * 64 or blocks_per_chunk == 0 or blocks_per_chunk > <uint64_t>1 << 32:
@@ -688,15 +688,18 @@ def empty_chunk_with_bits(const uint64_t[::1] bitmap not None, const uint32_t[::
     if blocks == 0:
         return result
     with nogil:
-        for i in range(entries):
-            first = i * blocks_per_chunk
-            if first >= blocks:
+        # From 1-bit to 1-bit: a disk that is mostly empty is mostly skipped, a word at a time.
+        while True:
+            bit = bits_find(&bitmap[0], bit, blocks, True)
+            chunk = bit / blocks_per_chunk
+            if bit >= blocks or chunk >= entries:
                 break
-            if table[i] == EMPTY:
-                end = first + blocks_per_chunk if blocks - first > blocks_per_chunk else blocks
-                if not bits_none(&bitmap[0], first, end):
-                    result = <int64_t>i
-                    break
+            if table[chunk] == EMPTY:
+                result = <int64_t>chunk
+                break
+            bit = (chunk + 1) * blocks_per_chunk
+            if bit >= blocks:
+                break
     return result
 
 

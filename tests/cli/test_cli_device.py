@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,12 @@ def device(tmp_path: Path) -> Iterator[str]:
     name = done.stdout.strip()
     yield name
     subprocess.run(["losetup", "--detach", name], check=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
 
 
 def test_the_life_of_a_disk_on_a_device(device: str, fvd_lv: FvdLv, serving: Serving) -> None:
@@ -84,15 +91,21 @@ def test_on_full_wait_and_storage_added_by_hand(device: str, fvd_lv: FvdLv, serv
         handle = nbd.NBD()
         handle.connect_uri(server.uri)
         pending = [handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"x" * MIB)), offset) for offset in range(0, 100 * MIB, MIB)]
-        while fvd_lv("info", device, "--output", "json").json["waiting_writes"] == 0:
-            pass
+
+        def some_wait() -> bool:
+            handle.poll(100)
+            return handle.aio_in_flight() < 60 and fvd_lv("info", device, "--output", "json").json["waiting_writes"] == len(pending) - 46
+
+        wait_until(some_wait)
         os.truncate(tmp_path / "backing", 128 * MIB)
         subprocess.run(["losetup", "--set-capacity", device], check=True)
-        while pending:
-            if handle.aio_command_completed(pending[0]):
-                pending.pop(0)
-            else:
-                handle.poll(10_000)
+
+        def all_done() -> bool:
+            handle.poll(100)
+            pending[:] = [cookie for cookie in pending if not handle.aio_command_completed(cookie)]
+            return not pending
+
+        wait_until(all_done)
         assert handle.pread(MIB, 99 * MIB) == b"x" * MIB
         assert fvd_lv("info", device, "--output", "json").json["storage_size"] == 128 * MIB
 

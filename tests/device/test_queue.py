@@ -14,10 +14,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from fvd.device._queue import Driver, Op, open_queue
+from fvd.device._queue import Driver, open_queue
+
+if TYPE_CHECKING:
+    from fvd.device._queue import Op  # a name of the stub's
 
 KINDS = ["io_uring", "blocking"]
 PAGE = 4096
