@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ class Served:
         self._server: NbdServer | None = None
         self._disks: dict[str, OpenVolume] = {}  # by export name
         self._verbs: dict[str, OpenedVerbs] = {}  # of the same
+        self._attached: set[VolumeName] = set()  # whose allocators are at work
         self._resources = ExitStack()
         self._ready = threading.Event()
         self._close_lock = threading.Lock()
@@ -169,7 +171,7 @@ class Served:
                     read_only=self._read_only,
                     block_size_bytes=disk.geometry.block_size_bytes,
                     description=str(name),
-                    on_want=_on_want(disk),
+                    on_want=partial(self._act_on_want, disk),
                 )
             undo.callback(server.stop)
             for export_name, disk in self._disks.items():
@@ -196,8 +198,28 @@ class Served:
 
     def _attach_allocators(self) -> None:
         for disk in self._disks.values():
-            if disk.allocator is not None:
-                disk.allocator.attach(disk.engine, self._post)
+            self._attach_allocator(disk)
+
+    def _attach_allocator(self, disk: OpenVolume) -> bool:
+        """In the serving thread, once for each disk: an engine may want room before ``open`` comes to it. False: it was done before."""
+        if disk.allocator is None or disk.name in self._attached:
+            return False
+        self._attached.add(disk.name)
+        disk.allocator.attach(disk.engine, self._post)
+        return True
+
+    def _act_on_want(self, disk: OpenVolume, wants: int) -> None:
+        """In the serving thread: what an engine asks of its Python side."""
+        if wants & _WANT_GROWTH:
+            if disk.allocator is None:
+                disk.engine.want &= ~_WANT_GROWTH
+            elif not self._attach_allocator(disk):
+                disk.allocator.on_want(disk.engine)
+        if wants & _WANT_EVENT:
+            disk.engine.want &= ~_WANT_EVENT
+            if disk.engine.failed_errno:
+                reason = os.strerror(disk.engine.failed_errno)
+                log.error("%s: the storage failed (%s); writes are refused until the disk is closed and opened again", disk.name, reason)
 
     def _post(self, work: Callable[[], None]) -> None:
         """Have the serving thread call ``work``; nothing happens when it has ended."""
@@ -268,19 +290,3 @@ def export_names(names: list[VolumeName]) -> list[str]:
         raise InvalidArgument(f"{next(name for name in names if names.count(name) > 1)} is named twice")
     shorts = [name.short for name in names]
     return [short if shorts.count(short) == 1 else str(name) for short, name in zip(shorts, names, strict=True)]
-
-
-def _on_want(disk: OpenVolume) -> Callable[[int], None]:
-    def act(wants: int) -> None:
-        if wants & _WANT_GROWTH:
-            if disk.allocator is not None:
-                disk.allocator.on_want(disk.engine)
-            else:
-                disk.engine.want &= ~_WANT_GROWTH
-        if wants & _WANT_EVENT:
-            disk.engine.want &= ~_WANT_EVENT
-            if disk.engine.failed_errno:
-                reason = os.strerror(disk.engine.failed_errno)
-                log.error("%s: the storage failed (%s); writes are refused until the disk is closed and opened again", disk.name, reason)
-
-    return act

@@ -661,7 +661,13 @@ cdef class Server:
             if self.exports[i].live:
                 waiting += (<Backend>self.exports[i].backend).waiting_bytes(0, 0)
         waiting = share(self.inflight_bytes, waiting, self.data_bytes)
-        return self.inflight_bytes - min(waiting, self.total_cap) < self.total_cap
+        if waiting > self.total_cap:
+            for i in range(self.export_count):
+                if self.exports[i].live:
+                    self.touch(self.exports[i])
+                    (<Backend>self.exports[i].backend).cancel_waiting(0, 0, -ENOSPC)
+            return False
+        return self.inflight_bytes - waiting < self.total_cap
 
     cdef int receive(self, Connection *connection) except -1 nogil:
         """Take what a connection sent, up to its share of this turn."""

@@ -107,6 +107,10 @@ def open_volume(
         undo.callback(node.close)
         held.check_covers(node)
         disk = load_disk(node)
+        if not read_only and not disk.journal_state.clean:
+            # R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used
+            # again before the commit that freed it is durable, the older table could come back and show another chunk's data.
+            node.flush()
         low_water = check_low_water(disk.geometry, default_low_water_bytes(disk.geometry) if low_water_bytes is None else low_water_bytes)
         base = None
         if disk.superblock.base is not None:

@@ -91,6 +91,26 @@ def test_a_disk_that_was_not_closed_is_replayed(path: Path) -> None:
         assert disk.was_clean
 
 
+def test_a_disk_that_was_not_closed_is_flushed_before_it_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule R13; what happens without it is played by tests/engine (a kill, then a power cut)."""
+    make(path)
+    driver = start(path)
+    driver.pwrite(0, b"a" * 4096, fua=True)
+    crash(driver)
+    flushed: list[str] = []
+    flush = node_module.Node.flush
+    monkeypatch.setattr(node_module.Node, "flush", lambda node: (flushed.append(node.path), flush(node))[1])
+    with open_volume(volume(path), read_only=True):
+        assert flushed == []
+    with open_volume(volume(path)):
+        assert flushed == [str(path)]
+    with driven(path):
+        pass
+    flushed.clear()
+    with open_volume(volume(path)):
+        assert flushed == []  # a closed disk needs none
+
+
 def test_read_only_writes_nothing_at_all(path: Path) -> None:
     make(path)
     driver = start(path)
