@@ -35,7 +35,7 @@ DIRECTIVES = {
 }
 
 # liburing is linked statically so that a wheel runs where only the kernel has io_uring.
-LINK = {"fvd.device._queue": ["-l:liburing.a"], "fvd.export._server": ["-l:liburing.a"]}
+LINK = {"fvd.device._queue": ["-l:liburing.a"]}
 
 
 def extensions() -> list[Extension]:

@@ -42,7 +42,15 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         # Memory bandwidth as a read: numpy's fastest pass over the same array.
         memory = seconds_per_call(large.max, 3)
         crc = seconds_per_call(lambda: _core.crc32c(large.view(np.uint8)), 2)
-        samples.append({"lookup_ns": ours * 1e9, "numpy_ns": theirs * 1e9, "scan_gbs": large.nbytes / scan / 1e9, "memory_gbs": large.nbytes / memory / 1e9, "crc_gbs": large.nbytes / crc / 1e9})
+        samples.append(
+            {
+                "lookup_ns": ours * 1e9,
+                "numpy_ns": theirs * 1e9,
+                "scan_gbs": large.nbytes / scan / 1e9,
+                "memory_gbs": large.nbytes / memory / 1e9,
+                "crc_gbs": large.nbytes / crc / 1e9,
+            }
+        )
     return {"samples": samples}
 
 

@@ -79,7 +79,7 @@ def server(command: list[str], socket_path: Path) -> Iterator[subprocess.Popen[b
     """A server process that is up when its socket accepts; ended with SIGTERM."""
     import socket
 
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 20
@@ -114,12 +114,27 @@ def cpu_seconds(pid: int) -> float:
 def fio(uri: str, pattern: str, *, block_bytes: int, depth: int, seconds: float, size_bytes: int) -> dict[str, float]:
     """One run of fio's nbd engine: operations a second, and how many there were."""
     printed = output(
-        "fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={block_bytes}", f"--iodepth={depth}",
-        f"--size={size_bytes}", "--time_based", f"--runtime={seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
+        "fio",
+        "--name=bench",
+        "--ioengine=nbd",
+        f"--uri={uri}",
+        f"--rw={pattern}",
+        f"--bs={block_bytes}",
+        f"--iodepth={depth}",
+        f"--size={size_bytes}",
+        "--time_based",
+        f"--runtime={seconds}",
+        "--randrepeat=0",
+        "--norandommap",
+        "--output-format=json",
     )
     report = json.loads(printed[printed.index("{") :])  # its engine prints a line before
     side = report["jobs"][0]["read" if "read" in pattern else "write"]
-    return {"iops": side["iops"], "operations": side["total_ios"], "p99_us": side["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000}
+    return {
+        "iops": side["iops"],
+        "operations": side["total_ios"],
+        "p99_us": side["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000,
+    }
 
 
 def median(values: list[float]) -> float:

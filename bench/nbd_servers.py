@@ -1,7 +1,7 @@
 """NBD servers side by side: fvd, the pass-through server of the same shape, qemu-nbd with raw and with qcow2, each on its own loop device.
 
-4 KiB random reads and writes at queue depth 32 on mapped data. Rounds are interleaved, so that drift of the machine hits all alike; figures are
-ratios within a round, medians over rounds. CPU time is the server process's own, per request.
+4 KiB random reads and writes at queue depth 32 on mapped data. Rounds are interleaved, so that drift of the machine hits all alike;
+figures are ratios within a round, medians over rounds. CPU time is the server process's own, per request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ def uri(socket_path: Path) -> str:
 
 def fill(socket_path: Path) -> None:
     """Write every block once, so that all is mapped, and flush."""
-    output("fio", "--name=fill", "--ioengine=nbd", f"--uri={uri(socket_path)}", "--rw=write", "--bs=1M", "--iodepth=8", f"--size={DISK_BYTES}", "--end_fsync=1")
+    output(
+        "fio",
+        "--name=fill",
+        "--ioengine=nbd",
+        f"--uri={uri(socket_path)}",
+        "--rw=write",
+        "--bs=1M",
+        "--iodepth=8",
+        f"--size={DISK_BYTES}",
+        "--end_fsync=1",
+    )
 
 
 def measure(rounds: int, seconds: float, depth: int = 32, block_bytes: int = 4096) -> dict[str, Any]:
@@ -36,7 +46,9 @@ def measure(rounds: int, seconds: float, depth: int = 32, block_bytes: int = 409
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fvd-bench-")))
         devices = {name: stack.enter_context(loop_device(DEVICE_BYTES)) for name in ("fvd", "pass-through", "qemu raw", "qemu qcow2")}
         subprocess.run(
-            [python, "-m", "fvd.cli", "provision", devices["fvd"], "--size", str(DISK_BYTES), "--force"], check=True, stdout=subprocess.DEVNULL
+            [python, "-m", "fvd.cli", "provision", devices["fvd"], "--size", str(DISK_BYTES), "--force"],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", devices["qemu qcow2"], str(DISK_BYTES)], check=True)
         qemu = ["qemu-nbd", "--persistent", "--cache=none", "--aio=io_uring", "--discard=unmap"]
@@ -86,11 +98,20 @@ def report(result: dict[str, Any]) -> list[dict[str, Any]]:
             values = ratios(result, pattern, other, field)
             reached = median(values) >= bound if sign == ">=" else median(values) <= bound
             what = "IOPS" if field == "iops" else "server CPU per request"
-            rows.append({"what": f"4 KiB {pattern} QD32, {what}: fvd / {other}", "value": spread(values), "goal": f"{sign} {bound}", "reached": reached})
+            rows.append(
+                {
+                    "what": f"4 KiB {pattern} QD32, {what}: fvd / {other}",
+                    "value": spread(values),
+                    "goal": f"{sign} {bound}",
+                    "reached": reached,
+                }
+            )
     for pattern in PATTERNS:
         for name in ("fvd", "pass-through", "qemu raw", "qemu qcow2"):
             mine = [s for s in result["samples"] if s["server"] == name and s["pattern"] == pattern]
             iops = median([s["iops"] for s in mine]) / 1000
             cpu = median([s["cpu_us_per_request"] for s in mine])
-            rows.append({"what": f"4 KiB {pattern} QD32, {name}", "value": f"{iops:.1f} kIOPS, {cpu:.1f} us CPU", "goal": "", "reached": None})
+            rows.append(
+                {"what": f"4 KiB {pattern} QD32, {name}", "value": f"{iops:.1f} kIOPS, {cpu:.1f} us CPU", "goal": "", "reached": None}
+            )
     return rows

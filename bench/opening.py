@@ -36,5 +36,12 @@ def report(result: dict[str, Any]) -> list[dict[str, Any]]:
     for name in SIZES:
         values = [s["milliseconds"] for s in result["samples"] if s["size"] == name][1:]
         goal = name == "1 TiB"
-        rows.append({"what": f"open() of a {name} disk, ms", "value": spread(values), "goal": "< 50" if goal else "", "reached": median(values) < 50 if goal else None})
+        rows.append(
+            {
+                "what": f"open() of a {name} disk, ms",
+                "value": spread(values),
+                "goal": "< 50" if goal else "",
+                "reached": median(values) < 50 if goal else None,
+            }
+        )
     return rows

@@ -1,7 +1,7 @@
 """Run the benchmarks: ``bench/run.py [--quick] [NAME...]``. Prints a table, and writes every sample to results/NAME.json.
 
-Ratios stand in front and absolute figures behind: this says how fvd compares on one machine in one run, nothing more. What could not be measured is
-named with its reason. No test depends on these figures.
+Ratios stand in front and absolute figures behind: this says how fvd compares on one machine in one run, nothing more. What could not
+be measured is named with its reason. No test depends on these figures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> int:
     results = ROOT / "results"
     results.mkdir(exist_ok=True)
     machine = facts()
-    print(f"{machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, commit {machine['commit']}{' (modified)' if machine['modified'] else ''}")
+    print(
+        f"{machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, commit {machine['commit']}{' (modified)' if machine['modified'] else ''}"
+    )
     for name in options.names or SUITES:
         began = time.monotonic()
         try:

@@ -28,8 +28,8 @@ def parse_size(text: str | int) -> int:
     unit_bytes = _SUFFIX_BYTES[suffix.upper()]
     if not fraction:
         return int(whole) * unit_bytes
-    numerator = int(whole + fraction) * unit_bytes
-    size_bytes, rest = divmod(numerator, 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    size_bytes, rest = divmod(int(whole + fraction) * unit_bytes, scale)
     if rest:
         raise InvalidArgument(f"{text!r} is not a whole number of bytes")
     return size_bytes

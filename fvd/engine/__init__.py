@@ -1,0 +1,1 @@
+"""The request state machine: batches in, batches out. It may not know files, sockets, clocks or threads; see docs/engine.md."""

@@ -35,9 +35,13 @@ class Engine:
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
-        `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table` geometry.chunks
-        entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base. `align_bytes`: the device's logical
-        block, 512 or 4096. Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
+        What they were loaded from must be durable: a writer that died may have left a commit that is visible and can still be lost,
+        so who opens for writing flushes the storage first.
+
+        `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table`
+        geometry.chunks entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base.
+        `align_bytes`: the device's logical block, 512 or 4096. Raises InvalidArgument, or Corrupt when the storage is too small for
+        what the maps name.
         """
 
     want: int

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import MIB, Disks, Running
+from nbd_running import MIB, Disks, Running
 
 SIZE = 64 * MIB
 

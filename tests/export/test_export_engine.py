@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import MIB, Disks, Running
 from nbd_client import TIMEOUT_S, request
+from nbd_running import MIB, Disks, Running
 
 from fvd.engine._engine import Engine
 from fvd.export import _nbd as nbd

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import MIB, Disks, Running
 from nbd_client import TIMEOUT_S, Client, go, option, request
+from nbd_running import MIB, Disks, Running
 
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout
 from fvd.export import _nbd as nbd
