@@ -3,13 +3,17 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked lint test test-quick demo bench bench-quick coverage wheel clean
+.PHONY: help setup build checked lint test test-quick demo bench bench-quick wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 CHECKED := build/checked
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
+# Python without a .py in its name.
+SCRIPTS := scripts/demo scripts/make-completions
+# A test that hangs must not hold CI for ever: each run of pytest is ended after this.
+LIMIT := timeout --foreground --kill-after=10 15m
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp
 
@@ -29,15 +33,14 @@ checked: setup ## compile the checked build in build/checked
 	@cd $(CHECKED) && FVD_BUILD=checked FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
 lint: setup ## ruff, mypy --strict, cython-lint
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check fvd/api.py fvd/control fvd/cli tests/cli tests/api tests/control
+	$(PY) -m ruff check . $(SCRIPTS)
 	$(PY) -m mypy
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd
 
 # The release run is last: its summary closes the output. The checked run leaves out what is slow or about speed.
 test: build checked lint ## everything: both builds, the linters, all tests (at most 20 minutes)
-	FVD_TEST_BUILD=checked $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
-	FVD_TEST_BUILD=release $(PY) -m pytest -q --durations=10 $(PYTEST_ARGS)
+	FVD_TEST_BUILD=checked $(LIMIT) $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
+	FVD_TEST_BUILD=release $(LIMIT) $(PY) -m pytest -q --durations=10 $(PYTEST_ARGS)
 
 test-quick: build ## the release build's fast tests
 	FVD_TEST_BUILD=release $(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)

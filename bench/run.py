@@ -38,9 +38,8 @@ def main() -> int:
     results = ROOT / "results"
     results.mkdir(exist_ok=True)
     machine = facts()
-    print(
-        f"{machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, commit {machine['commit']}{' (modified)' if machine['modified'] else ''}"
-    )
+    changed = " (modified)" if machine["modified"] else ""
+    print(f"{machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, commit {machine['commit']}{changed}")
     for name in options.names or SUITES:
         began = time.monotonic()
         try:

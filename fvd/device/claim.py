@@ -2,7 +2,9 @@
 
 What protects what:
 
-- Every claim holds an OFD lock on the file or device node (a *sibling* descriptor: a claim outlives no process and ends at `close`).
+- Every claim holds an OFD lock on the file or device node. A writer's transfers go through the claim's own open file (`descriptor`):
+  the kernel keeps that open until the last operation of a killed process has ended, and the claim with it. So no write of a dead
+  owner can land under a new one; who comes meanwhile waits a moment.
   A WRITER's is exclusive; a READER's is shared, so that several read-only opens coexist, but none beside a writer, whose metadata moves.
   The lock belongs to the inode: a second path to it (symbolic or hard link) meets the same lock. QEMU's own image locks lie in its range.
 - A WRITER of a block device also holds it open with O_EXCL: the kernel then refuses mounts, swap, device-mapper and md, and other writers
@@ -32,6 +34,7 @@ from fvd.errors import InUse, PermissionDenied, Unsupported
 _F_OFD_SETLK = 37
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid
 _READER_RETRIES = 50
+_GHOST_SECONDS = 5.0  # how long a killed process's operations may keep its claim before we call it in use
 
 
 class Ownership(enum.Enum):
@@ -45,10 +48,11 @@ class Ownership(enum.Enum):
 class Claim:
     """Ownership of one file or device until `close` or the end of the process."""
 
-    def __init__(self, path: str, ownership: Ownership, identity: Identity, fds: list[int]) -> None:
+    def __init__(self, path: str, ownership: Ownership, identity: Identity, fds: list[int], descriptor: int) -> None:
         self.path = path
         self.ownership = ownership
         self.identity = identity
+        self.descriptor = descriptor  # the open file that holds the claim: for `open_node(sharing=...)`
         self._fds = fds
 
     def __enter__(self) -> Claim:
@@ -70,11 +74,26 @@ class Claim:
 
 
 def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER) -> Claim:
-    """Claims a regular file or block device. Waits for nobody.
+    """Claims a regular file or block device. Waits for no process, and at most 5 s for what a killed one left under way in the kernel.
 
     Raises InUse (naming the mount, holder or process where it can be known), NotFound, PermissionDenied, Unsupported.
     """
     name = os.fspath(path)
+    deadline = time.monotonic() + _GHOST_SECONDS
+    while True:
+        try:
+            return _claim_now(name, ownership)
+        except _NobodyKnown:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+
+
+class _NobodyKnown(InUse):
+    """Locked, by no process that can be seen: perhaps by the operations of one that was killed."""
+
+
+def _claim_now(name: str, ownership: Ownership) -> Claim:
     with typed_errors("opening", name):
         check_kind(name, Path(name).stat())  # before the open, which does things to a pipe or a tape
     fds: list[int] = []
@@ -83,12 +102,14 @@ def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER)
         status = os.fstat(fds[0])
         check_kind(name, status)
         identity = identity_of(status)
+        descriptor = fds[0]
         _lock_owner(fds[0], name, ownership)
         if stat.S_ISBLK(status.st_mode):
             if ownership is Ownership.BASE:
                 _refuse_writable_mount(name, status.st_rdev)
             else:
                 fds += _take_device(name, set(fds), ownership, status.st_rdev)
+            descriptor = fds[-1]
             fds += _lock_loop_backing(name, ownership, status.st_rdev)
         else:
             _refuse_file_users(name, ownership, identity)
@@ -96,7 +117,7 @@ def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER)
         for fd in fds:
             os.close(fd)
         raise
-    return Claim(name, ownership, identity, fds)
+    return Claim(name, ownership, identity, fds, descriptor)
 
 
 # --- Locks -------------------------------------------------------------------------------------------------------------------------
@@ -122,7 +143,7 @@ def _lock_owner(fd: int, name: str, ownership: Ownership) -> None:
         fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))  # length 0: the whole of it, to whatever it grows
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InUse(_in_use(name, _users(identity_of(os.fstat(fd)), {fd}))) from error
+            raise _in_use(name, _users(identity_of(os.fstat(fd)), {fd})) from error
         if ownership is Ownership.BASE and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             return  # a golden image on a file system without locks: nobody could be refused there, nor is anything of ours at stake
         reason = os.strerror(error.errno or 0)
@@ -138,7 +159,7 @@ def _take_device(name: str, ours: set[int], ownership: Ownership, number: int) -
             users = _holders(number) or _users(("block", number, 0), ours)
             # Another reader's momentary O_EXCL looks the same as an owner; it is gone in microseconds.
             if last or users or ownership is Ownership.WRITER:
-                raise InUse(_in_use(name, users)) from error
+                raise _in_use(name, users) from error
             time.sleep(0.002)
             continue
         if ownership is Ownership.WRITER:
@@ -188,9 +209,10 @@ def _refuse_writable_mount(name: str, number: int) -> None:
 # --- Who it is ---------------------------------------------------------------------------------------------------------------------
 
 
-def _in_use(name: str, users: list[str]) -> str:
-    who = ", ".join(users) if users else "another process has it open, which only root can name"
-    return f"{name} is in use: {who}; it must be closed or unmounted first"
+def _in_use(name: str, users: list[str]) -> InUse:
+    if not users:
+        return _NobodyKnown(f"{name} is in use: another process has it open, which only root can name; it must be closed first")
+    return InUse(f"{name} is in use: {', '.join(users)}; it must be closed or unmounted first")
 
 
 def _holders(number: int) -> list[str]:

@@ -230,10 +230,11 @@ class Node:
             )
 
 
-def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = True) -> Node:
+def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = True, sharing: int | None = None) -> Node:
     """Opens a regular file or block device.
 
-    `direct` asks for O_DIRECT; where the file system refuses it the page cache is used and `notice` says so.
+    `direct` asks for O_DIRECT; where the file system refuses it the page cache is used and `notice` says so. `sharing`: a descriptor of the
+    same file, opened for the same access, whose open file is used instead of a new one: its locks then last as long as any transfer.
     Raises NotFound, PermissionDenied, Unsupported (a directory, a pipe...), DeviceError.
     """
     name = os.fspath(path)
@@ -244,13 +245,13 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
         fd = -1
         if direct:
             try:
-                fd = os.open(name, access | os.O_DIRECT | os.O_CLOEXEC)
+                fd = _open_file(name, access, os.O_DIRECT, sharing)
             except OSError as error:
                 if error.errno not in _NOT_SUPPORTED:
                     raise
                 notice = f"{name}: its file system refuses O_DIRECT; the page cache is used"
         if fd < 0:
-            fd = os.open(name, access | os.O_CLOEXEC)
+            fd = _open_file(name, access, 0, sharing)
             direct = False
         try:
             status = os.fstat(fd)
@@ -263,7 +264,7 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
                 reason = "its file system refuses O_DIRECT" if block_bytes == 0 else f"O_DIRECT there needs {block_bytes}-byte blocks"
                 notice = f"{name}: {reason}; the page cache is used"
                 os.close(fd)
-                fd = os.open(name, access | os.O_CLOEXEC)
+                fd = _open_file(name, access, 0, sharing)
                 direct = False
                 status = os.fstat(fd)
                 block_bytes = _logical_block_bytes(fd, is_block, direct)
@@ -280,6 +281,19 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
         identity=identity_of(status),
         notice=notice,
     )
+
+
+def _open_file(name: str, access: int, flags: int, sharing: int | None) -> int:
+    if sharing is None:
+        return os.open(name, access | flags | os.O_CLOEXEC)
+    fd = fcntl.fcntl(sharing, fcntl.F_DUPFD_CLOEXEC, 0)
+    try:
+        # Also takes O_NONBLOCK away, with which io_uring answers EAGAIN where it should wait.
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def create_file(path: str | os.PathLike[str], size_bytes: int, *, mode: int = 0o600) -> None:

@@ -138,7 +138,7 @@ cdef struct Staging:            # one checkpoint write in flight
 cdef class Engine:
     # --- What a driver uses -------------------------------------------------------------------------------------
     cdef DeviceOp *ops              # out: operations to start; the driver takes them all and sets op_count = 0.
-    cdef uint32_t op_count          #   submit/complete/tick may reallocate these arrays: re-read the pointers after each call
+    cdef uint32_t op_count          # submit/complete/tick may reallocate these arrays: re-read the pointers after each call
     cdef Done *done                 # out: finished requests, in the order in which they finished
     cdef uint32_t done_count
     cdef public uint32_t want       # Want bits; cleared by Python when it has acted
@@ -175,6 +175,7 @@ cdef class Engine:
     cdef uint64_t *used
     cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
     cdef bint exhausted
+    cdef uint32_t discarding        # slots that are free once their discard has ended
     cdef Drain *retired
     # pools and lists
     cdef uint32_t op_room, done_room, op_total

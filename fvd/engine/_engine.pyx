@@ -3,8 +3,8 @@
 
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished
 requests comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady
-state makes no Python object. Its parts: memory.pxi (pools, the pending changes, slots), request.pxi (requests, reads), write.pxi (writes, trim,
-drains), commit.pxi (flush, journal, checkpoint, failure, close).
+state makes no Python object. Its parts: memory.pxi (pools, the pending changes, slots), request.pxi (requests, reads), write.pxi (writes,
+trim, drains), commit.pxi (flush, journal, checkpoint, failure, close).
 """
 
 from libc.errno cimport EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
@@ -14,7 +14,6 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument
 
 from fvd._core cimport (
@@ -285,6 +284,8 @@ cdef class Engine:
         if offset_bytes > self.virtual_size or length_bytes > self.virtual_size - offset_bytes:
             r.end = r.start
             return request_fail(self, r, -ENOSPC if kind == REQUEST_WRITE or kind == REQUEST_ZERO else -EINVAL)
+        if buffer == NULL and length_bytes and (kind == REQUEST_READ or kind == REQUEST_WRITE):
+            return request_fail(self, r, -EINVAL)
         if kind == REQUEST_READ:
             self.stat_reads += 1
             r.flags = 0
@@ -319,6 +320,8 @@ cdef class Engine:
         record.next = self.free_ops
         self.free_ops = record
         self.inflight_ops -= 1
+        if op.watched:
+            drain_note(self, &op)   # first: a drain that what follows begins has not counted it
         if op.what == WHAT_PLAIN:
             if error and op.request.error == 0:
                 op.request.error = error
@@ -348,11 +351,10 @@ cdef class Engine:
             checkpoint_end(self, error)
         else:
             # A discard is advice: its failure loses nothing.
+            self.discarding -= 1
             slot_give(self, op.slot)
             if self.wait_slot.head != NULL:
                 list_walk(self, &self.wait_slot)
-        if op.watched:
-            drain_note(self, &op)
         if self.closing != NULL:
             return close_step(self)
         return 0

@@ -92,8 +92,9 @@ cdef int issue_plain(Engine e, Request *r, uint8_t kind, uint64_t offset_bytes, 
         last = &e.ops[e.op_count - 1]
         index = <uint32_t> (last.token & 0xFFFFFFFFULL)
         op = &e.slabs[index >> 8][index & 255]
-        if (op.what == WHAT_PLAIN and op.number == e.op_number and op.request == r and last.target == TARGET_STORAGE and last.kind == kind and last.durable == durable
-                and last.offset_bytes + last.length_bytes == offset_bytes and last.buffer + last.length_bytes == buffer):
+        if (op.what == WHAT_PLAIN and op.number == e.op_number and op.request == r and last.target == TARGET_STORAGE
+                and last.kind == kind and last.durable == durable and last.offset_bytes + last.length_bytes == offset_bytes
+                and last.buffer + last.length_bytes == buffer):
             ensure(offset_bytes + length_bytes <= e.storage_size, "write past the end of storage")
             last.length_bytes += length_bytes
             op.length_bytes += length_bytes

@@ -17,6 +17,13 @@ cdef inline int wait_for(Request *r, RequestList *where) noexcept nogil:
     return 0
 
 
+cdef inline int give_up(Request *r, int32_t error) noexcept nogil:
+    """The rest of the request is not done."""
+    r.error = error
+    r.cursor = r.end
+    return 1
+
+
 cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
     """Hand on the next piece of a write, not beyond `stop`. Returns 0 when the request waits in a list instead."""
     cdef uint64_t start = r.cursor
@@ -47,9 +54,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
     if not present:
         return allocate_begin(e, r, chunk, slot, b, start, end, first, last)
     if e.failed_errno and r.flags & FLAG_FUA:
-        r.error = -EIO
-        r.cursor = r.end
-        return 1
+        return give_up(r, -EIO)
     if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) != 0:
         return modify_begin(e, r, chunk, slot, start, end)
     if r.flags & FLAG_FUA:
@@ -92,10 +97,11 @@ cdef inline bint has_room(Engine e, uint64_t need) noexcept nogil:
 cdef int no_slot(Engine e, Request *r) except -1 nogil:
     if e.capacity < e.chunks:
         e.want |= WANT_GROWTH
-    if e.fail_when_full and e.retired == NULL and (e.exhausted or e.capacity >= e.chunks):
-        r.error = -ENOSPC
-        r.cursor = r.end
-        return 1
+    if e.closing != NULL:
+        return give_up(r, -ESHUTDOWN)       # nobody waits for growth any more, and the close waits for this request
+    # A slot that is about to be free is worth waiting for.
+    if e.fail_when_full and e.retired == NULL and e.discarding == 0 and (e.exhausted or e.capacity >= e.chunks):
+        return give_up(r, -ENOSPC)
     e.stat_waited += 1
     list_push(&e.wait_slot, r)
     commit_maybe(e)     # a freed slot becomes usable once its free is durable
@@ -124,13 +130,12 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     cdef bint whole, fresh = False
     cdef Job *j
     if e.failed_errno:
-        r.error = -EIO
-        r.cursor = r.end
-        return 1
+        return give_up(r, -EIO)
     run_start = first << e.block_shift
     run_end = last << e.block_shift
     # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy.
-    if last - first > 1 and run_end - run_start > SPARE_BOUNCE_BYTES and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask):
+    if (last - first > 1 and run_end - run_start > SPARE_BOUNCE_BYTES
+            and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask)):
         if start != run_start:
             last = first + 1
         elif end != run_end:
@@ -421,9 +426,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
         r.cursor = end
         return 1
     if e.failed_errno:
-        r.error = -EIO
-        r.cursor = r.end
-        return 1
+        return give_up(r, -EIO)
     need = change_bytes(first, last)
     if not has_room(e, need):
         list_push(&e.wait_room, r)
@@ -544,6 +547,7 @@ cdef int retired_check(Engine e) except -1 nogil:
         if e.discard:
             op = op_issue(e, WHAT_DISCARD, OP_DISCARD, TARGET_STORAGE, d.first_byte, d.end_byte - d.first_byte, NULL, False)
             op.slot = d.slot
+            e.discarding += 1
         else:
             slot_give(e, d.slot)
             freed = True

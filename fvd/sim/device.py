@@ -1,20 +1,22 @@
-"""A simulated block device: submission, effect and completion of an operation are separate events, and the caller's dice decide their order.
+"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the caller's dice decide.
 
-A write takes effect (is seen by reads) at some moment before it completes, and stays volatile until a flush that began after its completion, or
-until its own completion if it is durable. A crash leaves each volatile logical block as any of the versions it went through since it was last
-durable; writes that had not taken effect yet may have reached some of their blocks too. It may not know the engine or the format.
+A write takes effect (is seen by reads) at some moment before it completes, and stays volatile until a flush that began after its
+completion, or until its own completion if it is durable. A crash leaves each volatile logical block as any of the versions it went through
+since it was last durable; writes that had not taken effect yet may have reached some of their blocks too. It may not know the engine or the
+format.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
 READ, WRITE, FLUSH, DISCARD = range(4)
 STORAGE, BASE = range(2)
 _DISCARDED = b"\xdd"
+_STUCK = 1 << 60
 
 
 @dataclass(slots=True)
@@ -48,6 +50,8 @@ class SimulatedDevice:
         """Called when an operation is about to take effect; a negative errno makes it fail (with or without effect, by dice)."""
         self.slow_share = 0.0
         """Share of operations that are held back for long, so that much else happens meanwhile."""
+        self.stuck_share = 0.0
+        """Share of operations that move only when nothing else can."""
         self._versions: dict[int, list[tuple[int, bytes]]] = {}
         self._completed: set[int] = set()
         self._numbers = 0
@@ -59,6 +63,8 @@ class SimulatedDevice:
             operation = Operation(self._numbers, token, kind, target, offset, length, address, durable)
             if self.slow_share and self.dice.random() < self.slow_share:
                 operation.held_until = self._steps + self.dice.randint(20, 300)
+            if self.stuck_share and self.dice.random() < self.stuck_share:
+                operation.held_until = _STUCK
             self.pending.append(operation)
 
     def grow(self, size_bytes: int, filler: bytes) -> None:
@@ -70,8 +76,10 @@ class SimulatedDevice:
     def step(self) -> Operation | None:
         """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
         self._steps += 1
-        ready = [op for op in self.pending if op.held_until <= self._steps] or self.pending
-        operation = self.dice.choice(ready)
+        operation = self.dice.choice(self.pending)
+        if operation.held_until > self._steps:
+            ready = [op for op in self.pending if op.held_until <= self._steps]
+            operation = self.dice.choice(ready or [op for op in self.pending if op.held_until < _STUCK] or self.pending)
         if not operation.took_effect:
             self.take_effect(operation)
             return None
@@ -87,11 +95,12 @@ class SimulatedDevice:
                     self._make_durable({operation.number}, self._blocks(operation))
             elif operation.kind == FLUSH and operation.covered:
                 self._make_durable(operation.covered, list(self._versions))
+                self._completed -= operation.covered
         return operation
 
-    def _blocks(self, operation: Operation) -> list[int]:
+    def _blocks(self, operation: Operation) -> range:
         size = self.logical_block_bytes
-        return list(range(operation.offset_bytes // size, -(-(operation.offset_bytes + operation.length_bytes) // size)))
+        return range(operation.offset_bytes // size, -(-(operation.offset_bytes + operation.length_bytes) // size))
 
     def take_effect(self, operation: Operation) -> None:
         operation.took_effect = True
@@ -119,25 +128,43 @@ class SimulatedDevice:
     def _write(self, operation: Operation, data: bytes, share: float | None) -> None:
         """Let the blocks of a write take effect: all, or each with probability `share`."""
         size = self.logical_block_bytes
+        image = self.image
         for index, block in enumerate(self._blocks(operation)):
             if share is not None and self.dice.random() >= share:
                 continue
             content = data[index * size : (index + 1) * size]
-            versions = self._versions.setdefault(block, [(0, bytes(self.image[block * size : (block + 1) * size]))])
-            versions.append((operation.number, content))
-            self.image[block * size : (block + 1) * size] = content
+            versions = self._versions.get(block)
+            if versions is None:
+                self._versions[block] = [(0, bytes(image[block * size : (block + 1) * size])), (operation.number, content)]
+            else:
+                versions.append((operation.number, content))
+            image[block * size : (block + 1) * size] = content
 
-    def _make_durable(self, covered: set[int], blocks: list[int]) -> None:
+    def _make_durable(self, covered: set[int], blocks: Iterable[int]) -> None:
         for block in blocks:
             versions = self._versions.get(block)
             if versions is None:
                 continue
-            newest = max((at for at, version in enumerate(versions) if version[0] in covered), default=0)
-            del versions[:newest]
-            if len(versions) == 1:
+            newest = len(versions) - 1
+            while newest > 0 and versions[newest][0] not in covered:
+                newest -= 1
+            if newest == len(versions) - 1:
                 del self._versions[block]
+            else:
+                del versions[:newest]
 
     # --- crash ----------------------------------------------------------------------------------------------------
+
+    def volatile(self) -> list[tuple[int, list[bytes]]]:
+        """(offset, contents) of each block of which a crash now may leave any of several contents. The device is of no use any more."""
+        for operation in self.pending:
+            if operation.kind == WRITE and not operation.took_effect:
+                self._write(operation, ctypes.string_at(operation.address, operation.length_bytes), None)
+        return [(block * self.logical_block_bytes, [content for _, content in versions]) for block, versions in self._versions.items()]
+
+    def flush_everything(self) -> None:
+        """A flush by somebody else than the engine, from beginning to end."""
+        self._versions.clear()
 
     def crash(self) -> bytearray:
         """Power is gone: what the storage holds afterwards. The device is of no use any more."""

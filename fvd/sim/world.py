@@ -6,8 +6,7 @@ Everything follows from one seed. The engine under test is the production engine
 from __future__ import annotations
 
 import ctypes
-import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -16,23 +15,26 @@ import numpy as np
 from fvd.engine._engine import Engine
 from fvd.format import journal, maps
 from fvd.format.geometry import Geometry, Layout
-from fvd.sim.device import FLUSH, WRITE, SimulatedDevice
+from fvd.sim.device import BASE, FLUSH, READ, WRITE, Operation, SimulatedDevice
 from fvd.sim.oracle import NEVER, SECTOR_BYTES, Oracle, Violation, Write, base_image, stamped
 
 REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE = range(6)
 FUA, NO_HOLE = 1, 2
 KIB = 1024
+_PAGE = 4096
 _FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 _EIO, _ENOSPC, _ESHUTDOWN = -5, -28, -108
+OPERATIONS = ("read", "base", "write", "journal", "map", "flush", "discard")
+STICKY = ("journal", "map", "flush")  # what fails here is remembered by the engine
 
 
 class Memory:
-    """A page-aligned buffer with an address."""
+    """A page-aligned buffer (but for `skew_bytes`) with an address."""
 
     def __init__(self, size_bytes: int, content: bytes | None = None, skew_bytes: int = 0) -> None:
-        self._map = mmap.mmap(-1, max(size_bytes + skew_bytes, 1))
-        self._handle = (ctypes.c_char * len(self._map)).from_buffer(self._map)
-        self.address = ctypes.addressof(self._handle) + skew_bytes
+        self._room = bytearray(size_bytes + skew_bytes + _PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
+        self.address = start + -start % _PAGE + skew_bytes
         self.size_bytes = size_bytes
         if content is not None:
             ctypes.memmove(self.address, content, size_bytes)
@@ -55,47 +57,64 @@ class Shape:
     largest_sectors: int
     depth: int
     fault_rate: float
+    faults: tuple[str, ...]  # which operations fail at all
     discard: bool
     slow_share: float
+    stuck_share: float
+    skew_share: float  # of buffers that are not aligned
     hot_sectors: int
     longest_round: int
+    low_water_chunks: int
+    crash_at: str  # what kind of operation a crash waits for; "": none
 
     @staticmethod
     def draw(dice: Random) -> Shape:
-        block = dice.choice((4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB))
-        chunk = max(block, dice.choice((64 * KIB, 64 * KIB, 128 * KIB, 256 * KIB)))
-        virtual = dice.randint(8, 4 * 1024) * SECTOR_BYTES if dice.random() < 0.7 else dice.randint(1, 8) * chunk
-        virtual = max(virtual, 4096)
-        layout = Layout.RAW if dice.random() < 0.25 else Layout.COMPACT
+        block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
+        chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
+        # On a crowded disk requests meet each other all the time; on a wide one much has never been written, committed or checkpointed.
+        crowded, wide = dice.choice(((True, False), (True, False), (False, False), (False, False), (False, True)))
+        virtual = dice.randint(8, 512 if crowded else 32768 if wide else 4096) * SECTOR_BYTES
+        if wide:
+            block, chunk = min(block, 64 * KIB), 64 * KIB
+        elif dice.random() < 0.3:
+            virtual = dice.randint(1, max(1, virtual // chunk)) * chunk
+        layout = Layout.RAW if dice.random() < 0.2 else Layout.COMPACT
         base: int | None = None
         if dice.random() < 0.5:
-            base = dice.choice((virtual, virtual // 2 // 8 * 8, virtual + 12345 * 8, dice.randint(1, virtual // 8) * 8))
+            base = dice.choice((virtual, virtual // 2, virtual + 12345, dice.randint(1, virtual), dice.randint(1, virtual // 512) * 512))
         geometry = Geometry(
             virtual_size_bytes=virtual,
             block_size_bytes=block,
             chunk_size_bytes=chunk,
-            journal_size_bytes=dice.choice((64 * KIB, 64 * KIB, 128 * KIB)),
+            journal_size_bytes=dice.choice((16, 16, 17, 23, 32)) * 4 * KIB,
             grow_step_bytes=max(chunk, 256 * KIB),
             layout=layout,
         )
         chunks = geometry.chunks
         kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
         kinds["write"] = 3.0
+        if wide:
+            kinds["flush"] = 2.0
         return Shape(
             geometry=geometry,
             base_bytes=base,
-            logical_block_bytes=dice.choice((512, 4096)),
-            cache_mode=dice.choice(("none", "none", "none", "writeback", "directsync", "unsafe")),
+            logical_block_bytes=dice.choice((512, 512, 4096)),
+            cache_mode=dice.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
             on_full=dice.choice(("wait", "error")),
             storage_chunks=chunks if layout is Layout.RAW or dice.random() < 0.4 else dice.randint(1, chunks),
             kinds=kinds,
-            largest_sectors=dice.choice((8, 32, 128, 512)),
-            depth=dice.choice((1, 4, 16, 48)),
+            largest_sectors=dice.choice((8, 16) if crowded or wide else (8, 32, 128, 512)),
+            depth=dice.choice((8, 16, 48) if crowded else (1, 4, 16, 48)),
             fault_rate=dice.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
+            faults=tuple(name for name in OPERATIONS if dice.random() < 0.4),
             discard=dice.random() < 0.5,
-            slow_share=dice.choice((0.0, 0.05, 0.2)),
-            hot_sectors=dice.choice((0, 0, 256, 1024)),
-            longest_round=dice.choice((10, 40, 40, 250)),
+            slow_share=dice.choice((0.0, 0.05, 0.2, 0.2)),
+            stuck_share=dice.choice((0.0, 0.0, 0.02)),
+            skew_share=dice.choice((0.0, 0.1)),
+            hot_sectors=0 if wide else dice.choice((0, 0, 16, 256, 1024)),
+            longest_round=dice.choice((10, 40, 40, 80, 200)),
+            low_water_chunks=dice.choice((0, 0, 2)),
+            crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *OPERATIONS)),
         )
 
 
@@ -105,11 +124,11 @@ class Guest:
 
     kind: str
     memory: Memory | None
-    records: list[Write] = field(default_factory=list)
+    write: Write | None = None
     first_sector: int = 0
     began: int = 0
     fua: bool = False
-    waits: bool = False
+    growable: bool = False  # it was submitted when the storage had not its greatest size
 
 
 class World:
@@ -132,6 +151,9 @@ class World:
         self.engine: Any
         self.clock_ns = 0
         self.failed_at = NEVER
+        self._awaited = ""
+        self.exhausted = False  # writes may fail with ENOSPC
+        self.cancelled = False  # requests may fail with ESHUTDOWN
         self.open()
 
     # --- the disk's life ------------------------------------------------------------------------------------------
@@ -160,10 +182,11 @@ class World:
         used = maps.check_maps(geometry, bitmap, table, self.base is not None)
         return bitmap, table, state, dirty_bitmap, dirty_table, used
 
-    def open(self) -> None:
+    def make_engine(self, *, read_only: bool = False) -> Any:
+        """An engine on what the storage holds now."""
         bitmap, table, state, dirty_bitmap, dirty_table, used = self.load(self.image)
         shape = self.shape
-        self.engine = Engine(
+        return Engine(
             self.geometry,
             uuid=self.uuid,
             bitmap=bitmap,
@@ -175,29 +198,44 @@ class World:
             storage_size_bytes=len(self.image),
             base_size_bytes=shape.base_bytes,
             align_bytes=shape.logical_block_bytes,
+            read_only=read_only,
             cache_mode=shape.cache_mode,
             on_full=shape.on_full,
-            low_water_bytes=0,
+            low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
             discard=shape.discard,
         )
+
+    def open(self) -> None:
+        shape = self.shape
+        self.engine = self.make_engine()
         self.device = SimulatedDevice(self.image, self.base, shape.logical_block_bytes, self.dice)
         self.device.fault = self._fault
         self.device.slow_share = shape.slow_share
+        self.device.stuck_share = shape.stuck_share
         self.failed_at = NEVER
+        self.exhausted = self.cancelled = False
 
-    def _fault(self, operation: Any) -> int:
-        if self.shape.fault_rate and self.dice.random() < self.shape.fault_rate:
-            if operation.kind == FLUSH and self.dice.random() < 0.9:
-                return 0
-            if operation.kind == WRITE and operation.offset_bytes < self.geometry.data_offset_bytes and self.dice.random() < 0.9:
-                return 0
-            return _EIO
+    def _name(self, operation: Operation) -> str:
+        if operation.kind == READ:
+            return "base" if operation.target == BASE else "read"
+        if operation.kind == WRITE:
+            if operation.offset_bytes >= self.geometry.data_offset_bytes:
+                return "write"
+            return "journal" if operation.offset_bytes < self.geometry.bitmap_offset_bytes else "map"
+        return "flush" if operation.kind == FLUSH else "discard"
+
+    def _fault(self, operation: Operation) -> int:
+        rate = self.shape.fault_rate
+        if rate and self.dice.random() < rate:
+            kind = self._name(operation)
+            # Failures that are remembered end most of a world: they are rarer than the others.
+            if kind in self.shape.faults and (kind not in STICKY or self.dice.random() < 0.1):
+                return _EIO
         return 0
 
-    def _note_failure(self, operation: Any, result: int) -> None:
+    def _note_failure(self, operation: Operation, result: int) -> None:
         """From the first flush or metadata write that failed, the oracle expects no flush to succeed."""
-        is_metadata = operation.kind == WRITE and operation.offset_bytes < self.geometry.data_offset_bytes
-        if result and (operation.kind == FLUSH or is_metadata):
+        if result and self._name(operation) in STICKY:
             self.failed_at = min(self.failed_at, self.oracle.tick())
 
     def _pump(self) -> None:
@@ -213,7 +251,7 @@ class World:
         self.deliver(self.device.step())
         return True
 
-    def deliver(self, ended: Any) -> None:
+    def deliver(self, ended: Operation | None) -> None:
         """Hand a completed operation of the device to the engine, and take what comes of it."""
         if ended is not None:
             self._note_failure(ended, ended.result)
@@ -224,21 +262,22 @@ class World:
         """Hand one request to the engine. Returns its cookie; it is in `in_flight` until it is done."""
         self._cookies += 1
         geometry = self.geometry
-        guest = Guest(kind, None, first_sector=first_sector, fua=fua)
+        guest = Guest(kind, None, first_sector=first_sector, fua=fua, growable=len(self.image) < geometry.max_storage_size_bytes)
         offset, length = first_sector * SECTOR_BYTES, sectors * SECTOR_BYTES
         number = REQUEST_FLUSH
+        skew = self.dice.choice((1, 8, 512)) if self.shape.skew_share and self.dice.random() < self.shape.skew_share else 0
         flags = (FUA if fua else 0) | (NO_HOLE if no_hole else 0)
         if kind == "read":
             number = REQUEST_READ
-            guest.memory = Memory(length, b"\xee" * length)
+            guest.memory = Memory(length, b"\xee" * length, skew)
             guest.began = self.oracle.tick()
         elif kind == "write":
             number = REQUEST_WRITE
-            stamp, guest.records = self.oracle.begin_write(first_sector, sectors)
-            guest.memory = Memory(length, stamped(stamp, first_sector, sectors))
+            stamp, guest.write = self.oracle.begin_write(first_sector, sectors)
+            guest.memory = Memory(length, stamped(stamp, first_sector, sectors), skew)
         elif kind == "zero":
             number = REQUEST_ZERO
-            _, guest.records = self.oracle.begin_write(first_sector, sectors, zero=True)
+            _, guest.write = self.oracle.begin_write(first_sector, sectors, zero=True)
         elif kind == "trim":
             number = REQUEST_TRIM
             # Without a base whole blocks are promised to read as zeros; the rest may be ignored.
@@ -247,9 +286,9 @@ class World:
             if first_sector + sectors == self.oracle.sectors:
                 high = self.oracle.sectors  # the last block is whole though it is short
             if self.base is None and low < high:
-                _, guest.records = self.oracle.begin_write(low, high - low, zero=True)
+                _, guest.write = self.oracle.begin_write(low, high - low, zero=True)
             else:
-                _, guest.records = self.oracle.begin_write(first_sector, sectors, zero=True, advisory=True)
+                _, guest.write = self.oracle.begin_write(first_sector, sectors, zero=True, advisory=True)
         else:
             offset = length = 0
             guest.began = self.oracle.begin_flush()
@@ -260,7 +299,12 @@ class World:
     def _finished(self, guest: Guest, error: int) -> None:
         self.requests_done += 1
         shape = self.shape
-        if error and not (error == _ESHUTDOWN or (error == _ENOSPC and shape.on_full == "error") or (error == _EIO and shape.fault_rate)):
+        expected = (
+            (error == _ESHUTDOWN and self.cancelled)
+            or (error == _ENOSPC and self.exhausted and guest.growable)
+            or (error == _EIO and shape.fault_rate)
+        )
+        if error and not expected:
             raise Violation(f"{guest.kind} at sector {guest.first_sector} failed with {error}")
         if guest.kind == "read":
             if error == 0 and guest.memory is not None:
@@ -271,8 +315,9 @@ class World:
                     raise Violation("a flush succeeded after the device had failed one")
                 self.oracle.end_flush(guest.began, error == 0)
         elif guest.kind != "close":
-            durable = shape.cache_mode == "directsync" or (guest.fua and shape.cache_mode != "unsafe")
-            self.oracle.end_write(guest.records, error == 0, durable)
+            durable = shape.cache_mode in ("writethrough", "directsync") or (guest.fua and shape.cache_mode != "unsafe")
+            if guest.write is not None:
+                self.oracle.end_write(guest.write, error == 0, durable)
 
     # --- random play ----------------------------------------------------------------------------------------------
 
@@ -311,17 +356,36 @@ class World:
         """Submit and complete in random order; the caller ends it with a crash or a close."""
         dice = self.dice
         for _ in range(requests):
+            if self._awaited and any(op.took_effect and self._name(op) == self._awaited for op in self.device.pending):
+                break
             self.random_request()
             if dice.random() < 0.02:
                 self.clock_ns += 10_000_000_000
                 self.engine.advance_clock(self.clock_ns)
             if dice.random() < 0.05:
                 self.grow()
-            elif dice.random() < 0.05 and self.shape.on_full == "error":
-                self.engine.set_exhausted(True)
+            elif dice.random() < 0.05:
+                self.set_exhausted(dice.random() < 0.7)
+            elif dice.random() < 0.01:
+                self.cancelled = True
+                self.engine.cancel_all_waiting(-_ESHUTDOWN)
+            elif dice.random() < 0.01:
+                self.engine.commit_soon()
             while len(self.in_flight) >= dice.randint(1, self.shape.depth):
                 if not self.step():
                     break
+
+    def play_until(self, awaited: str) -> None:
+        """Play, with many flushes, until such an operation has taken effect and not completed: the moment when a crash asks most."""
+        kinds, self.shape.kinds = self.shape.kinds, self.shape.kinds | {"flush": 3.0}
+        self._awaited = awaited
+        self.play(60)
+        self._awaited = ""
+        self.shape.kinds = kinds
+
+    def set_exhausted(self, exhausted: bool) -> None:
+        self.exhausted |= exhausted and self.shape.on_full == "error"
+        self.engine.set_exhausted(exhausted)
 
     def settle(self) -> None:
         """Faults stop; everything under way must end."""
@@ -341,16 +405,24 @@ class World:
         if leaks:
             raise Violation(f"leaked: {leaks}")
 
-    def close(self) -> None:
-        self.settle()
-        failed = self.engine.failed_errno
+    def begin_close(self) -> None:
         self._cookies += 1
+        self.cancelled = True  # writes that wait for space end
         self.in_flight[self._cookies] = Guest("close", None)
         self.engine.submit_request(REQUEST_CLOSE, 0, 0, 0, self._cookies)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Close the disk and open it again; `at_once`: while requests are still under way."""
+        if not at_once:
+            self.settle()
+        self.begin_close()
         while self.step():
             pass
         if self.in_flight:
-            raise Violation("close never ends")
+            raise Violation(f"close never ends: {[g.kind for g in self.in_flight.values()]}")
+        if leaks := self.engine.leaks():
+            raise Violation(f"leaked: {leaks}")
+        failed = self.engine.failed_errno
         # A closed disk is durable as a whole, whatever the cache mode.
         if not failed:
             self.oracle.end_flush(self.oracle.begin_flush(), True)
@@ -359,15 +431,35 @@ class World:
             raise Violation("a closed disk is not clean")
         self._reopen()
 
+    def crash_while_closing(self) -> None:
+        self.begin_close()
+        for _ in range(self.dice.randint(0, 30)):
+            self.step()
+        self.crash()
+
     def crash(self) -> None:
         self.image = self.device.crash()
         self.in_flight.clear()
         self._reopen()
 
     def _reopen(self) -> None:
+        if self.dice.random() < 0.1:
+            self._reopen_read_only()
         self.open()
         self.check_storage()
         self.oracle.settle_after_crash(self.read_all())
+
+    def _reopen_read_only(self) -> None:
+        """A read-only open shows what a writable one does, and writes nothing."""
+        self.engine = self.make_engine(read_only=True)
+        before = bytes(self.image)
+        self.device = SimulatedDevice(self.image, self.base, self.shape.logical_block_bytes, self.dice)
+        shown = self.read_all()
+        if self.image != before:
+            raise Violation("a read-only disk was written to")
+        self.open()
+        if self.read_all() != shown:
+            raise Violation("read-only and writable opens show different data")
 
     def read_all(self) -> bytes:
         size = self.geometry.virtual_size_bytes
@@ -401,10 +493,16 @@ def run(seed: int, rounds: int = 6) -> int:
     for _ in range(rounds):
         world.play(world.dice.randint(1, world.shape.longest_round))
         ending = world.dice.random()
-        if ending < 0.65:
+        if ending < 0.55:
+            if world.shape.crash_at:
+                world.play_until(world.shape.crash_at)
             world.crash()
-        elif ending < 0.85:
+        elif ending < 0.65:
+            world.crash_while_closing()
+        elif ending < 0.8:
             world.close()
+        elif ending < 0.87:
+            world.close(at_once=True)
         else:
             world.settle()
             if world.engine.failed_errno:

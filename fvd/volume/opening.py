@@ -103,7 +103,9 @@ def open_volume(
         undo.callback(provider.detach, volume)
         held = claim(path, Ownership.READER if read_only else Ownership.WRITER)
         undo.callback(held.close)
-        node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES)
+        node = open_node(
+            path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor
+        )
         undo.callback(node.close)
         held.check_covers(node)
         disk = load_disk(node)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from loops import loop_device, mounted, run, sparse
 
+from fvd.device import claim as claim_module
 from fvd.device.claim import Ownership, claim
-from fvd.device.node import open_node
+from fvd.device.node import create_file, open_node
 from fvd.errors import InUse, NotFound, Unsupported
 
 MIB = 1 << 20
@@ -215,3 +216,39 @@ def test_many_readers_at_once(file: Path) -> None:
     with loop_device(file) as device:
         processes = [subprocess.Popen([sys.executable, "-c", code, device]) for _ in range(3)]
         assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+
+
+def test_transfers_keep_the_claim(tmp_path: Path) -> None:
+    """The open file that holds the claim is the one that transfers use: what the kernel still does for a killed owner keeps it."""
+    path = tmp_path / "disk"
+    create_file(path, MIB)
+    ours = claim(path)
+    node = open_node(path, sharing=ours.descriptor)
+    ours.close()
+    node.pwrite(0, b"x" * 4096)
+    with pytest.raises(InUse, match="this process"):
+        claim(path)
+    node.close()
+    claim(path).close()
+
+
+def test_a_ghost_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locked and held by no process that can be seen, as after a kill -9 with operations under way."""
+    path = tmp_path / "disk"
+    create_file(path, MIB)
+    ghost = claim(path)
+    monkeypatch.setattr(claim_module, "_users", lambda identity, ours: [])
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            ghost.close()
+
+    monkeypatch.setattr(claim_module.time, "sleep", sleep)
+    claim(path).close()
+    assert len(waited) == 3
+    with claim(path):
+        monkeypatch.setattr(claim_module, "_GHOST_SECONDS", 0.0)
+        with pytest.raises(InUse, match="only root can name"):
+            claim(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fvd.sim.device import FLUSH, READ, WRITE
 from stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
+
+from fvd.sim.device import DISCARD, FLUSH, READ, WRITE
 
 
 def checkpoint_during_pending_change() -> None:
@@ -96,6 +97,46 @@ def failed_flush_is_remembered() -> None:
     stage.now("flush")
     stage.now("write", 0, 8)
 
+
+def write_into_a_chunk_being_trimmed() -> None:
+    """A trim of a whole chunk waits for a write in flight; a first write to another block of it must not join the slot that goes."""
+    stage = Stage()
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.submit("write", 0, 8)
+    (slow,) = stage.pending()
+    stage.submit("trim", 0, SECTORS_PER_CHUNK)
+    stage.submit("write", SECTORS_PER_BLOCK, 8)
+    stage.finish_all(but=lambda op: op is slow)
+    stage.finish_all()
+    stage.now("read", 0, SECTORS_PER_CHUNK)
+    stage.now("flush")
+    stage.crash()
+
+
+def close_reaches_a_full_storage() -> None:
+    """A write that waits for another one to end when the disk is closed, and only then finds the storage full: nobody grows it now."""
+    stage = Stage(storage_chunks=1)
+    stage.submit("write", SECTORS_PER_CHUNK - 8, 8)
+    stage.submit("write", SECTORS_PER_CHUNK - 4, 8)
+    stage.close(at_once=True)
+
+
+def slot_being_discarded_is_not_a_full_storage() -> None:
+    """With on_full=error a write finds every slot taken, but one is free as soon as its discard has ended."""
+    stage = Stage(virtual_size_bytes=2 << 18, on_full="error", discard=True)
+    stage.now("write", 0, 2 * SECTORS_PER_CHUNK)
+    stage.submit("trim", 0, SECTORS_PER_CHUNK)
+    stage.submit("flush", 0, 0)
+    stage.finish_all(but=lambda op: op.kind == DISCARD)
+    (discard,) = stage.pending()
+    waiting = stage.submit("write", 0, 8)
+    if stage.pending() != [discard] or waiting not in stage.in_flight:
+        raise RuntimeError("the scenario no longer fits the engine")
+    stage.finish_all()
+    stage.settle()
+
+
+FAULTS_ONCE_FOUND = (write_into_a_chunk_being_trimmed, close_reaches_a_full_storage, slot_being_discarded_is_not_a_full_storage)
 
 DIRECTED = {
     3: checkpoint_during_pending_change,

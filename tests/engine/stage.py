@@ -18,8 +18,8 @@ def shape(**changes: Any) -> Shape:
     """1 MiB of 64 KiB blocks in 256 KiB chunks on a 64 KiB journal; no base, no faults, all storage there."""
     geometry = Geometry(
         virtual_size_bytes=changes.pop("virtual_size_bytes", 1 << 20),
-        block_size_bytes=1 << 16,
-        chunk_size_bytes=1 << 18,
+        block_size_bytes=changes.pop("block_size_bytes", 1 << 16),
+        chunk_size_bytes=changes.pop("chunk_size_bytes", 1 << 18),
         journal_size_bytes=1 << 16,
         grow_step_bytes=1 << 18,
         layout=changes.pop("layout", Layout.COMPACT),
@@ -35,10 +35,15 @@ def shape(**changes: Any) -> Shape:
         "largest_sectors": 8,
         "depth": 1,
         "fault_rate": 0.0,
+        "faults": (),
         "discard": False,
         "slow_share": 0.0,
+        "stuck_share": 0.0,
+        "skew_share": 0.0,
         "hot_sectors": 0,
         "longest_round": 1,
+        "low_water_chunks": 0,
+        "crash_at": "",
     }
     return Shape(**(values | changes))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from stage import SECTORS_PER_CHUNK, Stage
+
 from fvd.engine._engine import Engine
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.sim.world import REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, Memory
-from stage import SECTORS_PER_CHUNK, Stage
 
 EIO, EINVAL, ENOSPC, EROFS, ESHUTDOWN = 5, 22, 28, 30, 108
 
@@ -52,6 +53,13 @@ def test_bounds(kind: int, offset: int, length: int, error: int) -> None:
     stage = Stage()
     assert answer(stage.engine, kind, offset, length) == error
     assert stage.engine.leaks() == {}
+
+
+@pytest.mark.parametrize(("kind", "error"), [(REQUEST_READ, EINVAL), (REQUEST_WRITE, EINVAL), (REQUEST_TRIM, 0)])
+def test_data_without_a_buffer(kind: int, error: int) -> None:
+    engine = Stage().engine
+    engine.submit_request(kind, 0, 512, 0, 7)
+    assert engine.take_done() == [(7, -error)]
 
 
 def test_completion_of_nothing_stops_the_engine() -> None:
@@ -107,7 +115,7 @@ def test_full_storage_as_an_error() -> None:
     stage.now("write", 0, SECTORS_PER_CHUNK)
     waiting = stage.submit("write", SECTORS_PER_CHUNK, 8)
     assert stage.pending() == [] and waiting in stage.in_flight  # growth may still come
-    stage.engine.set_exhausted(True)
+    stage.set_exhausted(True)
     stage.finish_all()
     assert waiting not in stage.in_flight
     assert answer(stage.engine, REQUEST_WRITE, 3 << 18, 4096) == ENOSPC

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
+
 from fvd.engine import _engine
+from fvd.sim import bytewise
 from fvd.sim.world import run
 
-# Seeds that once found a fault, in the engine (1181: a write joined a chunk that a trim was about to free) or in the oracle.
-FOUND = (133, 182, 213, 235, 1181)
+# Seeds that once found a fault in the engine: ENOSPC while a slot was being discarded (2, 11), a close that waited for growth (523).
+# A change of Shape.draw gives every seed another world; the scenarios in scenarios.py stay.
+FOUND = (2, 11, 523)
 
 
-def _play(seed: int) -> int:
+def _play(seed: int, play: Callable[[int], int] = run) -> int:
     try:
-        return run(seed)
+        return play(seed)
     except Exception as error:
-        pytest.fail(f"seed {seed}: {type(error).__name__}: {error}\nagain: .venv/bin/python -m fvd.sim {seed}")
+        again = f".venv/bin/python -m fvd.sim {'' if play is run else '--bytes '}{seed}"
+        pytest.fail(f"seed {seed}: {type(error).__name__}: {error}\nagain: {again}")
 
 
 @pytest.mark.parametrize("seed", FOUND)
@@ -35,3 +40,7 @@ def test_fresh_worlds() -> None:
     requests = sum(_play(seed) for seed in range(first, first + worlds))
     print(f"{worlds} worlds from seed {first}: {requests} requests, {requests / (time.monotonic() - began):.0f} a second")
     assert requests > worlds
+
+
+def test_requests_of_any_byte() -> None:
+    assert sum(_play(seed, bytewise.run) for seed in range(30)) > 1000

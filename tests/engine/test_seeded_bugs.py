@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scenarios import DIRECTED
+
 from fvd.engine import _engine
 from fvd.sim.world import run
-from scenarios import DIRECTED
 
 BUGS = range(1, 18)
 WORLDS = 300
