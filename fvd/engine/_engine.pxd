@@ -116,6 +116,7 @@ cdef struct Busy:               # a chunk in which jobs are under way
     uint32_t slot
     uint8_t reserved            # `slot` is reserved, not yet in the table
     uint8_t exclusive           # a trim waits, or zeros are written before the slot may be mapped: nobody else may join
+    uint8_t wanted              # a trim or write-zeroes waits for all jobs to end: no new one may begin before it
     Job *jobs
     RequestList waiters
     Busy *next

@@ -3,7 +3,7 @@
 
 cdef int jobs_conflict(Busy *b, uint64_t first, uint64_t last) noexcept nogil:
     cdef Job *j = b.jobs
-    if b.exclusive:
+    if b.exclusive or b.wanted:
         return True
     while j != NULL:
         if j.first_block < last and first < j.end_block:
@@ -417,6 +417,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     cdef Busy *b = busy_find(e, chunk)
     cdef Job *j
     if b != NULL:
+        b.wanted = 1    # or a stream of writes to other blocks of the chunk could keep it waiting for ever
         return wait_for(r, &b.waiters)
     if e.has_base:
         if slot == EMPTY and bits_all(e.bitmap, first, last):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 from fvd.sim.device import DISCARD, FLUSH, READ, WRITE
+from fvd.sim.oracle import Violation
 
 
 def checkpoint_during_pending_change() -> None:
@@ -136,7 +137,28 @@ def slot_being_discarded_is_not_a_full_storage() -> None:
     stage.settle()
 
 
-FAULTS_ONCE_FOUND = (write_into_a_chunk_being_trimmed, close_reaches_a_full_storage, slot_being_discarded_is_not_a_full_storage)
+def trim_behind_a_stream_of_small_writes() -> None:
+    """Liveness: unaligned writes that never stop, each to another block of the chunk, must not keep a trim waiting for ever."""
+    stage = Stage(logical_block_bytes=4096)
+    stage.now("write", 0, SECTORS_PER_CHUNK)
+    stage.submit("write", 1, 1)
+    first = stage.pending()
+    trim = stage.submit("trim", 0, SECTORS_PER_CHUNK)
+    stage.submit("write", SECTORS_PER_BLOCK + 1, 1)
+    while first:
+        stage.finish(first[0])
+        first = [op for op in stage.pending() if op.offset_bytes < stage.geometry.data_offset_bytes + 4096]
+    if trim in stage.in_flight:
+        raise Violation("a trim waits behind a write that came after it")
+    stage.settle()
+
+
+FAULTS_ONCE_FOUND = (
+    write_into_a_chunk_being_trimmed,
+    close_reaches_a_full_storage,
+    slot_being_discarded_is_not_a_full_storage,
+    trim_behind_a_stream_of_small_writes,
+)
 
 DIRECTED = {
     3: checkpoint_during_pending_change,
