@@ -204,6 +204,11 @@ class Node:
         with typed_errors("flushing", self.path):
             os.fdatasync(self._open_fd())
 
+    def forget_cache(self) -> None:
+        """What is read from here on comes from the device, as far as it had been flushed, not from the page cache."""
+        with typed_errors("dropping the page cache of", self.path):
+            os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Closes the descriptor; again is fine. Flushes nothing."""
         fd, self.fd = self.fd, -1

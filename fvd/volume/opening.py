@@ -113,6 +113,10 @@ def open_volume(
             # R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used
             # again before the commit that freed it is durable, the older table could come back and show another chunk's data.
             node.flush()
+            if not node.direct:
+                # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
+                node.forget_cache()
+                disk = load_disk(node)
         low_water = check_low_water(disk.geometry, default_low_water_bytes(disk.geometry) if low_water_bytes is None else low_water_bytes)
         base = None
         if disk.superblock.base is not None:

@@ -21,6 +21,7 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
+from fvd.volume import opening
 from fvd.volume.opening import CACHE_MODES, open_volume
 
 
@@ -109,6 +110,23 @@ def test_a_disk_that_was_not_closed_is_flushed_before_it_is_used(path: Path, mon
     flushed.clear()
     with open_volume(volume(path)):
         assert flushed == []  # a closed disk needs none
+
+
+def test_what_a_failed_write_back_left_in_the_page_cache_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps that are used are those read after the cache was dropped."""
+    make(path)
+    driver = start(path, cache="writeback")
+    driver.pwrite(0, b"a" * 4096, fua=True)
+    crash(driver)
+    steps: list[str] = []
+    forget, load = node_module.Node.forget_cache, opening.load_disk
+    monkeypatch.setattr(node_module.Node, "forget_cache", lambda node: (steps.append("forget"), forget(node))[1])
+    monkeypatch.setattr(opening, "load_disk", lambda node: (steps.append("load"), load(node))[1])
+    with open_volume(volume(path), cache="writeback"):
+        assert steps == ["load", "forget", "load"]
+    steps.clear()
+    with open_volume(volume(path)):
+        assert steps == ["load"]  # O_DIRECT has no cache to mistrust
 
 
 def test_read_only_writes_nothing_at_all(path: Path) -> None:
