@@ -6,6 +6,7 @@ FVD_TEST_BUILD=release (default) is the tree itself; checked is the copy in buil
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ TREE = TREES[BUILD]
 # For this process and for every command that a test starts.
 sys.path.insert(0, str(TREE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# A job in the background of a script (nohup, some CI) begins with SIGINT ignored, and so would every command that a test interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fvd.errors import InvalidArgument
 
-DEFAULT_HOST = "localhost"
+DEFAULT_HOST = "127.0.0.1"  # needs no resolver
 
 
 def parse_listen(text: str) -> tuple[str, int]:

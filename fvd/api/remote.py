@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fvd.volume.name import VolumeName
 
-# A disk of many small extents on slow storage; the control client's own limit is for a server that says nothing at all.
-LONG_TIMEOUT_SECONDS = 3600.0
+# How long a verb may take. A server that says nothing for so long is stuck, most likely in storage that does not answer.
+TIMEOUT_SECONDS = {"info": 30.0, "map": 300.0, "check": 300.0, "extend": 120.0}
 
 
 class NotServed:
@@ -27,7 +27,7 @@ def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
     path = find_socket(name.path)
     if path is None:
         return NOT_SERVED
-    client = ControlClient(path, timeout_seconds=LONG_TIMEOUT_SECONDS)
+    client = ControlClient(path, timeout_seconds=TIMEOUT_SECONDS[verb])
     try:
         client.connect()
     except ServerGone:

@@ -15,7 +15,7 @@ from fvd.api.address import parse_listen
 from fvd.api.disk import reporter
 from fvd.api.opened import OpenedVerbs
 from fvd.api.types import CacheMode, Export, Extended, Info, OnFull, from_json, info_from_json
-from fvd.errors import Conflict, FvdError, InvalidArgument, NotFound
+from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
@@ -176,7 +176,13 @@ class Served:
             undo.callback(server.stop)
             for export_name, disk in self._disks.items():
                 control = ControlServer(str(disk.name), disk.name.path, self._handlers(export_name))
-                control.start()
+                try:
+                    control.start()
+                except InUse:
+                    if not self._read_only:
+                        raise
+                    log.warning("%s: another process serves it read-only too; fvd-lv info, map and check ask that one", disk.name)
+                    continue
                 undo.callback(control.close)
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()

@@ -65,7 +65,7 @@ def test_nothing_is_left_running(volume: str, tmp_path: Path, runtime_dir: Path)
 
 def test_tcp(volume: str) -> None:
     ended = threading.Event()
-    with fvd.serve(volume, listen="localhost:0", on_end=ended.set) as served:
+    with fvd.serve(volume, listen="127.0.0.1:0", on_end=ended.set) as served:
         assert connect(served.uri).get_size() == GIB
         assert not ended.is_set()
     assert ended.is_set()
@@ -94,6 +94,17 @@ def test_all_or_none(volume: str, tmp_path: Path, runtime_dir: Path) -> None:
         pass
     assert list(runtime_dir.iterdir()) == []
     assert not (tmp_path / "vm.sock").exists()
+
+
+def test_two_may_serve_it_read_only(volume: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with fvd.serve(volume, socket=tmp_path / "one.sock", read_only=True) as one:
+        with fvd.serve(volume, socket=tmp_path / "two.sock", read_only=True) as two:
+            assert "another process serves it read-only too" in caplog.text
+            assert connect(one.uri).pread(4096, 0) == connect(two.uri).pread(4096, 0)
+            assert fvd.info(volume).uri == one.uri
+        assert fvd.info(volume).uri == one.uri
+        with pytest.raises(fvd.InUse):
+            fvd.serve(volume, socket=tmp_path / "two.sock")
 
 
 def test_what_cannot_be_served(volume: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_modes() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("localhost:10809", ("localhost", 10809)), (":0", ("localhost", 0)), ("[::1]:10809", ("::1", 10809)), ("0.0.0.0:1", ("0.0.0.0", 1))],
+    [("localhost:10809", ("localhost", 10809)), (":0", ("127.0.0.1", 0)), ("[::1]:10809", ("::1", 10809)), ("0.0.0.0:1", ("0.0.0.0", 1))],
 )
 def test_host_and_port(text: str, expected: tuple[str, int]) -> None:
     assert options.host_and_port(text) == expected

@@ -77,7 +77,7 @@ def test_serve_json(disk: str, workdir: Path) -> None:
 
 
 def test_serve_tcp(disk: str, serving: Serving) -> None:
-    with serving(disk, "--listen", "localhost:0") as server:
+    with serving(disk, "--listen", "127.0.0.1:0") as server:
         assert server.uri.startswith("nbd://")
         assert ":0/" not in server.uri
         assert connect(server.uri).get_size() == GIB
