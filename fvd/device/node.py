@@ -93,7 +93,8 @@ def aligned_buffer(size_bytes: int) -> Bytes:
     # Private: the shared mapping that mmap makes by default costs twice as much at the first touch of each page.
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size_bytes >= _HUGE_BYTES:
-        # Thousands of page faults were a third of the time that open() takes (1 TiB: 38 ms with them, 26 without). Advice: a kernel without huge pages says EINVAL.
+        # Thousands of page faults were a third of the time that open() takes (1 TiB: 38 ms with them, 26 without). It is advice: a
+        # kernel without huge pages says EINVAL.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
