@@ -1,6 +1,6 @@
 """The verbs on a volume, by its name. On a served volume they go to the process that serves it, through its control socket.
 
-A volume is ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for a name
+A volume is ``VG/LV``, ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for a name
 or value that can never work, PermissionDenied, DeviceError (an I/O error), Corrupt (a damaged disk) and Unsupported (one of a later
 version).
 """
@@ -36,16 +36,19 @@ def provision(
     journal_size: int | str = "16M",
     grow_step: int | str = "5G",
     placement: str = "append",
+    max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Provisioned:
     """Make a virtual disk of ``size`` in a volume. The same again is fine (``created`` is False then), interrupted or not.
 
-    ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
+    ``max_overcommit``: refuse a disk with which the disks of its volume group, grown as far as they may, would need more than so many times
+    what the group can give. ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
     else is there), InUse, NoSpace, NotFound (no such device or base).
     """
     from fvd.format.geometry import Layout as LayoutCode
     from fvd.format.geometry import Placement
+    from fvd.volume.info import info as info_of
     from fvd.volume.provision import provision as make
 
     made = make(
@@ -58,10 +61,11 @@ def provision(
         layout=_choice("layout", layout, LayoutCode),
         placement=_choice("placement", placement, Placement),
         base=base,
+        max_overcommit=max_overcommit,
         force=force,
         progress=progress,
     )
-    found = info(str(made.name))
+    found = info(str(made.name)) if made.view is None else info_from_json(info_of(made.view))
     return Provisioned(**{**vars(found), "created": made.created})
 
 

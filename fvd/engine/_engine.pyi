@@ -85,7 +85,11 @@ class Engine:
     @property
     def storage_size_bytes(self) -> int: ...
     @property
-    def low_water_bytes(self) -> int: ...
+    def low_water_bytes(self) -> int:
+        """WANT_GROWTH is set when fewer bytes than this are in free slots. Settable: growth may have to begin earlier, or later, now."""
+
+    @low_water_bytes.setter
+    def low_water_bytes(self, size_bytes: int) -> None: ...
     @property
     def clean(self) -> bool:
         """Whether storage ends with a clean record, as after a proper close."""

@@ -496,6 +496,12 @@ cdef class Engine:
     def low_water_bytes(self):
         return self.low_water_slots << self.chunk_shift
 
+    @low_water_bytes.setter
+    def low_water_bytes(self, uint64_t size_bytes):
+        self.low_water_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
+        if not self.raw and not self.read_only and self.free_count < self.low_water_slots and self.capacity < self.chunks:
+            self.want |= WANT_GROWTH
+
     @property
     def clean(self):
         """Whether storage ends with a clean record, as after a proper close."""

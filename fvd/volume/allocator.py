@@ -1,7 +1,7 @@
 """Owns the storage's size while a disk is open: grows it in the background, before it is needed, and tells the engine.
 
 Carries out what `policy.GrowthPolicy` decides. Everything but the steps themselves happens in the thread of the disk's loop, which `post`
-leads to: so there are no locks here. Knows neither sockets nor the format; how a step is done is the storage's business (`growth.py`).
+leads to: so hardly anything is locked. Knows neither sockets nor the format; how a step is done is the storage's business (`growth.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fvd.errors import DeviceError, FvdError
 from fvd.format.geometry import Geometry
-from fvd.volume.growth import Storage
+from fvd.volume.growth import Pool, Storage
 from fvd.volume.policy import (
     EXTEND_TIMEOUT_SECONDS,
     Action,
@@ -39,6 +39,7 @@ class GrowingEngine(Protocol):
     """What the allocator needs of an engine. Touched only in the loop's thread."""
 
     want: int
+    low_water_bytes: int  # WANT_GROWTH is set when fewer bytes than this are in free slots
 
     @property
     def free_slots(self) -> int:
@@ -74,7 +75,8 @@ class Allocator:
     """Growth of one open disk.
 
     A driver calls `attach` once, in its loop's thread, and `on_want` there whenever the engine's `want` has WANT_GROWTH. `extend_now`,
-    `poke`, `figures` and `close` may be called from any thread.
+    `poke`, `room_made`, `resized`, `removed`, `figures` and `close` may be called from any thread, and before `attach` too: then they
+    take effect with it.
     """
 
     def __init__(
@@ -89,7 +91,10 @@ class Allocator:
         executor: Callable[[Callable[[], None]], None] = run_in_thread,
         timer: Callable[[float, Callable[[], None]], Timer] = call_later,
         extend_timeout_seconds: float = EXTEND_TIMEOUT_SECONDS,
+        group_low_bytes: int | None = None,
+        adaptive: bool = True,
     ) -> None:
+        """`low_water_bytes`, `group_low_bytes`, `adaptive`: see `GrowthPolicy`. The other options are the tests'."""
         self.storage = storage
         self.on_event = on_event
         self._geometry = geometry
@@ -98,13 +103,19 @@ class Allocator:
             storage_size_bytes=storage_size_bytes,
             low_water_bytes=low_water_bytes,
             can_grow=storage.can_grow,
+            tells_of_room=storage.tells_of_room,
+            adaptive=adaptive,
+            group_low_bytes=group_low_bytes,
             extend_timeout_seconds=extend_timeout_seconds,
         )
         self._clock = clock
         self._executor = executor
         self._timer = timer
         self._engine: GrowingEngine | None = None
+        self._attaching = threading.Lock()  # guards the next two
         self._post: Post | None = None
+        self._early: list[Callable[[], None]] = []  # what was asked before there was a loop
+        self._asking_pool = threading.Lock()  # held by the step's thread that asks
         self._alarm: Timer | None = None
         self._alarm_at = 0.0
         self._queued: list[Future[int]] = []  # on their way to the loop's thread
@@ -116,13 +127,19 @@ class Allocator:
     def attach(self, engine: GrowingEngine, post: Post) -> None:
         """Begins work. `post(fn)` makes the loop's thread call fn soon; it may be called from any thread."""
         self._engine = engine
-        self._post = post
+        with self._attaching:
+            self._post = post
+            early, self._early = self._early, []
         self.on_want(engine)
+        for work in early:
+            if not self._closed:
+                work()
 
     def on_want(self, engine: GrowingEngine) -> None:
         """The engine wants room: takes the wish back and begins a step, unless one runs or rests after a failure."""
         engine.want &= ~WANT_GROWTH
-        if not self._closed:
+        # Before `attach` the result of a step would have nowhere to go, and no other would ever begin. `attach` looks for itself.
+        if not self._closed and self._post is not None:
             self._do(self._policy.room(self._clock(), self._free_bytes()))
 
     # --- From any thread -------------------------------------------------------------------------------------------------------------
@@ -144,8 +161,20 @@ class Allocator:
         return future
 
     def poke(self) -> None:
-        """Something changed outside (room was made, storage was added): look now instead of resting after a failure."""
+        """Somebody says that something has changed outside (room was made, storage was added): look now instead of resting."""
         self._in_loop(lambda: self._do(self._policy.poke(self._clock(), self._free_bytes())))
+
+    def room_made(self) -> None:
+        """The storage's group has changed, and may have room: a step that rests after a failure is tried, at most once a second."""
+        self._in_loop(lambda: self._do(self._policy.room_made(self._clock(), self._free_bytes())))
+
+    def resized(self) -> None:
+        """The device has changed its size: it is read and used."""
+        self._in_loop(lambda: self._do(self._policy.resized()))
+
+    def removed(self, message: str) -> None:
+        """The device has gone: emits `storage_error`."""
+        self._in_loop(lambda: self._do(self._policy.removed(message)))
 
     def close(self) -> None:
         """Nothing runs afterwards. A step that hangs is left behind: it can do no harm, and the next open reads what it did."""
@@ -156,20 +185,23 @@ class Allocator:
 
     def reserve_seconds(self, write_rate_bytes_per_second: float) -> float:
         """How long a step may take at this rate of first writes before one of them waits, if it begins at the low-water mark."""
-        return self._policy.low_water_bytes / write_rate_bytes_per_second
+        return self._policy.low_water_at(self._clock()) / write_rate_bytes_per_second
 
     def figures(self) -> dict[str, Any]:
-        """What `info` tells about growth. Sizes in bytes."""
-        policy = self._policy
-        seconds = policy.longest_extend_seconds
+        """What `info` tells about growth. Sizes in bytes; None: not known (yet)."""
+        policy, now = self._policy, self._clock()
         return {
-            "low_water": policy.low_water_bytes,
+            "low_water": policy.low_water_at(now),
             "extending": policy.extending,
             "extend_steps": policy.steps_done,
             "last_extend_seconds": policy.last_extend_seconds,
-            "longest_extend_seconds": seconds,
-            # The rate of first writes that never waits, if steps take as long as the longest so far.
-            "reserve_bytes_per_second": None if not seconds else int(min(policy.low_water_bytes, self._geometry.grow_step_bytes) / seconds),
+            "longest_extend_seconds": policy.longest_extend_seconds,
+            "last_suspend_seconds": policy.last_suspend_seconds,
+            "longest_suspend_seconds": policy.longest_suspend_seconds,
+            "write_bytes_per_second": int(policy.write_rate(now)),
+            "reserve_bytes_per_second": policy.reserve_bytes_per_second(now),
+            "group": policy.group or None,
+            "group_free_bytes": policy.group_free_bytes,
             "last_failure": policy.last_failure,
         }
 
@@ -180,7 +212,10 @@ class Allocator:
         return 0 if engine is None else engine.free_slots * self._geometry.chunk_size_bytes
 
     def _in_loop(self, work: Callable[[], None]) -> None:
-        post = self._post
+        with self._attaching:
+            post = self._post
+            if post is None:
+                self._early.append(work)
         if post is not None and not self._closed:
             post(lambda: None if self._closed else work())
 
@@ -206,6 +241,8 @@ class Allocator:
                 self._tell(action)
         if resized:
             self._do(self._policy.room(self._clock(), self._free_bytes()))
+        elif self._engine is not None:
+            self._engine.low_water_bytes = self._policy.look_below_bytes
 
     def _tell(self, event: GrowthEvent) -> None:
         if self.on_event is None:
@@ -224,10 +261,26 @@ class Allocator:
                 error = failure
             except Exception as failure:  # a storage's own bug must not end growth for ever
                 error = DeviceError(f"growing failed: {failure!r}")
-            size_bytes = self._read_size()
-            self._in_loop(lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes())))
+            size_bytes, suspend_seconds = self._read_size(), self.storage.last_suspend_seconds
+            self._in_loop(
+                lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes(), suspend_seconds=suspend_seconds))
+            )
+            self._ask_pool()  # the size is on its way: this delays nobody, and the next step may run beside it
 
         self._executor(work)
+
+    def _ask_pool(self) -> None:
+        """In the thread of a step that has ended. One question at a time: where it hangs, later ones are not asked."""
+        pool: Pool | None = None
+        if not self._closed and self._asking_pool.acquire(blocking=False):
+            try:
+                pool = self.storage.pool()
+            except Exception:  # a figure is missing, and no more
+                logging.getLogger(__name__).debug("what the storage has left to grow could not be told", exc_info=True)
+            finally:
+                self._asking_pool.release()
+        name, free_bytes = (None, None) if pool is None else (pool.name, pool.free_bytes)
+        self._in_loop(lambda: self._do(self._policy.pooled(name, free_bytes)))
 
     def _look(self) -> None:
         size_bytes = self._read_size()

@@ -49,13 +49,9 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
         return _check_open(target)
     name = parse_name(target)
     provider = provider_for(name)
-    path = provider.attach(name)
-    try:
-        with claim(path, Ownership.READER) as held, open_node(path, read_only=True) as node:
-            held.check_covers(node)
-            return _check_closed(name, node, progress)
-    finally:
-        provider.detach(name)
+    with provider.attach(name) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+        held.check_covers(node)
+        return _check_closed(name, node, progress)
 
 
 def _check_open(volume: OpenVolume) -> CheckReport:

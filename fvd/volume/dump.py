@@ -30,13 +30,9 @@ def dump(name: str | VolumeName, *, cells: bool = True) -> dict[str, Any]:
     """
     volume = parse_name(name)
     provider = provider_for(volume)
-    path = provider.attach(volume)
-    try:
-        with claim(path, Ownership.READER) as held, open_node(path, read_only=True) as node:
-            held.check_covers(node)
-            return _dump(volume, node, cells)
-    finally:
-        provider.detach(volume)
+    with provider.attach(volume) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+        held.check_covers(node)
+        return _dump(volume, node, cells)
 
 
 def _dump(volume: VolumeName, node: Node, cells: bool) -> dict[str, Any]:

@@ -30,21 +30,17 @@ def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extended:
         raise InvalidArgument(f"cannot extend by {by_bytes} bytes; name a size above 0")
     volume = parse_name(name)
     provider = provider_for(volume)
-    path = provider.attach(volume)
-    try:
-        with claim(path, Ownership.WRITER) as held, open_node(path) as node:
-            held.check_covers(node)
-            geometry = read_superblock(node).geometry
-            before_bytes = node.size_bytes()
-            target_bytes = before_bytes + (geometry.grow_step_bytes if by_bytes is None else by_bytes)
-            target_bytes = min(target_bytes, geometry.max_storage_size_bytes)
-            if target_bytes > before_bytes:
-                storage = provider.storage(volume, node)
-                try:
-                    storage.grow_to(target_bytes)
-                finally:
-                    storage.close()
-            after_bytes = node.size_bytes()
-            return Extended(volume, after_bytes, after_bytes - before_bytes)
-    finally:
-        provider.detach(volume)
+    with provider.attach(volume) as place, claim(place.path, Ownership.WRITER) as held, open_node(place.path) as node:
+        held.check_covers(node)
+        geometry = read_superblock(node).geometry
+        before_bytes = node.size_bytes()
+        target_bytes = before_bytes + (geometry.grow_step_bytes if by_bytes is None else by_bytes)
+        target_bytes = min(target_bytes, geometry.max_storage_size_bytes)
+        if target_bytes > before_bytes:
+            storage = provider.storage(volume, node)
+            try:
+                storage.grow_to(target_bytes)
+            finally:
+                storage.close()
+        after_bytes = node.size_bytes()
+        return Extended(volume, after_bytes, after_bytes - before_bytes)

@@ -6,6 +6,7 @@ Knows neither engine nor format. docs/growth.md says what an implementation must
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fvd.device.lengthen import Lengthener
@@ -16,15 +17,25 @@ from fvd.units import format_size
 _FILE_UNIT_BYTES = 64 << 10
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a storage takes its growth from."""
+
+    name: str  # a volume group, a file system
+    free_bytes: int
+
+
 @runtime_checkable
 class Storage(Protocol):
     """The place where one open disk lives.
 
-    `grow_to` and `size_bytes` are called from threads of the allocator, `grow_to` never twice at a time; `close` from any, also while a
-    call hangs.
+    `grow_to`, `size_bytes` and `pool` are called from threads of the allocator, `grow_to` and `pool` never twice at a time, though one
+    beside the other; `close` from any, also while a call hangs.
     """
 
     can_grow: bool  # False: only somebody else can make it larger
+    tells_of_room: bool  # True: `Allocator.room_made` is called when there may be room again, so failures are repeated less and less often
+    last_suspend_seconds: float | None  # how long the device stood still during the last `grow_to`; None: not known, or it never does
 
     def size_bytes(self) -> int:
         """The size now, asked of the open descriptor. Whatever `grow_to` reported, this is the truth. Raises DeviceError."""
@@ -35,6 +46,9 @@ class Storage(Protocol):
         May stop half-way. Raises NoSpace (the group or file system is full), Unsupported (cannot grow), Timeout, DeviceError.
         """
 
+    def pool(self) -> Pool | None:
+        """What growth is taken from, and what it has left; None: nothing to tell. May take as long as a command. Raises FvdError."""
+
     def close(self) -> None:
         """No more calls. One that is still running ends by itself and changes nothing but the size."""
 
@@ -43,6 +57,8 @@ class FileStorage:
     """A sparse file that plays the logical volume: it grows by the same steps, and takes room on its file system only where written."""
 
     can_grow = True
+    tells_of_room = False
+    last_suspend_seconds: float | None = None
 
     def __init__(self, node: Node) -> None:
         self._file = Lengthener(node)
@@ -66,6 +82,9 @@ class FileStorage:
                 "make room there and writes go on by themselves"
             )
 
+    def pool(self) -> Pool | None:
+        return Pool(f"the file system of {self._file.path}", self._file.room_bytes())
+
     def close(self) -> None:
         self._file.close()
 
@@ -74,6 +93,8 @@ class FixedStorage:
     """A block device: fvd cannot make it larger. Somebody else can, and then the new size is used."""
 
     can_grow = False
+    tells_of_room = False
+    last_suspend_seconds: float | None = None
 
     def __init__(self, node: Node) -> None:
         self._device = Lengthener(node)
@@ -87,6 +108,9 @@ class FixedStorage:
             raise Unsupported(
                 f"{self._device.path} holds {format_size(have)}, and fvd cannot enlarge it; enlarge the device, and the new size is used"
             )
+
+    def pool(self) -> Pool | None:
+        return None
 
     def close(self) -> None:
         self._device.close()

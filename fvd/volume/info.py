@@ -8,18 +8,18 @@ from fvd.volume.name import VolumeKind
 from fvd.volume.opening import OpenVolume
 from fvd.volume.policy import default_low_water_bytes, limit_size_bytes
 from fvd.volume.superblocks import uuid_text
-from fvd.volume.view import Target, look
+from fvd.volume.view import Target, View, look
 
 SCHEMA_VERSION = 1
 
 
-def info(target: Target) -> dict[str, Any]:
+def info(target: Target | View) -> dict[str, Any]:
     """Sizes in bytes. Of an open volume: call it in its loop's thread. Raises as `look`.
 
     ``mapped_bytes``: storage taken by chunks (compact: slots in use; raw, where every chunk has its slot: present blocks).
     ``present_bytes``: what does not come from the base. ``free_bytes``: slots that the storage has and no chunk has taken.
     """
-    view = look(target)
+    view = target if isinstance(target, View) else look(target)
     geometry, superblock = view.geometry, view.superblock
     present_bytes = min(view.present_blocks * geometry.block_size_bytes, geometry.virtual_size_bytes)
     slots = geometry.slots_in(view.storage_size_bytes)

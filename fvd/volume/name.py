@@ -1,4 +1,4 @@
-"""How people name a volume: `file:PATH`, `/dev/X`, and from the LVM provider on `VG/LV`. Pure text: asks no file system and no LVM."""
+"""How people name a volume: `file:PATH`, `VG/LV`, `/dev/VG/LV`, `/dev/X`. Pure text: asks no file system and no LVM."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ import os
 import re
 from dataclasses import dataclass
 
-from fvd.errors import InvalidArgument, Unsupported
+from fvd.errors import InvalidArgument
 
 # lvm(8): letters, digits, + _ . -, not starting with a hyphen; "." and ".." are no names.
 _LVM_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}", re.ASCII)
+# lvm(8), "Valid names": what its own hidden volumes are called. Device-mapper joins both names and doubles hyphens in 127 bytes.
+_RESERVED_PREFIXES = ("snapshot", "pvmove")
+_RESERVED_PARTS = (
+    "_cdata", "_cmeta", "_corig", "_cpool", "_cvol", "_imeta", "_iorig", "_mimage", "_mlog", "_pmspare", "_rimage", "_rmeta", "_tdata",
+    "_tmeta", "_vdata", "_vorigin", "_wcorig",
+)  # fmt: skip
+_DM_NAME_BYTES = 127
+# Folders of /dev that are no volume groups; vgcreate refuses a name that /dev has already.
+_OTHER_FOLDERS = frozenset(
+    "block bsg bus cciss char cpu disk dm dma_heap dri fd hugepages i2o ida input loop mapper md mqueue nbd net pts raw rd shm snd vfio "
+    "vhost virtio-ports zvol".split()
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -28,8 +40,12 @@ class VolumeName:
 
     kind: VolumeKind
     path: str  # absolute: the file or device node
+    group: str = ""  # of a logical volume
+    lv: str = ""  # its name there
 
     def __str__(self) -> str:
+        if self.kind is VolumeKind.LVM:
+            return f"{self.group}/{self.lv}"
         return f"file:{self.path}" if self.kind is VolumeKind.FILE else self.path
 
     @property
@@ -41,12 +57,12 @@ class VolumeName:
 def parse_name(text: str | VolumeName) -> VolumeName:
     """Reads VOLUME as an administrator writes it. A relative PATH counts from the working directory.
 
-    Raises InvalidArgument for what can never be a volume; Unsupported for VG/LV, which comes with the LVM provider.
+    Raises InvalidArgument for what can never be a volume.
     """
     if isinstance(text, VolumeName):
         return text
     if not text:
-        raise InvalidArgument("a volume needs a name: file:PATH or /dev/X")
+        raise InvalidArgument("a volume needs a name: VG/LV, file:PATH or /dev/X")
     if _CONTROL.search(text):
         raise InvalidArgument(f"{text!r} is no volume name: it contains control characters")
     try:
@@ -59,11 +75,34 @@ def parse_name(text: str | VolumeName) -> VolumeName:
         path = _plain(text)
         if not path.startswith("/dev/"):
             raise InvalidArgument(f"{text!r} is not below /dev; for a file write file:{text}")
+        parts = path.removeprefix("/dev/").split("/")
+        if len(parts) == 2 and parts[0] not in _OTHER_FOLDERS:
+            return _logical_volume(text, *parts)
         return VolumeName(VolumeKind.DEVICE, path)
-    group, slash, volume = text.partition("/")
-    if slash and _LVM_NAME.fullmatch(group) and _LVM_NAME.fullmatch(volume):
-        raise Unsupported(f"{text}: logical volumes by VG/LV come with the LVM provider; use /dev/{text} (fixed size) or file:PATH for now")
-    raise InvalidArgument(f"{text!r} is no volume name; write file:PATH or /dev/X")
+    parts = text.split("/")
+    if len(parts) != 2:
+        raise InvalidArgument(f"{text!r} is no volume name; write VG/LV, file:PATH or /dev/X")
+    return _logical_volume(text, *parts)
+
+
+def is_group_name(text: str) -> bool:
+    """Whether this can be the name of a volume group."""
+    return _LVM_NAME.fullmatch(text) is not None and text not in _OTHER_FOLDERS
+
+
+def _logical_volume(text: str, group: str, lv: str) -> VolumeName:
+    """Raises InvalidArgument for what lvm would refuse, before any command is run."""
+    if not _LVM_NAME.fullmatch(group) or not _LVM_NAME.fullmatch(lv):
+        raise InvalidArgument(
+            f"{text!r} is no volume name: in VG/LV both are letters, digits and + _ . - and do not begin with a hyphen; a file is file:PATH"
+        )
+    if group in _OTHER_FOLDERS:
+        raise InvalidArgument(f"{text!r} is no volume name: no volume group can be called {group}, for /dev/{group} is something else")
+    if lv.startswith(_RESERVED_PREFIXES) or any(part in lv for part in _RESERVED_PARTS):
+        raise InvalidArgument(f"{text!r} is no volume name: lvm keeps such names for volumes of its own (lvm(8), valid names)")
+    if len((group + "-" + lv).replace("-", "--")) - 1 > _DM_NAME_BYTES:
+        raise InvalidArgument(f"{text!r} is too long: group and volume together may have about {_DM_NAME_BYTES} bytes")
+    return VolumeName(VolumeKind.LVM, f"/dev/{group}/{lv}", group, lv)
 
 
 def _file_path(text: str) -> str:

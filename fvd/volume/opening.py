@@ -24,6 +24,7 @@ from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
 from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import read_slots, write_superblock
+from fvd.volume.watching import watch_device
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 DIRECT_CACHE_MODES = ("none", "directsync")
@@ -99,8 +100,7 @@ def open_volume(
         raise InvalidArgument(f"on_full {on_full!r}: choose one of {', '.join(ON_FULL)}")
     provider = provider_for(volume)
     with ExitStack() as undo:
-        path = provider.attach(volume)
-        undo.callback(provider.detach, volume)
+        path = undo.enter_context(provider.attach(volume)).path
         held = claim(path, Ownership.READER if read_only else Ownership.WRITER)
         undo.callback(held.close)
         node = open_node(
@@ -139,6 +139,8 @@ def open_volume(
                 **(allocator_options or {}),
             )
             undo.callback(allocator.close)
+            watch = watch_device(node, allocator)
+            undo.callback(watch.close)
         return OpenVolume(
             name=volume,
             superblock=disk.superblock,

@@ -1,10 +1,14 @@
 """When storage grows, and to what size: pure decisions. Knows no threads, no clock (times come as arguments), no storage and no engine.
 
 `GrowthPolicy` is told what happened (the engine wants room, a step ended, time passed) and answers with what to do. `allocator.py` does it.
+
+The low-water mark is what growth must begin at so that no write waits: the rate of first writes times the time that a step takes. Both are
+learned, so the mark rises above its base on disks that are written fast or grow slowly, and falls back to it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +18,16 @@ from fvd.units import format_size
 
 EXTEND_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 1.0  # while writes wait
-RETRY_LONGEST_SECONDS = 30.0  # while the reserve still holds
+RETRY_LONGEST_SECONDS = 30.0  # while the reserve still holds, or whoever makes room says so
+
+FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
+MARK_SAFETY = 2.0  # the next step may take twice as long as the longest so far, or writes come twice as fast
+MARK_MOST_STEPS = 8  # one hang on a fast disk must not take a whole group for it
+RECENT_STEPS = 8  # whose longest counts: a step that was slow once is forgotten
+LOOKS_PER_STEP = 16  # how often the rate is looked at while a grow step is filled
+RATE_WINDOW_SECONDS = 0.25  # shorter ones would take a queue that is let go at once for a rate
+RATE_HALF_LIFE_SECONDS = 600.0  # one burst does not keep an idle disk's mark high for ever
+GROUP_LOW_STEPS = 4
 
 
 def initial_size_bytes(geometry: Geometry) -> int:
@@ -38,10 +51,10 @@ def limit_size_bytes(geometry: Geometry) -> int:
     return ceil_div(geometry.max_storage_size_bytes, geometry.grow_step_bytes) * geometry.grow_step_bytes
 
 
-def next_size_bytes(geometry: Geometry, size_bytes: int) -> int:
-    """The size to ask for when storage of `size_bytes` should grow by a step: the next multiple of it, whatever was done by hand."""
+def next_size_bytes(geometry: Geometry, size_bytes: int, steps: int = 1) -> int:
+    """The size to ask for when storage of `size_bytes` should grow by `steps`: a multiple of the grow step, whatever was done by hand."""
     step = geometry.grow_step_bytes
-    return min((size_bytes // step + 1) * step, geometry.max_storage_size_bytes)
+    return min((size_bytes // step + steps) * step, geometry.max_storage_size_bytes)
 
 
 def default_low_water_bytes(geometry: Geometry) -> int:
@@ -59,7 +72,9 @@ def check_low_water(geometry: Geometry, low_water_bytes: int) -> int:
     return min(low_water_bytes, geometry.max_storage_size_bytes)
 
 
-EventKind = Literal["low_water", "extend_started", "extend_done", "extend_failed", "extend_slow"]
+EventKind = Literal[
+    "low_water", "extend_started", "extend_done", "extend_failed", "extend_slow", "group_low", "group_full", "storage_error"
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,9 @@ class GrowthEvent:
     free_bytes: int  # in free slots
     target_bytes: int = 0
     seconds: float = 0.0  # what the step has taken so far
+    suspend_seconds: float | None = None  # how long device-mapper held the device still during the step; None: nobody could tell
+    group: str = ""  # what the storage takes its growth from: a volume group, a file system
+    group_free_bytes: int | None = None
     message: str = ""
 
 
@@ -123,6 +141,40 @@ class _Step:
     target_bytes: int
     started_at: float
     reported_slow: bool = False
+    room_made: bool = False  # while it ran: it may have looked before
+
+
+class WriteRate:
+    """How fast first writes take room, learned from what is free at each look: the fastest window, halved with each half-life."""
+
+    def __init__(self) -> None:
+        self._window_began: float | None = None
+        self._free_bytes = 0
+        self._taken_bytes = 0
+        self._fastest = 0.0
+        self._fastest_at = 0.0
+
+    def look(self, now: float, free_bytes: int) -> None:
+        """`free_bytes` are free now. Room that was freed meanwhile is no writing."""
+        if self._window_began is None:
+            self._window_began, self._free_bytes = now, free_bytes
+            return
+        self._taken_bytes += max(0, self._free_bytes - free_bytes)
+        self._free_bytes = free_bytes
+        seconds = now - self._window_began
+        if seconds >= RATE_WINDOW_SECONDS:
+            rate = self._taken_bytes / seconds
+            if rate >= self.at(now):
+                self._fastest, self._fastest_at = rate, now
+            self._window_began, self._taken_bytes = now, 0
+
+    def added(self, free_bytes: int) -> None:
+        """Storage has grown by this much."""
+        self._free_bytes += free_bytes
+
+    def at(self, now: float) -> float:
+        """Bytes a second that are to be expected."""
+        return float(self._fastest * 0.5 ** ((now - self._fastest_at) / RATE_HALF_LIFE_SECONDS))
 
 
 class GrowthPolicy:
@@ -138,24 +190,44 @@ class GrowthPolicy:
         storage_size_bytes: int,
         low_water_bytes: int,
         can_grow: bool = True,
+        tells_of_room: bool = False,
+        adaptive: bool = True,
+        group_low_bytes: int | None = None,
         extend_timeout_seconds: float = EXTEND_TIMEOUT_SECONDS,
     ) -> None:
+        """`tells_of_room`: `room_made` comes when there may be room again, so failures need not be repeated every second. `adaptive`:
+        the mark may rise above `low_water_bytes`. `group_low_bytes`: below this the group is reported as low (default: 4 grow steps)."""
         self._geometry = geometry
         self._can_grow = can_grow
+        self._tells_of_room = tells_of_room
+        self._adaptive = adaptive and can_grow
         self._timeout = extend_timeout_seconds
         self.storage_size_bytes = storage_size_bytes
-        self.low_water_bytes = low_water_bytes
+        self.base_low_water_bytes = low_water_bytes
         self.free_bytes = 0
         self.last_failure: str | None = None
         self.last_extend_seconds: float | None = None
         self.longest_extend_seconds: float | None = None
+        self.last_suspend_seconds: float | None = None
+        self.longest_suspend_seconds: float | None = None
         self.steps_done = 0
+        self.group = ""
+        self.group_free_bytes: int | None = None
+        self._group_low_bytes = GROUP_LOW_STEPS * geometry.grow_step_bytes if group_low_bytes is None else group_low_bytes
+        self._group_low_reported = False
+        self._group_full_reported = False
+        self._group_refused = False  # the last step found no room
+        self._rate = WriteRate()
+        self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step: _Step | None = None
+        self._begun_at: float | None = None  # the last step, also after its end
         self._asked_bytes = 0  # what `extend` asks for; 0: nothing
         self._retry_at: float | None = None
         self._failures = 0  # in a row
         self._low_reported = False
         self._looking = False
+        self._look_again = False
+        self._mark_bytes = low_water_bytes  # at the last look
 
     @property
     def extending(self) -> bool:
@@ -167,17 +239,46 @@ class GrowthPolicy:
         """Whether storage holds all that the disk can ever use."""
         return self.storage_size_bytes >= self._geometry.max_storage_size_bytes
 
+    @property
+    def look_below_bytes(self) -> int:
+        """Call `room` as soon as less than this is free: a step has to begin, or the rate of writes is to be looked at."""
+        geometry = self._geometry
+        below = max(0, self.free_bytes - max(geometry.grow_step_bytes // LOOKS_PER_STEP, geometry.chunk_size_bytes))
+        # While a step runs or rests nothing else can begin; its end looks again.
+        return below if self._step is not None or self._retry_at is not None else max(below, self._mark_bytes)
+
+    def write_rate(self, now: float) -> float:
+        """First writes, in bytes a second, that are to be expected by what was seen."""
+        return self._rate.at(now)
+
+    def low_water_at(self, now: float) -> int:
+        """The mark: a step begins when less than this is free."""
+        needed = min(self._needed_bytes(now), MARK_MOST_STEPS * self._geometry.grow_step_bytes)
+        return min(max(self.base_low_water_bytes, needed), self._geometry.max_storage_size_bytes)
+
+    def steps_at_once(self, now: float) -> int:
+        """How many grow steps to ask for, so that one is not outrun while the next is under way."""
+        steps = ceil_div(self._needed_bytes(now), self._geometry.grow_step_bytes)
+        return max(1, min(steps, MARK_MOST_STEPS))
+
+    def reserve_bytes_per_second(self, now: float) -> int | None:
+        """The rate of first writes that never waits if steps take as long as the longest so far; None: there was none."""
+        if not self.longest_extend_seconds:
+            return None
+        reserve_bytes = min(self.low_water_at(now), self.steps_at_once(now) * self._geometry.grow_step_bytes)
+        return int(reserve_bytes / self.longest_extend_seconds)
+
     def room(self, now: float, free_bytes: int) -> list[Action]:
         """The engine has `free_bytes` in free slots: begin a step if that is too little and none runs or rests after a failure."""
-        self.free_bytes = free_bytes
-        if free_bytes >= self.low_water_bytes or self.full:
+        self._see(now, free_bytes)
+        if free_bytes >= self._mark_bytes or self.full:
             self._low_reported = False
             self._retry_at = None
             return self._ask(now)
         if self._step is not None:
             return []
         if self._retry_at is not None:
-            if free_bytes == 0 and self._retry_at > now + RETRY_SECONDS:
+            if free_bytes == 0 and not self._tells_of_room and self._retry_at > now + RETRY_SECONDS:
                 self._retry_at = now + RETRY_SECONDS  # the reserve has run out meanwhile
             if now < self._retry_at:
                 return [WakeAt(self._retry_at)]
@@ -185,7 +286,8 @@ class GrowthPolicy:
         if not self._low_reported:
             self._low_reported = True
             actions.append(self._event("low_water"))
-        return actions + self._begin(now, max(next_size_bytes(self._geometry, self.storage_size_bytes), self._asked_bytes))
+        target = next_size_bytes(self._geometry, self.storage_size_bytes, self.steps_at_once(now))
+        return actions + self._begin(now, max(target, self._asked_bytes))
 
     def extend(self, now: float, by_bytes: int) -> list[Action]:
         """Somebody asks for more storage, at most to what the disk can use. Ends with an `Answer`."""
@@ -194,21 +296,42 @@ class GrowthPolicy:
         return self._ask(now)
 
     def poke(self, now: float, free_bytes: int) -> list[Action]:
-        """Something changed outside (room was made, storage was added): do not rest any longer."""
+        """Somebody says that something has changed outside (room was made, storage was added): do not rest any longer."""
         self._retry_at = None
         if self._step is not None:
             return self._look()
-        if free_bytes >= self.low_water_bytes or self.full:
-            self.free_bytes = free_bytes
+        if free_bytes >= self.low_water_at(now) or self.full:
+            self._see(now, free_bytes)
             return self._look()
         return self.room(now, free_bytes)
+
+    def room_made(self, now: float, free_bytes: int) -> list[Action]:
+        """There may be room again. A step that rests is tried now, or a second after the last one began: changes come in swarms, as each
+        disk that grows is a change of the group to all the others."""
+        if self._step is not None:
+            self._step.room_made = True
+            return []
+        if self._retry_at is None:
+            return []
+        earliest = now if self._begun_at is None else self._begun_at + RETRY_SECONDS
+        self._retry_at = min(self._retry_at, max(now, earliest))
+        return self.room(now, free_bytes)
+
+    def resized(self) -> list[Action]:
+        """The storage has changed its size, somebody says."""
+        self._look_again = self._looking  # that look may have come before the change
+        return self._look()
+
+    def removed(self, message: str) -> list[Action]:
+        """The storage has gone."""
+        return [self._event("storage_error", message=message)]
 
     def tick(self, now: float, free_bytes: int) -> list[Action]:
         """Time has passed."""
         step = self._step
         if step is None:
             return self.room(now, free_bytes)
-        self.free_bytes = free_bytes
+        self._see(now, free_bytes)
         seconds = now - step.started_at
         if seconds < self._timeout:
             return [WakeAt(step.started_at + self._timeout)]
@@ -228,15 +351,27 @@ class GrowthPolicy:
     def looked(self, size_bytes: int | None) -> list[Action]:
         """The size that a `Look` found; None: it could not be read."""
         self._looking = False
-        return self._adopt(size_bytes)
+        actions = self._adopt(size_bytes)
+        if self._look_again:
+            self._look_again = False
+            actions += self._look()
+        return actions
 
-    def ended(self, now: float, size_bytes: int | None, error: FvdError | None, free_bytes: int) -> list[Action]:
-        """The step has ended. `size_bytes`, read from the storage afterwards (None: it could not be), counts for more than the error."""
-        self.free_bytes = free_bytes
+    def ended(
+        self, now: float, size_bytes: int | None, error: FvdError | None, free_bytes: int, suspend_seconds: float | None = None
+    ) -> list[Action]:
+        """The step has ended. `size_bytes`, read from the storage afterwards (None: it could not be), counts for more than the error.
+
+        `suspend_seconds`: how long the device stood still meanwhile; None: nobody knows.
+        """
+        self._see(now, free_bytes)
         step, self._step = self._step, None
         if step is None:
             raise AssertionError("a growth step ended that was never begun")
         seconds = now - step.started_at
+        if suspend_seconds is not None:
+            self.last_suspend_seconds = suspend_seconds
+            self.longest_suspend_seconds = max(suspend_seconds, self.longest_suspend_seconds or 0.0)
         before = self.storage_size_bytes
         actions = self._adopt(size_bytes)
         size = self.storage_size_bytes
@@ -244,14 +379,24 @@ class GrowthPolicy:
             self.steps_done += 1
             self.last_extend_seconds = seconds
             self.longest_extend_seconds = max(seconds, self.longest_extend_seconds or 0.0)
+            self._recent_seconds.append(min(seconds, self._timeout))  # longer is a fault, and no measure of the next step
+        self._group_refused = isinstance(error, NoSpace) and size < step.target_bytes
+        if size > before and not self._group_refused:
+            self._group_full_reported = False  # growth is the proof of room; what a group shows as free may be of no use
         if size >= step.target_bytes:
             self._failures = 0
             self._retry_at = None
             self._low_reported = False
             self.last_failure = None
             message = f"the step reported an error, but the storage has grown: {error}" if error else ""
-            actions.append(self._event("extend_done", target_bytes=step.target_bytes, seconds=seconds, message=message))
-            return actions + self._ask(now)
+            actions.append(
+                self._event(
+                    "extend_done", target_bytes=step.target_bytes, seconds=seconds, suspend_seconds=suspend_seconds, message=message
+                )
+            )
+            actions += self._ask(now)
+            # Where a look has found the size before, no `UseSize` follows that would ask again; and writes may wait.
+            return actions if size > before else actions + self.room(now, self.free_bytes)
         if error is None:
             error = NoSpace(
                 f"storage was to grow to {format_size(step.target_bytes)} and has {format_size(size)}, though no error was reported"
@@ -260,17 +405,56 @@ class GrowthPolicy:
         self._failures += 1
         if size > before:
             self._failures = 1
-        rest = RETRY_SECONDS if self.free_bytes == 0 else min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_LONGEST_SECONDS)
+        rest = min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_LONGEST_SECONDS)
+        if step.room_made or (self.free_bytes == 0 and not self._tells_of_room):
+            rest = RETRY_SECONDS
         self._retry_at = now + rest
         if str(error) != self.last_failure:
             self.last_failure = str(error)
-            actions.append(self._event("extend_failed", target_bytes=step.target_bytes, seconds=seconds, message=str(error)))
+            actions.append(
+                self._event(
+                    "extend_failed", target_bytes=step.target_bytes, seconds=seconds, suspend_seconds=suspend_seconds, message=str(error)
+                )
+            )
         actions.append(Exhausted())
         if self._asked_bytes:
             satisfied = size >= self._asked_bytes
             self._asked_bytes = 0
             actions.append(Answer(None if satisfied else error))
         return [*actions, WakeAt(self._retry_at)]
+
+    def pooled(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
+        """What the group has left, asked after a step has ended; None: nobody could tell."""
+        self.group = group or self.group
+        self.group_free_bytes = group_free_bytes
+        actions: list[Action] = []
+        name = self.group or "the group"
+        full = self._group_refused
+        if group_free_bytes is not None:
+            full = full or group_free_bytes < self._geometry.chunk_size_bytes
+            low = group_free_bytes < self._group_low_bytes
+            if low and not self._group_low_reported:
+                actions.append(self._event("group_low", message=f"{name} has {format_size(group_free_bytes)} left"))
+            self._group_low_reported = low
+        if full and not self._group_full_reported:
+            self._group_full_reported = True
+            actions.append(self._event("group_full", message=f"{name} has no room for another growth step"))
+        return actions
+
+    def _see(self, now: float, free_bytes: int) -> None:
+        """Takes in what is free now."""
+        self.free_bytes = free_bytes
+        self._rate.look(now, free_bytes)
+        self._mark_bytes = self.low_water_at(now)
+
+    def _needed_bytes(self, now: float) -> int:
+        """What first writes may take while a step is under way, by what was seen; 0: no more than the base is known to be needed."""
+        if not self._adaptive:
+            return 0
+        if not self._recent_seconds:
+            # The rate is known, the step is not: that is worth beginning early, but not several steps that nobody may need.
+            return min(int(self._rate.at(now) * FIRST_STEP_SECONDS * MARK_SAFETY), self._geometry.grow_step_bytes)
+        return int(self._rate.at(now) * max(self._recent_seconds) * MARK_SAFETY)
 
     def _ask(self, now: float) -> list[Action]:
         """What `extend` requests need now."""
@@ -285,6 +469,7 @@ class GrowthPolicy:
         if target_bytes > limit_size_bytes(self._geometry):
             raise AssertionError(f"growth to {target_bytes} bytes is beyond the limit {limit_size_bytes(self._geometry)} of this disk")
         self._step = _Step(target_bytes, now)
+        self._begun_at = now
         actions: list[Action] = [Start(target_bytes), WakeAt(now + self._timeout)]
         if self._can_grow:
             actions.insert(0, self._event("extend_started", target_bytes=target_bytes))
@@ -301,9 +486,23 @@ class GrowthPolicy:
         if size_bytes is None or size_bytes <= self.storage_size_bytes:
             return []
         geometry = self._geometry
-        self.free_bytes += (geometry.slots_in(size_bytes) - geometry.slots_in(self.storage_size_bytes)) * geometry.chunk_size_bytes
+        added = (geometry.slots_in(size_bytes) - geometry.slots_in(self.storage_size_bytes)) * geometry.chunk_size_bytes
+        self.free_bytes += added
+        self._rate.added(added)
         self.storage_size_bytes = size_bytes
         return [UseSize(size_bytes)]
 
-    def _event(self, kind: EventKind, *, target_bytes: int = 0, seconds: float = 0.0, message: str = "") -> GrowthEvent:
-        return GrowthEvent(kind, self.storage_size_bytes, self.free_bytes, target_bytes, seconds, message)
+    def _event(
+        self, kind: EventKind, *, target_bytes: int = 0, seconds: float = 0.0, suspend_seconds: float | None = None, message: str = ""
+    ) -> GrowthEvent:
+        return GrowthEvent(
+            kind,
+            self.storage_size_bytes,
+            self.free_bytes,
+            target_bytes=target_bytes,
+            seconds=seconds,
+            suspend_seconds=suspend_seconds,
+            group=self.group,
+            group_free_bytes=self.group_free_bytes,
+            message=message,
+        )

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from fvd.device import names
 from fvd.device.node import Node, open_node
 from fvd.device.signature import find_signatures, wipe_signatures
 from fvd.errors import Conflict, Corrupt, FvdError, InvalidArgument, NoSpace, NotFound
@@ -20,10 +21,13 @@ from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, ma
 from fvd.format.superblock import BaseReference, Superblock
 from fvd.units import GIB, KIB, MIB, format_size
 from fvd.volume.base import examine_base
-from fvd.volume.name import VolumeName, parse_name
+from fvd.volume.name import VolumeKind, VolumeName, parse_name
+from fvd.volume.overcommit import TAG_DISK, parse_limit
 from fvd.volume.policy import initial_size_bytes, least_size_bytes
-from fvd.volume.provider import Provider, provider_for
+from fvd.volume.provider import provider_for
+from fvd.volume.seams import Contents, Plan, Presence
 from fvd.volume.superblocks import Pages, holds_remains, state_of, write_superblock
+from fvd.volume.view import View, view_of
 
 HEADER_BYTES = MIB  # both superblock slots lie in it; a reader ignores the rest
 BATCH_BYTES = 4 * MIB
@@ -39,6 +43,7 @@ class Provisioned:
     superblock: Superblock
     created: bool  # False: it was there before, with the same parameters
     storage_size_bytes: int
+    view: View | None = None  # of a disk that was made
 
 
 def provision(
@@ -52,6 +57,7 @@ def provision(
     layout: Layout = Layout.COMPACT,
     placement: Placement = Placement.APPEND,
     base: str | os.PathLike[str] | None = None,
+    max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
     new_uuid: Callable[[], bytes] = lambda: uuid.uuid4().bytes,
@@ -60,6 +66,7 @@ def provision(
     """Makes the disk, or finds that it is there already with these parameters. Can be run again whenever it was interrupted.
 
     `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
+    `max_overcommit` refuses a disk that would take its volume group beyond that ratio (`overcommit.py`).
     Raises InvalidArgument, Conflict (naming what differs, or what is there), Corrupt, InUse, NoSpace, NotFound, PermissionDenied,
     Unsupported (a base that is not raw), DeviceError.
     """
@@ -73,17 +80,27 @@ def provision(
         layout=layout,
         placement=placement,
     )
+    plan = Plan(
+        size_bytes=initial_size_bytes(geometry),
+        virtual_size_bytes=virtual_size_bytes,
+        most_bytes=geometry.max_storage_size_bytes,
+        grow_step_bytes=grow_step_bytes,
+        max_overcommit=parse_limit(max_overcommit),
+    )
+    if plan.max_overcommit is not None and volume.kind is not VolumeKind.LVM:
+        raise InvalidArgument(f"{volume} is in no volume group, so there is no over-commit to limit")
     provider = provider_for(volume)
-    exists = provider.exists(volume)
+    presence = provider.presence(volume)
     replaces = False
     reference: BaseReference | None = None
-    if exists:
-        with _Look(provider, volume) as node:
+    if presence is Presence.PRESENT:
+        with provider.attach(volume) as place, open_node(place.path, read_only=True) as node:
+            # Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time.
             reference = None if base is None else examine_base(base, node.identity)
             found = state_of(node)
             if isinstance(found, Superblock):
                 return _same_disk(volume, found, geometry, reference, node.size_bytes())
-            if not provider.fixed_size:
+            if not provider.in_place:
                 _refuse_contents(node, volume, found, force)
                 replaces = True
     elif provider.fixed_size:
@@ -91,21 +108,35 @@ def provision(
     elif base is not None:
         reference = examine_base(base)
 
-    building = provider.build(volume, initial_size_bytes(geometry))
+    building = provider.build(volume, plan)
     try:
-        if not building.blank:
+        node = building.node
+        if building.contents in (Contents.OURS, Contents.FOREIGN):
             # Looked at again now that nobody else can change it.
-            found = state_of(building.node)
+            found = state_of(node)
             if isinstance(found, Superblock):
-                return _same_disk(volume, found, geometry, reference, building.node.size_bytes())
-            _refuse_contents(building.node, volume, found, force)
-            _check_room(building.node, volume, geometry)
-            if force:
-                wipe_signatures(building.node)
+                if building.contents is Contents.OURS:
+                    return _same_disk(volume, found, geometry, reference, node.size_bytes())
+                raise Conflict(
+                    f"{volume} holds an fvd disk, but is not marked as one; if it is yours, lvchange --addtag {TAG_DISK} {volume} takes it "
+                    "back; if it is not, wipefs --all its device"
+                )
+            _refuse_contents(node, volume, found, force)
+        if building.contents is not Contents.BLANK:
+            if reference is not None and names.identity(reference.locator) == node.identity:
+                raise InvalidArgument(f"{reference.locator} cannot be its own base")
+            building.make_room(plan.size_bytes)
+            _check_room(node, volume, geometry)
+            if force or building.contents is Contents.NOBODYS:
+                wipe_signatures(node)
         superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()))
-        write_disk(building.node, superblock, progress=progress)
+        write_disk(node, superblock, progress=progress)
+        # Read back before anyone is told that it is there: what cannot be opened is no disk.
+        view = view_of(volume, node)
+        if view.superblock != superblock:
+            raise Corrupt(f"{volume} does not read back what was written to it; the storage is not to be trusted")
         building.publish(replace=replaces)
-        return Provisioned(volume, superblock, True, building.node.size_bytes())
+        return Provisioned(volume, superblock, True, node.size_bytes(), view)
     finally:
         building.close()
 
@@ -148,21 +179,6 @@ def _write_maps(node: Pages, superblock: Superblock, progress: Progress | None) 
 
 
 # --- What is there already ---------------------------------------------------------------------------------------------------------
-
-
-class _Look:
-    """The volume opened read-only. Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time."""
-
-    def __init__(self, provider: Provider, volume: VolumeName) -> None:
-        self._provider, self._volume = provider, volume
-
-    def __enter__(self) -> Node:
-        self._node = open_node(self._provider.attach(self._volume), read_only=True)
-        return self._node
-
-    def __exit__(self, *_: object) -> None:
-        self._node.close()
-        self._provider.detach(self._volume)
 
 
 def _same_disk(volume: VolumeName, found: Superblock, geometry: Geometry, base: BaseReference | None, size_bytes: int) -> Provisioned:

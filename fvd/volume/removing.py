@@ -8,6 +8,7 @@ from fvd.errors import Conflict, NotFound, Unsupported
 from fvd.format.superblock import Superblock
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.provider import provider_for
+from fvd.volume.seams import Presence
 from fvd.volume.superblocks import holds_remains, is_blank, state_of, wipe_superblocks
 
 
@@ -20,21 +21,19 @@ def remove(name: str | VolumeName) -> bool:
     volume = parse_name(name)
     provider = provider_for(volume)
     provider.forget_unfinished(volume)
-    if not provider.exists(volume):
+    if provider.presence(volume) is Presence.ABSENT:
         return False
-    path = provider.attach(volume)
-    try:
-        with claim(path, Ownership.WRITER) as held, open_node(path) as node:
+    with provider.attach(volume) as place:
+        with claim(place.path, Ownership.WRITER) as held, open_node(place.path) as node:
             held.check_covers(node)
             found = state_of(node)
             if isinstance(found, Unsupported):
                 raise found
-            if isinstance(found, NotFound) and not holds_remains(node):
+            if isinstance(found, NotFound) and not holds_remains(node) and not (place.ours and is_blank(node)):
                 if provider.fixed_size and is_blank(node):
                     return False
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
             wipe_superblocks(node)
             provider.remove(volume)
-            return isinstance(found, Superblock) or not provider.fixed_size
-    finally:
-        provider.detach(volume)
+        place.reclaim()
+    return isinstance(found, Superblock) or not provider.fixed_size

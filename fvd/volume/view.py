@@ -19,6 +19,7 @@ from fvd.volume.loading import load_disk
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.opening import OpenVolume
 from fvd.volume.provider import provider_for
+from fvd.volume.superblocks import Pages
 
 Target = str | VolumeName | OpenVolume
 
@@ -73,11 +74,12 @@ def look(target: Target) -> View:
         )
     name = parse_name(target)
     provider = provider_for(name)
-    path = provider.attach(name)
-    try:
-        with claim(path, Ownership.READER) as held, open_node(path, read_only=True) as node:
-            held.check_covers(node)
-            disk = load_disk(node)
-    finally:
-        provider.detach(name)
+    with provider.attach(name) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+        held.check_covers(node)
+        return view_of(name, node)
+
+
+def view_of(name: VolumeName, node: Pages) -> View:
+    """The closed disk in an open node. Raises as `look`."""
+    disk = load_disk(node)
     return View(name, disk.superblock, disk.storage_size_bytes, disk.bitmap, disk.table, disk.journal_state.clean, open=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
 from fvd.volume.allocator import WANT_GROWTH, Allocator, call_later, run_in_thread
+from fvd.volume.growth import Pool
 from fvd.volume.policy import GrowthEvent
 
 MIB = 1 << 20
@@ -24,10 +26,17 @@ class FakeEngine:
         self.used = 0
         self.want = 0
         self.exhausted = False
+        self.low_water_bytes = 0
 
     @property
     def free_slots(self) -> int:
         return DISK.slots_in(self.size) - self.used
+
+    def take(self, slots: int) -> None:
+        """New places are written."""
+        self.used += slots
+        if self.free_slots * MIB < self.low_water_bytes:
+            self.want |= WANT_GROWTH
 
     def set_storage_size(self, size_bytes: int) -> None:
         self.size = size_bytes
@@ -39,8 +48,12 @@ class FakeEngine:
 
 class FakeStorage:
     can_grow = True
+    tells_of_room = False
+    last_suspend_seconds: float | None = None
 
     def __init__(self) -> None:
+        self.free: int | Exception | None = None
+        self.asked_pool = 0
         self.size = STEP
         self.failure: Exception | None = None
         self.closed = False
@@ -54,6 +67,12 @@ class FakeStorage:
         if self.failure is not None:
             raise self.failure
         self.size = max(self.size, size_bytes)
+
+    def pool(self) -> Pool | None:
+        self.asked_pool += 1
+        if isinstance(self.free, Exception):
+            raise self.free
+        return None if self.free is None else Pool("vg0", self.free)
 
     def close(self) -> None:
         self.closed = True
@@ -70,10 +89,11 @@ class FakeTimer:
 class World:
     """An allocator with everything around it in the hand of the test."""
 
-    def __init__(self, low_water_bytes: int = STEP // 2) -> None:
+    def __init__(self, low_water_bytes: int = STEP // 2, *, attached: bool = True, tells_of_room: bool = False, **options: Any) -> None:
         self.now = 100.0
         self.engine = FakeEngine()
         self.storage = FakeStorage()
+        self.storage.tells_of_room = tells_of_room
         self.work: deque[Callable[[], None]] = deque()
         self.posted: deque[Callable[[], None]] = deque()
         self.timers: list[FakeTimer] = []
@@ -88,7 +108,12 @@ class World:
             executor=self.work.append,
             timer=self.timer,
             extend_timeout_seconds=10.0,
+            **options,
         )
+        if attached:
+            self.attach()
+
+    def attach(self) -> None:
         self.allocator.attach(self.engine, self.posted.append)
 
     def timer(self, seconds: float, call: Callable[[], None]) -> FakeTimer:
@@ -172,7 +197,7 @@ def test_writes_that_wait_go_on_when_there_is_room_again() -> None:
     for _ in range(3):
         world.ring()
         world.step()
-    assert world.kinds == ["low_water", "extend_started", "extend_failed", "extend_started", "extend_started", "extend_started"]
+    assert world.kinds == ["low_water", "extend_started", "extend_failed", "group_full", *["extend_started"] * 3]
     world.storage.failure = None
     world.ring()
     world.step()
@@ -206,7 +231,7 @@ def test_a_step_that_hangs() -> None:
     assert world.engine.size == 2 * STEP and not world.engine.exhausted
     hanging()
     world.loop()
-    assert world.kinds[-1] == "extend_done"
+    assert "extend_done" in world.kinds
 
 
 def test_storage_added_by_hand() -> None:
@@ -297,13 +322,194 @@ def test_a_listener_that_fails_stops_nothing() -> None:
 def test_figures() -> None:
     world = World()
     assert world.allocator.reserve_seconds(STEP) == 0.5
-    assert world.allocator.figures()["reserve_bytes_per_second"] is None
-    world.fill(0)
-    world.now += 2.0
+    figures = world.allocator.figures()
+    for unknown in ("last_extend_seconds", "longest_suspend_seconds", "reserve_bytes_per_second", "group", "group_free_bytes"):
+        assert figures[unknown] is None
+    world.now += 1000.0  # so slowly that the mark stays where it is
+    world.fill(31)
+    world.storage.last_suspend_seconds, world.storage.free = 0.25, 100 * STEP
+    world.now += 0.2
+    world.step()
+    world.storage.last_suspend_seconds = 0.125
+    world.now += 1000.0
+    world.fill(31)
+    world.now += 0.1
     world.step()
     figures = world.allocator.figures()
     assert figures["low_water"] == STEP // 2
-    assert (figures["last_extend_seconds"], figures["extend_steps"], figures["reserve_bytes_per_second"]) == (2.0, 1, STEP // 4)
+    assert (figures["extend_steps"], figures["last_suspend_seconds"], figures["longest_suspend_seconds"]) == (2, 0.125, 0.25)
+    assert figures["last_extend_seconds"] == pytest.approx(0.1) and figures["longest_extend_seconds"] == pytest.approx(0.2)
+    assert figures["reserve_bytes_per_second"] == pytest.approx(STEP / 2 / 0.2, rel=1e-6)
+    assert (figures["group"], figures["group_free_bytes"]) == ("vg0", 100 * STEP)
+    assert [event.suspend_seconds for event in world.events if event.kind == "extend_done"] == [0.25, 0.125]
+
+
+# --- The mark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_is_told_when_to_want_room() -> None:
+    world = World()
+    assert world.engine.low_water_bytes == 57 * MIB  # of 61 that are free: the rate is looked at each sixteenth of a step
+    asked = 0
+    while not world.work:
+        world.now += 0.01
+        world.engine.take(1)
+        if world.engine.want:
+            asked += 1
+            world.allocator.on_want(world.engine)
+            assert world.engine.free_slots * MIB >= world.engine.low_water_bytes  # never asked again for the same room
+    assert world.engine.free_slots == 31 and asked <= 8
+
+
+def test_growth_begins_earlier_where_it_is_slow() -> None:
+    world = World()
+    begun: list[int] = []
+    for _ in range(4):
+        while not world.work:
+            world.now += 0.05  # 20 MiB/s
+            world.engine.take(1)
+            if world.engine.want:
+                world.allocator.on_want(world.engine)
+        begun.append(world.engine.free_slots)
+        for _ in range(24):  # 1.2 s
+            world.now += 0.05
+            world.engine.take(1)
+        world.step()
+    assert begun[0] == 31 and begun[-1] in range(44, 52)  # 1.2 s x 20 MiB/s x 2 = 48 MiB
+    assert world.allocator.figures()["low_water"] in range(44 * MIB, 54 * MIB)
+    assert world.allocator.figures()["write_bytes_per_second"] == pytest.approx(20 * MIB, rel=0.1)
+
+
+# --- The group ---------------------------------------------------------------------------------------------------
+
+
+def test_the_group_is_asked_after_the_size_is_on_its_way() -> None:
+    world = World()
+    world.storage.free = STEP
+    seen: list[int] = []
+    pool = world.storage.pool
+
+    def asked() -> Pool | None:
+        seen.append(len(world.posted))
+        return pool()
+
+    world.storage.pool = asked  # type: ignore[method-assign]
+    world.fill(31)
+    world.step()
+    assert seen == [1]
+    assert world.kinds == ["low_water", "extend_started", "extend_done", "group_low"]
+    assert (world.events[-1].group, world.events[-1].group_free_bytes) == ("vg0", STEP)
+
+
+def test_a_group_that_hangs_delays_nothing_and_is_not_asked_twice() -> None:
+    world = World()
+    asking, go_on = threading.Event(), threading.Event()
+
+    def hang() -> Pool | None:
+        world.storage.asked_pool += 1
+        asking.set()
+        assert go_on.wait(10)
+        return Pool("vg0", 0)
+
+    world.storage.pool = hang  # type: ignore[method-assign]
+    world.fill(0)
+    thread = threading.Thread(target=world.work.popleft())
+    thread.start()
+    assert asking.wait(10)
+    world.loop()
+    assert world.engine.size == 2 * STEP
+    world.fill(0)
+    world.step()
+    assert world.engine.size == 3 * STEP and world.storage.asked_pool == 1
+    go_on.set()
+    thread.join()
+    world.loop()
+    assert world.kinds[-2:] == ["group_low", "group_full"]
+
+
+def test_a_group_that_cannot_be_told_harms_nothing() -> None:
+    world = World()
+    for failure in (DeviceError("vgs failed"), ZeroDivisionError("oops")):
+        world.storage.free = failure
+        world.fill(0)
+        world.step()
+    assert world.engine.size == 3 * STEP and world.allocator.figures()["group"] is None
+
+
+def test_the_group_is_asked_after_a_failure_too() -> None:
+    world = World(group_low_bytes=MIB)
+    world.storage.failure, world.storage.free = NoSpace("full"), 3 * MIB
+    world.fill(0)
+    world.step()
+    assert world.kinds == ["low_water", "extend_started", "extend_failed", "group_full"]
+    assert world.events[-1].group_free_bytes == 3 * MIB
+
+
+# --- What the outside tells --------------------------------------------------------------------------------------
+
+
+def test_room_that_was_made_ends_a_rest_but_once_a_second() -> None:
+    world = World(tells_of_room=True)
+    world.storage.failure = NoSpace("full")
+    world.fill(0)
+    world.step()
+    for rest in (1, 2, 4, 8, 16, 30, 30):  # though writes wait
+        assert world.timers[-1].seconds == rest
+        world.ring()
+        world.step()
+    timers = len(world.timers)
+    for _ in range(5):
+        world.allocator.room_made()
+        world.loop()
+    assert not world.work and len(world.timers) == timers + 1  # not dropped: at the end of the second
+    world.storage.failure = None
+    world.ring()
+    world.step()
+    assert world.engine.size == 2 * STEP
+
+
+def test_a_device_that_changed_its_size_is_looked_at() -> None:
+    world = World()
+    world.storage.size = 3 * STEP
+    world.allocator.resized()
+    world.loop()
+    world.step()
+    assert world.engine.size == 3 * STEP and world.storage.asked == [] and world.events == []
+
+
+def test_a_device_that_has_gone() -> None:
+    world = World()
+    world.allocator.removed("vg0/vm1 has been removed")
+    world.loop()
+    assert [(event.kind, event.message) for event in world.events] == [("storage_error", "vg0/vm1 has been removed")]
+
+
+# --- Before there is a loop --------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_before_attach_is_done_with_it() -> None:
+    world = World(attached=False)
+    future = world.allocator.extend_now()
+    world.fill(0)  # an engine may want room before its driver has come to `attach`
+    world.storage.size = STEP + MIB
+    world.allocator.resized()
+    world.allocator.removed("gone")
+    assert not world.work and not world.events and world.engine.want == 0
+    world.attach()
+    assert world.kinds == ["low_water", "extend_started", "storage_error"]
+    while world.work:
+        world.step()
+    assert world.engine.size == 2 * STEP == future.result(0)
+
+
+def test_closed_before_it_was_attached() -> None:
+    world = World(attached=False)
+    future = world.allocator.extend_now()
+    world.allocator.close()
+    with pytest.raises(DeviceError, match="closed"):
+        future.result(0)
+    world.attach()
+    assert not world.work
 
 
 def test_real_threads_and_timers() -> None:

@@ -494,11 +494,11 @@ def limited(limit: Limit) -> Any:
 
 KILLED = """
 import os, signal, sys
-from fvd.volume import provider, provision
+from fvd.volume import file_provider, provision
 where, name = sys.argv[1:3]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if where == "before": provision.write_disk = die
-if where == "written": provider._File.publish = die
+if where == "written": file_provider._File.publish = die
 if where == "linked":
     link = os.link
     os.link = lambda *a: (link(*a), die())

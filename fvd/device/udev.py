@@ -1,0 +1,148 @@
+"""Events of block devices as udev tells them, through pyudev: a node appears, a size changes, a device is removed. Waits; never polls.
+
+Works where there is no udev: then nothing is waited for, and `BlockWatch.start` says that nobody will tell. Knows no volumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvd.errors import DeviceError, Timeout
+
+UDEV_CONTROL = "/run/udev/control"
+NODE_SECONDS = 30.0
+# A burst of events (a large group changes) must not be lost between two turns.
+RECEIVE_BUFFER_BYTES = 1 << 20
+_PHYSICAL_VOLUME = "LVM2_member"
+
+
+@dataclass(frozen=True)
+class BlockEvent:
+    """Something happened to a block device."""
+
+    action: str  # "add", "change", "remove"...
+    number: int  # st_rdev
+    name: str  # the kernel's
+    is_physical_volume: bool  # of LVM, as udev's probe saw it
+
+
+def udev_is_running() -> bool:
+    """Whether a udev daemon listens on this machine."""
+    return Path(UDEV_CONTROL).exists()
+
+
+def is_block_node(path: str) -> bool:
+    """Whether the path leads to a block device now."""
+    try:
+        return stat.S_ISBLK(Path(path).stat().st_mode)
+    except OSError:
+        return False
+
+
+def wait_for_node(path: str, timeout_seconds: float = NODE_SECONDS) -> None:
+    """Returns when the block device's node is there. Raises Timeout (udev has not made it), DeviceError (no udev here, and no node)."""
+    if is_block_node(path):
+        return
+    if not udev_is_running():
+        raise DeviceError(f"{path} has no device node, and no udev runs here to make one; start udev, or run vgmknodes")
+    monitor = _monitor()
+    # The subscription is there before the second look: an event between the two is waiting in it.
+    deadline = time.monotonic() + timeout_seconds
+    while not is_block_node(path):
+        left = deadline - time.monotonic()
+        if left <= 0 or not _readable(left, monitor.fileno()):
+            if is_block_node(path):
+                return
+            raise Timeout(f"{path} has no device node {timeout_seconds:g} s after its activation: udev is slow or stuck (udevadm settle)")
+        monitor.poll(timeout=0)
+
+
+def known_content(path: str) -> str | None:
+    """What udev's database says a device holds ("ext4", "LVM2_member", a partition table "gpt"); None: nothing, or nobody knows."""
+    import pyudev
+
+    with contextlib.suppress(OSError, pyudev.DeviceNotFoundError):
+        device = pyudev.Devices.from_device_number(pyudev.Context(), "block", Path(path).stat().st_rdev)
+        found = device.properties.get("ID_FS_TYPE") or device.properties.get("ID_PART_TABLE_TYPE")
+        return None if found is None else str(found)
+    return None
+
+
+class BlockWatch:
+    """Hands every event of a block device to `on_event`, in a thread of its own, from `start` to `close`."""
+
+    def __init__(self, on_event: Callable[[BlockEvent], None]) -> None:
+        self._on_event = on_event
+        self._thread: threading.Thread | None = None
+        self._wake = -1
+
+    def start(self) -> bool:
+        """False: nobody tells of events here (no udev, or not permitted)."""
+        if not udev_is_running():
+            return False
+        try:
+            monitor = _monitor()
+        except OSError:
+            return False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, args=(monitor,), name="fvd-udev", daemon=True)
+        self._thread.start()
+        return True
+
+    def close(self) -> None:
+        """No event is handed on afterwards. Again is fine."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        os.eventfd_write(self._wake, 1)
+        if thread is not threading.current_thread():
+            thread.join()
+        os.close(self._wake)
+
+    def _run(self, monitor: Any) -> None:
+        wake = self._wake
+        while True:
+            if wake in _readable(None, monitor.fileno(), wake):
+                return
+            with contextlib.suppress(OSError):  # ENOBUFS: some were lost; what is lost is looked at by the retries
+                device = monitor.poll(timeout=0)
+                if device is not None:
+                    self._on_event(_event(device))
+
+
+def _readable(timeout_seconds: float | None, *fds: int) -> list[int]:
+    """Which of the descriptors can be read; none when the time is over. (select() knows none beyond 1023.)"""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if timeout_seconds is None else timeout_seconds * 1000)]
+
+
+def _monitor() -> Any:
+    """A monitor that receives from now on."""
+    import pyudev
+
+    monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="udev")
+    monitor.filter_by("block")
+    with contextlib.suppress(OSError):
+        monitor.set_receive_buffer_size(RECEIVE_BUFFER_BYTES)
+    monitor.start()
+    return monitor
+
+
+def _event(device: Any) -> BlockEvent:
+    return BlockEvent(
+        action=str(device.action),
+        number=int(device.device_number),
+        name=str(device.sys_name),
+        is_physical_volume=device.properties.get("ID_FS_TYPE") == _PHYSICAL_VOLUME,
+    )

@@ -1,0 +1,112 @@
+"""What the kernel says of a device-mapper device, read from /sys: its name, whether it is suspended, and for how long. Changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+# A suspend of a healthy lvextend lasts a millisecond or a few; a step that hangs is not worth thousands of looks a second.
+SAMPLE_SECONDS = 0.0005
+SLOW_SAMPLE_SECONDS = 0.02
+SLOW_AFTER_SECONDS = 10.0
+_SECTOR_BYTES = 512  # of /sys, whatever the device's own
+
+
+def device_name(number: int) -> str | None:
+    """The device-mapper name of a block device (st_rdev); None: it is none of device-mapper's."""
+    return _read(number, "name")
+
+
+def logical_volume_of(number: int) -> tuple[str, str] | None:
+    """Group and name of the logical volume that a block device is; None: it is none, or one of lvm's hidden layers."""
+    name, uuid = _read(number, "name"), _read(number, "uuid")
+    if name is None or uuid is None or not uuid.startswith("LVM-"):
+        return None
+    parts = split_name(name)
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def split_name(name: str) -> list[str]:
+    """lvm's own joining undone: parts are joined by one hyphen, hyphens inside a part are doubled, and no part begins with one."""
+    parts, at = [""], 0
+    while at < len(name):
+        if name.startswith("--", at):
+            parts[-1] += "-"
+            at += 2
+        elif name[at] == "-":
+            parts.append("")
+            at += 1
+        else:
+            parts[-1] += name[at]
+            at += 1
+    return parts
+
+
+def number_of(path: str) -> int:
+    """The device number behind a node. Raises OSError."""
+    return Path(path).stat().st_rdev
+
+
+def size_bytes(number: int) -> int | None:
+    """The device's size as the kernel has it; None: no such device."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size").read_text()) * _SECTOR_BYTES
+    return None
+
+
+def is_suspended(number: int) -> bool:
+    """Whether device-mapper holds the device still: every request to it waits."""
+    return _read(number, "suspended") == "1"
+
+
+def _read(number: int, name: str) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/dm/{name}").read_text().strip()
+    return None
+
+
+class SuspendGauge:
+    """Measures, in a thread of its own while it is entered, for how long a device is suspended. The kernel tells nobody when it suspends, so
+    the flag is sampled: `seconds` is right to about a millisecond, and 0.0 means that no sample met it. None: the kernel could not be asked."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.seconds: float | None = None
+
+    def __enter__(self) -> SuspendGauge:
+        self._thread = threading.Thread(target=self._sample, name="fvd-suspend-gauge", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        try:
+            fd = os.open(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}/dm/suspended", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            self.seconds = 0.0
+            begun = before = time.monotonic()
+            was_suspended = False
+            while True:
+                ended = self._ended.wait(SAMPLE_SECONDS if before - begun < SLOW_AFTER_SECONDS else SLOW_SAMPLE_SECONDS)
+                suspended = os.pread(fd, 2, 0)[:1] == b"1"
+                now = time.monotonic()
+                if was_suspended:
+                    self.seconds += now - before
+                before, was_suspended = now, suspended
+                if ended:
+                    return
+        except OSError:
+            return  # the device has gone
+        finally:
+            os.close(fd)

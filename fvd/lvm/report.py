@@ -1,0 +1,138 @@
+"""What lvm2 reports, as types: its JSON in, logical volumes and groups out. Pure: runs nothing, asks nothing.
+
+Only the fields named here are ever asked for, so a newer lvm2 changes nothing. Sizes are bytes (`--units b --nosuffix`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fvd.errors import Unsupported
+
+VOLUME_FIELDS = (
+    "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_permissions,"
+    "lv_kernel_major,lv_kernel_minor,lv_health_status,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+)
+GROUP_FIELDS = (
+    "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+)
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """What may keep a whole group from being used."""
+
+    writable: bool
+    exported: bool
+    partial: bool  # physical volumes are missing
+    shared: bool  # clustered, or with a lock manager
+
+
+@dataclass(frozen=True)
+class LogicalVolume:
+    """One logical volume, as its group's metadata and the kernel have it."""
+
+    group: str
+    name: str
+    uuid: str
+    size_bytes: int  # committed; the device may be smaller until it is refreshed
+    tags: frozenset[str]
+    layout: frozenset[str]  # {"linear"}, {"striped"}, {"thin", "sparse"}...
+    role: frozenset[str]
+    active: bool
+    active_elsewhere: bool
+    suspended: bool
+    writable: bool
+    device_number: tuple[int, int] | None  # major and minor; None: not active
+    health: str  # "" is good
+    group_state: GroupState
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.group}/{self.name}"
+
+
+@dataclass(frozen=True)
+class VolumeGroup:
+    """One volume group."""
+
+    name: str
+    uuid: str
+    size_bytes: int
+    free_bytes: int
+    extent_bytes: int
+    tags: frozenset[str]
+    state: GroupState
+
+
+def parse_volumes(answer: str) -> list[LogicalVolume]:
+    """The rows of `lvs -o VOLUME_FIELDS`. Raises Unsupported for an answer in another form."""
+    return [_checked(_volume, row) for row in _rows(answer, "lv")]
+
+
+def parse_groups(answer: str) -> list[VolumeGroup]:
+    """The rows of `vgs -o GROUP_FIELDS`. Raises Unsupported."""
+    return [_checked(_group, row) for row in _rows(answer, "vg")]
+
+
+def _rows(answer: str, kind: str) -> Iterator[dict[str, Any]]:
+    try:
+        for part in json.loads(answer)["report"]:
+            yield from part.get(kind, [])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unsupported(f"lvm2 answered in a form that fvd does not know ({error}); lvm2 2.03.12 or later is needed") from error
+
+
+def _checked(parse: Any, row: dict[str, Any]) -> Any:
+    try:
+        return parse(row)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise Unsupported(f"lvm2 reports a field in a form that fvd does not know ({error!r}); lvm2 2.03.12 or later is needed") from error
+
+
+def _volume(row: dict[str, Any]) -> LogicalVolume:
+    major, minor = int(row["lv_kernel_major"]), int(row["lv_kernel_minor"])
+    return LogicalVolume(
+        group=row["vg_name"],
+        name=row["lv_name"],
+        uuid=row["lv_uuid"],
+        size_bytes=int(row["lv_size"]),
+        tags=_set(row["lv_tags"]),
+        layout=_set(row["lv_layout"]),
+        role=_set(row["lv_role"]),
+        active=bool(row["lv_active"]),
+        active_elsewhere=row["lv_active_remotely"] in ("1", "active remotely", "remotely active"),
+        suspended=row["lv_suspended"] in ("1", "suspended"),
+        writable=not row["lv_permissions"].startswith("read-only"),  # "unknown" while it is not active
+        device_number=None if major < 0 or minor < 0 else (major, minor),
+        health=row["lv_health_status"],
+        group_state=_group_state(row),
+    )
+
+
+def _group(row: dict[str, Any]) -> VolumeGroup:
+    return VolumeGroup(
+        name=row["vg_name"],
+        uuid=row["vg_uuid"],
+        size_bytes=int(row["vg_size"]),
+        free_bytes=int(row["vg_free"]),
+        extent_bytes=int(row["vg_extent_size"]),
+        tags=_set(row["vg_tags"]),
+        state=_group_state(row),
+    )
+
+
+def _group_state(row: dict[str, Any]) -> GroupState:
+    return GroupState(
+        writable=row["vg_permissions"] == "writeable",
+        exported=row["vg_exported"] in ("1", "exported"),
+        partial=row["vg_partial"] in ("1", "partial"),
+        shared=row["vg_shared"] in ("1", "shared") or row["vg_clustered"] in ("1", "clustered"),
+    )
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(filter(None, text.split(",")))

@@ -1,0 +1,101 @@
+"""Runs one command of lvm2 or dmsetup to its end: fixed environment, a time limit, a kill that is waited for. Knows no command's meaning.
+
+`run_command` is the only place from which a command leaves this process; the tests put a simulated machine there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fvd.errors import PermissionDenied, Timeout, Unsupported
+
+# /usr/sbin is not in an ordinary user's PATH on Debian.
+PROGRAM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+# lvm blocks signals while it holds a group's lock: it is asked to end, and given time to put things in order, before it is killed.
+TERM_SECONDS = 5.0
+# os-brick's experience: lvm2 crashes now and then (128 + SIGSEGV as a shell tells it; subprocess says -11), and the next run works.
+CRASHED = (139, -signal.SIGSEGV)
+KEPT_VARIABLES = ("LVM_SYSTEM_DIR", "DM_DEV_DIR")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left."""
+
+    words: tuple[str, ...]
+    exit_code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def crashed(self) -> bool:
+        return self.exit_code in CRASHED
+
+    @property
+    def killed(self) -> bool:
+        """By somebody's signal, ours excepted: that is a Timeout."""
+        return self.exit_code < 0 and not self.crashed
+
+
+class Unfinished(Timeout):
+    """The command was ended by us because it took too long: what it was doing may be half done."""
+
+
+def run_command(words: Sequence[str], timeout_seconds: float) -> Finished:
+    """Runs the command to its end, whatever its exit code.
+
+    Raises Unfinished (it is dead when this is raised, however long that takes), Unsupported (no such program here).
+    """
+    program = shutil.which(words[0], path=PROGRAM_PATH)
+    if program is None:
+        raise Unsupported(f"{words[0]} is needed for logical volumes and is not here; install lvm2")
+    begun = time.monotonic()
+    environment = {"PATH": PROGRAM_PATH, "LC_ALL": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
+    environment |= {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    try:
+        child = subprocess.Popen(
+            [program, *words[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            # Ctrl-C at a terminal goes to the whole foreground group; an lvextend must not be interrupted by it.
+            start_new_session=True,
+        )
+    except PermissionError as error:
+        raise PermissionDenied(f"{program} may not be run by you; logical volumes need root") from error
+    try:
+        out, err = child.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        out, err = _end(child)
+        said = f"; it said: {last_line(err)}" if err.strip() else ""
+        raise Unfinished(f"{' '.join(words[:1])} did not end within {timeout_seconds:g} s and was killed{said}") from None
+    except BaseException:
+        _end(child)  # nothing that was begun goes on without its owner
+        raise
+    return Finished(tuple(words), child.returncode, out, err, time.monotonic() - begun)
+
+
+def _end(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """Waits as long as the kernel keeps it: while it lives, a second command would believe in a state that is not so."""
+    for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=seconds)
+    raise AssertionError("a wait without a limit has ended")
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,0 +1,269 @@
+"""Where logical volumes live: made, activated, switched off by the last user, removed. The states of a volume are docs/lvm.md's table.
+
+Third implementation of `provider.Provider`. Knows nothing of what a disk's bytes mean.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fvd.device.claim import Claim, Ownership, claim
+from fvd.device.node import Node, open_node
+from fvd.device.udev import udev_is_running, wait_for_node
+from fvd.errors import Conflict, DeviceError, FvdError, InUse, NotFound, PermissionDenied, Unsupported
+from fvd.lvm import dm, sharing
+from fvd.lvm.commands import Lvm
+from fvd.lvm.report import GroupState, LogicalVolume
+from fvd.units import format_size
+from fvd.volume import overcommit
+from fvd.volume.growth import Storage
+from fvd.volume.lvm_storage import LvmStorage, release_if_suspended
+from fvd.volume.name import VolumeName
+from fvd.volume.overcommit import TAG_DISK, TAG_UNFINISHED, Facts
+from fvd.volume.seams import Contents, Plan, Presence
+
+log = logging.getLogger(__name__)
+
+
+class LvmProvider:
+    """Logical volumes."""
+
+    fixed_size = False
+    in_place = True
+
+    def __init__(self, lvm: Lvm | None = None) -> None:
+        self._lvm = lvm or Lvm()
+
+    def presence(self, name: VolumeName) -> Presence:
+        volume = self._lvm.find(name.group, name.lv)
+        if volume is None:
+            return Presence.ABSENT
+        if TAG_UNFINISHED in volume.tags:
+            return Presence.UNFINISHED
+        return Presence.PRESENT if TAG_DISK in volume.tags else Presence.FOREIGN
+
+    def attach(self, name: VolumeName) -> AttachedVolume:
+        share = sharing.take(name.group, name.lv)
+        try:
+            volume = self._find(name)
+            if TAG_UNFINISHED in volume.tags:
+                raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
+            if TAG_DISK not in volume.tags:
+                raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
+            _switch_on(self._lvm, volume, name)
+        except BaseException:
+            share.close()
+            raise
+        return AttachedVolume(self._lvm, name, volume, share)
+
+    def build(self, name: VolumeName, plan: Plan) -> BuiltVolume:
+        share = sharing.take(name.group, name.lv)
+        try:
+            volume, created = self._find_or_create(name, plan)
+            return BuiltVolume(self._lvm, name, volume, share, plan, created=created)
+        except BaseException:
+            share.close()
+            raise
+
+    def storage(self, name: VolumeName, node: Node) -> Storage:
+        return LvmStorage(node, name.group, name.lv, self._lvm, tells_of_room=udev_is_running())
+
+    def remove(self, name: VolumeName) -> None:
+        pass  # a volume in use is not removed by lvm: see AttachedVolume.reclaim
+
+    def forget_unfinished(self, name: VolumeName) -> None:
+        volume = self._lvm.find(name.group, name.lv)
+        if volume is None or TAG_UNFINISHED not in volume.tags:
+            return
+        share = sharing.take(name.group, name.lv)
+        try:
+            _refuse_group(volume.group_state, volume.group)
+            if volume.active:
+                # Whoever is at work on it holds the device.
+                claim(name.path, Ownership.WRITER).close()
+            self._lvm.remove(volume)
+        finally:
+            share.close()
+
+    def _find(self, name: VolumeName) -> LogicalVolume:
+        volume = self._lvm.find(name.group, name.lv)
+        if volume is None:
+            raise NotFound(f"there is no logical volume {name}; fvd-lv list {name.group} shows those there are (a file is file:PATH)")
+        _refuse_group(volume.group_state, volume.group)
+        if volume.active_elsewhere:
+            raise InUse(f"{name} is active on another host; deactivate it there first")
+        overcommit.refuse_unusable(volume)
+        return volume
+
+    def _find_or_create(self, name: VolumeName, plan: Plan) -> tuple[LogicalVolume, bool]:
+        facts = _facts(plan)
+        if self._lvm.find(name.group, name.lv) is not None:
+            return self._find(name), False
+        group = self._lvm.group(name.group)
+        _refuse_group(group.state, group.name)
+        limited = plan.max_overcommit is not None or overcommit.has_limit(group)
+        if limited:
+            found = overcommit.commitment(group, self._lvm.volumes(name.group))
+            most_bytes = -(-facts.most_bytes // group.extent_bytes) * group.extent_bytes
+            overcommit.check_limit(found, plan.max_overcommit, most_bytes)
+        try:
+            self._lvm.create(name.group, name.lv, plan.size_bytes, [TAG_UNFINISHED, *facts.tags()])
+        except Conflict:
+            return self._find(name), False  # somebody was faster: the claim tells what comes of it
+        volume = self._find(name)
+        if limited:
+            try:
+                # Another provision may have counted before ours was there: now both see both.
+                overcommit.check_limit(
+                    overcommit.commitment(self._lvm.group(name.group), self._lvm.volumes(name.group)), plan.max_overcommit
+                )
+            except BaseException:
+                self._lvm.remove(volume)
+                raise
+        return volume, True
+
+
+class AttachedVolume:
+    """A logical volume that is active for us. The last one on this host who closes it switches it off."""
+
+    ours = True
+
+    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share) -> None:
+        self.path = name.path
+        self._lvm = lvm
+        self._name = name
+        self._volume = volume
+        self._share = share
+
+    def __enter__(self) -> AttachedVolume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        _switch_off(self._lvm, self._name, self._share)
+
+    def reclaim(self) -> None:
+        self._lvm.remove(self._volume)
+
+
+class BuiltVolume:
+    """A logical volume in the making, claimed."""
+
+    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share, plan: Plan, *, created: bool) -> None:
+        self._lvm = lvm
+        self._name = name
+        self._share = share
+        self._plan = plan
+        self._published = False
+        self._volume = volume
+        self._was_active = volume.active
+        self._claim: Claim | None = None
+        self.contents = Contents.NOBODYS
+        try:
+            _switch_on(lvm, volume, name)
+            self._claim = claim(name.path, Ownership.WRITER)
+            self.node = open_node(name.path)
+        except BaseException:
+            if self._claim is not None:
+                self._claim.close()
+            if created:
+                lvm.remove(volume)
+            raise
+        try:
+            self._claim.check_covers(self.node)
+            self._look_again(volume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _look_again(self, before: LogicalVolume) -> None:
+        """What it is now that nobody else can change it."""
+        volume = self._lvm.find(self._name.group, self._name.lv)
+        if volume is None or volume.uuid != before.uuid:
+            raise Conflict(f"{self._name} was removed by somebody else meanwhile; run the command again")
+        self._volume = volume
+        if TAG_UNFINISHED in volume.tags:
+            self.contents = Contents.NOBODYS
+        else:
+            self.contents = Contents.OURS if TAG_DISK in volume.tags else Contents.FOREIGN
+
+    def make_room(self, size_bytes: int) -> None:
+        if self.contents is Contents.FOREIGN:
+            # From here on it is overwritten: a crash must leave what nobody believes, not half a disk of nobody's.
+            self._lvm.retag(self._name.group, self._name.lv, add=[TAG_UNFINISHED])
+        if self.node.size_bytes() < size_bytes:
+            self._lvm.extend(self._name.group, self._name.lv, size_bytes)
+
+    def publish(self, *, replace: bool) -> None:
+        facts = _facts(self._plan)
+        add = [TAG_DISK, *facts.tags()]
+        stale = [TAG_UNFINISHED, *overcommit.fact_tags(self._volume)]
+        remove = [tag for tag in stale if tag not in add]
+        if self.contents is not Contents.NOBODYS:
+            self._lvm.stay_inactive(self._name.group, self._name.lv)
+        self._lvm.retag(self._name.group, self._name.lv, remove=remove, add=[tag for tag in add if tag not in self._volume.tags])
+        self._published = True
+
+    def close(self) -> None:
+        self.node.close()
+        if self._claim is not None:
+            self._claim.close()
+        if not self._published and self.contents is Contents.NOBODYS:
+            try:
+                self._lvm.remove(self._volume)
+            except FvdError as error:
+                log.warning("%s: the unfinished volume could not be removed (%s); fvd-lv remove %s tries again", self._name, error, self._name)
+            self._share.close()
+            return
+        if self._was_active and self.contents is Contents.FOREIGN and not self._published:
+            self._share.close()  # somebody else's volume, refused: as it was
+            return
+        _switch_off(self._lvm, self._name, self._share)
+
+
+def _facts(plan: Plan) -> Facts:
+    return Facts(plan.virtual_size_bytes, plan.most_bytes, plan.grow_step_bytes)
+
+
+def _refuse_group(state: GroupState, name: str) -> None:
+    """Raises Unsupported, InUse, DeviceError, PermissionDenied for a group that must not be used."""
+    if state.shared:
+        raise Unsupported(f"volume group {name} is shared or clustered, which fvd does not support yet; use a group of this host alone")
+    if state.exported:
+        raise InUse(f"volume group {name} is exported for another host; take it back with vgimport {name} if that host has given it up")
+    if state.partial:
+        raise DeviceError(f"volume group {name} is incomplete: physical volumes are missing; vgs -o +pv_name {name} tells which")
+    if not state.writable:
+        raise PermissionDenied(f"volume group {name} is read-only; vgchange can make it writable")
+
+
+def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName) -> None:
+    """The volume's device is there, goes on, and is as large as the metadata says."""
+    if not volume.writable:
+        raise PermissionDenied(f"{name} is a read-only logical volume; lvchange --permission rw {name} makes it writable")
+    if not volume.active:
+        lvm.activate(name.group, name.lv)
+        wait_for_node(name.path)
+        return
+    wait_for_node(name.path)
+    number = dm.number_of(name.path)
+    if release_if_suspended(lvm, name.group, name.lv, number):
+        log.warning("%s was suspended by a command that has died; it goes on", name)
+    size_bytes = dm.size_bytes(number)
+    if size_bytes is not None and size_bytes != volume.size_bytes:
+        log.warning("%s is %s, but its device %s; refreshed", name, format_size(volume.size_bytes), format_size(size_bytes))
+        lvm.refresh(name.group, name.lv)
+
+
+def _switch_off(lvm: Lvm, name: VolumeName, share: sharing.Share) -> None:
+    """Never raises: what was to be done with the volume is done, and the next user takes over an active one."""
+    if not share.close_as_last():
+        return
+    try:
+        lvm.deactivate(name.group, name.lv)
+    except FvdError as error:
+        log.warning("%s stays active: %s", name, error)
+    finally:
+        share.close()

@@ -1,0 +1,146 @@
+"""How much the disks of a volume group have been promised, and how much there is: pure figures from what lvm reports. Runs nothing.
+
+The facts about a disk stand in the tags of its logical volume, so that a group is judged by one look and nothing need be activated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fvd.errors import Conflict, InvalidArgument, NoSpace
+from fvd.lvm.report import LogicalVolume, VolumeGroup
+from fvd.units import format_size
+
+TAG_DISK = "fvd.disk"
+TAG_UNFINISHED = "fvd.unfinished"
+_FACT_TAG = re.compile(r"fvd\.(virtual|most|step)=(\d{1,20})", re.ASCII)
+_LIMIT_TAG = re.compile(r"fvd\.max_overcommit=(\d{1,6}(?:\.\d{1,6})?)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a disk from outside. Sizes in bytes."""
+
+    virtual_size_bytes: int
+    most_bytes: int  # the greatest storage that it can ever need
+    grow_step_bytes: int
+
+    def tags(self) -> list[str]:
+        """As they stand on the logical volume."""
+        return [f"fvd.virtual={self.virtual_size_bytes}", f"fvd.most={self.most_bytes}", f"fvd.step={self.grow_step_bytes}"]
+
+
+def facts_of(volume: LogicalVolume) -> Facts | None:
+    """None: the tags do not say."""
+    found = {match[1]: int(match[2]) for tag in volume.tags if (match := _FACT_TAG.fullmatch(tag))}
+    return Facts(found["virtual"], found["most"], found["step"]) if {"virtual", "most", "step"} <= found.keys() else None
+
+
+def fact_tags(volume: LogicalVolume) -> list[str]:
+    """The tags that tell facts, right or wrong."""
+    return sorted(tag for tag in volume.tags if _FACT_TAG.fullmatch(tag))
+
+
+def is_disk(volume: LogicalVolume) -> bool:
+    """Whether it is one of ours, finished."""
+    return TAG_DISK in volume.tags and TAG_UNFINISHED not in volume.tags
+
+
+def is_ours(volume: LogicalVolume) -> bool:
+    """Whether it is one of ours, finished or not."""
+    return bool(volume.tags & {TAG_DISK, TAG_UNFINISHED})
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """What a group has and what it has promised, in bytes."""
+
+    group: str
+    size_bytes: int
+    free_bytes: int  # the growth reserve: what no volume has
+    disks: int
+    storage_bytes: int  # the logical volumes of our disks
+    virtual_bytes: int
+    most_bytes: int  # the sum of the greatest sizes: what is promised
+    unknown: int  # disks whose tags do not say what they may need; they count with the size they have
+    limit: float | None  # the strictest fvd.max_overcommit of the group
+
+    @property
+    def available_bytes(self) -> int:
+        """What disks have or can still get."""
+        return self.storage_bytes + self.free_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Promised over available: above 1, not every disk can become as large as it may."""
+        return self.most_bytes / self.available_bytes if self.available_bytes else 0.0
+
+
+def commitment(group: VolumeGroup, volumes: Iterable[LogicalVolume]) -> Commitment:
+    """The figures of one group; of `volumes` only ours in it count."""
+    ours = [volume for volume in volumes if volume.group == group.name and is_ours(volume)]
+    facts = [(volume, facts_of(volume)) for volume in ours]
+    return Commitment(
+        group=group.name,
+        size_bytes=group.size_bytes,
+        free_bytes=group.free_bytes,
+        disks=len(ours),
+        storage_bytes=sum(volume.size_bytes for volume in ours),
+        virtual_bytes=sum(fact.virtual_size_bytes for _, fact in facts if fact),
+        most_bytes=sum(greatest_bytes(volume, group.extent_bytes) for volume in ours),
+        unknown=sum(fact is None for _, fact in facts),
+        limit=_limit_of(group),
+    )
+
+
+def has_limit(group: VolumeGroup) -> bool:
+    """Whether the group itself limits over-commit."""
+    return _limit_of(group) is not None
+
+
+def _limit_of(group: VolumeGroup) -> float | None:
+    return min((float(match[1]) for tag in group.tags if (match := _LIMIT_TAG.fullmatch(tag))), default=None)
+
+
+def greatest_bytes(volume: LogicalVolume, extent_bytes: int) -> int:
+    """The size that a volume can reach, in whole extents; what it has, where the tags do not say or it is larger by hand."""
+    facts = facts_of(volume)
+    return max(volume.size_bytes, 0 if facts is None else -(-facts.most_bytes // extent_bytes) * extent_bytes)
+
+
+def check_limit(found: Commitment, limit: float | None, added_bytes: int = 0) -> None:
+    """Raises NoSpace if the promises, with `added_bytes` more, are beyond the stricter of the limit asked for and the group's own."""
+    limits = [value for value in (limit, found.limit) if value is not None]
+    if not limits:
+        return
+    strictest = min(limits)
+    promised = found.most_bytes + added_bytes
+    if promised > strictest * found.available_bytes:
+        ratio = f"{promised / found.available_bytes:.2f}" if found.available_bytes else "infinity"
+        raise NoSpace(
+            f"volume group {found.group} would be over-committed {ratio} times, and {strictest:g} is the limit: disks could grow to "
+            f"{format_size(promised)} in all, where {format_size(found.available_bytes)} can be had; add a physical volume (vgextend), "
+            "make the disk smaller, or raise the limit (--max-overcommit, tag fvd.max_overcommit of the group)"
+        )
+
+
+def parse_limit(value: float | str | None) -> float | None:
+    """A ratio above 0. Raises InvalidArgument."""
+    if value is None:
+        return None
+    try:
+        ratio = float(value)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio < 1e6:
+        raise InvalidArgument(f"{value!r} is no over-commit ratio; write for example 1.5, and 1 for none at all")
+    return ratio
+
+
+def refuse_unusable(volume: LogicalVolume) -> None:
+    """Raises Conflict for a layout that fvd does not drive."""
+    if not volume.layout & {"linear", "striped"} or volume.layout - {"linear", "striped"} or volume.role - {"public"}:
+        kinds = ", ".join(sorted(volume.layout | (volume.role - {"public"})))
+        raise Conflict(f"{volume.full_name} is a logical volume of another kind ({kinds}); fvd uses linear and striped ones")

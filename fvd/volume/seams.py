@@ -1,0 +1,123 @@
+"""The seam to the places that hold disks: what happens to a volume's *name* (made, attached, released, removed). Shapes only.
+
+`file_provider`, `device_provider` and `lvm_provider` have these shapes; `provider.provider_for` chooses. None of them knows what a disk's bytes
+mean. `growth.Storage` is the other half: the size of open storage.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from fvd.device.node import Node
+from fvd.volume.growth import Storage
+from fvd.volume.name import VolumeName
+
+
+class Presence(enum.Enum):
+    """What a name leads to, as far as can be told from outside."""
+
+    ABSENT = "absent"
+    UNFINISHED = "unfinished"  # ours, and nothing in it is to be believed
+    PRESENT = "present"  # what it holds tells what it is
+    FOREIGN = "foreign"  # not ours, and no superblock in it is to be believed
+
+
+class Contents(enum.Enum):
+    """What a volume that is being built holds now."""
+
+    BLANK = "blank"  # every byte is known to be zero
+    NOBODYS = "nobodys"  # leftovers that nobody may see again: overwritten without a question
+    OURS = "ours"  # a disk if there is a superblock; otherwise looked at before it is overwritten
+    FOREIGN = "foreign"  # looked at before it is overwritten; a superblock there is somebody else's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The volume that a disk needs. Sizes in bytes."""
+
+    size_bytes: int  # at first
+    virtual_size_bytes: int
+    most_bytes: int  # the greatest it can ever need
+    grow_step_bytes: int
+    max_overcommit: float | None = None  # of its volume group; None: whatever the group says itself
+
+
+class Attached(Protocol):
+    """A volume that can be opened, until `close`."""
+
+    path: str
+    ours: bool  # made by fvd for a disk: blank contents are a half-removed disk, not somebody's
+
+    def __enter__(self) -> Attached: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None:
+        """Lets go of it, when everything in it is closed. Never raises for what is detached already."""
+
+    def reclaim(self) -> None:
+        """Gives back what `Provider.remove` could not under the claim. Before `close`; the disk has been wiped and the claim given up."""
+
+
+class Building(Protocol):
+    """A place in the making: claimed, and not yet under its name if the provider can hide it."""
+
+    node: Node
+    contents: Contents
+
+    def make_room(self, size_bytes: int) -> None:
+        """At least this large, if its size is ours to choose. Raises NoSpace."""
+
+    def publish(self, *, replace: bool) -> None:
+        """Puts it under its name, durably. `replace`: whatever has the name is given up for it. Raises Conflict."""
+
+    def close(self) -> None:
+        """Lets go of it; if it was never published, removes what was built."""
+
+
+class Provider(Protocol):
+    """Where volumes of one kind live. Stateless: safe from threads."""
+
+    fixed_size: bool  # making, sizing and removing a volume is somebody else's business
+    in_place: bool  # a new disk is written where the old contents are; otherwise beside them, and takes the name at the end
+
+    def presence(self, name: VolumeName) -> Presence:
+        """What the name leads to now."""
+
+    def attach(self, name: VolumeName) -> Attached:
+        """Makes the volume reachable (LVM: activates it). Raises NotFound, InUse, InvalidArgument (another kind has this name)..."""
+
+    def build(self, name: VolumeName, plan: Plan) -> Building:
+        """Begins a volume. What an interrupted build left behind is replaced. Raises InUse, NoSpace, NotFound."""
+
+    def storage(self, name: VolumeName, node: Node) -> Storage:
+        """The growing end of an open volume."""
+
+    def remove(self, name: VolumeName) -> None:
+        """Gives the place back, as far as can be done under the claim, which the caller holds. Absent is fine."""
+
+    def forget_unfinished(self, name: VolumeName) -> None:
+        """Removes what an interrupted `build` left behind, unless somebody is at work on it. May raise InUse."""
+
+
+class AttachedPath:
+    """A volume that is always reachable: its path is all there is to it."""
+
+    ours = False
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> AttachedPath:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def reclaim(self) -> None:
+        pass
