@@ -1,35 +1,94 @@
-"""Which disks are there: served ones by their control sockets, closed ones in the folders that one names."""
+"""Which disks are there: served ones by their control sockets, closed ones in the folders and volume groups that one names."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fvd.api.types import Info, Listed, info_from_json
-from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied
+from fvd.api.types import Group, Info, Listed, info_from_json
+from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied, Unsupported
 
 if TYPE_CHECKING:
+    from fvd.lvm.extents import Piece
+    from fvd.lvm.report import LogicalVolume, VolumeGroup
     from fvd.volume.name import VolumeName
 
 # Someone who does not answer is left out rather than waited for.
 ANSWER_TIMEOUT_SECONDS = 5.0
 
 
-def list_volumes(*folders: str) -> list[Listed]:
-    """The disks that are served (those of this user; root's list has everyone's), then the others in each folder, not below it.
+@dataclass(frozen=True)
+class Listing:
+    """Disks, and the volume groups that were looked at."""
 
-    Files and block devices are looked at; what is no fvd disk is left out, damaged disks are not. Raises NotFound (no such folder).
+    volumes: list[Listed]
+    groups: list[Group]
+
+
+def list_volumes(*places: str) -> list[Listed]:
+    """The disks that are served (those of this user; root's list has everyone's), then the others in each place.
+
+    A place is a volume group (``"vg0"``) or a folder (``"/srv"``), which is not searched below. Nothing is activated. What is no fvd disk is left out, damaged disks are not. Raises NotFound (no such folder or group), PermissionDenied.
     """
-    found = _served()
+    return look_around(*places).volumes
+
+
+def list_groups(*groups: str) -> list[Group]:
+    """Volume groups with what their disks take and have been promised; none named: all that there are. Raises as ``list_volumes``."""
+    return _look_at_groups(groups, served={})[1]
+
+
+def look_around(*places: str, every_group: bool = False) -> Listing:
+    """Both at once. ``every_group``: all volume groups too, where there is LVM and one may ask it."""
+    served = _served()
+    found = list(served)
+    groups: list[Group] = []
+    named = _named_groups(places)
+    if named or every_group:
+        try:
+            volumes, groups = _look_at_groups(() if every_group else named, {listed.volume: listed for listed in served})
+        except (Unsupported, PermissionDenied):
+            if named:
+                raise
+            volumes = []
+        # A served logical volume gets what only its group knows.
+        known = {listed.volume: listed for listed in volumes}
+        found = [known.pop(listed.volume, listed) for listed in found] + list(known.values())
     seen = {listed.volume for listed in found}
-    for folder in folders:
+    for folder in places:
+        if folder in named:
+            continue
         for name in _candidates(folder):
             if str(name) not in seen:
                 seen.add(str(name))
                 listed = _look(name)
                 if listed is not None:
                     found.append(listed)
-    return found
+    return Listing(found, groups)
+
+
+def _named_groups(places: tuple[str, ...]) -> list[str]:
+    """A bare word is a volume group; where none has that name, a folder. Raises what kept LVM from answering, if there is no folder either."""
+    from fvd.lvm.commands import Lvm
+    from fvd.volume.name import is_group_name
+
+    words = [place for place in places if is_group_name(place)]
+    if not words:
+        return []
+    try:
+        there = {group.name for group in Lvm().groups()}
+    except FvdError:
+        if not all(Path(word).is_dir() for word in words):
+            raise
+        there = set()
+    for word in words:
+        if word not in there and not Path(word).exists():
+            raise NotFound(f"{word} is neither a volume group nor a folder; vgs lists the groups")
+    return [word for word in words if word in there]
+
+
+# --- Served ones -----------------------------------------------------------------------------------------------------------------
 
 
 def _served() -> list[Listed]:
@@ -48,6 +107,86 @@ def _served() -> list[Listed]:
         except FvdError as error:
             found.append(Listed(f"(control socket {path})", error.kind, None, str(error)))
     return sorted(found, key=lambda listed: listed.volume)
+
+
+# --- Volume groups ---------------------------------------------------------------------------------------------------------------
+
+
+def _look_at_groups(groups: tuple[str, ...] | list[str], served: dict[str, Listed]) -> tuple[list[Listed], list[Group]]:
+    from fvd.lvm.commands import Lvm
+    from fvd.volume.overcommit import is_ours
+
+    lvm = Lvm()
+    there = lvm.groups(*groups)
+    ours = [volume for volume in lvm.volumes(*groups) if is_ours(volume)]
+    # Where inactive ones lie is asked only if there are any.
+    pieces = lvm.pieces(*groups) if any(not volume.active for volume in ours) else {}
+    extent_bytes = {group.name: group.extent_bytes for group in there}
+    served = served or {listed.volume: listed for listed in _served()}
+    volumes = []
+    for volume in sorted(ours, key=lambda volume: (volume.group, volume.name)):
+        listed = served.get(volume.full_name) or _look_at_volume(volume, pieces)
+        volumes.append(_with_facts(listed, volume, extent_bytes[volume.group]))
+    return volumes, [_group(group, ours, volumes) for group in sorted(there, key=lambda group: group.name)]
+
+
+def _look_at_volume(volume: LogicalVolume, pieces: dict[str, list[Piece]]) -> Listed:
+    from fvd.volume.info import info as info_of
+    from fvd.volume.name import parse_name
+    from fvd.volume.offline import OfflineVolume
+    from fvd.volume.overcommit import is_disk
+    from fvd.volume.view import view_of
+
+    if not is_disk(volume):
+        return Listed(volume.full_name, "unfinished", None, "its provision was interrupted; run it again, or fvd-lv remove")
+    name = parse_name(volume.full_name)
+    try:
+        if not volume.active:
+            if volume.uuid not in pieces:
+                return Listed(volume.full_name, "closed", None, "it is not linear, so it is read only when it is active")
+            with OfflineVolume(name.path, pieces[volume.uuid]) as node:
+                return Listed(volume.full_name, "closed", info_from_json(info_of(view_of(name, node))))
+        return _look(name) or Listed(volume.full_name, "not_found", None, "it holds no disk: removed half-way; fvd-lv remove ends that")
+    except FvdError as error:
+        return Listed(volume.full_name, error.kind, None, str(error))
+
+
+def _with_facts(listed: Listed, volume: LogicalVolume, extent_bytes: int) -> Listed:
+    from fvd.volume.overcommit import facts_of, greatest_bytes
+
+    facts = facts_of(volume)
+    return replace(
+        listed,
+        group=volume.group,
+        storage_size=volume.size_bytes,
+        virtual_size=listed.info.virtual_size if listed.info else None if facts is None else facts.virtual_size_bytes,
+        greatest_size=greatest_bytes(volume, extent_bytes),
+    )
+
+
+def _group(group: VolumeGroup, ours: list[LogicalVolume], volumes: list[Listed]) -> Group:
+    from fvd.volume.overcommit import commitment, facts_of
+
+    found = commitment(group, ours)
+    infos = [listed.info for listed in volumes if listed.group == group.name]
+    return Group(
+        group=found.group,
+        size=found.size_bytes,
+        free_bytes=found.free_bytes,
+        disks=found.disks,
+        storage_bytes=found.storage_bytes,
+        mapped_bytes=sum(info.mapped_bytes for info in infos if info),
+        unread_disks=sum(info is None for info in infos),
+        virtual_bytes=found.virtual_bytes,
+        greatest_bytes=found.most_bytes,
+        available_bytes=found.available_bytes,
+        overcommit=found.ratio,
+        max_overcommit=found.limit,
+        largest_step_bytes=max((facts.grow_step_bytes for volume in ours if volume.group == group.name and (facts := facts_of(volume))), default=0),
+    )
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------------------
 
 
 def _candidates(folder: str) -> list[VolumeName]:

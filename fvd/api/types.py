@@ -119,6 +119,30 @@ class Listed:
     state: str  # "served", "closed", or the kind of the error that keeps it from being read ("in_use", "corrupt"...)
     info: Info | None
     problem: str | None = None
+    # Of a logical volume, also where the disk in it cannot be read:
+    group: str | None = None
+    storage_size: int | None = None  # the logical volume
+    virtual_size: int | None = None
+    greatest_size: int | None = None  # what the logical volume can become
+
+
+@dataclass(frozen=True)
+class Group:
+    """A volume group, and what its disks have been promised."""
+
+    group: str
+    size: int
+    free_bytes: int  # the growth reserve: what no volume has taken
+    disks: int
+    storage_bytes: int  # the logical volumes of the disks
+    mapped_bytes: int  # what of it holds something, of the disks that could be read
+    unread_disks: int  # which could not
+    virtual_bytes: int
+    greatest_bytes: int  # the sum of what the logical volumes can become: what is promised
+    available_bytes: int  # storage_bytes and free_bytes
+    overcommit: float  # greatest_bytes / available_bytes: above 1, not every disk can become as large as it may
+    max_overcommit: float | None  # the group's limit (tag fvd.max_overcommit=R)
+    largest_step_bytes: int  # the largest growth step of its disks
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``fvd-lv list``: which disks are there. Served ones by their control sockets, closed ones by looking where one says."""
+"""``fvd-lv list``: which disks are there, and what volume groups have promised them. Served ones by their control sockets, others by looking."""
 
 from __future__ import annotations
 
@@ -6,45 +6,95 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import fvd
+from fvd.api.listing import Listing, look_around
 from fvd.cli.options import Subparsers, add_command
-from fvd.cli.output import Output, columns
+from fvd.cli.output import Output, columns, terminal_width
 from fvd.units import format_size
 
 if TYPE_CHECKING:
-    from fvd import Listed
+    from fvd import Group, Listed
 
 EXAMPLES = """\
-  fvd-lv list                        disks that are served, and those in the working directory
+  fvd-lv list                        disks that are served, those in the working directory, those in volume groups
+  fvd-lv list vg0                    disks in that volume group, and what it has promised them
   fvd-lv list /var/lib/disks         disks that are served, and those in that folder
   fvd-lv list /dev                   ... and those on block devices
   fvd-lv list --served               only disks that are served
 
-Looks at the beginning of each file in a folder, not below it. Served disks are those of this user; root sees everyone's."""
+Looks at the beginning of each file in a folder, not below it; a bare word is a volume group, or a folder where no group has that name.
+Activates nothing: inactive volumes are read from the physical volumes. Served disks are those of this user; root sees everyone's.
+
+Of a volume group: the growth reserve is what no volume has taken; over-commit is what its disks can become in all, over what can be had."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "list", "list disks: those being served, and those in a folder", run, EXAMPLES)
-    parser.add_argument("folders", metavar="FOLDER", nargs="*", help="where to look for closed disks; default: the working directory")
+    parser = add_command(subparsers, "list", "list disks: those being served, and those in a folder or volume group", run, EXAMPLES)
+    parser.add_argument(
+        "places", metavar="FOLDER|VG", nargs="*", help="where to look for closed disks; default: the working directory and all volume groups"
+    )
     parser.add_argument("--served", action="store_true", help="only disks that are being served")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folders = [] if arguments.served else arguments.folders or ["."]
-    found = fvd.list_volumes(*folders)
-    Output(arguments.output).result({"volumes": [asdict(listed) for listed in found]}, describe(found))
+    everywhere = not arguments.places and not arguments.served
+    found = look_around(*([] if arguments.served else arguments.places or ["."]), every_group=everywhere)
+    if arguments.places and all(any(group.group == place for group in found.groups) for place in arguments.places):
+        # A group was asked for: disks that are served from elsewhere do not belong to the answer.
+        found = Listing([listed for listed in found.volumes if listed.group in arguments.places], found.groups)
+    payload = {"volumes": [asdict(listed) for listed in found.volumes], "groups": [asdict(group) for group in found.groups]}
+    Output(arguments.output).result(payload, [*describe(found.volumes), *describe_groups(found.groups, terminal_width())])
     return 0
 
 
 def describe(found: list[Listed]) -> list[str]:
     if not found:
-        return ["no disks here; fvd-lv list FOLDER looks elsewhere, fvd-lv provision makes one"]
-    rows = [("VOLUME", "VIRTUAL", "MAPPED", "STORAGE", "AT MOST", "STATE")]
+        return ["no disks here; fvd-lv list FOLDER or VG looks elsewhere, fvd-lv provision makes one"]
+    rows = [("VOLUME", "VIRTUAL", "MAPPED", "STORAGE", "FREE", "AT MOST", "STATE")]
     for listed in found:
         disk = listed.info
+        storage, most = listed.storage_size, listed.greatest_size  # of the logical volume, where it is one
         if disk is None:
-            rows.append((listed.volume, "-", "-", "-", "-", f"{listed.state}: {listed.problem}"))
+            rows.append((listed.volume, _size(listed.virtual_size), "-", _size(storage), "-", _size(most), f"{listed.state}: {listed.problem}"))
             continue
-        figures = (format_size(number) for number in (disk.virtual_size, disk.mapped_bytes, disk.storage_size, disk.max_storage_size))
-        rows.append((listed.volume, *figures, disk.uri or listed.state))  # type: ignore[arg-type]
-    return columns(rows, right=(1, 2, 3, 4))
+        sizes = (
+            disk.virtual_size,
+            disk.mapped_bytes,
+            disk.storage_size if storage is None else storage,
+            disk.free_bytes,
+            disk.max_storage_size if most is None else most,
+        )
+        rows.append((listed.volume, *map(_size, sizes), disk.uri or listed.state))  # type: ignore[arg-type]
+    return columns(rows, right=(1, 2, 3, 4, 5))
+
+
+def describe_groups(groups: list[Group], width: int) -> list[str]:
+    """For each group its figures, and a bar of its whole size."""
+    lines = []
+    for group in groups:
+        limit = f", limit {group.max_overcommit:g}" if group.max_overcommit is not None else ""
+        steps = f", {group.free_bytes // group.largest_step_bytes} growth steps" if group.largest_step_bytes else ""
+        unread = f" (without {group.unread_disks} that could not be read)" if group.unread_disks else ""
+        lines += [
+            "",
+            f"volume group {group.group}, {format_size(group.size)}, {group.disks} disk{'' if group.disks == 1 else 's'}",
+            f"  {bar(group, max(20, min(100, width - 4)))}",
+            f"  █ mapped {format_size(group.mapped_bytes)}{unread}   ▒ more in disks' volumes "
+            f"{format_size(max(0, group.storage_bytes - group.mapped_bytes))}   ░ other volumes "
+            f"{format_size(max(0, group.size - group.free_bytes - group.storage_bytes))}   · free",
+            f"  virtual {format_size(group.virtual_bytes)}; growth reserve {format_size(group.free_bytes)}{steps}; "
+            f"over-commit {group.overcommit:.2f} ({format_size(group.greatest_bytes)} promised, {format_size(group.available_bytes)} "
+            f"can be had{limit})",
+        ]
+    return lines
+
+
+def bar(group: Group, cells: int) -> str:
+    """The group's whole size, from what is mapped to what is free; something that is there has a mark."""
+    other = max(0, group.size - group.free_bytes - group.storage_bytes)
+    parts = ((group.mapped_bytes, "█"), (max(0, group.storage_bytes - group.mapped_bytes), "▒"), (other, "░"))
+    marks = "".join(sign * max(1 if part else 0, round(part * cells / max(1, group.size))) for part, sign in parts)
+    return marks[:cells].ljust(cells, "·")
+
+
+def _size(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else format_size(size_bytes)

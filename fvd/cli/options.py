@@ -10,7 +10,7 @@ from fvd.api.address import parse_listen
 from fvd.errors import InvalidArgument
 from fvd.units import parse_size
 
-VOLUME_HELP = "file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
+VOLUME_HELP = "VG/LV, file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
 
 # How a command is registered: its parser, and what runs it.
 Run = Callable[[argparse.Namespace], int]

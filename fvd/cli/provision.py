@@ -12,6 +12,8 @@ from fvd.cli.output import Output
 from fvd.cli.progress import Progress
 
 EXAMPLES = """\
+  fvd-lv provision vg0/vm1 --size 100G
+  fvd-lv provision vg0/vm1 --size 100G --max-overcommit 3
   fvd-lv provision file:vm1.img --size 100G
   fvd-lv provision file:vm2.img --size 100G --base debian-12.raw
   fvd-lv provision /dev/sdb --size 500G --layout raw
@@ -32,6 +34,12 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--journal-size", metavar="SIZE", type=size, default="16M", help="64K to 1G, default 16M")
     parser.add_argument("--grow-step", metavar="SIZE", type=size, default="5G", help="storage at first and at each growth, default 5G")
     parser.add_argument("--placement", choices=("append",), default="append", help="where new chunks go; append: after the others")
+    parser.add_argument(
+        "--max-overcommit",
+        metavar="RATIO",
+        type=float,
+        help="refuse the disk if the group's disks could then become more than so many times what can be had; 1: no over-commit",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite foreign signatures (a file system, say); nothing else")
 
 
@@ -48,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             journal_size=arguments.journal_size,
             grow_step=arguments.grow_step,
             placement=arguments.placement,
+            max_overcommit=arguments.max_overcommit,
             force=arguments.force,
             progress=progress,
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 from fvd.lvm import runner
+from fvd.lvm.extents import PHYSICAL_FIELDS, SEGMENT_FIELDS, Piece, parse_pieces
 from fvd.lvm.report import GROUP_FIELDS, VOLUME_FIELDS, LogicalVolume, VolumeGroup, parse_groups, parse_volumes
 from fvd.lvm.runner import Finished, last_line
 
@@ -33,6 +34,7 @@ _SETTINGS = {
     "log": ("verbose=0", "silent=0", "level=0", "indent=0", 'prefix=""', "command_names=0"),
     "report": ("compact_output=0", "prefixes=0", "quoted=1", "binary_values_as_numeric=0", "list_item_separator=\",\""),
 }
+_REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix")
 # What lvm says when there is no more room, in the versions from 2.02 to 2.03.
 _NO_SPACE = re.compile(r"insufficient (free space|suitable|allocatable)|free extents|not enough free|no free extents", re.IGNORECASE)
 _NOT_FOUND = re.compile(r"failed to find logical volume|volume group \"?\S*\"? not found|not found in volume group|one or more specified logical", re.IGNORECASE)
@@ -71,12 +73,18 @@ class Lvm:
         """These groups (none named: all). Raises NotFound."""
         return parse_groups(self._report("vgs", GROUP_FIELDS, groups).stdout)
 
+    def pieces(self, *groups: str) -> dict[str, list[Piece]]:
+        """Where the linear volumes of these groups lie, by UUID."""
+        segments = self._run(["lvs", "--segments", *_REPORT, "--options", SEGMENT_FIELDS], list(groups))
+        physical = self._run(["pvs", *_REPORT, "--options", PHYSICAL_FIELDS], [])
+        return parse_pieces(segments.stdout, physical.stdout)
+
     def group(self, name: str) -> VolumeGroup:
         """One group. Raises NotFound."""
-        found = self.groups(name)
-        if not found:
-            raise NotFound(f"there is no volume group {name}; vgs lists those there are")
-        return found[0]
+        try:
+            return self.groups(name)[0]
+        except (NotFound, IndexError):
+            raise NotFound(f"there is no volume group {name}; vgs lists those there are") from None
 
     # --- What is done ----------------------------------------------------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ class Lvm:
     # --- Running ---------------------------------------------------------------------------------------------------------------------
 
     def _report(self, command: str, fields: str, what: Sequence[str]) -> Finished:
-        return self._run([command, "--reportformat", "json", "--units", "b", "--nosuffix", "--options", fields], list(what))
+        return self._run([command, *_REPORT, "--options", fields], list(what))
 
     def _run(self, words: list[str], what: list[str]) -> Finished:
         """Again where it is worth it: everything here is fine to be done twice."""
@@ -174,8 +182,9 @@ def _raise_for(done: Finished) -> None:
     if done.killed:
         raise DeviceError(f"{program} was killed by signal {-done.exit_code}")
     for pattern, kind, advice in _MEANINGS:
-        if pattern.search(done.stderr):
-            raise kind(f"{program}: {said}{advice}")
+        for line in done.stderr.splitlines():
+            if pattern.search(line):
+                raise kind(f"{program}: {line.strip()}{advice}")
     raise DeviceError(f"{program} failed: {said}")
 
 

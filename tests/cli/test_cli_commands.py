@@ -122,7 +122,7 @@ def test_provision_with_everything(fvd_lv: FvdLv, workdir: Path) -> None:
         (["file:no/such/folder/a", "--size", "1G"], 3, "folder"),
         (["/dev/no-such-device", "--size", "1G"], 3, "/dev/no-such-device"),
         (["nonsense", "--size", "1G"], 2, "file:PATH"),
-        (["vg0/vm1", "--size", "1G"], 8, "vg0/vm1"),
+        (["fvd-no-such-group/vm1", "--size", "1G"], 3, "no volume group fvd-no-such-group"),
     ],
 )
 def test_provision_errors(fvd_lv: FvdLv, workdir: Path, words: list[str], code: int, text: str) -> None:
@@ -255,7 +255,7 @@ def test_list(fvd_lv: FvdLv, workdir: Path) -> None:
     fvd_lv("provision", "file:a", "--size", "10G")
     fvd_lv("provision", "file:folder/b", "--size", "20G")
     [listed] = fvd_lv("list", "--output", "json").json["volumes"]
-    assert set(listed) == {"volume", "state", "info", "problem"}
+    assert set(listed) == {"volume", "state", "info", "problem", "group", "storage_size", "virtual_size", "greatest_size"}
     assert listed["volume"] == f"file:{workdir / 'a'}"
     assert listed["state"] == "closed"
     check_types(listed["info"], {name: types for name, types in INFO_TYPES.items() if name != "schema_version"})
