@@ -29,7 +29,8 @@ class Listing:
 def list_volumes(*places: str) -> list[Listed]:
     """The disks that are served (those of this user; root's list has everyone's), then the others in each place.
 
-    A place is a volume group (``"vg0"``) or a folder (``"/srv"``), which is not searched below. Nothing is activated. What is no fvd disk is left out, damaged disks are not. Raises NotFound (no such folder or group), PermissionDenied.
+    A place is a volume group (``"vg0"``) or a folder (``"/srv"``), which is not searched below. Nothing is activated. What is no fvd disk
+    is left out, damaged disks are not. Raises NotFound (no such folder or group), PermissionDenied.
     """
     return look_around(*places).volumes
 
@@ -69,7 +70,7 @@ def look_around(*places: str, every_group: bool = False) -> Listing:
 
 
 def _named_groups(places: tuple[str, ...]) -> list[str]:
-    """A bare word is a volume group; where none has that name, a folder. Raises what kept LVM from answering, if there is no folder either."""
+    """A bare word is a volume group; where none has that name, a folder. Raises what kept LVM from answering if there is none either."""
     from fvd.lvm.commands import Lvm
     from fvd.volume.name import is_group_name
 
@@ -182,7 +183,9 @@ def _group(group: VolumeGroup, ours: list[LogicalVolume], volumes: list[Listed])
         available_bytes=found.available_bytes,
         overcommit=found.ratio,
         max_overcommit=found.limit,
-        largest_step_bytes=max((facts.grow_step_bytes for volume in ours if volume.group == group.name and (facts := facts_of(volume))), default=0),
+        largest_step_bytes=max(
+            (facts.grow_step_bytes for volume in ours if volume.group == group.name and (facts := facts_of(volume))), default=0
+        ),
     )
 
 

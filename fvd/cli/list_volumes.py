@@ -1,4 +1,4 @@
-"""``fvd-lv list``: which disks are there, and what volume groups have promised them. Served ones by their control sockets, others by looking."""
+"""``fvd-lv list``: which disks are there, and what their volume groups have promised them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ Of a volume group: the growth reserve is what no volume has taken; over-commit i
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "list", "list disks: those being served, and those in a folder or volume group", run, EXAMPLES)
     parser.add_argument(
-        "places", metavar="FOLDER|VG", nargs="*", help="where to look for closed disks; default: the working directory and all volume groups"
+        "places",
+        metavar="FOLDER|VG",
+        nargs="*",
+        help="where to look for closed disks; default: the working directory and all volume groups",
     )
     parser.add_argument("--served", action="store_true", help="only disks that are being served")
 
@@ -54,7 +57,9 @@ def describe(found: list[Listed]) -> list[str]:
         disk = listed.info
         storage, most = listed.storage_size, listed.greatest_size  # of the logical volume, where it is one
         if disk is None:
-            rows.append((listed.volume, _size(listed.virtual_size), "-", _size(storage), "-", _size(most), f"{listed.state}: {listed.problem}"))
+            rows.append(
+                (listed.volume, _size(listed.virtual_size), "-", _size(storage), "-", _size(most), f"{listed.state}: {listed.problem}")
+            )
             continue
         sizes = (
             disk.virtual_size,

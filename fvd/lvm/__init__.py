@@ -1,1 +1,1 @@
-"""lvm2 and device-mapper through their own commands: what is there, made, extended, removed. Knows no disk format, no engine and no growth policy."""
+"""lvm2 and device-mapper through their own commands: what is there, made, extended, removed. Knows no disks."""

@@ -32,21 +32,29 @@ _SETTINGS = {
     "activation": ("monitoring=0", "verify_udev_operations=1"),
     "global": ("wait_for_locks=1", "suffix=0"),
     "log": ("verbose=0", "silent=0", "level=0", "indent=0", 'prefix=""', "command_names=0"),
-    "report": ("compact_output=0", "prefixes=0", "quoted=1", "binary_values_as_numeric=0", "list_item_separator=\",\""),
+    "report": ("compact_output=0", "prefixes=0", "quoted=1", "binary_values_as_numeric=0", 'list_item_separator=","'),
 }
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix")
 # What lvm says when there is no more room, in the versions from 2.02 to 2.03.
 _NO_SPACE = re.compile(r"insufficient (free space|suitable|allocatable)|free extents|not enough free|no free extents", re.IGNORECASE)
-_NOT_FOUND = re.compile(r"failed to find logical volume|volume group \"?\S*\"? not found|not found in volume group|one or more specified logical", re.IGNORECASE)
-_IN_USE = re.compile(r"\bin use\b|is used by another device|contains a filesystem in use|can't open|held open|device or resource busy", re.IGNORECASE)
+_NOT_FOUND = re.compile(
+    r"failed to find logical volume|volume group \"?\S*\"? not found|not found in volume group|one or more specified logical", re.IGNORECASE
+)
+_IN_USE = re.compile(
+    r"\bin use\b|is used by another device|contains a filesystem in use|can't open|held open|device or resource busy", re.IGNORECASE
+)
 _ELSEWHERE = re.compile(r"cannot access VG \S+ with system ID|locked by another host|LV locked by other host", re.IGNORECASE)
 _SHARED = re.compile(r"lock manager|lvmlockd|clustered volume group|skipping clustered", re.IGNORECASE)
-_NO_DM = re.compile(r"device-mapper driver missing|failure to communicate with kernel device-mapper|/dev/mapper/control: open failed", re.IGNORECASE)
+_NO_DM = re.compile(
+    r"device-mapper driver missing|failure to communicate with kernel device-mapper|/dev/mapper/control: open failed", re.IGNORECASE
+)
 _NO_RIGHTS = re.compile(r"permission denied|operation not permitted|must be root|requires root", re.IGNORECASE)
 _EXISTS = re.compile(r"already exists in volume group", re.IGNORECASE)
 _NO_CHANGE = re.compile(r"matches existing size|not larger than existing size", re.IGNORECASE)
 # They pass by themselves: somebody scans the device, or has the lock file in hand.
-_PASSES = re.compile(r"resource temporarily unavailable|can't get lock|failed to lock|read locks? failed|device or resource busy", re.IGNORECASE)
+_PASSES = re.compile(
+    r"resource temporarily unavailable|can't get lock|failed to lock|read locks? failed|device or resource busy", re.IGNORECASE
+)
 
 
 class Lvm:
@@ -141,7 +149,7 @@ class Lvm:
             return
 
     def release_suspended(self, device_name: str) -> None:
-        """A suspended device goes on with the table it has. One that was loaded and not yet used is dropped: its extents may be another's."""
+        """A suspended device goes on with the table it has. One that was loaded and not used is dropped: its extents may be another's."""
         for verb in ("clear", "resume"):
             _raise_for(runner.run_command(["dmsetup", verb, "--noudevsync", device_name], self._timeout_seconds))
 

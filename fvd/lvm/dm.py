@@ -69,8 +69,11 @@ def _read(number: int, name: str) -> str | None:
 
 
 class SuspendGauge:
-    """Measures, in a thread of its own while it is entered, for how long a device is suspended. The kernel tells nobody when it suspends, so
-    the flag is sampled: `seconds` is right to about a millisecond, and 0.0 means that no sample met it. None: the kernel could not be asked."""
+    """Measures, in a thread of its own while it is entered, for how long a device is suspended.
+
+    The kernel tells nobody when it suspends, so the flag is sampled: `seconds` is right to about a millisecond, and 0.0 means that no
+    sample met it. None: the kernel could not be asked.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number

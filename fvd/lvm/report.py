@@ -16,9 +16,7 @@ VOLUME_FIELDS = (
     "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_permissions,"
     "lv_kernel_major,lv_kernel_minor,lv_health_status,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
 )
-GROUP_FIELDS = (
-    "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
-)
+GROUP_FIELDS = "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
 
 
 @dataclass(frozen=True)

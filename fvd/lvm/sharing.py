@@ -43,7 +43,7 @@ def take(group: str, name: str, folder: Path | None = None) -> Share:
     folder = folder or LOCK_FOLDER
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # No volume name contains a slash, and no group name either: the pair is unique. Lock files stay: removing one would split its users.
+        # No name contains a colon: the pair is unique. Lock files stay: removing one would split its users.
         fd = os.open(folder / f"{group}:{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

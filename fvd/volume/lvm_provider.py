@@ -214,8 +214,11 @@ class BuiltVolume:
             try:
                 self._lvm.remove(self._volume)
             except FvdError as error:
-                log.warning("%s: the unfinished volume could not be removed (%s); fvd-lv remove %s tries again", self._name, error, self._name)
-            self._share.close()
+                log.warning(
+                    "%s: the unfinished volume could not be removed (%s); fvd-lv remove %s tries again", self._name, error, self._name
+                )
+            finally:
+                self._share.close()
             return
         if self._was_active and self.contents is Contents.FOREIGN and not self._published:
             self._share.close()  # somebody else's volume, refused: as it was

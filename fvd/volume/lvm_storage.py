@@ -1,4 +1,4 @@
-"""The growing end of an open logical volume: one `lvextend` a step, and whatever a broken one leaves is put right. docs/lvm.md has the table.
+"""The growing end of an open logical volume: one `lvextend` a step, and what a broken one leaves is put right (docs/lvm.md has the table).
 
 Knows neither engine nor format; the device's own size is the truth.
 """
@@ -85,7 +85,7 @@ class LvmStorage:
             self._lvm.extend(self._group, self._name, min(size_bytes, have + rest))
         if self.size_bytes() < size_bytes:
             raise NoSpace(
-                f"volume group {self._group} is full: {format_size(size_bytes - have)} more were wanted for {self._group}/{self._name}, and "
+                f"volume group {self._group} is full: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
                 f"{format_size(rest)} were left; add a physical volume (vgextend {self._group} DEVICE), and writes go on by themselves"
             )
 

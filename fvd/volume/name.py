@@ -19,10 +19,10 @@ _RESERVED_PARTS = (
 )  # fmt: skip
 _DM_NAME_BYTES = 127
 # Folders of /dev that are no volume groups; vgcreate refuses a name that /dev has already.
-_OTHER_FOLDERS = frozenset(
-    "block bsg bus cciss char cpu disk dm dma_heap dri fd hugepages i2o ida input loop mapper md mqueue nbd net pts raw rd shm snd vfio "
-    "vhost virtio-ports zvol".split()
-)
+_OTHER_FOLDERS = frozenset({
+    "block", "bsg", "bus", "cciss", "char", "cpu", "disk", "dm", "dma_heap", "dri", "fd", "hugepages", "i2o", "ida", "input", "loop",
+    "mapper", "md", "mqueue", "nbd", "net", "pts", "raw", "rd", "shm", "snd", "vfio", "vhost", "virtio-ports", "zvol",
+})  # fmt: skip
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 

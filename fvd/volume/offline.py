@@ -1,7 +1,7 @@
 """Reads a disk in a logical volume that is not active, straight from the physical volumes. Reads only; activates nothing, claims nothing.
 
-For looking at many disks at once. Checksums that are seeded with the disk's UUID and every structure's place tell a misreading, so what is read
-while somebody switches the volume on is an error at worst, never a wrong answer.
+For looking at many disks at once. Every structure's checksum is seeded with the disk's UUID and its place, so what is read while somebody
+switches the volume on is an error at worst, never a wrong answer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ learned, so the mark rises above its base on disks that are written fast or grow
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +25,7 @@ MARK_MOST_STEPS = 8  # one hang on a fast disk must not take a whole group for i
 RECENT_STEPS = 8  # whose longest counts: a step that was slow once is forgotten
 LOOKS_PER_STEP = 16  # how often the rate is looked at while a grow step is filled
 RATE_WINDOW_SECONDS = 0.25  # shorter ones would take a queue that is let go at once for a rate
+RATE_SHORT_WINDOW_SECONDS = 0.05  # but where room runs out there is no more to be seen
 RATE_HALF_LIFE_SECONDS = 600.0  # one burst does not keep an idle disk's mark high for ever
 GROUP_LOW_STEPS = 4
 
@@ -145,10 +145,13 @@ class _Step:
 
 
 class WriteRate:
-    """How fast first writes take room, learned from what is free at each look: the fastest window, halved with each half-life."""
+    """How fast first writes take room, learned from what is free at each look: the fastest window, halved with each half-life.
+
+    Only while there is room: writes that wait say how fast storage grows, and not how fast they would be.
+    """
 
     def __init__(self) -> None:
-        self._window_began: float | None = None
+        self._window_began: float | None = None  # None: writes wait, or nothing has been seen yet
         self._free_bytes = 0
         self._taken_bytes = 0
         self._fastest = 0.0
@@ -157,16 +160,19 @@ class WriteRate:
     def look(self, now: float, free_bytes: int) -> None:
         """`free_bytes` are free now. Room that was freed meanwhile is no writing."""
         if self._window_began is None:
-            self._window_began, self._free_bytes = now, free_bytes
+            if free_bytes:
+                self._window_began, self._free_bytes, self._taken_bytes = now, free_bytes, 0
             return
         self._taken_bytes += max(0, self._free_bytes - free_bytes)
         self._free_bytes = free_bytes
         seconds = now - self._window_began
-        if seconds >= RATE_WINDOW_SECONDS:
+        if seconds >= (RATE_WINDOW_SECONDS if free_bytes else RATE_SHORT_WINDOW_SECONDS):
             rate = self._taken_bytes / seconds
             if rate >= self.at(now):
                 self._fastest, self._fastest_at = rate, now
             self._window_began, self._taken_bytes = now, 0
+        if free_bytes == 0:
+            self._window_began = None
 
     def added(self, free_bytes: int) -> None:
         """Storage has grown by this much."""
@@ -218,7 +224,7 @@ class GrowthPolicy:
         self._group_full_reported = False
         self._group_refused = False  # the last step found no room
         self._rate = WriteRate()
-        self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._recent_seconds: tuple[float, ...] = ()
         self._step: _Step | None = None
         self._begun_at: float | None = None  # the last step, also after its end
         self._asked_bytes = 0  # what `extend` asks for; 0: nothing
@@ -379,7 +385,8 @@ class GrowthPolicy:
             self.steps_done += 1
             self.last_extend_seconds = seconds
             self.longest_extend_seconds = max(seconds, self.longest_extend_seconds or 0.0)
-            self._recent_seconds.append(min(seconds, self._timeout))  # longer is a fault, and no measure of the next step
+            # Longer than the timeout is a fault, and no measure of the next step.
+            self._recent_seconds = (*self._recent_seconds, min(seconds, self._timeout))[-RECENT_STEPS:]
         self._group_refused = isinstance(error, NoSpace) and size < step.target_bytes
         if size > before and not self._group_refused:
             self._group_full_reported = False  # growth is the proof of room; what a group shows as free may be of no use

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import make
 
 from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
 from fvd.volume.allocator import WANT_GROWTH, Allocator, call_later, run_in_thread
 from fvd.volume.growth import Pool
+from fvd.volume.opening import open_volume
 from fvd.volume.policy import GrowthEvent
 
 MIB = 1 << 20
@@ -352,7 +355,7 @@ def test_the_engine_is_told_when_to_want_room() -> None:
     assert world.engine.low_water_bytes == 57 * MIB  # of 61 that are free: the rate is looked at each sixteenth of a step
     asked = 0
     while not world.work:
-        world.now += 0.01
+        world.now += 1.0
         world.engine.take(1)
         if world.engine.want:
             asked += 1
@@ -366,18 +369,32 @@ def test_growth_begins_earlier_where_it_is_slow() -> None:
     begun: list[int] = []
     for _ in range(4):
         while not world.work:
-            world.now += 0.05  # 20 MiB/s
+            world.now += 0.1  # 10 MiB/s
             world.engine.take(1)
             if world.engine.want:
                 world.allocator.on_want(world.engine)
         begun.append(world.engine.free_slots)
-        for _ in range(24):  # 1.2 s
-            world.now += 0.05
+        for _ in range(24):  # 2.4 s
+            world.now += 0.1
             world.engine.take(1)
         world.step()
-    assert begun[0] == 31 and begun[-1] in range(44, 52)  # 1.2 s x 20 MiB/s x 2 = 48 MiB
+    assert begun[0] == 31 and begun[-1] in range(44, 52)  # 2.4 s x 10 MiB/s x 2 = 48 MiB
     assert world.allocator.figures()["low_water"] in range(44 * MIB, 54 * MIB)
-    assert world.allocator.figures()["write_bytes_per_second"] == pytest.approx(20 * MIB, rel=0.1)
+    assert world.allocator.figures()["write_bytes_per_second"] == pytest.approx(10 * MIB, rel=0.1)
+
+
+def test_a_real_engine_wants_room_below_the_mark_that_it_was_given(tmp_path: Path) -> None:
+    make(tmp_path / "disk")
+    with open_volume(f"file:{tmp_path / 'disk'}") as opened:
+        engine = opened.engine
+        assert (engine.free_slots, engine.low_water_bytes, engine.want) == (14, 8 * MIB, 0)
+        engine.low_water_bytes = 14 * MIB
+        assert (engine.low_water_bytes, engine.want) == (14 * MIB, 0)
+        engine.low_water_bytes = 14 * MIB + 1  # slots are whole: rounded up
+        assert (engine.low_water_bytes, engine.want) == (15 * MIB, WANT_GROWTH)  # at once, for it is below the mark already
+        engine.want = engine.low_water_bytes = 0
+        engine.set_storage_size(16 * MIB)
+        assert engine.want == 0
 
 
 # --- The group ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from loops import loop_device, mounted, run, sparse
 from fvd.device import lengthen as lengthen_module
 from fvd.device.node import open_node
 from fvd.errors import DeviceError, NoSpace, Unsupported
-from fvd.volume.growth import FileStorage, FixedStorage, Storage
+from fvd.volume.growth import FileStorage, FixedStorage, Pool, Storage
 
 MIB = 1 << 20
 
@@ -95,6 +95,8 @@ def test_a_file_system_without_room(tmp_path: Path) -> None:
             with pytest.raises(NoSpace):
                 storage.grow_to(20 * MIB)
             assert storage.size_bytes() - size <= 64 * 1024
+            pool = storage.pool()
+            assert pool is not None and pool.free_bytes <= 64 * 1024
             storage.close()
 
 
@@ -110,3 +112,19 @@ def test_a_device_of_fixed_size(file: Path) -> None:
         storage.grow_to(17 * MIB)
         assert storage.size_bytes() == 20 * MIB
         storage.close()
+
+
+def test_what_growth_is_taken_from(file: Path) -> None:
+    with open_node(file) as node:
+        storage = FileStorage(node)
+        found = os.statvfs(file)
+        pool = storage.pool()
+        assert isinstance(pool, Pool) and pool.name == f"the file system of {file}"
+        assert pool.free_bytes == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)  # others use it too
+        fixed = FixedStorage(node)
+        assert fixed.pool() is None
+        for kind in (storage, fixed):
+            assert isinstance(kind, Storage) and not kind.tells_of_room and kind.last_suspend_seconds is None
+            kind.close()
+        with pytest.raises(DeviceError, match="closed"):
+            storage.pool()

@@ -19,6 +19,7 @@ from fvd.volume.policy import (
     Start,
     UseSize,
     WakeAt,
+    WriteRate,
     check_low_water,
     default_low_water_bytes,
     initial_size_bytes,
@@ -56,7 +57,8 @@ def test_sizes_of_a_usual_disk() -> None:
     assert limit_size_bytes(disk) == 105 * GIB
     assert next_size_bytes(disk, 5 * GIB) == 10 * GIB
     assert next_size_bytes(disk, 7 * GIB + 1) == 10 * GIB
-    assert next_size_bytes(disk, 100 * GIB) == disk.max_storage_size_bytes
+    assert next_size_bytes(disk, 7 * GIB + 1, steps=3) == 20 * GIB
+    assert next_size_bytes(disk, 100 * GIB) == next_size_bytes(disk, 7 * GIB, steps=99) == disk.max_storage_size_bytes
     assert default_low_water_bytes(disk) == 5 * GIB // 2
     assert least_size_bytes(disk) == disk.data_offset_bytes + MIB
 
@@ -233,6 +235,13 @@ def test_a_step_that_hangs_and_has_worked_all_the_same() -> None:
     growth.tick(10.0, 0)
     assert growth.looked(2 * STEP) == [UseSize(2 * STEP)]
     assert kinds(growth.ended(20.0, 2 * STEP, Timeout("killed"), 64 * MIB)) == ["extend_done"]
+    # And where the room that the look brought has been taken meanwhile, its end begins the next one: nobody else would.
+    growth = policy(extend_timeout_seconds=10.0, adaptive=False)
+    growth.room(0.0, 0)
+    growth.tick(10.0, 0)
+    growth.looked(2 * STEP)
+    assert growth.room(10.1, 0) == []
+    assert kinds(growth.ended(20.0, 2 * STEP, None, 0)) == ["extend_done", "low_water", "extend_started", "Start", "WakeAt"]
 
 
 def test_a_size_that_cannot_be_read_changes_nothing() -> None:
@@ -258,6 +267,281 @@ def test_storage_added_by_hand_counts_and_steps_go_on_from_there() -> None:
 def test_fixed_storage_announces_no_step() -> None:
     growth = policy(can_grow=False)
     assert kinds(growth.room(0.0, 0)) == ["low_water", "Start", "WakeAt"]
+
+
+# --- Where others tell of room -----------------------------------------------------------------------------------
+
+
+def test_failures_are_watched_so_it_rests_longer_though_writes_wait() -> None:
+    growth = policy(tells_of_room=True)
+    now, rests = 0.0, []
+    for _ in range(7):
+        assert "Start" in kinds(growth.tick(now, 0))
+        wake = only(growth.ended(now, STEP, NoSpace("full"), 0), WakeAt)
+        assert isinstance(wake, WakeAt)
+        rests.append(wake.when - now)
+        assert growth.room(now + 0.1, 0) == [wake]  # a write that waits shortens nothing
+        now = wake.when
+    assert rests == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_room_that_was_made_ends_a_rest() -> None:
+    growth = policy(tells_of_room=True)
+    growth.room(0.0, 0)
+    growth.ended(3.0, STEP, NoSpace("full"), 0)
+    assert "Start" in kinds(growth.room_made(3.1, 0))
+
+
+def test_room_that_is_made_all_the_time_is_tried_once_a_second() -> None:
+    growth = policy(tells_of_room=True)
+    growth.room(0.0, 0)
+    growth.ended(0.1, STEP, NoSpace("full"), 0)
+    assert growth.room_made(0.2, 0) == growth.room_made(0.9, 0) == [WakeAt(1.0)]  # put off, not dropped
+    assert "Start" in kinds(growth.tick(1.0, 0))
+
+
+def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> None:
+    growth = policy(tells_of_room=True)
+    for now in (0.0, 1.0, 3.0):
+        growth.tick(now, 0)
+        growth.ended(now, STEP, NoSpace("full"), 0)
+    growth.tick(7.0, 0)
+    assert growth.room_made(7.1, 0) == []
+    assert only(growth.ended(8.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(9.0)
+
+
+def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
+    growth = policy(tells_of_room=True)
+    assert growth.room_made(0.0, STEP) == []
+    growth.room(0.0, 0)
+    growth.ended(0.0, STEP, NoSpace("full"), 0)
+    assert growth.room_made(2.0, STEP) == []  # chunks were freed meanwhile
+
+
+def test_a_device_that_was_resized() -> None:
+    growth = policy()
+    assert growth.resized() == [Look()]
+    assert growth.resized() == []  # that look may have come before the second change
+    assert growth.looked(2 * STEP) == [UseSize(2 * STEP), Look()]
+    assert growth.looked(3 * STEP) == [UseSize(3 * STEP)]
+    growth.room(0.0, 0)
+    assert growth.resized() == [Look()]  # also during a step: it may take its time to end
+    assert kinds(growth.looked(4 * STEP)) == ["UseSize"]
+
+
+def test_a_device_that_has_gone() -> None:
+    (event,) = policy().removed("gone")
+    assert isinstance(event, GrowthEvent) and (event.kind, event.message) == ("storage_error", "gone")
+
+
+# --- The group ---------------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_gets_low_is_reported_once() -> None:
+    growth = policy()
+    assert growth.pooled("vg0", 4 * STEP) == []
+    (event,) = growth.pooled("vg0", 4 * STEP - MIB)
+    assert isinstance(event, GrowthEvent)
+    assert (event.kind, event.group, event.group_free_bytes) == ("group_low", "vg0", 4 * STEP - MIB)
+    assert growth.pooled("vg0", STEP) == growth.pooled(None, None) == growth.pooled("vg0", STEP) == []
+    assert growth.pooled("vg0", 5 * STEP) == []
+    assert kinds(growth.pooled("vg0", STEP)) == ["group_low"]
+
+
+def test_the_group_is_low_where_the_user_says() -> None:
+    growth = policy(group_low_bytes=100 * MIB)
+    assert growth.pooled("vg0", 100 * MIB) == []
+    assert kinds(growth.pooled("vg0", 99 * MIB)) == ["group_low"]
+
+
+def test_a_group_with_less_than_a_chunk_is_full() -> None:
+    growth = policy()
+    assert kinds(growth.pooled("vg0", MIB)) == ["group_low"]
+    assert kinds(growth.pooled("vg0", MIB - 1)) == ["group_full"]
+    assert growth.pooled("vg0", 0) == []
+
+
+def test_a_group_that_refused_a_step_is_full_whatever_it_shows() -> None:
+    growth = policy(group_low_bytes=0, adaptive=False)
+    for now in (0.0, 1.0, 2.0):
+        growth.tick(now, 0)
+        growth.ended(now, STEP, NoSpace("no room on two devices at once"), 0)
+        assert kinds(growth.pooled("vg0", 9 * STEP)) == (["group_full"] if now == 0.0 else [])  # said once
+    growth.tick(3.0, 0)
+    growth.ended(3.0, STEP + MIB, NoSpace("the last bit"), 0)
+    assert growth.pooled("vg0", 0) == []  # still
+    growth.tick(4.0, 0)
+    growth.ended(4.0, 2 * STEP, None, 0)
+    assert growth.pooled("vg0", STEP) == []
+    growth.room(5.0, 0)
+    growth.ended(5.0, 2 * STEP, NoSpace("full"), 0)
+    assert kinds(growth.pooled(None, None)) == ["group_full"]  # there had been room
+
+
+def test_other_failures_say_nothing_about_the_group() -> None:
+    growth = policy()
+    growth.room(0.0, 0)
+    growth.ended(0.0, STEP, Timeout("killed"), 0)
+    assert growth.pooled(None, None) == []
+
+
+# --- The mark ----------------------------------------------------------------------------------------------------
+
+
+def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000.0) -> GrowthPolicy:
+    """A policy that has seen new places written at `rate` bytes a second, and a step of `seconds`. Time now: `at`."""
+    growth = policy(storage_size_bytes=4 * STEP, low_water_bytes=base)
+    growth.extend(at - seconds - 1, STEP)
+    growth.ended(at - 1, 5 * STEP, None, int(rate) + 9 * STEP)
+    growth.room(at - 1, int(rate) + 10 * STEP)
+    growth.room(at, 10 * STEP)
+    assert growth.write_rate(at) == pytest.approx(rate)
+    return growth
+
+
+@pytest.mark.parametrize(
+    ("rate_mib", "seconds", "mark_mib", "steps"),
+    [
+        (0, 1.5, 32, 1),  # an idle disk: the base, half a step of 64 MiB
+        (10, 1.5, 32, 1),  # 30 MiB are needed: no more than the base
+        (20, 1.5, 60, 1),
+        (20, 3.0, 120, 2),  # more than a step: two at once
+        (100, 1.5, 300, 5),
+        (100, 30.0, 512, 8),  # at most eight steps, for one hang must not take the whole group
+        (1000, 0.01, 32, 1),  # steps that take no time need no reserve
+    ],
+)
+def test_the_mark_is_what_is_written_in_twice_the_time_of_a_step(rate_mib: int, seconds: float, mark_mib: int, steps: int) -> None:
+    growth = seen(rate_mib * MIB, seconds)
+    assert growth.low_water_at(1000.0) == mark_mib * MIB
+    assert growth.steps_at_once(1000.0) == steps
+    assert growth.room(1000.0, mark_mib * MIB) == []
+    actions = growth.room(1000.0, (mark_mib - 1) * MIB)
+    assert only(actions, Start) == Start(min((5 + steps) * STEP, DISK.max_storage_size_bytes))
+
+
+def test_several_steps_at_once_stop_at_what_the_disk_can_use() -> None:
+    growth = policy(storage_size_bytes=15 * STEP)
+    growth.extend(0.0, MIB)
+    growth.ended(2.0, 15 * STEP + MIB, None, 0)
+    growth.room(2.0, 200 * MIB)
+    actions = growth.room(3.0, 0)
+    assert growth.steps_at_once(3.0) > 2
+    assert only(actions, Start) == Start(DISK.max_storage_size_bytes)
+
+
+def test_before_a_step_was_seen() -> None:
+    growth = policy(storage_size_bytes=8 * STEP)
+    growth.room(0.0, 8 * STEP)
+    assert growth.low_water_at(0.0) == STEP // 2  # nothing is known of the writes: nothing is assumed
+    growth.room(1.0, 8 * STEP - 16 * MIB)
+    assert growth.low_water_at(1.0) == 48 * MIB  # 16 MiB/s, for twice 1.5 s
+    growth.room(2.0, 4 * STEP)
+    assert growth.low_water_at(2.0) == STEP and growth.steps_at_once(2.0) == 1  # no more than one step on a mere guess
+
+
+def test_a_device_of_fixed_size_has_a_fixed_mark() -> None:
+    growth = policy(storage_size_bytes=8 * STEP, can_grow=False)
+    growth.room(0.0, 8 * STEP)
+    growth.room(1.0, 4 * STEP)
+    assert growth.low_water_at(1.0) == STEP // 2
+
+
+def test_the_mark_can_be_held_fast() -> None:
+    growth = seen(100 * MIB, 1.5)
+    growth._adaptive = False
+    assert (growth.low_water_at(1000.0), growth.steps_at_once(1000.0)) == (STEP // 2, 1)
+
+
+def test_a_base_above_everything_stays() -> None:
+    assert seen(100 * MIB, 30.0, base=9 * STEP).low_water_at(1000.0) == 9 * STEP
+
+
+def test_the_mark_falls_back_when_the_disk_is_quiet() -> None:
+    growth = seen(100 * MIB, 1.5)
+    marks = [growth.low_water_at(1000.0 + minutes * 60) // MIB for minutes in (0, 10, 20, 30, 40)]
+    assert marks == [300, 150, 75, 37, 32]
+
+
+def test_slower_writing_does_not_lower_what_is_expected_at_once() -> None:
+    growth = seen(100 * MIB, 1.5)
+    growth.room(1001.0, 10 * STEP - 10 * MIB)
+    assert growth.write_rate(1001.0) == pytest.approx(100 * MIB, rel=0.01)
+
+
+def test_a_slow_step_is_forgotten_after_eight_others() -> None:
+    growth = seen(20 * MIB, 5.0)
+    growth._rate.at = lambda now: 20.0 * MIB  # type: ignore[method-assign]
+    size = 5 * STEP
+    for number in range(8):
+        assert growth.low_water_at(1000.0) == 200 * MIB
+        growth.extend(1000.0 + number, MIB)
+        size += MIB
+        growth.ended(1000.1 + number, size, None, 10 * STEP)
+    assert growth.low_water_at(1000.0) == 32 * MIB
+    assert growth.longest_extend_seconds == pytest.approx(5.0)  # what `info` tells
+
+
+def test_a_rate_needs_a_while_to_be_one() -> None:
+    rate = WriteRate()
+    rate.look(0.0, 100 * MIB)
+    rate.look(0.001, 50 * MIB)  # a queue that was let go
+    assert rate.at(0.001) == 0.0
+    rate.look(0.5, 49 * MIB)
+    assert rate.at(0.5) == pytest.approx(102 * MIB)
+
+
+def test_writes_that_wait_do_not_make_the_rate_seem_slow() -> None:
+    rate = WriteRate()
+    rate.look(0.0, 10 * MIB)
+    rate.look(0.1, 0)  # too short for a window, but there will be no more to see
+    assert rate.at(0.1) == pytest.approx(100 * MIB)
+    rate.look(5.0, 0)
+    rate.added(64 * MIB)
+    rate.look(5.0, 32 * MIB)  # those that waited took half of it at once
+    rate.look(5.5, 7 * MIB)
+    assert rate.at(5.5) == pytest.approx(100 * MIB, rel=0.01)
+    rate.look(5.51, 0)
+    assert rate.at(5.51) == pytest.approx(100 * MIB, rel=0.01)  # 7 MiB in 10 ms are no measure
+
+
+def test_room_that_is_added_or_freed_is_no_writing() -> None:
+    rate = WriteRate()
+    rate.look(0.0, 10 * MIB)
+    rate.added(64 * MIB)
+    rate.look(0.5, 73 * MIB)
+    rate.look(0.7, 500 * MIB)  # trimmed
+    rate.look(1.0, 499 * MIB)
+    assert rate.at(1.0) == pytest.approx(2 * MIB, rel=0.01)
+
+
+def test_where_the_next_look_is_due() -> None:
+    growth = policy()
+    growth.room(0.0, 61 * MIB)
+    assert growth.look_below_bytes == 57 * MIB  # a sixteenth of a step further
+    growth.room(0.0, 34 * MIB)
+    assert growth.look_below_bytes == 32 * MIB  # the mark
+    growth.room(0.0, 31 * MIB)
+    assert growth.look_below_bytes == 27 * MIB  # a step runs: nothing can begin, but the rate is seen
+    growth.room(0.0, 2 * MIB)
+    assert growth.look_below_bytes == 0  # a write that finds no slot asks whatever the mark is
+    growth.ended(0.1, 2 * STEP, None, MIB)
+    assert growth.look_below_bytes == 61 * MIB
+    growth.room(0.1, 31 * MIB)
+    growth.ended(0.2, 2 * STEP, NoSpace("full"), 30 * MIB)
+    assert growth.look_below_bytes == 26 * MIB  # it rests
+
+
+def test_the_device_stood_still() -> None:
+    growth = policy()
+    growth.room(0.0, 0)
+    assert (growth.last_suspend_seconds, growth.longest_suspend_seconds) == (None, None)
+    done = growth.ended(1.0, 2 * STEP, None, 0, suspend_seconds=0.25)[1]
+    assert isinstance(done, GrowthEvent) and done.suspend_seconds == 0.25
+    growth.room(1.0, 0)
+    (_, failed, *_) = growth.ended(2.0, 2 * STEP + MIB, NoSpace("full"), 0, suspend_seconds=0.125)
+    assert isinstance(failed, GrowthEvent) and failed.suspend_seconds == 0.125
+    assert (growth.last_suspend_seconds, growth.longest_suspend_seconds) == (0.125, 0.25)
 
 
 # --- Growth on request -------------------------------------------------------------------------------------------
@@ -311,8 +595,8 @@ def test_extend_that_hangs() -> None:
 class Growth(RuleBasedStateMachine):
     """Steps, failures, hands and clocks in any order: one step at a time, never beyond the limit, and growth never forgotten."""
 
-    @initialize(low=st.integers(1, 200), virtual=st.integers(1, 600))
-    def begin(self, low: int, virtual: int) -> None:
+    @initialize(low=st.integers(1, 200), virtual=st.integers(1, 600), tells=st.booleans())
+    def begin(self, low: int, virtual: int, tells: bool) -> None:
         self.disk = Geometry(virtual_size_bytes=virtual * MIB, journal_size_bytes=MIB, grow_step_bytes=64 * MIB)
         self.size = self.known = initial_size_bytes(self.disk)
         self.used = 0
@@ -320,7 +604,7 @@ class Growth(RuleBasedStateMachine):
         self.running: int | None = None
         self.wake: float | None = None
         self.looks = 0
-        self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB)
+        self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB, tells_of_room=tells)
         self.settle()
 
     @property
@@ -386,15 +670,44 @@ class Growth(RuleBasedStateMachine):
         self.size += by * MIB
         self.take(self.policy.poke(self.now, self.free))
 
+    @rule()
+    def room_made(self) -> None:
+        self.take(self.policy.room_made(self.now, self.free))
+
+    @rule()
+    def resized(self) -> None:
+        self.take(self.policy.resized())
+
+    @rule(seconds=st.floats(0.0, 5.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        if self.wake is not None and self.now >= self.wake:
+            self.clock()
+
+    @rule(free=st.none() | st.integers(0, 600))
+    def pooled(self, free: int | None) -> None:
+        self.take(self.policy.pooled("vg0" if free is not None else None, None if free is None else free * MIB))
+
     @rule(by=st.integers(1, 300))
     def on_request(self, by: int) -> None:
         self.take(self.policy.extend(self.now, by * MIB))
 
     @invariant()
     def growth_is_never_forgotten(self) -> None:
-        if hasattr(self, "policy") and self.free < self.policy.low_water_bytes and self.known < self.disk.max_storage_size_bytes:
+        if not hasattr(self, "policy"):
+            return
+        if self.free < self.policy.look_below_bytes:  # as the engine would
             self.settle()
+            assert self.free >= self.policy.look_below_bytes or self.policy.full
+        if self.free < self.policy.low_water_at(self.now) and self.known < self.disk.max_storage_size_bytes:
             assert self.running is not None or self.wake is not None
+
+    @invariant()
+    def the_mark_stays_in_its_bounds(self) -> None:
+        if hasattr(self, "policy"):
+            mark = self.policy.low_water_at(self.now)
+            assert min(self.policy.base_low_water_bytes, self.disk.max_storage_size_bytes) <= mark <= self.disk.max_storage_size_bytes
+            assert mark <= max(self.policy.base_low_water_bytes, 8 * self.disk.grow_step_bytes)
 
 
 TestGrowth = Growth.TestCase

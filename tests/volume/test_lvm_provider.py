@@ -1,0 +1,396 @@
+"""fvd.volume.lvm_provider: the states of a logical volume, a death at every command, what is refused. LVM is simulated at its last call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disks import MIB, SMALL, crash
+from loops import run
+from lvm_machine import Killed, Machine, simulated_lvm
+
+from fvd.device.claim import claim
+from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
+from fvd.volume._driver import drive
+from fvd.volume.extending import extend
+from fvd.volume.opening import open_volume
+from fvd.volume.provision import Provisioned, provision
+from fvd.volume.removing import remove
+from fvd.volume.view import look
+
+SECRET = b"another tenant's secret " * 170 + bytes(16)  # 4096 bytes
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with simulated_lvm(tmp_path, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def name(machine: Machine) -> str:
+    return f"{machine.add_group(1024 * MIB)}/vm1"
+
+
+def make(name: str, **changes: Any) -> Provisioned:
+    return provision(name, **(SMALL | changes))
+
+
+def contents(name: str) -> bytes:
+    driver = drive(open_volume(name))
+    with driver:
+        return bytes(driver.pread(0, 64 * MIB))
+
+
+def leave_a_secret(machine: Machine, name: str) -> None:
+    """A whole disk of another tenant, full of secrets, whose volume is taken away without being wiped: by hand, as lvremove does it."""
+    make(name)
+    with drive(open_volume(name)) as driver:
+        driver.pwrite(0, SECRET * (8 * MIB // 4096))
+    group, _, lv = name.partition("/")
+    machine.stale = machine.groups[group].volumes.pop(lv).backing
+
+
+# --- A life ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_from_provision_to_remove(machine: Machine, name: str) -> None:
+    made = make(name)
+    assert made.created and made.storage_size_bytes == 16 * MIB
+    volume = machine.volume(name)
+    assert volume is not None and volume.device is None and not volume.auto
+    assert volume.tags == {
+        "fvd.disk",
+        "fvd.virtual=67108864",
+        f"fvd.most={made.superblock.geometry.max_storage_size_bytes}",
+        "fvd.step=16777216",
+    }
+    assert not make(name).created
+    with pytest.raises(Conflict, match="block_size"):
+        make(name, block_size_bytes=4096)
+    with drive(open_volume(name)) as driver:
+        assert volume.device is not None
+        driver.pwrite(12345, b"hello")
+    assert volume.device is None  # the last one out
+    assert contents(name)[12345:12350] == b"hello"
+    assert extend(name).storage_size_bytes == 32 * MIB
+    assert look(name).storage_size_bytes == 32 * MIB
+    assert remove(name) and machine.volume(name) is None
+    assert not remove(name)
+    for verb in (look, extend, open_volume):
+        with pytest.raises(NotFound, match="no logical volume"):
+            verb(name)
+
+
+def test_a_raw_layout_takes_all_of_it(machine: Machine, name: str) -> None:
+    from fvd.format.geometry import Layout
+
+    made = make(name, layout=Layout.RAW)
+    assert made.storage_size_bytes == -(-made.superblock.geometry.max_storage_size_bytes // (4 * MIB)) * 4 * MIB
+
+
+def test_one_growth_step_is_one_lvextend(machine: Machine, name: str) -> None:
+    """Between the wish and its fulfilment there is one command. What a group has left is looked up when the step is over."""
+    make(name, virtual_size_bytes=256 * MIB)
+    with drive(open_volume(name)) as driver:
+        machine.commands.clear()
+        at: list[tuple[str, int]] = []
+        driver.volume.allocator.on_event = lambda event: at.append((event.kind, len(machine.used("lvextend"))))
+        for chunk in range(100):
+            driver.pwrite(chunk * MIB, b"x")
+        done = driver.call(lambda: driver.volume.allocator.figures()["extend_steps"])
+    steps = [count for kind, count in at if kind == "extend_done"]
+    assert steps == list(range(1, len(steps) + 1)) and done >= len(steps) >= 3
+    assert {words[0] for words in machine.commands[:-1]} == {"lvextend", "vgs"}
+    assert machine.commands[0][0] == "lvextend" and machine.commands[-1][:3] == ["lvchange", "--activate", "n"]
+
+
+def test_who_looks_does_not_switch_off_what_is_served(machine: Machine, name: str) -> None:
+    make(name)
+    volume = machine.volume(name)
+    assert volume is not None
+    with drive(open_volume(name, read_only=True)):
+        look(name)
+        assert volume.device is not None
+    assert volume.device is None
+
+
+def test_a_volume_that_a_dead_process_left_active_is_taken_over(machine: Machine, name: str) -> None:
+    make(name)
+    driver = drive(open_volume(name))
+    driver.pwrite(0, b"flushed")
+    driver.flush()
+    machine.dead = True  # whatever it would still ask of lvm does not happen
+    with pytest.raises(Killed):
+        crash(driver)
+    machine.revive()
+    volume = machine.volume(name)
+    assert volume is not None and volume.device is not None
+    assert contents(name).startswith(b"flushed")
+    assert volume.device is None
+
+
+# --- What another volume left ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reused_extent_shows_nothing(machine: Machine, name: str) -> None:
+    leave_a_secret(machine, name)
+    assert machine.stale is not None and b"secret" in machine.stale.read_bytes()
+    assert make(name).created
+    assert not any(contents(name))
+
+
+def commands_of(machine: Machine, verb: Any) -> int:
+    machine.commands.clear()
+    verb()
+    return len(machine.commands)
+
+
+def test_a_provision_that_dies_anywhere(machine: Machine, name: str) -> None:
+    """Over the leftovers of a whole disk of the same shape: at no point may anyone see it."""
+    leave_a_secret(machine, name)
+    stale = machine.stale
+    assert stale is not None
+    kept = stale.with_suffix(".kept")
+    shutil.copyfile(stale, kept)
+    total = commands_of(machine, lambda: make(name))
+    states = set()
+    for number in range(1, total + 1):
+        for when in ("before", "after"):
+            if machine.volume(name) is not None:
+                remove(name)
+            machine.stale = kept
+            machine.kill_at(number, when)
+            with pytest.raises(Killed):
+                make(name)
+            machine.revive()
+            volume = machine.volume(name)
+            states.add("absent" if volume is None else "unfinished" if "fvd.unfinished" in volume.tags else "disk")
+            try:
+                assert not any(contents(name))
+                assert volume is not None and "fvd.disk" in volume.tags
+            except NotFound:
+                assert volume is None or "fvd.unfinished" in volume.tags
+            finished = volume is not None and "fvd.disk" in volume.tags
+            assert make(name).created != finished
+            assert not any(contents(name))
+    assert states == {"absent", "unfinished", "disk"}
+
+
+def test_a_remove_that_dies_anywhere(machine: Machine, name: str) -> None:
+    make(name)
+    total = commands_of(machine, lambda: remove(name))
+    for number in range(1, total + 1):
+        for when in ("before", "after"):
+            make(name)
+            machine.kill_at(number, when)
+            with pytest.raises(Killed):
+                remove(name)
+            machine.revive()
+            before = machine.volume(name)
+            assert remove(name) == (before is not None)
+            assert machine.volume(name) is None
+
+
+def test_half_removed_can_be_provisioned(machine: Machine, name: str) -> None:
+    make(name)
+    machine.before = lambda words: (_ for _ in ()).throw(Killed()) if words[0] == "lvremove" else None
+    with pytest.raises(Killed):
+        remove(name)
+    machine.revive()
+    with pytest.raises(NotFound):
+        look(name)
+    assert make(name).created
+
+
+def test_a_failed_provision_leaves_nothing(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DeviceError("the device failed, as the test wished")
+
+    monkeypatch.setattr("fvd.volume.provision.write_disk", fail)
+    with pytest.raises(DeviceError, match="wished"):
+        make(name)
+    assert machine.volume(name) is None
+
+
+def test_what_does_not_read_back_is_no_disk(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvd.volume.provision.write_disk", lambda *_, **__: None)
+    with pytest.raises(FvdError):
+        make(name)
+    assert machine.volume(name) is None
+
+
+# --- Volumes that are not ours ---------------------------------------------------------------------------------------------------
+
+
+def foreign(machine: Machine, name: str, size: int = 64 * MIB) -> Any:
+    """A volume that an administrator made, and left active."""
+    group, _, lv = name.partition("/")
+    machine.run(["lvcreate", "--size", f"{size}b", "--name", lv, group], 1.0)
+    return machine.volume(name)
+
+
+def test_an_empty_volume_is_adopted(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name, 4 * MIB)
+    volume.tags.add("theirs")
+    for verb in (look, extend, open_volume, remove):
+        with pytest.raises(NotFound, match="no tag"):
+            verb(name)
+    assert make(name).created
+    assert "theirs" in volume.tags and "fvd.disk" in volume.tags and volume.size == 16 * MIB and not volume.auto
+    assert not any(contents(name))
+
+
+def test_a_volume_with_a_file_system_is_refused_and_left_as_it_was(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name)
+    run("mkfs.ext4", "-q", volume.device)
+    before = volume.backing.read_bytes()
+    with pytest.raises(Conflict, match="ext4"):
+        make(name)
+    assert volume.device is not None and volume.tags == set() and volume.size == 64 * MIB and volume.backing.read_bytes() == before
+    with pytest.raises(NotFound):
+        remove(name)
+    assert make(name, force=True).created
+    assert not any(contents(name))
+
+
+def test_an_untagged_volume_that_holds_an_fvd_disk_is_not_believed(machine: Machine, name: str) -> None:
+    make(name)
+    volume = machine.volume(name)
+    assert volume is not None
+    volume.tags.clear()
+    for options in ({}, {"force": True}):
+        with pytest.raises(Conflict, match=r"addtag fvd\.disk"):
+            make(name, **options)
+    volume.tags.add("fvd.disk")
+    assert not make(name).created
+
+
+def test_an_adoption_that_dies_anywhere(machine: Machine, name: str) -> None:
+    foreign(machine, name, 4 * MIB)
+    total = commands_of(machine, lambda: make(name))
+    for number in range(1, total + 1):
+        for when in ("before", "after"):
+            if machine.volume(name) is not None:
+                remove(name)
+            machine.stale = None
+            foreign(machine, name, 4 * MIB)
+            machine.kill_at(number, when)
+            with pytest.raises(Killed):
+                make(name)
+            machine.revive()
+            make(name)
+            assert not any(contents(name))
+
+
+def test_a_volume_in_use_is_refused(machine: Machine, name: str, tmp_path: Path) -> None:
+    volume = foreign(machine, name)
+    with claim(volume.device):
+        for options in ({}, {"force": True}):
+            with pytest.raises(InUse):
+                make(name, **options)
+    make(name)
+    with drive(open_volume(name)):
+        for verb in (open_volume, extend, remove):
+            with pytest.raises(InUse):
+                verb(name)
+        assert not make(name).created
+    make(name)
+
+
+@pytest.mark.parametrize("layout", ["thin,sparse", "snapshot,linear", "raid,raid1", "cache", "thin,pool"])
+def test_other_layouts_are_refused(machine: Machine, name: str, layout: str) -> None:
+    foreign(machine, name).layout = layout
+    with pytest.raises(Conflict, match="another kind"):
+        make(name, force=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "hint"),
+    [
+        ({"vg_shared": "shared"}, Unsupported, "shared"),
+        ({"vg_clustered": "clustered"}, Unsupported, "clustered"),
+        ({"vg_exported": "exported"}, InUse, "vgimport"),
+        ({"vg_partial": "partial"}, DeviceError, "missing"),
+        ({"vg_permissions": "read-only"}, PermissionDenied, "read-only"),
+    ],
+)
+def test_groups_that_must_not_be_used(machine: Machine, name: str, state: dict[str, str], error: type[FvdError], hint: str) -> None:
+    make(name)
+    group = machine.groups[name.partition("/")[0]]
+    group.state = state
+    machine.commands.clear()
+    for verb in (look, extend, open_volume, remove, make):
+        with pytest.raises(error, match=hint):
+            verb(name)
+    with pytest.raises(error, match=hint):
+        make(f"{name}-new")
+    assert {words[0] for words in machine.commands} <= {"lvs", "vgs"}
+
+
+def test_a_group_or_room_that_is_not_there(machine: Machine, name: str) -> None:
+    with pytest.raises(NotFound, match="no volume group"):
+        make("fvd-no-such-group/vm1")
+    with pytest.raises(NoSpace, match="vgextend"):
+        make(name, grow_step_bytes=2048 * MIB, virtual_size_bytes=4096 * MIB)
+    assert machine.volume(name) is None
+
+
+def test_the_device_of_a_logical_volume_is_named_by_its_volume(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(name)
+    with drive(open_volume(name)):
+        volume = machine.volume(name)
+        assert volume is not None and volume.device is not None
+        monkeypatch.setattr("fvd.lvm.dm.logical_volume_of", lambda number: ("vg0", "vm1"))
+        for verb in (look, make, remove):
+            with pytest.raises(InvalidArgument, match="name it vg0/vm1"):
+                verb(volume.device)
+
+
+def test_a_disk_cannot_be_its_own_base(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name)
+    machine.groups[name.partition("/")[0]].volumes[name.partition("/")[2]].backing.write_bytes(SECRET * 16 * 1024)
+    run("losetup", "--set-capacity", volume.device)
+    with pytest.raises((InvalidArgument, InUse, Conflict)):
+        make(name, base=f"/dev/{name}", force=True)
+    assert volume.backing.read_bytes().startswith(SECRET)
+
+
+# --- Over-commit -----------------------------------------------------------------------------------------------------------------
+
+
+def test_over_commit_is_limited(machine: Machine, name: str) -> None:
+    """The group has 1 GiB; a disk of 400 MiB may become 404 MiB, in whole extents."""
+    size = {"virtual_size_bytes": 400 * MIB}
+    make(name, **size, max_overcommit=1.0)
+    make(f"{name}b", **size, max_overcommit="1")
+    with pytest.raises(NoSpace, match=r"over-committed 1\.18 times, and 1 is the limit"):
+        make(f"{name}c", **size, max_overcommit=1)
+    machine.groups[name.partition("/")[0]].tags.add("fvd.max_overcommit=1.1")
+    for asked in (None, 5.0):
+        with pytest.raises(NoSpace, match=r"1\.1 is the limit"):
+            make(f"{name}c", **size, max_overcommit=asked)
+    assert machine.volume(f"{name}c") is None
+    machine.groups[name.partition("/")[0]].tags = {"fvd.max_overcommit=1.2"}
+    assert make(f"{name}c", **size).created
+    for wrong in (0, -1, "x", float("nan"), float("inf")):
+        with pytest.raises(InvalidArgument, match="no over-commit ratio"):
+            make(f"{name}d", max_overcommit=wrong)
+
+
+def test_two_provisions_at_once_do_not_both_pass(machine: Machine, name: str) -> None:
+    """Another one passes the same check while ours has not yet made its volume."""
+    size = {"virtual_size_bytes": 600 * MIB}
+
+    def meanwhile(words: list[str]) -> None:
+        if words[0] == "lvcreate":
+            machine.before = lambda words: None
+            make(f"{name}b", **size)
+
+    machine.before = meanwhile
+    with pytest.raises(NoSpace, match="over-committed"):
+        make(name, **size, max_overcommit=1)
+    assert machine.volume(name) is None and machine.volume(f"{name}b") is not None

@@ -1,0 +1,236 @@
+"""fvd.volume.lvm_storage: every way in which an lvextend can end, and what is put right after it. LVM is simulated at its last call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from disks import MIB, SMALL
+from loops import run
+from lvm_machine import Machine, Volume, simulated_lvm
+
+from fvd.device.node import open_node
+from fvd.errors import DeviceError, NoSpace
+from fvd.lvm.commands import Lvm
+from fvd.lvm.runner import Finished, Unfinished
+from fvd.volume._driver import drive
+from fvd.volume.lvm_provider import LvmProvider
+from fvd.volume.lvm_storage import LvmStorage
+from fvd.volume.name import parse_name
+from fvd.volume.opening import open_volume
+from fvd.volume.provision import provision
+from fvd.volume.removing import remove
+from fvd.volume.view import look
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with simulated_lvm(tmp_path, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def name(machine: Machine) -> str:
+    name = f"{machine.add_group(64 * MIB)}/vm1"
+    provision(name, **SMALL)  # 16 MiB, at most 66
+    return name
+
+
+@contextmanager
+def storage_of(name: str) -> Iterator[LvmStorage]:
+    volume = parse_name(name)
+    with LvmProvider().attach(volume) as place, open_node(place.path) as node:
+        storage = LvmStorage(node, volume.group, volume.lv, Lvm(), tells_of_room=True)
+        try:
+            yield storage
+        finally:
+            storage.close()
+
+
+def there(machine: Machine, name: str) -> Volume:
+    found = machine.volume(name)
+    assert found is not None
+    return found
+
+
+def instead_of_lvextend(machine: Machine, what: Callable[[], tuple[int, str, str]]) -> None:
+    machine._lvextend = lambda words: what()  # type: ignore[method-assign,assignment]
+
+
+def test_it_grows(machine: Machine, name: str) -> None:
+    with storage_of(name) as storage:
+        machine.commands.clear()
+        storage.grow_to(32 * MIB)
+        storage.grow_to(20 * MIB)
+        assert storage.size_bytes() == 32 * MIB
+        assert [words[0] for words in machine.commands] == ["lvextend"]
+        assert storage.pool().name == name.partition("/")[0] and storage.pool().free_bytes == 32 * MIB
+
+
+def test_the_rest_of_a_group_is_taken(machine: Machine, name: str) -> None:
+    with storage_of(name) as storage:
+        with pytest.raises(NoSpace, match=r"is full.*vgextend"):
+            storage.grow_to(80 * MIB)
+        assert storage.size_bytes() == 64 * MIB
+        with pytest.raises(NoSpace, match=r"0 B were left"):
+            storage.grow_to(80 * MIB)
+
+
+def test_room_that_somebody_makes_between_two_looks_is_used(machine: Machine, name: str) -> None:
+    group = machine.groups[name.partition("/")[0]]
+
+    def more(words: list[str]) -> None:
+        if words[0] == "vgs":
+            group.size = 512 * MIB
+
+    machine.before = more
+    with storage_of(name) as storage:
+        storage.grow_to(80 * MIB)
+        assert storage.size_bytes() == 80 * MIB
+
+
+def test_a_refusal_is_told_in_lvms_words(machine: Machine, name: str) -> None:
+    instead_of_lvextend(machine, lambda: (5, "", "  Something unheard of.\n"))
+    with storage_of(name) as storage, pytest.raises(DeviceError, match=r"lvextend failed: Something unheard of\."):
+        storage.grow_to(32 * MIB)
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs", "fails"])
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("suspended", [False, True])
+def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, committed: bool, suspended: bool) -> None:
+    """Before its commit the old table must go on, and the step has failed; after it the new size counts, and the step has not."""
+    volume = there(machine, name)
+
+    def end() -> tuple[int, str, str]:
+        if committed:
+            machine.commit(volume, 32 * MIB)
+        volume.suspended = suspended
+        if how == "hangs":
+            raise Unfinished("lvextend did not end within 60 s and was killed")
+        return (-9, "", "") if how == "killed" else (5, "", "  Failed to suspend logical volume.\n")
+
+    instead_of_lvextend(machine, end)
+    with storage_of(name) as storage:
+        machine.commands.clear()
+        if committed:
+            storage.grow_to(32 * MIB)
+        else:
+            with pytest.raises((Unfinished, DeviceError)):
+                storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == (32 if committed else 16) * MIB and not volume.suspended
+        if suspended:
+            # The table that was loaded is dropped before anything goes on: its extents may be another's.
+            assert [words[1] for words in machine.used("dmsetup")] == ["clear", "resume"]
+        assert len(machine.used("lvextend")) == 1
+
+
+def test_success_that_changed_nothing_is_mended(machine: Machine, name: str) -> None:
+    volume = there(machine, name)
+
+    def pretend() -> tuple[int, str, str]:
+        machine.commit(volume, 32 * MIB)
+        return 0, "", ""
+
+    instead_of_lvextend(machine, pretend)
+    with storage_of(name) as storage:
+        storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == 32 * MIB
+
+
+def test_metadata_that_is_ahead_of_the_device(machine: Machine, name: str) -> None:
+    """An earlier step was killed between its commit and the device: lvm says that there is nothing to do."""
+    with storage_of(name) as storage:
+        machine.commit(there(machine, name), 32 * MIB)
+        storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == 32 * MIB
+        assert ["lvchange", "--refresh", name] in machine.commands
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("suspended", [False, True])
+def test_attaching_mends_what_a_dead_process_left(machine: Machine, name: str, committed: bool, suspended: bool) -> None:
+    machine._activate(*name.split("/"), there(machine, name))
+    volume = there(machine, name)
+    if committed:
+        machine.commit(volume, 32 * MIB)
+    volume.suspended = suspended
+    machine.commands.clear()
+    assert look(name).storage_size_bytes == (32 if committed else 16) * MIB
+    assert not volume.suspended
+    assert [words[1] for words in machine.used("dmsetup")] == (["clear", "resume"] if suspended else [])
+    assert (["lvchange", "--refresh", name] in machine.commands) == committed
+
+
+def test_a_device_that_a_living_command_suspends_is_left_alone(machine: Machine, name: str) -> None:
+    """`lvs` has waited for the group's lock: the command that held the device still has ended meanwhile."""
+    machine._activate(*name.split("/"), there(machine, name))
+    volume = there(machine, name)
+    volume.suspended = True
+    looks = []
+
+    def ends(words: list[str]) -> None:
+        looks.append(words)
+        if len(looks) == 2:  # the first look tells the tags, the second whether the suspension was abandoned
+            volume.suspended = False
+
+    machine.before = ends
+    look(name)
+    assert machine.used("dmsetup") == []
+
+
+def test_writes_wait_for_a_full_group_and_go_on_when_it_grows(machine: Machine, name: str) -> None:
+    volume = parse_name(name)
+    machine.groups[volume.group].size = 20 * MIB
+    events: list[str] = []
+    with drive(open_volume(name, on_full="wait", on_event=lambda event: events.append(event.kind))) as driver:
+        assert driver.volume.allocator is not None
+
+        def make_room() -> None:
+            while not driver.call(lambda: driver.volume.engine.waiting_writes):
+                time.sleep(0.01)
+            machine.groups[volume.group].size = 128 * MIB
+            driver.volume.allocator.room_made()
+
+        thread = threading.Thread(target=make_room)
+        thread.start()
+        for chunk in range(40):
+            driver.pwrite(chunk * MIB, bytes([chunk]) * 4096)
+        thread.join()
+        assert {"group_full", "extend_failed", "extend_done"} <= set(events)
+        assert driver.volume.engine.statistics()["waited_for_space"]
+        assert all(driver.pread(chunk * MIB, 4096) == bytes([chunk]) * 4096 for chunk in range(40))
+
+
+def test_a_crash_of_lvm_itself_is_tried_again(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvd.lvm.commands.RETRY_SECONDS", 0.0)
+    crashes = iter([139, -11])
+    real = machine.run
+
+    def crashing(words: list[str], timeout_seconds: float) -> Finished:
+        if words[0] == "lvs" and (code := next(crashes, 0)):
+            return Finished(tuple(words), code, "", "", 0.0)
+        return real(words, timeout_seconds)
+
+    monkeypatch.setattr("fvd.lvm.runner.run_command", crashing)
+    assert look(name).storage_size_bytes == 16 * MIB
+
+
+def test_a_volume_made_anew_under_the_name_is_not_removed_for_the_old_one(machine: Machine, name: str) -> None:
+    group, _, lv = name.partition("/")
+
+    def swap(words: list[str]) -> None:
+        if words[0] == "lvremove":
+            machine.before = lambda words: None
+            old = machine.groups[group].volumes.pop(lv)
+            run("losetup", "--detach", str(old.device))
+            Path(f"/dev/{name}").unlink()
+            machine.run(["lvcreate", "--size", "4194304b", "--name", lv, group], 1.0)
+
+    machine.before = swap
+    remove(name)
+    assert machine.volume(name) is not None
