@@ -1,0 +1,203 @@
+"""What is given to QEMU or libvirt so that a virtual machine uses a served disk: command line, QMP, XML. Knows their syntax and NBD URIs.
+
+``attach_info`` asks where the volume is served; ``describe`` is pure text generation, and asks nobody.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+from xml.sax.saxutils import quoteattr
+
+from fvd.api.types import Info
+from fvd.errors import InvalidArgument, NotFound
+
+# For so long QEMU holds a guest's requests back while the server is away; then they fail. Longer than the slowest `systemctl restart`
+# (systemd/fvd@.service: TimeoutStopSec, RestartSec), so that a restart, and a crash, is a pause for the guest and no error.
+RECONNECT_DELAY_SECONDS = 120
+DEFAULT_PORT = "10809"
+# QEMU: at most 31 bytes; letters, digits, - . _, beginning with a letter.
+NODE_NAME_BYTES = 31
+DEFAULT_TARGET = "vdb"
+# What XML 1.0 can carry in no way, not even as a reference.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_TARGET = re.compile(r"vd[a-z]{1,3}", re.ASCII)  # a virtio disk
+
+
+@dataclass(frozen=True)
+class AttachInfo:
+    """A served disk as QEMU and libvirt want to be told of it."""
+
+    volume: str
+    uri: str
+    export: str
+    read_only: bool
+    qemu_args: list[str]  # for QEMU's command line, not yet quoted for a shell
+    blockdev: dict[str, Any]  # the argument of QMP's blockdev-add, and what qemu-storage-daemon and qemu-img (json:{...}) take
+    qmp: list[dict[str, Any]]  # QMP commands, in order
+    libvirt_xml: str  # a <disk> element: for virsh attach-device, or into a domain's <devices>
+    notes: list[str]  # what whoever uses it must know
+
+    def shell_line(self) -> str:
+        """The arguments for QEMU as a shell takes them, over several lines."""
+        pairs = [shlex.join(self.qemu_args[start : start + 2]) for start in range(0, len(self.qemu_args), 2)]
+        return " \\\n".join(pairs)
+
+
+def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
+    """How a virtual machine gets this disk, which must be served. ``iothread``: with a thread of its own in QEMU; ``target``: libvirt's
+    name for the disk in the machine, such as vdb.
+
+    Raises NotFound (no such volume, or nobody serves it), InvalidArgument, and what ``info`` raises.
+    """
+    from fvd.api.verbs import info
+
+    found = info(volume)
+    if found.uri is None:
+        name = _plain(found.volume.rpartition("/")[2]) or "disk"
+        raise NotFound(
+            f"{found.volume} is not served; run fvd-lv serve {shlex.quote(found.volume)} --socket /run/fvd/{name}.nbd, "
+            f"or write VOLUME={shlex.quote(found.volume)} into /etc/fvd/{name}.conf and run systemctl start fvd@{name}"
+        )
+    return describe(found, iothread=iothread, target=target)
+
+
+def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
+    """The texts for a disk whose ``uri`` is set. Raises InvalidArgument: no such target, or a path that XML cannot hold."""
+    assert found.uri is not None
+    if not _TARGET.fullmatch(target):
+        raise InvalidArgument(f"{target!r} is no name of a virtio disk in a virtual machine; write for example vdb")
+    export, server = parse_uri(found.uri)
+    for text in (export, *server.values()):
+        if _NOT_XML.search(text):
+            raise InvalidArgument(f"{text!r} contains characters that libvirt's XML cannot hold; serve the disk under another name")
+    node = node_name(found)
+    blockdev = _blockdev(node, export, server, found.read_only)
+    thread = f"{node}-thread"
+    # An error pauses the machine (`cont` goes on) rather than reach the guest's file system: a server that is away for longer
+    # than the delay, or one that was stopped while writes waited for storage.
+    device = {"driver": "virtio-blk-pci", "id": node, "drive": node, "werror": "stop", "rerror": "stop"}
+    qmp = [{"execute": "blockdev-add", "arguments": blockdev}]
+    qemu_args = ["-blockdev", ",".join(keyval(blockdev))]
+    if iothread:
+        device["iothread"] = thread
+        qmp.insert(0, {"execute": "object-add", "arguments": {"qom-type": "iothread", "id": thread}})
+        qemu_args[:0] = ["-object", f"iothread,id={thread}"]
+    qmp.append({"execute": "device_add", "arguments": device})
+    qemu_args += ["-device", ",".join([device["driver"], *keyval({key: value for key, value in device.items() if key != "driver"})])]
+    return AttachInfo(
+        volume=found.volume,
+        uri=found.uri,
+        export=export,
+        read_only=found.read_only,
+        qemu_args=qemu_args,
+        blockdev=blockdev,
+        qmp=qmp,
+        libvirt_xml=_libvirt_xml(export, server, found.read_only, iothread, target),
+        notes=_notes(server, iothread, target),
+    )
+
+
+def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
+    """An NBD URI as fvd writes them: the export's name, and QEMU's description of the server. Raises InvalidArgument."""
+    try:
+        parts = urlsplit(uri)
+        port = parts.port  # raises ValueError when it is no number
+    except ValueError as error:
+        raise InvalidArgument(f"{uri!r} is no NBD URI: {error}") from None
+    export = unquote(parts.path[1:])
+    if parts.scheme == "nbd+unix":
+        path = dict(parse_qsl(parts.query.replace("+", "%2B"))).get("socket")  # in an NBD URI a plus is a plus
+        if path:
+            return export, {"type": "unix", "path": path}
+    elif parts.scheme == "nbd" and parts.hostname:
+        host = parts.netloc.rpartition(":")[0] if port is not None else parts.netloc
+        return export, {"type": "inet", "host": host.strip("[]"), "port": DEFAULT_PORT if port is None else str(port)}
+    raise InvalidArgument(f"{uri!r} is no NBD URI that fvd knows: nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT")
+
+
+def node_name(found: Info) -> str:
+    """A name for the disk inside QEMU: always the same for one disk, and another for another disk of the same name."""
+    tail = f"-{found.uuid[:8]}"
+    readable = _plain(found.volume.rpartition("/")[2])
+    return f"fvd-{readable}"[: NODE_NAME_BYTES - len(tail)].rstrip("-._") + tail
+
+
+def keyval(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """QEMU's key=value form: nested objects by dotted keys, commas doubled."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from keyval(item, f"{prefix}{key}.")
+        else:
+            text = ("off", "on")[item] if isinstance(item, bool) else str(item).replace(",", ",,")
+            yield f"{prefix}{key}={text}"
+
+
+def _blockdev(node: str, export: str, server: dict[str, str], read_only: bool) -> dict[str, Any]:
+    blockdev: dict[str, Any] = {
+        "driver": "nbd",
+        "node-name": node,
+        "server": server,
+        "export": export,
+        "reconnect-delay": RECONNECT_DELAY_SECONDS,
+        "cache": {"direct": True, "no-flush": False},
+        "read-only": read_only,
+    }
+    if not read_only:
+        # What the guest discards, or overwrites with zeros, takes no storage.
+        blockdev |= {"discard": "unmap", "detect-zeroes": "unmap"}
+    return blockdev
+
+
+def _libvirt_xml(export: str, server: dict[str, str], read_only: bool, iothread: bool, target: str) -> str:
+    driver = {"name": "qemu", "type": "raw", "cache": "none", "error_policy": "stop", "rerror_policy": "stop"}
+    if not read_only:
+        driver |= {"discard": "unmap", "detect_zeroes": "unmap"}
+    if iothread:
+        driver["iothread"] = "1"
+    host = {"transport": "unix", "socket": server["path"]} if server["type"] == "unix" else {"name": server["host"], "port": server["port"]}
+    lines = [
+        "<disk type='network' device='disk'>",
+        f"  <driver{_attributes(driver)}/>",
+        f"  <source protocol='nbd'{_attributes({'name': export})}>",
+        f"    <host{_attributes(host)}/>",
+        f"    <reconnect delay='{RECONNECT_DELAY_SECONDS}'/>",
+        "  </source>",
+        f"  <target dev='{target}' bus='virtio'/>",
+        *(["  <readonly/>"] if read_only else []),
+        "</disk>",
+    ]
+    return "\n".join(lines)
+
+
+def _attributes(values: dict[str, str]) -> str:
+    return "".join(f" {name}={_quoted(text)}" for name, text in values.items())
+
+
+def _quoted(text: str) -> str:
+    """An attribute's value in single quotes, as libvirt writes them."""
+    return "'" + quoteattr(text, {"'": "&apos;", '"': "&quot;"})[1:-1] + "'"
+
+
+def _notes(server: dict[str, str], iothread: bool, target: str) -> list[str]:
+    notes = [
+        "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
+        "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
+        f"libvirt: the name {target} must be free; --target chooses another.",
+    ]
+    if iothread:
+        notes.append("libvirt: the domain needs <iothreads>1</iothreads>, or more.")
+    if server["type"] == "unix":
+        notes.append("QEMU must run on this host, as a user who may open the socket: see serve --socket-group and --socket-mode.")
+    elif server["host"] in ("0.0.0.0", "::"):
+        notes.append(f"The server listens on every address: where QEMU runs on another host, write this host's name for {server['host']}.")
+    return notes
+
+
+def _plain(text: str) -> str:
+    """What is left of a name for QEMU and systemd."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
