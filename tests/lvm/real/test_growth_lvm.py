@@ -1,0 +1,367 @@
+"""Growth of real logical volumes: steps under verified load, a full group, lvextend killed half-way, storage added by hand, no udev."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_devices import GIB, KIB, MIB, SECTOR, Group, Pool, linear, mapped, run, settle, size_bytes, volume_group
+
+import fvd
+from fvd.lvm import dm, runner
+from fvd.lvm.commands import Lvm
+
+SMALL = {"journal_size": "1M", "grow_step": "64M"}
+
+
+def content(chunk: int, length: int = 64 * KIB) -> bytes:
+    return np.random.default_rng(chunk).bytes(length)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Every command that leaves this process, and how long it took."""
+    seen: list[tuple[str, float]] = []
+    real = runner.run_command
+
+    def record(words: list[str], timeout_seconds: float) -> runner.Finished:
+        done = real(words, timeout_seconds)
+        seen.append((words[0], done.seconds))
+        return done
+
+    monkeypatch.setattr(runner, "run_command", record)
+    return seen
+
+
+def test_five_default_steps_under_a_verified_load(make_group: Callable[..., Group], commands: list[tuple[str, float]]) -> None:
+    """100 GiB in steps of 5: every MiB of 26 GiB gets a block, so the volume grows five times and more; all is read back, twice."""
+    group = make_group(size=60 * GIB)
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "100G")
+    chunks = list(np.random.default_rng(1).permutation(100 * 1024)[: 26 * 1024])
+    events: list[fvd.Event] = []
+    with fvd.open(volume, on_event=events.append) as disk:
+        commands.clear()
+        for number, chunk in enumerate(chunks):
+            disk.pwrite(int(chunk) * MIB, int(chunk).to_bytes(8, "little") * 512)
+            if number % 1000 == 999:
+                disk.flush()
+        size = disk.info().storage_size
+    steps = [event for event in events if event.kind == "extend_done"]
+    # A fast load asks for several at once.
+    assert size >= 30 * GIB and len(steps) >= 2 and all(event.suspend_seconds is not None for event in steps)
+    assert set(during) == {"lvextend"} and len(during) in (len(steps), len(steps) + 1)  # one may be under way
+    print(
+        f"steps: {[round(event.seconds, 2) for event in steps]} s; suspended: {[round(event.suspend_seconds or 0, 4) for event in steps]} s"
+    )
+    with fvd.open(volume, read_only=True) as disk:
+        for chunk in chunks:
+            assert disk.pread(int(chunk) * MIB, 4096) == int(chunk).to_bytes(8, "little") * 512
+    assert fvd.check(volume).errors == []
+
+
+def test_the_time_of_suspension_is_measured(pool: Pool, make_group: Callable[..., Group]) -> None:
+    """A physical volume that takes 60 ms for a write: between suspend and resume lvm writes its metadata there."""
+    with pool.disk() as device, mapped(delayed(device, 60)) as slow, volume_group(slow.path) as group:
+        fvd.provision(f"{group.name}/vm1", "1G", **SMALL)
+        events: list[fvd.Event] = []
+        with fvd.open(f"{group.name}/vm1", on_event=events.append) as disk:
+            disk.extend()
+            growth = disk.info().growth
+            wait_for(lambda: [event for event in events if event.kind == "extend_done"])
+        [done] = [event for event in events if event.kind == "extend_done"]
+        assert done.suspend_seconds is not None and 0.05 < done.suspend_seconds < done.seconds
+        assert growth is not None and growth["longest_suspend_seconds"] == pytest.approx(done.suspend_seconds)
+
+
+def test_the_gauge_is_right(group: Group) -> None:
+    run("lvcreate", "--yes", "-L", "64M", "-n", "lv", group.name)
+    number = dm.number_of(group.path("lv"))
+    name = dm.device_name(number)
+    with dm.SuspendGauge(number) as gauge:
+        run("dmsetup", "suspend", name)
+        begun = time.monotonic()
+        assert dm.is_suspended(number)
+        time.sleep(0.3)
+        least = time.monotonic() - begun
+        run("dmsetup", "resume", name)
+        most = time.monotonic() - begun + 0.1
+    assert gauge.seconds is not None and least - 0.02 <= gauge.seconds <= most
+    with dm.SuspendGauge(number) as gauge:
+        time.sleep(0.05)
+    assert gauge.seconds == 0.0
+
+
+def test_a_full_group_and_vgextend(make_group: Callable[..., Group], spare_device: str) -> None:
+    """Writes wait, overwrites, reads and flushes go on; after vgextend udev tells, and the writes go on by themselves."""
+    group = make_group(size=200 * MIB)
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    events: list[fvd.Event] = []
+    with fvd.open(volume, on_full="wait", on_event=events.append) as disk:
+        written: list[int] = []
+
+        def write() -> None:
+            for chunk in range(400):
+                disk.pwrite(chunk * MIB, content(chunk))
+                written.append(chunk)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        wait_for(lambda: disk.info().waiting_writes)
+        # Long enough for the rests between retries to be many seconds: what ends the wait below is not a retry.
+        wait_for(lambda: len([event for event in events if event.kind == "group_full"]) == 1)
+        time.sleep(8)
+        stuck = len(written)
+        assert group.free_bytes() == 0
+        disk.pwrite(0, content(0))
+        disk.flush()
+        assert disk.pread(5 * MIB, 64 * KIB) == content(5)
+        assert len(written) == stuck and disk.info().waiting_writes
+        begun = time.monotonic()
+        group.extend(spare_device, 2 * GIB)
+        wait_for(lambda: len(written) > stuck, 20)
+        print(f"went on {time.monotonic() - begun:.1f} s after vgextend was begun")
+        thread.join(60)
+        assert len(written) == 400
+        for chunk in range(400):
+            assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+        assert disk.check().errors == []
+    kinds = [event.kind for event in events]
+    assert kinds.index("group_full") < len(kinds) - 1 - kinds[::-1].index("extend_done")
+    assert next(event for event in events if event.kind == "group_full").group == group.name
+
+
+def test_enospc_instead_of_waiting(make_group: Callable[..., Group]) -> None:
+    group = make_group(size=136 * MIB)
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    with fvd.open(volume, on_full="error") as disk:
+        with pytest.raises(fvd.NoSpace):
+            for chunk in range(400):
+                disk.pwrite(chunk * MIB, content(chunk))
+        disk.pwrite(0, content(0))
+        disk.flush()
+        with pytest.raises(fvd.NoSpace, match=f"volume group {group.name} is full"):
+            disk.extend("1G")
+    with pytest.raises(fvd.NoSpace, match="vgextend"):
+        fvd.extend(volume, "1G")
+    with pytest.raises(fvd.NoSpace, match="vgextend"):
+        fvd.provision(f"{group.name}/vm2", "1G", **SMALL)
+
+
+def test_storage_that_is_added_by_hand_is_used(group: Group, commands: list[tuple[str, float]]) -> None:
+    """Seen through udev's event of the device, with nobody asking."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    with fvd.open(volume) as disk:
+        commands.clear()
+        run("lvextend", "-L", "512M", volume)
+        wait_for(lambda: disk.info().storage_size == 512 * MIB)
+        for chunk in range(300):
+            disk.pwrite(chunk * MIB, b"x")
+        assert commands == []
+
+
+def delayed(device: str, milliseconds: int) -> str:
+    """The table of a part of a device whose writes take that long. Not from its beginning: lvm would see one physical volume twice."""
+    return f"0 {4 * GIB // SECTOR} delay {device} {MIB // SECTOR} 0 {device} {MIB // SECTOR} {milliseconds}"
+
+
+@contextlib.contextmanager
+def slow_group(pool: Pool, milliseconds: int = 400) -> Iterator[Group]:
+    """A group whose metadata takes so long to write that its commands can be caught half-way."""
+    with pool.disk() as device, mapped(linear(device, 4 * GIB, MIB)) as slow, volume_group(slow.path) as group:
+        group.slow_down = lambda: slow.replace(delayed(device, milliseconds))  # type: ignore[attr-defined]
+        group.speed_up = lambda: slow.replace(linear(device, 4 * GIB, MIB))  # type: ignore[attr-defined]
+        yield group
+
+
+def kill_lvextend_when_suspended(number: int, killed: list[int]) -> None:
+    """SIGKILL to the lvextend that has the device suspended."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if dm.is_suspended(number):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if (process / "comm").read_text().strip() == "lvextend":
+                        os.kill(int(process.name), signal.SIGKILL)
+                        killed.append(int(process.name))
+            return
+        time.sleep(0.001)
+
+
+def test_an_lvextend_that_is_killed_with_the_device_suspended(pool: Pool) -> None:
+    """The guest's writes stand still; the device goes on with what is committed, and the step is done again."""
+    with slow_group(pool) as group:
+        volume = f"{group.name}/vm1"
+        fvd.provision(volume, "1G", **SMALL)
+        events: list[fvd.Event] = []
+        with fvd.open(volume, on_event=events.append) as disk:
+            disk.pwrite(0, content(0))
+            killed: list[int] = []
+            group.slow_down()  # type: ignore[attr-defined]
+            thread = threading.Thread(target=kill_lvextend_when_suspended, args=(dm.number_of(group.path("vm1")), killed))
+            thread.start()
+            with contextlib.suppress(fvd.FvdError):
+                disk.extend()
+            thread.join()
+            assert killed
+            group.speed_up()  # type: ignore[attr-defined]
+            assert not dm.is_suspended(dm.number_of(group.path("vm1")))
+            for chunk in range(200):
+                disk.pwrite(chunk * MIB, content(chunk))
+            disk.flush()
+            for chunk in range(200):
+                assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+        lv = group.volume("vm1")
+        assert lv is not None
+        assert int(lv["lv_size"]) == fvd.info(volume).storage_size
+        # No extent belongs to two: lvm's own check of its metadata, and another volume in all the rest.
+        run("vgck", group.name)
+        run("lvcreate", "--yes", "-l", "100%FREE", "-n", "rest", group.name)
+        run("dd", "if=/dev/zero", f"of={group.path('rest')}", "bs=1M", "count=256", "oflag=direct")
+        with fvd.open(volume, read_only=True) as disk:
+            for chunk in range(200):
+                assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+
+
+def test_a_volume_that_a_dead_command_left_suspended_is_taken_over(pool: Pool) -> None:
+    """Host agent and lvextend die together; the next open finds the device suspended and lets it go on."""
+    with slow_group(pool) as group:
+        volume = f"{group.name}/vm1"
+        fvd.provision(volume, "1G", **SMALL)
+        with fvd.open(volume) as disk:
+            disk.pwrite(0, content(0))
+        run("lvchange", "-ay", volume)
+        killed: list[int] = []
+        number = dm.number_of(group.path("vm1"))
+        group.slow_down()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=kill_lvextend_when_suspended, args=(number, killed))
+        thread.start()
+        with contextlib.suppress(AssertionError):
+            run("lvextend", "-L", "256M", volume)
+        thread.join()
+        assert killed and dm.is_suspended(number)
+        group.speed_up()  # type: ignore[attr-defined]
+        with fvd.open(volume) as disk:
+            assert disk.pread(0, 64 * KIB) == content(0)
+            lv = group.volume("vm1")
+            assert lv is not None and size_bytes(group.path("vm1")) == int(lv["lv_size"]) == disk.info().storage_size
+
+
+def test_a_device_behind_its_metadata_is_refreshed(group: Group) -> None:
+    """As an lvextend leaves it that dies between its commit and the device."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    run("lvchange", "-ay", volume)
+    name = dm.device_name(dm.number_of(group.path("vm1")))
+    table = run("dmsetup", "table", name)
+    run("lvextend", "-L", "256M", volume)
+    run("dmsetup", "suspend", name)
+    run("dmsetup", "load", name, "--table", table)
+    run("dmsetup", "resume", name)
+    assert size_bytes(group.path("vm1")) == 64 * MIB
+    assert fvd.info(volume).storage_size == 256 * MIB
+
+
+def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody holds the group's lock and does not let go."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    lock = Path(f"/run/lock/lvm/V_{group.name}")
+    with fvd.open(volume) as disk, lock.open("a") as held:
+        import fcntl
+
+        monkeypatch.setattr(runner, "TERM_SECONDS", 0.5)
+        allocator = disk._driver.volume.allocator
+        assert allocator is not None
+        allocator.storage._lvm = Lvm(timeout_seconds=2.0)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        with pytest.raises(fvd.Timeout, match="did not end within 2 s"):
+            disk.extend()
+        assert time.monotonic() - begun < 20
+        disk.pwrite(0, b"x")  # there is room, and nothing is suspended
+        fcntl.flock(held, fcntl.LOCK_UN)
+        allocator.storage._lvm = Lvm()
+        disk.extend()
+        assert disk.info().storage_size >= 128 * MIB
+
+
+# --- Without udev ----------------------------------------------------------------------------------------------------------------
+
+
+def udevd() -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if "udevd" in (process / "comm").read_text():
+                found.append(int(process.name))
+    return found
+
+
+def test_udev_that_is_stuck(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening waits for it in vain, and says so in time; a disk that is open grows all the same."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    settle()
+    monkeypatch.setattr("fvd.lvm.commands.TIMEOUT_SECONDS", 3.0)
+    monkeypatch.setattr(Lvm.__init__, "__defaults__", (3.0,))
+    disk = fvd.open(volume)
+    for pid in udevd():
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for chunk in range(300):
+            disk.pwrite(chunk * MIB, content(chunk))
+        growth = disk.info().growth
+        assert growth is not None and growth["extend_steps"] >= 2
+        fvd_other = f"{group.name}/vm2"
+        with pytest.raises(fvd.Timeout, match="did not end within 3 s"):
+            fvd.provision(fvd_other, "1G", **SMALL)
+    finally:
+        for pid in udevd():
+            os.kill(pid, signal.SIGCONT)
+        run("dmsetup", "udevcomplete_all", "--yes")
+        settle()
+        disk.close()
+    assert fvd.provision(f"{group.name}/vm2", "1G", **SMALL).virtual_size == GIB
+
+
+def test_no_udev_at_all(group: Group) -> None:
+    """lvm makes the nodes itself; growth by hand is seen when more room is wanted."""
+    settle()
+    for pid in udevd():
+        os.kill(pid, signal.SIGKILL)
+    Path("/run/udev/control").unlink(missing_ok=True)
+    try:
+        volume = f"{group.name}/vm1"
+        fvd.provision(volume, "8G", **SMALL)
+        with fvd.open(volume) as disk:
+            for chunk in range(300):
+                disk.pwrite(chunk * MIB, content(chunk))
+            run("lvextend", "-L", "+1G", volume)
+            for chunk in range(300, 800):
+                disk.pwrite(chunk * MIB, b"x")
+            for chunk in range(300):
+                assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+        assert fvd.info(volume).mapped_bytes == 800 * MIB
+        assert fvd.remove(volume)
+    finally:
+        run("/lib/systemd/systemd-udevd", "--daemon")
+        run("udevadm", "trigger", "--subsystem-match=block")
+        settle()
