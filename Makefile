@@ -11,7 +11,7 @@ CHECKED := build/checked
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
-SCRIPTS := scripts/demo scripts/make-completions
+SCRIPTS := scripts/demo scripts/make-completions scripts/uml
 # A test that hangs must not hold CI for ever: each run of pytest is ended after this.
 LIMIT := timeout --foreground --kill-after=10 15m
 # Every temporary file of the tests: a place for sparse files of some GB.

@@ -3,13 +3,13 @@ _fvd_lv() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command= word
     COMPREPLY=()
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in provision|serve|extend|info|map|check|dump|list|remove) command=$word; break ;; esac
+        case $word in provision|serve|extend|info|attach-info|events|map|check|dump|list|remove) command=$word; break ;; esac
     done
     # Bash splits file:PATH at the colon.
     if [[ $current == : ]]; then current=; previous=:; fi
     if [[ $previous == : ]]; then _fvd_lv_files -f; return; fi
     case $command:$previous in
-        provision:--output|serve:--output|extend:--output|info:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
+        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
         provision:--size) :; return ;;
         provision:--base) _fvd_lv_files -f; return ;;
         provision:--layout) COMPREPLY=($(compgen -W "compact raw" -- "$current")); return ;;
@@ -18,6 +18,7 @@ _fvd_lv() {
         provision:--journal-size) :; return ;;
         provision:--grow-step) :; return ;;
         provision:--placement) COMPREPLY=($(compgen -W "append" -- "$current")); return ;;
+        provision:--max-overcommit) :; return ;;
         serve:--socket) _fvd_lv_files -f; return ;;
         serve:--listen) :; return ;;
         serve:--cache) COMPREPLY=($(compgen -W "none writeback writethrough directsync unsafe" -- "$current")); return ;;
@@ -25,20 +26,25 @@ _fvd_lv() {
         serve:--socket-mode) :; return ;;
         serve:--socket-group) COMPREPLY=($(compgen -g -- "$current")); return ;;
         extend:--by) :; return ;;
+        attach-info:--format) COMPREPLY=($(compgen -W "all qemu qmp libvirt uri" -- "$current")); return ;;
+        attach-info:--target) :; return ;;
+        events:--count) :; return ;;
         map:--offset) :; return ;;
         map:--length) :; return ;;
         map:--picture) COMPREPLY=($(compgen -W "auto always never" -- "$current")); return ;;
     esac
     case $command in
-        "") COMPREPLY=($(compgen -W "provision serve extend info map check dump list remove --help --version --output --verbose" -- "$current")) ;;
-        provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --layout --block-size --chunk-size --journal-size --grow-step --placement --force" -- "$current")); else _fvd_lv_volumes; fi ;;
+        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events map check dump list remove --help --version --output --verbose" -- "$current")) ;;
+        provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
         serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;
+        events) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --history --count" -- "$current")); else _fvd_lv_volumes; fi ;;
         map) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --offset --length --picture" -- "$current")); else _fvd_lv_volumes; fi ;;
         check) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
-        list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_files -d; fi ;;
+        list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;
         remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
     esac
 }
@@ -48,7 +54,14 @@ _fvd_lv_files() {
 }
 _fvd_lv_volumes() {
     if [[ $current == /* ]]; then _fvd_lv_files -f; return; fi
-    COMPREPLY=($(compgen -W "file: /dev/" -- "$current"))
-    compopt -o nospace 2>/dev/null
+    COMPREPLY=($(compgen -W "file: /dev/ $(_fvd_lv_lvm lvs -o lv_full_name @fvd.disk)" \
+        -- "$current"))
+    [[ ${COMPREPLY[0]-} == */?* ]] || compopt -o nospace 2>/dev/null
 }
+_fvd_lv_places() {
+    compopt -o filenames 2>/dev/null
+    mapfile -t COMPREPLY < <(compgen -d -- "$current"; compgen -W "$(_fvd_lv_lvm vgs -o vg_name)" -- "$current")
+}
+# Only root may ask lvm; whatever it complains of is not for a completion.
+_fvd_lv_lvm() { ((EUID == 0)) && "$@" --noheadings 2>/dev/null; }
 complete -F _fvd_lv fvd-lv

@@ -8,15 +8,20 @@
         disk.flush()
     with fvd.serve("file:vm1.img", socket="vm1.sock") as served:
         print(served.uri, fvd.info("file:vm1.img").mapped_bytes)
+    for event in fvd.events():  # what happens to the disks that are served, in whatever process
+        print(event.kind, event.volume)
 
 Importing does no work: no file, thread, process or socket. Every function is safe from threads. Sizes are bytes, or text such as
-"100G" (GiB). Errors are the types of `fvd.errors`, all of them `FvdError`.
+"100G" (GiB). `fvd.aio` has the same for asyncio, and is imported by its name. Errors are the types of `fvd.errors`, all of them `FvdError`.
 """
 
+from fvd.api.attach import AttachInfo, attach_info
 from fvd.api.disk import Disk, open
-from fvd.api.listing import list_volumes
+from fvd.api.events import Event, EventStream
+from fvd.api.following import events
+from fvd.api.listing import list_groups, list_volumes
 from fvd.api.serving import Served, serve
-from fvd.api.types import Base, CacheMode, CheckReport, Export, Extended, Extent, Info, Listed, Map, OnFull, Provisioned
+from fvd.api.types import Base, CacheMode, CheckReport, Export, Extended, Extent, Group, Info, Listed, Map, OnFull, Provisioned
 from fvd.api.verbs import check, dump, extend, info, map, provision, remove
 from fvd.errors import (
     Conflict,
@@ -36,6 +41,7 @@ from fvd.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttachInfo",
     "Base",
     "CacheMode",
     "CheckReport",
@@ -43,10 +49,13 @@ __all__ = [
     "Corrupt",
     "DeviceError",
     "Disk",
+    "Event",
+    "EventStream",
     "Export",
     "Extended",
     "Extent",
     "FvdError",
+    "Group",
     "InUse",
     "Info",
     "InvalidArgument",
@@ -61,10 +70,13 @@ __all__ = [
     "Served",
     "Timeout",
     "Unsupported",
+    "attach_info",
     "check",
     "dump",
+    "events",
     "extend",
     "info",
+    "list_groups",
     "list_volumes",
     "map",
     "open",

@@ -7,25 +7,33 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fvd.api.opened import OpenedVerbs
+from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
+from fvd.api.opened import OpenedVerbs, storage_failure
 from fvd.api.types import CacheMode, CheckReport, Extended, Info, Map, OnFull, from_json, info_from_json
 from fvd.api.verbs import map_from_json
+from fvd.errors import DeviceError
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
 
     from fvd.volume._driver import Driver
-    from fvd.volume.name import VolumeName
-    from fvd.volume.policy import GrowthEvent
 
 log = logging.getLogger("fvd.api")
 
 
-def open(volume: str, *, read_only: bool = False, cache: CacheMode = "none", on_full: OnFull = "error") -> Disk:
+def open(
+    volume: str,
+    *,
+    read_only: bool = False,
+    cache: CacheMode = "none",
+    on_full: OnFull = "error",
+    on_event: Callable[[Event], None] | None = None,
+) -> Disk:
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
 
     ``on_full``: when storage has ended and cannot grow, a write that needs more raises NoSpace ("error") or waits until there is some.
+    ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends nothing.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, DeviceError.
     """
     from fvd.volume._driver import drive
@@ -33,13 +41,16 @@ def open(volume: str, *, read_only: bool = False, cache: CacheMode = "none", on_
     from fvd.volume.opening import open_volume
 
     name = parse_name(volume)
-    opened = open_volume(name, read_only=read_only, cache=cache, on_full=on_full, on_event=reporter(name))
+    hub = Hub(str(name))
+    opened = open_volume(name, read_only=read_only, cache=cache, on_full=on_full, on_event=hub.tell)
     try:
         for notice in opened.notices:
             log.warning("%s", notice)
-        return Disk(drive(opened))
+        deliveries = Deliveries([hub], on_event)
+        return Disk(drive(opened), hub, deliveries)
     except BaseException:
         opened.close()
+        hub.end()
         raise
 
 
@@ -49,9 +60,13 @@ class Disk:
     Every method raises DeviceError once the disk has been closed, and after a flush failed: nothing is promised then until the next open.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, hub: Hub, deliveries: Deliveries) -> None:
         self._driver = driver
         self._verbs = OpenedVerbs(driver.volume, driver.call)
+        self._hub = hub
+        self._deliveries = deliveries
+        self._watched = _FailureWatch(self._tell_failure)
+        self._told_failure = False
 
     @property
     def volume(self) -> str:
@@ -76,19 +91,23 @@ class Disk:
 
         Raises InvalidArgument (not in the disk), NoSpace, ReadOnly, DeviceError.
         """
-        return self._driver.pwrite(offset, data, fua=durable)
+        with self._watched:
+            return self._driver.pwrite(offset, data, fua=durable)
 
     def flush(self) -> None:
         """What was written before, by any thread, survives any crash when this returns. Raises DeviceError."""
-        self._driver.flush()
+        with self._watched:
+            self._driver.flush()
 
     def trim(self, offset: int, length: int) -> None:
         """The range is not needed any longer: it reads as its old contents or zeros. Raises InvalidArgument, ReadOnly, DeviceError."""
-        self._driver.trim(offset, length)
+        with self._watched:
+            self._driver.trim(offset, length)
 
     def zero(self, offset: int, length: int, *, keep_storage: bool = False) -> None:
         """The range reads as zeros; with ``keep_storage`` later writes there need no more. Raises as ``pwrite``."""
-        self._driver.zero(offset, length, no_hole=keep_storage)
+        with self._watched:
+            self._driver.zero(offset, length, no_hole=keep_storage)
 
     def info(self) -> Info:
         """What the disk is and how full."""
@@ -106,9 +125,31 @@ class Disk:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
         return from_json(Extended, self._verbs.extend(None if by is None else parse_size(by)))
 
+    def events(self, history: bool = False) -> EventStream:
+        """What happens to the disk from now on, or (``history``) since a while ago, until it is closed. See docs/events.md."""
+        return LocalEvents([self._hub], history)
+
     def close(self) -> None:
         """Commit everything and close the disk; again is fine. Raises DeviceError when that failed: what was flushed is safe even then."""
-        self._driver.close()
+        problem = ""
+        try:
+            with self._watched:
+                self._driver.close()
+        except DeviceError as error:
+            problem = str(error)
+            raise
+        finally:
+            if self._driver.closed:
+                self._hub.publish("closed", self._driver.volume, problem)
+                self._hub.end()
+                self._deliveries.wait()
+
+    def _tell_failure(self) -> None:
+        """The driver tells nobody but its callers that the storage failed; so the first of them that hears it passes it on."""
+        failure = storage_failure(self._driver.volume)
+        if failure and not self._told_failure:
+            self._told_failure = True
+            self._hub.publish("storage_error", self._driver.volume, failure)
 
     def __enter__(self) -> Disk:
         return self
@@ -117,12 +158,15 @@ class Disk:
         self.close()
 
 
-def reporter(name: VolumeName) -> Callable[[GrowthEvent], None]:
-    """Logs what happens to a disk's storage: failures as warnings, the rest as information."""
+class _FailureWatch:
+    """Around a call that may find the storage failed: cheaper for the calls that do not than a wrapper for each would be."""
 
-    def report(event: GrowthEvent) -> None:
-        level = logging.WARNING if event.kind in ("extend_failed", "extend_slow") else logging.INFO
-        detail = event.message or f"storage {event.storage_size_bytes} bytes, {event.free_bytes} free"
-        log.log(level, "%s: %s: %s", name, event.kind.replace("_", " "), detail)
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
 
-    return report
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, DeviceError):
+            self._tell()

@@ -5,6 +5,7 @@ Answers are plain values, for a control socket as for this process. What looks a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -56,3 +57,11 @@ class OpenedVerbs:
         before_bytes = disk.engine.storage_size_bytes
         size_bytes = disk.allocator.extend_now(by_bytes).result()
         return {"volume": str(disk.name), "storage_size": size_bytes, "added_bytes": size_bytes - before_bytes}
+
+
+def storage_failure(disk: OpenVolume) -> str:
+    """What there is to say once a flush or journal write has failed; empty: none has. From any thread."""
+    failed_errno = disk.engine.failed_errno
+    if not failed_errno:
+        return ""
+    return f"the storage failed ({os.strerror(failed_errno)}); writes are refused until the disk is closed and opened again"

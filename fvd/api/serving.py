@@ -12,13 +12,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.address import parse_listen
-from fvd.api.disk import reporter
-from fvd.api.opened import OpenedVerbs
+from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
+from fvd.api.opened import OpenedVerbs, storage_failure
 from fvd.api.types import CacheMode, Export, Extended, Info, OnFull, from_json, info_from_json
 from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
+    from fvd.control.server import ControlServer
+    from fvd.control.streaming import Stream
     from fvd.export.server import NbdServer, Tcp, Unix
     from fvd.volume.name import VolumeName
     from fvd.volume.opening import OpenVolume
@@ -39,11 +41,13 @@ def serve(
     socket_mode: int = 0o600,
     socket_group: str | int | None = None,
     on_end: Callable[[], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Served:
     """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP.
 
-    ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. Notices (no io_uring here, no O_DIRECT...) and
-    failed growth steps are logged as warnings of the logger "fvd".
+    ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. ``on_event`` is called with each event of
+    these disks (docs/events.md), in a thread of its own; what it raises is logged and ends nothing. Notices (no io_uring here, no
+    O_DIRECT...) and failed growth steps are logged as warnings of the logger "fvd".
     Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied.
     """
     served = Served(
@@ -56,6 +60,7 @@ def serve(
         socket_mode=socket_mode,
         socket_group=socket_group,
         on_end=on_end,
+        on_event=on_event,
     )
     served.open()
     return served
@@ -76,6 +81,7 @@ class Served:
         socket_mode: int,
         socket_group: str | int | None,
         on_end: Callable[[], None] | None,
+        on_event: Callable[[Event], None] | None,
     ) -> None:
         if not volumes:
             raise InvalidArgument("name at least one volume to serve")
@@ -90,10 +96,15 @@ class Served:
         self._socket_mode = socket_mode
         self._socket_group = socket_group
         self._on_end = on_end
+        self._on_event = on_event
         self._server: NbdServer | None = None
         self._disks: dict[str, OpenVolume] = {}  # by export name
         self._verbs: dict[str, OpenedVerbs] = {}  # of the same
-        self._attached: set[VolumeName] = set()  # whose allocators are at work
+        self._hubs: dict[str, Hub] = {}
+        self._controls: list[ControlServer] = []
+        self._deliveries: Deliveries | None = None
+        self._begun: set[str] = set()  # whose `served` is told and whose allocators are at work
+        self._problems: dict[str, str] = {}  # of those that could not be closed cleanly: why
         self._resources = ExitStack()
         self._ready = threading.Event()
         self._close_lock = threading.Lock()
@@ -117,13 +128,23 @@ class Served:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
         return from_json(Extended, self._verbs[self._export(volume)].extend(None if by is None else parse_size(by)))
 
+    def events(self, history: bool = False, volume: str | None = None) -> EventStream:
+        """What happens to the disks that are served here, or to one of them, from now on or (``history``) since a while ago, until they
+        are closed. See docs/events.md. Raises NotFound: not served here."""
+        hubs = list(self._hubs.values()) if volume is None else [self._hubs[self._export(volume)]]
+        return LocalEvents(hubs, history)
+
     def close(self) -> None:
         """Answer what is under way, hang up, commit and close each disk; again is fine. Raises DeviceError when a disk could not be closed
         cleanly: what was flushed is safe even then."""
-        with self._close_lock:
-            if not self._closed:
-                self._closed = True
-                self._resources.close()
+        try:
+            with self._close_lock:
+                if not self._closed:
+                    self._closed = True
+                    self._resources.close()
+        finally:  # without the lock: a callback that is still at work may want to close too
+            if self._deliveries is not None:
+                self._deliveries.wait()
 
     def __enter__(self) -> Served:
         return self
@@ -154,13 +175,17 @@ class Served:
 
         names = [parse_name(volume) for volume in self._names]
         with ExitStack() as undo:
+            # At the very end, when the disks are given up: whoever hears that one is closed may open it.
+            undo.callback(self._end_events)
             server = self._server = Server(self._address(), on_stop=self._close_exports)
             for export_name, name in zip(export_names(names), names, strict=True):
-                disk = open_volume(name, read_only=self._read_only, cache=self._cache, on_full=self._on_full, on_event=reporter(name))
+                hub = Hub(str(name))
+                disk = open_volume(name, read_only=self._read_only, cache=self._cache, on_full=self._on_full, on_event=hub.tell)
                 undo.callback(disk.close)
                 for notice in disk.notices:
                     log.warning("%s", notice)
                 self._disks[export_name] = disk
+                self._hubs[export_name] = hub
                 self._verbs[export_name] = OpenedVerbs(disk, self._call)
                 server.add_export(
                     export_name,
@@ -171,11 +196,13 @@ class Served:
                     read_only=self._read_only,
                     block_size_bytes=disk.geometry.block_size_bytes,
                     description=str(name),
-                    on_want=partial(self._act_on_want, disk),
+                    on_want=partial(self._act_on_want, export_name),
                 )
+            self._deliveries = Deliveries(list(self._hubs.values()), self._on_event)
             undo.callback(server.stop)
             for export_name, disk in self._disks.items():
-                control = ControlServer(str(disk.name), disk.name.path, self._handlers(export_name))
+                streams = {"events": partial(self._stream_events, export_name)}
+                control = ControlServer(str(disk.name), disk.node.path, self._handlers(export_name), stream_verbs=streams)
                 try:
                     control.start()
                 except InUse:
@@ -183,10 +210,11 @@ class Served:
                         raise
                     log.warning("%s: another process serves it read-only too; fvd-lv info, map and check ask that one", disk.name)
                     continue
-                undo.callback(control.close)
+                self._controls.append(control)
+                undo.callback(control.stop)
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()
-            server.call(self._attach_allocators)
+            server.call(self._begin_all)
             self.exports = [Export(str(disk.name), export_name, server.uri(export_name)) for export_name, disk in self._disks.items()]
             self._ready.set()
             self._resources = undo.pop_all()
@@ -202,30 +230,34 @@ class Served:
             group = int(group)
         return Unix(os.fspath(self._socket or ""), self._socket_mode, group)
 
-    def _attach_allocators(self) -> None:
-        for disk in self._disks.values():
-            self._attach_allocator(disk)
+    def _begin_all(self) -> None:
+        for export_name in self._disks:
+            self._begin(export_name)
 
-    def _attach_allocator(self, disk: OpenVolume) -> bool:
+    def _begin(self, export_name: str) -> bool:
         """In the serving thread, once for each disk: an engine may want room before ``open`` comes to it. False: it was done before."""
-        if disk.allocator is None or disk.name in self._attached:
+        if export_name in self._begun:
             return False
-        self._attached.add(disk.name)
-        disk.allocator.attach(disk.engine, self._post)
+        assert self._server is not None
+        self._begun.add(export_name)
+        disk = self._disks[export_name]
+        self._hubs[export_name].publish("served", disk, self._server.uri(export_name))
+        if disk.allocator is not None:
+            disk.allocator.attach(disk.engine, self._post)
         return True
 
-    def _act_on_want(self, disk: OpenVolume, wants: int) -> None:
+    def _act_on_want(self, export_name: str, wants: int) -> None:
         """In the serving thread: what an engine asks of its Python side."""
+        disk = self._disks[export_name]
         if wants & _WANT_GROWTH:
             if disk.allocator is None:
                 disk.engine.want &= ~_WANT_GROWTH
-            elif not self._attach_allocator(disk):
+            elif not self._begin(export_name):
                 disk.allocator.on_want(disk.engine)
         if wants & _WANT_EVENT:
             disk.engine.want &= ~_WANT_EVENT
-            if disk.engine.failed_errno:
-                reason = os.strerror(disk.engine.failed_errno)
-                log.error("%s: the storage failed (%s); writes are refused until the disk is closed and opened again", disk.name, reason)
+            if failure := storage_failure(disk):
+                self._hubs[export_name].publish("storage_error", disk, failure)
 
     def _post(self, work: Callable[[], None]) -> None:
         """Have the serving thread call ``work``; nothing happens when it has ended."""
@@ -247,9 +279,18 @@ class Served:
                 self._server.close_export(export_name)
             except FvdError as error:
                 failures.append(error)
+                self._problems[export_name] = str(error)
                 log.error("%s", error)
         if failures:
             raise failures[0]
+
+    def _end_events(self) -> None:
+        for export_name, hub in self._hubs.items():
+            if export_name in self._begun:
+                hub.publish("closed", self._disks[export_name], self._problems.get(export_name, ""))
+            hub.end()
+        for control in self._controls:
+            control.close()
 
     # --- Verbs, for this process and for the control socket --------------------------------------------------------------------
 
@@ -284,6 +325,11 @@ class Served:
             "check": handler({}, verbs.check),
             "extend": handler({"by_bytes": int}, verbs.extend),
         }
+
+    def _stream_events(self, export_name: str, arguments: dict[str, Any], bell: Callable[[], None]) -> Stream:
+        from fvd.control.protocol import check_arguments
+
+        return HubStream(self._hubs[export_name], bell, **check_arguments(arguments, {"history": bool}))
 
     def _info(self, export_name: str) -> dict[str, Any]:
         uri = next((export.uri for export in self.exports if export.name == export_name), None)

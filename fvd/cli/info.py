@@ -48,6 +48,7 @@ def describe_info(found: Info) -> list[str]:
         ("state", describe_state(found)),
         ("uuid", found.uuid),
         ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
+        *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),
         *(("growth reserve" if number == 0 else "", line) for number, line in enumerate(describe_reserve(found))),
     ]
     return [f"  {label:<16}{text}" for label, text in rows]
@@ -65,6 +66,27 @@ def describe_growth(found: Info) -> str:
 def describe_state(found: Info) -> str:
     clean = "clean" if found.clean else "not clean: the next open replays its journal"
     return f"served at {found.uri}" if found.uri else clean
+
+
+def describe_steps(found: Info) -> list[str]:
+    """What growth has done since the disk was opened."""
+    growth = found.growth
+    if growth is None:
+        return []
+    lines = []
+    if growth.get("extend_steps"):
+        text = f"{growth['extend_steps']} steps, the longest {growth['longest_extend_seconds']:.2f} s"
+        suspended = growth.get("longest_suspend_seconds")
+        if suspended is not None:
+            text += f"; the device stood still for {f'{suspended * 1000:.1f} ms at most' if suspended else 'less than a millisecond'}"
+        lines.append(text)
+    if growth.get("extending"):
+        lines.append("a step is under way")
+    if growth.get("last_failure"):
+        lines.append(f"last failure: {growth['last_failure']}")
+    if growth.get("group") and growth.get("group_free_bytes") is not None:
+        lines.append(f"{growth['group']} has {format_size(growth['group_free_bytes'])} left")
+    return lines
 
 
 def describe_reserve(found: Info) -> list[str]:

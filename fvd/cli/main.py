@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fvd import __version__
-from fvd.cli import check, dump, extend, info, list_volumes, map_volume, output, provision, remove, serve
+from fvd.cli import attach_info, check, dump, events, extend, info, list_volumes, map_volume, output, provision, remove, serve
 from fvd.cli.failure import EXIT_BROKEN_PIPE, EXIT_USAGE, PROGRAM, error_line, error_object, exit_code_of, exit_code_table
 from fvd.cli.options import add_common
 from fvd.errors import FvdError, InvalidArgument
 
-COMMANDS = (provision, serve, extend, info, map_volume, check, dump, list_volumes, remove)
+COMMANDS = (provision, serve, extend, info, attach_info, events, map_volume, check, dump, list_volumes, remove)
 
 DESCRIPTION = """\
 Virtual disks that hold what was written and no more, served over NBD, that survive any crash.
 
-VOLUME is file:PATH (a sparse file that plays the logical volume, no privileges needed) or a block device such as /dev/sdb."""
+VOLUME is VG/LV (a logical volume, which fvd makes and grows), file:PATH (a sparse file that plays the logical volume, no privileges needed) or
+a block device such as /dev/sdb, which does not grow by itself."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=f"""\
 examples:
+  fvd-lv provision vg0/vm1 --size 100G
+  fvd-lv serve vg0/vm1 --socket vm1.sock
   fvd-lv provision file:vm1.img --size 100G
   fvd-lv serve file:vm1.img --socket vm1.sock
   fvd-lv info file:vm1.img
@@ -55,6 +58,7 @@ Sizes: 64K, 1.5G, 100GiB or bytes; G means GiB. See fvd-lv COMMAND --help, and f
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     add_common(parser, default=True)
+    parser.set_defaults(output=None)  # as the command has it: text, but of events JSON
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
         command.register(subparsers)

@@ -2,6 +2,10 @@
 
 Request: ``{"schema_version": 1, "verb": "info", "arguments": {}}``. Answer: ``{"schema_version": 1, "result": ...}`` or
 ``{"schema_version": 1, "error": {"kind": "no_space", "message": "..."}}``. A connection carries any number of them, in order.
+
+A streaming verb (``events``) has the rest of its connection to itself. After its answer come lines with ``"event": {...}``; with
+``"heartbeat": true`` when there is nothing to tell; and with ``"end": true`` before a clean end: a connection that ends without it was cut.
+Lines of other kinds may be added, and are to be passed over.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from fvd.errors import FvdError, InvalidArgument
 
 SCHEMA_VERSION = 1
 REQUEST_LIMIT_BYTES = 64 << 10
+STREAM_LINE_LIMIT_BYTES = 1 << 20
 # The map of the largest disk is the largest answer; its sender shortens it long before this.
 ANSWER_LIMIT_BYTES = 64 << 20
 
@@ -58,6 +63,18 @@ def encode_result(result: Any) -> bytes:
     return _line({"result": result})
 
 
+def encode_event(event: Any) -> bytes:
+    return _line({"event": event})
+
+
+def encode_heartbeat() -> bytes:
+    return _line({"heartbeat": True})
+
+
+def encode_end() -> bytes:
+    return _line({"end": True})
+
+
 def encode_error(error: Exception) -> bytes:
     """An error nobody planned for is passed on too, by name, so that the asker is not left guessing."""
     if isinstance(error, FvdError):
@@ -82,6 +99,22 @@ def decode_answer(line: bytes) -> Any:
     if not isinstance(error, dict):
         raise ProtocolError('an answer needs a "result" or an "error"')
     raise error_from(str(error.get("kind")), str(error.get("message")))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A line of a stream after its answer: something that happened, the end, or a sign of life (neither)."""
+
+    event: dict[str, Any] | None = None
+    end: bool = False
+
+
+def decode_streamed(line: bytes) -> Streamed:
+    message = _object(line)
+    event = message.get("event")
+    if event is not None and not isinstance(event, dict):
+        raise ProtocolError(f"an event must be a JSON object, not {type(event).__name__}")
+    return Streamed(event, message.get("end") is True)
 
 
 class Lines:

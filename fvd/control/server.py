@@ -1,7 +1,7 @@
 """The control socket of one served disk: takes connections, hands each request to the verb's handler, sends the answer.
 
 Knows sockets and messages; what a verb does is the handlers' business. Handlers run in threads of their own, one request of a
-connection after the other: what they touch must be safe from threads.
+connection after the other: what they touch must be safe from threads. A streaming verb has its connection, and that thread, to itself.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import fcntl
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fvd.control import protocol
 from fvd.control.paths import make_runtime_dir, short_address, socket_name
-from fvd.errors import InUse, InvalidArgument
+from fvd.control.protocol import Request
+from fvd.control.streaming import HEARTBEAT_SECONDS, LAST_WORDS_SECONDS, STALLED_SECONDS, Sender, StreamVerb
+from fvd.errors import FvdError, InUse, InvalidArgument
 
 Handler = Callable[[dict[str, Any]], Any]
 
-CONNECTION_LIMIT = 16
+CONNECTION_LIMIT = 64
+STREAM_LIMIT = 48  # the others stay free for verbs that end
 IDLE_TIMEOUT_SECONDS = 60.0
 # At close a handler that hangs (storage that does not answer) is left behind rather than waited for for ever.
 STUCK_HANDLER_SECONDS = 10.0
@@ -29,7 +33,10 @@ SOCKET_MODE = 0o600
 
 
 class ControlServer:
-    """Serves the verbs of one disk. ``start`` claims the volume's socket, ``close`` gives it up; both may be called once."""
+    """Serves the verbs of one disk. ``start`` claims the volume's socket, ``close`` gives it up; both may be called once.
+
+    ``stop`` is the first half of ``close``: nobody is answered any more, and streams go on, so that they can tell how the disk was closed.
+    """
 
     def __init__(
         self,
@@ -37,13 +44,22 @@ class ControlServer:
         volume_path: str | os.PathLike[str],
         handlers: Mapping[str, Handler],
         idle_timeout_seconds: float = IDLE_TIMEOUT_SECONDS,
+        *,
+        stream_verbs: Mapping[str, StreamVerb] | None = None,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stalled_seconds: float = STALLED_SECONDS,
     ) -> None:
         self._volume = volume
         self._volume_path = volume_path
         self._handlers = dict(handlers)
+        self._stream_verbs = dict(stream_verbs or {})
         self._idle_timeout_seconds = idle_timeout_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stalled_seconds = stalled_seconds
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
+        self._streaming: set[socket.socket] = set()  # those of them that a stream has to itself
+        self._senders: dict[Sender, threading.Thread] = {}
         self._threads: set[threading.Thread] = set()
         self._listener: socket.socket | None = None
         self._lock_fd = -1
@@ -66,14 +82,26 @@ class ControlServer:
 
     def close(self) -> None:
         """Ends every connection and gives the socket up. Waits for a handler that is at work."""
+        self.stop()
+        with self._lock:
+            senders = dict(self._senders)
+        for sender in senders:
+            sender.finish()
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        for thread in senders.values():
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Gives the socket up and answers nobody any more; streams go on until `close`. Waits for a handler that is at work."""
         if self._listener is None:
             return
         assert self.path is not None
         with self._lock:
             self._closing = True
             self._closed.set()
-            connections = list(self._connections)
-            threads = list(self._threads)
+            connections = self._connections - self._streaming
+            threads = self._threads - set(self._senders.values())
         # The name goes first: who looks from now on sees that nobody serves.
         self.path.unlink(missing_ok=True)
         for end in (self._listener, *connections):
@@ -124,7 +152,12 @@ class ControlServer:
                     connection.sendall(protocol.encode_error(error))
                     return
                 for line in requests:
-                    connection.sendall(self._answer(line))
+                    answer = self._answer(line)
+                    if isinstance(answer, Request):
+                        if self._stream(connection, answer):
+                            return
+                        continue
+                    connection.sendall(answer)
         except OSError:
             pass  # the asker went away, or said nothing for too long
         finally:
@@ -133,15 +166,50 @@ class ControlServer:
                 self._connections.discard(connection)
                 self._threads.discard(threading.current_thread())
 
-    def _answer(self, line: bytes) -> bytes:
+    def _answer(self, line: bytes) -> bytes | Request:
+        """The line that answers; the request itself where a stream answers it."""
         try:
             request = protocol.decode_request(line)
+            if request.verb in self._stream_verbs:
+                return request
             handler = self._handlers.get(request.verb)
             if handler is None:
-                raise InvalidArgument(f"{self._volume}: unknown verb {request.verb!r}; known are: {', '.join(sorted(self._handlers))}")
+                raise InvalidArgument(f"{self._volume}: unknown verb {request.verb!r}; known are: {self._known()}")
             return protocol.encode_result(handler(request.arguments))
         except Exception as error:  # whatever a handler raises is the asker's answer, never the server's end
             return protocol.encode_error(error)
+
+    def _stream(self, connection: socket.socket, request: Request) -> bool:
+        """Sends the stream to its end; False: it was refused, and the conversation goes on."""
+        sender = Sender(connection, self._heartbeat_seconds, self._stalled_seconds)
+        try:
+            try:
+                self._enlist(sender, connection)
+                stream = self._stream_verbs[request.verb](request.arguments, sender.bell.ring)
+            except Exception as error:  # as in _answer
+                connection.sendall(protocol.encode_error(error))
+                return False
+            try:
+                sender.run(stream)
+            finally:
+                stream.close()
+            return True
+        finally:
+            with self._lock:
+                self._senders.pop(sender, None)
+                self._streaming.discard(connection)
+
+    def _enlist(self, sender: Sender, connection: socket.socket) -> None:
+        with self._lock:
+            if self._closing:
+                raise protocol.ServerGone(f"{self._volume}: its server is stopping")
+            if len(self._senders) >= STREAM_LIMIT:
+                raise FvdError(f"{self._volume}: {STREAM_LIMIT} connections follow its events already; end one of them")
+            self._senders[sender] = threading.current_thread()
+            self._streaming.add(connection)
+
+    def _known(self) -> str:
+        return ", ".join(sorted({*self._handlers, *self._stream_verbs}))
 
 
 def _claim(path: Path, volume: str) -> int:

@@ -1,7 +1,7 @@
 """The seam to the places that hold disks: what happens to a volume's *name* (made, attached, released, removed). Shapes only.
 
 `file_provider`, `device_provider` and `lvm_provider` have these shapes; `provider.provider_for` chooses. None knows what
-a disk's bytes mean.  `growth.Storage` is the other half: the size of open storage.
+a disk's bytes mean. `growth.Storage` is the other half: the size of open storage.
 """
 
 from __future__ import annotations

@@ -1,0 +1,411 @@
+"""The long verbs of `fvd` for asyncio: the same functions and values, awaited instead of waited for. Knows no more than `import fvd` does.
+
+    import fvd.aio
+
+    async with fvd.aio.serve("file:vm1.img", socket="vm1.sock", on_full="wait") as served:
+        async with served.events() as events:
+            async for event in events:
+                if event.kind == "group_low":
+                    await make_room()
+
+Each verb runs in a thread, as `asyncio.to_thread` runs it. Cancelling the task that awaits one cancels the waiting, not the verb: it goes
+on to its end, and can be run again like every verb. What `open` and `serve` make after they were cancelled is closed at once; no disk is
+left open without an owner. `close` runs to its end whatever is cancelled. Errors are those of the verbs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeVar
+
+import fvd
+from fvd.api.disk import Disk
+from fvd.api.events import QUEUE_EVENTS, Event, EventStream
+from fvd.api.serving import Served
+from fvd.api.types import CheckReport, Export, Extended, Info, Map
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+
+__all__ = [
+    "AsyncDisk",
+    "AsyncEvents",
+    "AsyncServed",
+    "check",
+    "dump",
+    "events",
+    "extend",
+    "info",
+    "list_volumes",
+    "map",
+    "open",
+    "provision",
+    "remove",
+    "serve",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Requests of one disk that may be under way at once. Writes have threads of their own: however many of them wait for storage, what is read
+# and flushed does not wait behind them, nor does the growth step that would end their wait.
+_THREADS = 16
+
+
+def _in_thread(verb: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    @functools.wraps(verb)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(verb, *args, **kwargs)
+
+    return call
+
+
+# Arguments and results are those of the functions of the same name in `fvd`; a `progress` is called in the verb's thread.
+provision = _in_thread(fvd.provision)
+extend = _in_thread(fvd.extend)
+info = _in_thread(fvd.info)
+map = _in_thread(fvd.map)
+check = _in_thread(fvd.check)
+dump = _in_thread(fvd.dump)
+remove = _in_thread(fvd.remove)
+list_volumes = _in_thread(fvd.list_volumes)
+
+
+# --- Disks that are served or open -------------------------------------------------------------------------------------------------
+
+
+class _Closing(Protocol):
+    async def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closing)
+
+
+class Opening(Generic[C]):
+    """A disk on its way: ``await`` it, or write ``async with`` before it, which closes the disk at the end."""
+
+    def __init__(self, start: Callable[[], Coroutine[Any, Any, C]]) -> None:
+        self._start = start
+        self._made: C | None = None
+
+    def __await__(self) -> Generator[Any, None, C]:
+        return self._start().__await__()
+
+    async def __aenter__(self) -> C:
+        self._made = await self._start()
+        return self._made
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._made is not None:
+            await self._made.close()
+
+
+def _opens(verb: Callable[P, T], wrap: Callable[[T], C], close: Callable[[T], None]) -> Callable[P, Opening[C]]:
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Opening[C]:
+        async def start() -> C:
+            return wrap(await _Handover(lambda: verb(*args, **kwargs), close).result())
+
+        return Opening(start)
+
+    return call
+
+
+class _Handover(Generic[T]):
+    """What a thread makes for a task goes to the task or, if that has been cancelled, is closed: one of the two."""
+
+    def __init__(self, make: Callable[[], T], close: Callable[[T], None]) -> None:
+        self._make = make
+        self._close = close
+        self._lock = threading.Lock()
+        self._wanted = True
+        self._made: list[T] = []
+
+    async def result(self) -> T:
+        try:
+            return await asyncio.to_thread(self._run)
+        except asyncio.CancelledError:
+            with self._lock:
+                self._wanted = False
+                unwanted = list(self._made)
+            for made in unwanted:  # it came in the moment of the cancellation
+                threading.Thread(target=self._close, args=(made,), name="fvd-aio-close").start()
+            raise
+
+    def _run(self) -> T:
+        made = self._make()
+        with self._lock:
+            wanted = self._wanted
+            self._made.append(made)
+        if not wanted:
+            self._close(made)
+        return made
+
+
+class AsyncServed:
+    """Disks that are being served: as `fvd.Served`, for asyncio. Made by ``serve``; an ``async with`` closes it."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    @property
+    def exports(self) -> list[Export]:
+        """Where each volume is served."""
+        return self._served.exports
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI of the only volume. Raises InvalidArgument when there are several."""
+        return self._served.uri
+
+    async def info(self, volume: str | None = None) -> Info:
+        """What a served disk is and how full. Raises NotFound: not served here."""
+        return await asyncio.to_thread(self._served.info, volume)
+
+    async def extend(self, by: int | str | None = None, volume: str | None = None) -> Extended:
+        """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
+        return await asyncio.to_thread(self._served.extend, by, volume)
+
+    def events(self, history: bool = False, volume: str | None = None) -> AsyncEvents:
+        """What happens to these disks from this call on. As `fvd.Served.events`."""
+        found = self._served.events(history, volume)
+        return AsyncEvents(lambda: found, found.close)
+
+    async def close(self) -> None:
+        """Ends serving and closes each disk; again is fine. Raises DeviceError when a disk could not be closed cleanly."""
+        await asyncio.to_thread(self._served.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+
+class AsyncDisk:
+    """An open disk: as `fvd.Disk`, for asyncio. Made by ``open``; an ``async with`` closes it. Offsets and lengths are bytes."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._readers = ThreadPoolExecutor(_THREADS, "fvd-aio-read")
+        self._writers = ThreadPoolExecutor(_THREADS, "fvd-aio-write")
+
+    @property
+    def volume(self) -> str:
+        """The volume's name."""
+        return self._disk.volume
+
+    @property
+    def size(self) -> int:
+        """The virtual size in bytes."""
+        return self._disk.size
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. Raises InvalidArgument (not in the disk), DeviceError."""
+        return await self._in(self._readers, self._disk.pread, offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer, *, durable: bool = False) -> int:
+        """Write all of ``data``, which must not change before this returns; cancelled, it may still be written. As `fvd.Disk.pwrite`."""
+        return await self._in(self._writers, functools.partial(self._disk.pwrite, durable=durable), offset, data)
+
+    async def flush(self) -> None:
+        """What was written before survives any crash when this returns. Raises DeviceError."""
+        await self._in(self._readers, self._disk.flush)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The range is not needed any longer. Raises InvalidArgument, ReadOnly, DeviceError."""
+        await self._in(self._writers, self._disk.trim, offset, length)
+
+    async def zero(self, offset: int, length: int, *, keep_storage: bool = False) -> None:
+        """The range reads as zeros. Raises as ``pwrite``."""
+        await self._in(self._writers, functools.partial(self._disk.zero, keep_storage=keep_storage), offset, length)
+
+    async def info(self) -> Info:
+        """What the disk is and how full."""
+        return await asyncio.to_thread(self._disk.info)
+
+    async def map(self, offset: int | str = 0, length: int | str | None = None) -> Map:
+        """Which part of the disk is where. Raises InvalidArgument (not in the disk)."""
+        return await asyncio.to_thread(self._disk.map, offset, length)
+
+    async def check(self) -> CheckReport:
+        """Is the metadata whole? What is damaged is in the report."""
+        return await asyncio.to_thread(self._disk.check)
+
+    async def extend(self, by: int | str | None = None) -> Extended:
+        """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
+        return await asyncio.to_thread(self._disk.extend, by)
+
+    def events(self, history: bool = False) -> AsyncEvents:
+        """What happens to the disk from this call on, until it is closed. As `fvd.Disk.events`."""
+        found = self._disk.events(history)
+        return AsyncEvents(lambda: found, found.close)
+
+    async def close(self) -> None:
+        """Commit everything and close the disk; writes that wait for storage end with an error; again is fine. Raises DeviceError when
+        that failed: what was flushed is safe even then."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        try:
+            self._disk.close()
+        finally:
+            self._readers.shutdown()
+            self._writers.shutdown()
+
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: object) -> T:
+        try:
+            future = pool.submit(call, *arguments)
+        except RuntimeError:  # the pool has been shut down, so the disk is closed: it says so in its own words
+            return call(*arguments)
+        return await asyncio.wrap_future(future)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+
+serve = _opens(fvd.serve, AsyncServed, Served.close)
+open = _opens(fvd.open, AsyncDisk, Disk.close)
+
+
+# --- Events ------------------------------------------------------------------------------------------------------------------------
+
+
+def events(*volumes: str, history: bool = False) -> AsyncEvents:
+    """The events of disks that any process serves: as `fvd.events`. They begin with the first ``anext``, or with ``async with``."""
+    return AsyncEvents(lambda: fvd.events(*volumes, history=history), lambda: None)
+
+
+class AsyncEvents(AsyncIterator[Event]):
+    """Events as they happen. ``aclose``, or the end of an ``async with``, ends it and its thread; so does dropping the last reference.
+
+    A cancelled ``anext`` loses nothing: the next one goes on. Who fetches too slowly misses the oldest, and `Event.lost` counts them.
+    """
+
+    def __init__(self, make: Callable[[], EventStream], unmake: Callable[[], None]) -> None:
+        """`make` may wait, and is called in the thread; `unmake` is called instead if that never begins."""
+        self._pump = _Pump(make)
+        self._unmake = unmake
+        self._over = False
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        self._pump.start()
+        found = await self._pump.queue.get()
+        if isinstance(found, Event):
+            self._pump.room.release()
+            return found
+        self._over = True
+        self._pump.queue.put_nowait(None)  # for whoever else waits here
+        if found is not None:
+            raise found
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """No more events; again is fine."""
+        self._over = True
+        self._pump.close()
+        self._unmake()
+        await self._pump.ended()
+
+    async def __aenter__(self) -> Self:
+        """When this returns, what happens is on its way. Raises what ``events`` raises."""
+        self._pump.start()
+        try:
+            await self._pump.begun()
+        except BaseException:
+            self._pump.close()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_over"):
+            self._pump.close()
+            self._unmake()
+
+
+class _Pump:
+    """The thread that waits for events, and its way into the event loop. It does not know the iterator, so that this can be dropped."""
+
+    def __init__(self, make: Callable[[], EventStream]) -> None:
+        self._make = make
+        self._lock = threading.RLock()  # the iterator may be collected, and close this, wherever Python code runs
+        self._thread: threading.Thread | None = None
+        self._source: EventStream | None = None
+        self._closed = False
+        self._failure: Exception | None = None
+        self.room = threading.Semaphore(QUEUE_EVENTS)  # the thread stops reading when so many wait in the queue
+
+    def start(self) -> None:
+        """In the event loop; again is fine."""
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self.queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+            self._begun = asyncio.Event()
+            self._ended = asyncio.Event()
+            self._thread = threading.Thread(target=self._run, name="fvd-aio-events", daemon=True)
+            self._thread.start()
+
+    async def begun(self) -> None:
+        await self._begun.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def ended(self) -> None:
+        if self._thread is not None:
+            await self._ended.wait()
+            self._thread.join()  # that was the last thing it did
+
+    def close(self) -> None:
+        """From any thread, again is fine."""
+        with self._lock:
+            self._closed = True
+            source = self._source
+        if source is not None:
+            source.close()
+        self.room.release()
+
+    def _run(self) -> None:
+        try:
+            source = self._make()
+            with self._lock:
+                self._source = source
+                closed = self._closed
+            with source:
+                self._in_loop(self._begun.set)
+                if not closed:
+                    self._pass_on(source)
+            self._in_loop(self.queue.put_nowait, None)
+        except Exception as error:
+            self._failure = error
+            self._in_loop(self.queue.put_nowait, error)
+        finally:
+            self._in_loop(self._begun.set)
+            self._in_loop(self._ended.set)
+
+    def _pass_on(self, source: EventStream) -> None:
+        for event in source:
+            self.room.acquire()
+            if self._closed:
+                return
+            if not self._in_loop(self.queue.put_nowait, event):
+                return
+
+    def _in_loop(self, call: Callable[..., None], *arguments: object) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:  # the loop has been closed: nobody is left to be told
+            return False
+        return True

@@ -1,0 +1,103 @@
+"""``fvd-lv events``: what happens to served disks, a line for each event as it happens, for agents and for people."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import select
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from types import FrameType
+
+import fvd
+from fvd.cli.failure import EXIT_BROKEN_PIPE, PROGRAM
+from fvd.cli.options import VOLUME_HELP, Subparsers, add_command
+from fvd.cli.output import SCHEMA_VERSION
+from fvd.units import format_size
+
+EXAMPLES = """\
+  fvd-lv events                                all disks, also those that begin to be served later
+  fvd-lv events file:vm1.img --history         begin with what its server remembers
+  fvd-lv events --output text                  for people
+  fvd-lv events file:vm1.img --count 1         wait for one event
+
+Each line is one JSON object, at once; docs/events.md names the kinds. Goes on until SIGTERM or SIGINT, also when a server ends or is killed
+(server_gone). A volume that is not served is waited for."""
+
+
+def register(subparsers: Subparsers) -> None:
+    parser = add_command(subparsers, "events", "tell what happens to served disks, as it happens", run, EXAMPLES)
+    parser.add_argument("volumes", metavar="VOLUME", nargs="*", help=f"{VOLUME_HELP}; default: every disk that is served")
+    parser.add_argument("--history", action="store_true", help="begin with what the servers remember: their last 64 events")
+    parser.add_argument("--count", metavar="N", type=_count, help="end after so many events")
+    for action in parser._actions:
+        if action.dest == "output":
+            action.help = "json (default): one object a line, with stable keys and sizes in bytes; text for people"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    as_text = arguments.output == "text"
+    with fvd.events(*arguments.volumes, history=arguments.history) as events:
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            events.close()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        reader = _Reader(events)
+        for volume in events.unserved():
+            sys.stderr.write(f"{PROGRAM}: note: {volume} is not served; waiting for it\n")
+        left = arguments.count
+        for event in events:
+            line = describe_event(event) if as_text else json.dumps({"schema_version": SCHEMA_VERSION, **asdict(event)})
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+            left = None if left is None else left - 1
+            if left == 0:
+                break
+    return EXIT_BROKEN_PIPE if reader.gone else 0
+
+
+def describe_event(event: fvd.Event) -> str:
+    """One line: when, which disk, what, and what there is to know about it."""
+    when = datetime.datetime.fromtimestamp(event.time).isoformat(" ", "milliseconds")
+    details = [f"storage {format_size(event.storage_size)}, {format_size(event.free_bytes)} free"]
+    if event.target:
+        details.append(f"going for {format_size(event.target)}" if event.kind != "extend_done" else "")
+    if event.seconds:
+        details.append(f"{event.seconds:.3f} s")
+    if event.suspend_seconds is not None:
+        details.append(f"the device stood still for {event.suspend_seconds * 1000:.0f} ms")
+    if event.group_free_bytes is not None:
+        details.append(f"{format_size(event.group_free_bytes)} left in {event.group or 'its group'}")
+    if event.message:
+        details.append(" ".join(event.message.split()))
+    if event.lost:
+        details.append(f"{event.lost} events before this one were lost")
+    return f"{when}  {event.volume}  {event.kind.replace('_', ' ')}: {'; '.join(detail for detail in details if detail)}"
+
+
+class _Reader:
+    """Notices that nobody reads our output any more: the next event, whose line would show it, may be days away."""
+
+    def __init__(self, events: fvd.EventStream) -> None:
+        self.gone = False
+        self._events = events
+        threading.Thread(target=self._wait, name="fvd-reader", daemon=True).start()
+
+    def _wait(self) -> None:
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+        poller.poll()
+        self.gone = True
+        self._events.close()
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of events; write 1 or more")
+    return int(text)
