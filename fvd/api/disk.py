@@ -47,7 +47,8 @@ def open(
         for notice in opened.notices:
             log.warning("%s", notice)
         deliveries = Deliveries([hub], on_event)
-        return Disk(drive(opened), hub, deliveries)
+        driver = drive(opened, on_failure=lambda: hub.publish("storage_error", opened, storage_failure(opened)))
+        return Disk(driver, hub, deliveries)
     except BaseException:
         opened.close()
         hub.end()
@@ -65,8 +66,6 @@ class Disk:
         self._verbs = OpenedVerbs(driver.volume, driver.call)
         self._hub = hub
         self._deliveries = deliveries
-        self._watched = _FailureWatch(self._tell_failure)
-        self._told_failure = False
 
     @property
     def volume(self) -> str:
@@ -91,23 +90,19 @@ class Disk:
 
         Raises InvalidArgument (not in the disk), NoSpace, ReadOnly, DeviceError.
         """
-        with self._watched:
-            return self._driver.pwrite(offset, data, fua=durable)
+        return self._driver.pwrite(offset, data, fua=durable)
 
     def flush(self) -> None:
         """What was written before, by any thread, survives any crash when this returns. Raises DeviceError."""
-        with self._watched:
-            self._driver.flush()
+        self._driver.flush()
 
     def trim(self, offset: int, length: int) -> None:
         """The range is not needed any longer: it reads as its old contents or zeros. Raises InvalidArgument, ReadOnly, DeviceError."""
-        with self._watched:
-            self._driver.trim(offset, length)
+        self._driver.trim(offset, length)
 
     def zero(self, offset: int, length: int, *, keep_storage: bool = False) -> None:
         """The range reads as zeros; with ``keep_storage`` later writes there need no more. Raises as ``pwrite``."""
-        with self._watched:
-            self._driver.zero(offset, length, no_hole=keep_storage)
+        self._driver.zero(offset, length, no_hole=keep_storage)
 
     def info(self) -> Info:
         """What the disk is and how full."""
@@ -133,8 +128,7 @@ class Disk:
         """Commit everything and close the disk; again is fine. Raises DeviceError when that failed: what was flushed is safe even then."""
         problem = ""
         try:
-            with self._watched:
-                self._driver.close()
+            self._driver.close()
         except DeviceError as error:
             problem = str(error)
             raise
@@ -144,29 +138,8 @@ class Disk:
                 self._hub.end()
                 self._deliveries.wait()
 
-    def _tell_failure(self) -> None:
-        """The driver tells nobody but its callers that the storage failed; so the first of them that hears it passes it on."""
-        failure = storage_failure(self._driver.volume)
-        if failure and not self._told_failure:
-            self._told_failure = True
-            self._hub.publish("storage_error", self._driver.volume, failure)
-
     def __enter__(self) -> Disk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class _FailureWatch:
-    """Around a call that may find the storage failed: cheaper for the calls that do not than a wrapper for each would be."""
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, DeviceError):
-            self._tell()

@@ -1,7 +1,7 @@
 """The verbs on a volume, by its name. On a served volume they go to the process that serves it, through its control socket.
 
-A volume is ``VG/LV``, ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for a name
-or value that can never work, PermissionDenied, DeviceError (an I/O error), Corrupt (a damaged disk) and Unsupported (one of a later
+A volume is ``VG/LV``, ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for
+a name or value that can never work, PermissionDenied, DeviceError (an I/O error), Corrupt (a damaged disk) and Unsupported (one of a later
 version).
 """
 
@@ -43,8 +43,8 @@ def provision(
     """Make a virtual disk of ``size`` in a volume. The same again is fine (``created`` is False then), interrupted or not.
 
     ``max_overcommit``: refuse a disk with which the disks of its volume group, grown as far as they may, would need more than so many times
-    what the group can give. ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
-    else is there), InUse, NoSpace, NotFound (no such device or base).
+    what the group can give. ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other
+    parameters, or something else is there), InUse, NoSpace, NotFound (no such group, device or base).
     """
     from fvd.format.geometry import Layout as LayoutCode
     from fvd.format.geometry import Placement

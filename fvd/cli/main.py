@@ -22,8 +22,8 @@ COMMANDS = (provision, serve, extend, info, attach_info, events, map_volume, che
 DESCRIPTION = """\
 Virtual disks that hold what was written and no more, served over NBD, that survive any crash.
 
-VOLUME is VG/LV (a logical volume, which fvd makes and grows), file:PATH (a sparse file that plays the logical volume, no privileges needed) or
-a block device such as /dev/sdb, which does not grow by itself."""
+VOLUME is VG/LV (a logical volume, which fvd makes and grows), file:PATH (a sparse file that plays the logical volume, no privileges
+needed) or a block device such as /dev/sdb, which does not grow by itself."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -31,7 +31,7 @@ cdef class Driver:
     cdef readonly object volume
     cdef Engine engine
     cdef Queue queue
-    cdef object thread, posted, opened, failure, close_lock
+    cdef object thread, posted, opened, failure, close_lock, on_failure
     cdef pthread_mutex_t lock   # guards inbox_*, closing, dead, Call.abandoned and Call.finished
     cdef Call *inbox_first
     cdef Call *inbox_last

@@ -17,7 +17,7 @@ from libc.string cimport memcpy
 
 from fvd.device._queue cimport EVENT_OP, open_queue
 from fvd.engine._engine cimport (
-    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, WANT_GROWTH,
+    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, WANT_EVENT, WANT_GROWTH,
 )
 
 from fvd.errors import DeviceError, InvalidArgument, NoSpace, ReadOnly
@@ -68,11 +68,12 @@ _WAKE_KEY = 0xFFFFFFFFFFFFFFFF
 cdef class Driver:
     """An open volume and the thread that drives it. Made by `drive`; owns the volume and closes it."""
 
-    def __cinit__(self, volume, bint force_blocking=False):
+    def __cinit__(self, volume, bint force_blocking=False, on_failure=None):
         pthread_mutex_init(&self.lock, NULL)
         self.volume = volume
         self.engine = volume.engine
         self.force_blocking = force_blocking
+        self.on_failure = on_failure
         self.posted = collections.deque()
         self.opened = threading.Event()
         self.close_lock = threading.Lock()
@@ -391,7 +392,10 @@ cdef class Driver:
         """What needs Python: growth, and calls from other threads."""
         if self.engine.want & WANT_GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
-        self.engine.want = 0                # a sticky error is told by the requests that fail from now on
+        if self.engine.want & WANT_EVENT and self.engine.failed_errno and self.on_failure is not None:
+            told, self.on_failure = self.on_failure, None       # once: the failure is sticky
+            told()
+        self.engine.want = 0
         return self.run_posted()
 
     cdef int run_posted(self) except -1:
@@ -430,7 +434,8 @@ cdef class Driver:
         if error == -ESHUTDOWN:
             raise self.gone()
         if self.engine.failed_errno:
-            raise DeviceError(f"{where}: an earlier flush or journal write failed, so nothing is promised any more; close and open it")
+            reason = os.strerror(self.engine.failed_errno)
+            raise DeviceError(f"{where}: a flush or journal write has failed ({reason}), so nothing is promised any more; close and open it")
         raise DeviceError(f"{where}: {os.strerror(-error)}")
 
     def gone(self):
@@ -451,8 +456,11 @@ cdef object _natural(value):
     return value
 
 
-def drive(volume, *, bint force_blocking=False):
-    """Starts driving an open volume in a thread of its own; the driver's `close` closes the volume too."""
-    driver = Driver(volume, force_blocking)
+def drive(volume, *, bint force_blocking=False, on_failure=None):
+    """Starts driving an open volume in a thread of its own; the driver's `close` closes the volume too.
+
+    `on_failure()` is called in that thread, once, when a flush or metadata write has failed. It must not wait, and must not raise.
+    """
+    driver = Driver(volume, force_blocking, on_failure)
     driver.start()
     return driver

@@ -478,7 +478,7 @@ class GrowthPolicy:
         self._step = _Step(target_bytes, now)
         self._begun_at = now
         actions: list[Action] = [Start(target_bytes), WakeAt(now + self._timeout)]
-        if self._can_grow:
+        if self._can_grow and not self._failures:  # a step that is tried again and again is told of once, like its failure
             actions.insert(0, self._event("extend_started", target_bytes=target_bytes))
         return actions
 

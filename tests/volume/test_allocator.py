@@ -200,7 +200,7 @@ def test_writes_that_wait_go_on_when_there_is_room_again() -> None:
     for _ in range(3):
         world.ring()
         world.step()
-    assert world.kinds == ["low_water", "extend_started", "extend_failed", "group_full", *["extend_started"] * 3]
+    assert world.kinds == ["low_water", "extend_started", "extend_failed", "group_full"]  # the retries are not news
     world.storage.failure = None
     world.ring()
     world.step()
