@@ -21,6 +21,7 @@ from fvd.volume.policy import (
     EXTEND_TIMEOUT_SECONDS,
     Action,
     Answer,
+    AskPool,
     Exhausted,
     GrowthEvent,
     GrowthPolicy,
@@ -230,6 +231,8 @@ class Allocator:
                 self._start(action.target_bytes)
             elif isinstance(action, Look):
                 self._executor(self._look)
+            elif isinstance(action, AskPool):
+                self._executor(self._ask_for_room)
             elif isinstance(action, WakeAt):
                 self._set_alarm(action.when)
             elif isinstance(action, Exhausted):
@@ -271,16 +274,26 @@ class Allocator:
 
     def _ask_pool(self) -> None:
         """In the thread of a step that has ended. One question at a time: where it hangs, later ones are not asked."""
+        if not self._asking_pool.acquire(blocking=False):
+            return
+        try:
+            name, free_bytes = self._pool()
+        finally:
+            self._asking_pool.release()
+        self._in_loop(lambda: self._do(self._policy.pooled(name, free_bytes)))
+
+    def _ask_for_room(self) -> None:
+        name, free_bytes = self._pool()
+        self._in_loop(lambda: self._do(self._policy.pool_told(self._clock(), name, free_bytes, self._free_bytes())))
+
+    def _pool(self) -> tuple[str | None, int | None]:
         pool: Pool | None = None
-        if not self._closed and self._asking_pool.acquire(blocking=False):
+        if not self._closed:
             try:
                 pool = self.storage.pool()
             except Exception:  # a figure is missing, and no more
                 logging.getLogger(__name__).debug("what the storage has left to grow could not be told", exc_info=True)
-            finally:
-                self._asking_pool.release()
-        name, free_bytes = (None, None) if pool is None else (pool.name, pool.free_bytes)
-        self._in_loop(lambda: self._do(self._policy.pooled(name, free_bytes)))
+        return (None, None) if pool is None else (pool.name, pool.free_bytes)
 
     def _look(self) -> None:
         size_bytes = self._read_size()

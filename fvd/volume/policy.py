@@ -18,6 +18,8 @@ from fvd.units import format_size
 EXTEND_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 1.0  # while writes wait
 RETRY_LONGEST_SECONDS = 30.0  # while the reserve still holds, or whoever makes room says so
+ASK_LONGEST_SECONDS = 8.0  # between two questions about a full group whose changes are told and bring no room
+FORCED_TRY_SECONDS = 300.0  # what a group shows as free may become usable without becoming more (pvchange --allocatable)
 
 FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
 MARK_SAFETY = 2.0  # the next step may take twice as long as the longest so far, or writes come twice as fast
@@ -108,6 +110,11 @@ class Look:
 
 
 @dataclass(frozen=True)
+class AskPool:
+    """Ask what the group has left, then call `pool_told`: a step was refused for want of room, and only room is worth another."""
+
+
+@dataclass(frozen=True)
 class UseSize:
     """Give the engine its new size, then tell the policy what is free now (`room`)."""
 
@@ -133,7 +140,7 @@ class WakeAt:
     when: float
 
 
-Action = Start | Look | UseSize | Answer | Exhausted | WakeAt | GrowthEvent
+Action = Start | Look | AskPool | UseSize | Answer | Exhausted | WakeAt | GrowthEvent
 
 
 @dataclass
@@ -223,6 +230,10 @@ class GrowthPolicy:
         self._group_low_reported = False
         self._group_full_reported = False
         self._group_refused = False  # the last step found no room
+        self._refused_with_bytes: int | None = None  # what the group had left then, which may be of no use; None: not known
+        self._asking = False
+        self._asked_pool_at: float | None = None
+        self._ask_rest = RETRY_SECONDS
         self._rate = WriteRate()
         self._recent_seconds: tuple[float, ...] = ()
         self._step: _Step | None = None
@@ -288,6 +299,15 @@ class GrowthPolicy:
                 self._retry_at = now + RETRY_SECONDS  # the reserve has run out meanwhile
             if now < self._retry_at:
                 return [WakeAt(self._retry_at)]
+        if self._must_ask(now):
+            self._asking = True
+            self._asked_pool_at = now
+            return [AskPool()]
+        if self._asking:
+            return []
+        return self._try(now)
+
+    def _try(self, now: float) -> list[Action]:
         actions: list[Action] = []
         if not self._low_reported:
             self._low_reported = True
@@ -317,11 +337,37 @@ class GrowthPolicy:
         if self._step is not None:
             self._step.room_made = True
             return []
-        if self._retry_at is None:
+        if self._retry_at is None or (self._tells_of_room and not self._group_refused):
             return []
         earliest = now if self._begun_at is None else self._begun_at + RETRY_SECONDS
+        if self._asked_pool_at is not None:
+            earliest = max(earliest, self._asked_pool_at + self._ask_rest)
         self._retry_at = min(self._retry_at, max(now, earliest))
         return self.room(now, free_bytes)
+
+    def _must_ask(self, now: float) -> bool:
+        """A step that a group refused is not simply tried again where somebody tells of room: lvextend opens the physical volumes for
+        writing even when it fails, which is a change that udev tells every other disk of the group that rests."""
+        if not self._tells_of_room or not self._group_refused or self._asking or self._begun_at is None:
+            return False
+        return now < self._begun_at + FORCED_TRY_SECONDS
+
+    def pool_told(self, now: float, group: str | None, group_free_bytes: int | None, free_bytes: int) -> list[Action]:
+        """The answer to `AskPool`; None: nobody could tell, so it is tried."""
+        self._asking = False
+        refused_with = self._refused_with_bytes or 0
+        actions = self.pooled(group, group_free_bytes, after_step=False)
+        if self._step is not None:
+            return actions
+        self._see(now, free_bytes)
+        if free_bytes >= self._mark_bytes or self.full:
+            return actions + self.room(now, free_bytes)
+        if group_free_bytes is None or group_free_bytes > refused_with:
+            return actions + self._try(now)
+        self._ask_rest = min(2 * self._ask_rest, ASK_LONGEST_SECONDS)
+        self._failures += 1
+        self._retry_at = now + min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_LONGEST_SECONDS)
+        return [*actions, WakeAt(self._retry_at)]
 
     def resized(self) -> list[Action]:
         """The storage has changed its size, somebody says."""
@@ -388,6 +434,8 @@ class GrowthPolicy:
             # Longer than the timeout is a fault, and no measure of the next step.
             self._recent_seconds = (*self._recent_seconds, min(seconds, self._timeout))[-RECENT_STEPS:]
         self._group_refused = isinstance(error, NoSpace) and size < step.target_bytes
+        self._refused_with_bytes = None
+        self._ask_rest = RETRY_SECONDS
         if size > before and not self._group_refused:
             self._group_full_reported = False  # growth is the proof of room; what a group shows as free may be of no use
         if size >= step.target_bytes:
@@ -413,7 +461,7 @@ class GrowthPolicy:
         if size > before:
             self._failures = 1
         rest = min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_LONGEST_SECONDS)
-        if step.room_made or (self.free_bytes == 0 and not self._tells_of_room):
+        if (step.room_made and self._group_refused) or (self.free_bytes == 0 and not self._tells_of_room):
             rest = RETRY_SECONDS
         self._retry_at = now + rest
         if str(error) != self.last_failure:
@@ -430,8 +478,10 @@ class GrowthPolicy:
             actions.append(Answer(None if satisfied else error))
         return [*actions, WakeAt(self._retry_at)]
 
-    def pooled(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
+    def pooled(self, group: str | None, group_free_bytes: int | None, *, after_step: bool = True) -> list[Action]:
         """What the group has left, asked after a step has ended; None: nobody could tell."""
+        if after_step and self._group_refused and self._step is None:
+            self._refused_with_bytes = group_free_bytes
         self.group = group or self.group
         self.group_free_bytes = group_free_bytes
         actions: list[Action] = []

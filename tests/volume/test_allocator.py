@@ -465,22 +465,24 @@ def test_the_group_is_asked_after_a_failure_too() -> None:
 # --- What the outside tells --------------------------------------------------------------------------------------
 
 
-def test_room_that_was_made_ends_a_rest_but_once_a_second() -> None:
+def test_a_full_group_is_asked_until_it_has_room() -> None:
     world = World(tells_of_room=True)
-    world.storage.failure = NoSpace("full")
+    world.storage.failure, world.storage.free = NoSpace("full"), 0
     world.fill(0)
     world.step()
     for rest in (1, 2, 4, 8, 16, 30, 30):  # though writes wait
-        assert world.timers[-1].seconds == rest
+        assert world.timers[-1].seconds == pytest.approx(rest)
         world.ring()
         world.step()
+    assert len(world.storage.asked) == 1  # looked at, never tried
     timers = len(world.timers)
     for _ in range(5):
         world.allocator.room_made()
         world.loop()
-    assert not world.work and len(world.timers) == timers + 1  # not dropped: at the end of the second
-    world.storage.failure = None
+    assert not world.work and len(world.timers) == timers + 1  # not dropped: a while after the last question
+    world.storage.failure, world.storage.free = None, STEP
     world.ring()
+    world.step()  # the question
     world.step()
     assert world.engine.size == 2 * STEP
 

@@ -7,11 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fvd.errors import InvalidArgument, NoSpace, Timeout
+from fvd.errors import DeviceError, InvalidArgument, NoSpace, Timeout
 from fvd.format.geometry import Geometry, Layout
 from fvd.volume.policy import (
     Action,
     Answer,
+    AskPool,
     Exhausted,
     GrowthEvent,
     GrowthPolicy,
@@ -272,42 +273,101 @@ def test_fixed_storage_announces_no_step() -> None:
 # --- Where others tell of room -----------------------------------------------------------------------------------
 
 
-def test_failures_are_watched_so_it_rests_longer_though_writes_wait() -> None:
+def refused(free_bytes: int | None = 0) -> GrowthPolicy:
+    """A disk whose step was refused at 0.0 s by a group that has this much left."""
+    growth = policy(tells_of_room=True)
+    assert "Start" in kinds(growth.tick(0.0, 0))
+    assert only(growth.ended(0.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1.0)
+    growth.pooled("vg0", free_bytes)
+    return growth
+
+
+def test_a_full_group_is_asked_and_not_tried() -> None:
+    """Each failing lvextend is a change of the group, which udev tells every disk that rests: tried again, they would never rest."""
+    growth = refused()
+    now, rests = 1.0, []
+    for _ in range(6):
+        assert growth.tick(now, 0) == [AskPool()]
+        assert growth.tick(now, 0) == growth.room_made(now, 0) == []  # the answer is on its way
+        wake = only(growth.pool_told(now + 0.1, "vg0", 0, 0), WakeAt)
+        assert isinstance(wake, WakeAt)
+        rests.append(round(wake.when - now - 0.1, 6))
+        assert growth.room(now + 0.2, 0) == [wake]  # a write that waits shortens nothing
+        now = wake.when
+    assert rests == [2, 4, 8, 16, 30, 30]
+
+
+def test_a_group_that_has_room_again_is_tried() -> None:
+    growth = refused()
+    assert growth.room_made(5.0, 0) == [AskPool()]
+    assert "Start" in kinds(growth.pool_told(5.1, "vg0", 1, 0))
+
+
+def test_extents_that_were_of_no_use_are_not_tried_for_ever() -> None:
+    """A physical volume that may not be allocated from: free, and no room. More than that is, and a real try now and then."""
+    growth = refused(free_bytes=100)
+    growth.tick(1.0, 0)
+    assert "Start" not in kinds(growth.pool_told(1.0, "vg0", 100, 0))
+    growth.tick(3.0, 0)
+    assert "Start" in kinds(growth.pool_told(3.0, "vg0", 101, 0))
+    growth.ended(4.0, STEP, NoSpace("full"), 0)
+    assert "Start" in kinds(growth.tick(303.1, 0))
+
+
+def test_a_group_that_cannot_be_asked_is_tried() -> None:
+    growth = refused()
+    growth.tick(1.0, 0)
+    assert "Start" in kinds(growth.pool_told(1.1, None, None, 0))
+
+
+def test_room_that_was_freed_in_the_disk_meanwhile_needs_no_step() -> None:
+    growth = refused()
+    growth.tick(1.0, 0)
+    assert "Start" not in kinds(growth.pool_told(1.1, "vg0", 10 * STEP, STEP))
+
+
+def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
+    growth = refused()
+    assert "Start" in kinds(growth.extend(0.5, STEP))
+    growth.ended(0.6, STEP, NoSpace("full"), 0)
+    assert growth.poke(0.7, 0) == [AskPool()]
+    assert only(growth.pool_told(0.8, "vg0", 0, 0), WakeAt)
+
+
+def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
+    """As many as they like: a hundred disks that wait must not ask a hundred times a second."""
+    growth = refused()
+    now, asked = 1.0, []
+    while now < 60.0:
+        if AskPool() in growth.room_made(now, 0):
+            asked.append(now)
+            growth.pool_told(now, "vg0", 0, 0)
+        now += 0.125
+    assert len(asked) < 12 and asked[1] - asked[0] == 2.0 and asked[-1] - asked[-2] == 8.0
+
+
+def test_other_failures_are_tried_again_by_the_clock_alone() -> None:
+    """lvextend fails for another reason: what udev tells then is its own doing."""
     growth = policy(tells_of_room=True)
     now, rests = 0.0, []
     for _ in range(7):
         assert "Start" in kinds(growth.tick(now, 0))
-        wake = only(growth.ended(now, STEP, NoSpace("full"), 0), WakeAt)
+        wake = only(growth.ended(now, STEP, DeviceError("no"), 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(wake.when - now)
-        assert growth.room(now + 0.1, 0) == [wake]  # a write that waits shortens nothing
+        assert growth.room_made(now + 0.5, 0) == []
         now = wake.when
     assert rests == [1, 2, 4, 8, 16, 30, 30]
 
 
-def test_room_that_was_made_ends_a_rest() -> None:
-    growth = policy(tells_of_room=True)
-    growth.room(0.0, 0)
-    growth.ended(3.0, STEP, NoSpace("full"), 0)
-    assert "Start" in kinds(growth.room_made(3.1, 0))
-
-
-def test_room_that_is_made_all_the_time_is_tried_once_a_second() -> None:
-    growth = policy(tells_of_room=True)
-    growth.room(0.0, 0)
-    growth.ended(0.1, STEP, NoSpace("full"), 0)
-    assert growth.room_made(0.2, 0) == growth.room_made(0.9, 0) == [WakeAt(1.0)]  # put off, not dropped
-    assert "Start" in kinds(growth.tick(1.0, 0))
-
-
 def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> None:
     growth = policy(tells_of_room=True)
-    for now in (0.0, 1.0, 3.0):
+    for now in (0.0, 400.0, 800.0):
         growth.tick(now, 0)
         growth.ended(now, STEP, NoSpace("full"), 0)
-    growth.tick(7.0, 0)
-    assert growth.room_made(7.1, 0) == []
-    assert only(growth.ended(8.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(9.0)
+    growth.tick(1200.0, 0)
+    assert growth.room_made(1200.1, 0) == []
+    assert only(growth.ended(1201.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1202.0)
 
 
 def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
@@ -316,6 +376,7 @@ def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
     growth.room(0.0, 0)
     growth.ended(0.0, STEP, NoSpace("full"), 0)
     assert growth.room_made(2.0, STEP) == []  # chunks were freed meanwhile
+    assert "AskPool" not in kinds(growth.tick(3.0, STEP))
 
 
 def test_a_device_that_was_resized() -> None:
@@ -604,6 +665,7 @@ class Growth(RuleBasedStateMachine):
         self.running: int | None = None
         self.wake: float | None = None
         self.looks = 0
+        self.asking = False
         self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB, tells_of_room=tells)
         self.settle()
 
@@ -630,6 +692,9 @@ class Growth(RuleBasedStateMachine):
             elif isinstance(action, Look):
                 self.looks += 1
                 assert self.looks == 1
+            elif isinstance(action, AskPool):
+                assert not self.asking and self.running is None
+                self.asking = True
             else:
                 assert isinstance(action, GrowthEvent | Answer | Exhausted)
         if resized:
@@ -688,6 +753,13 @@ class Growth(RuleBasedStateMachine):
     def pooled(self, free: int | None) -> None:
         self.take(self.policy.pooled("vg0" if free is not None else None, None if free is None else free * MIB))
 
+    @precondition(lambda self: self.asking)
+    @rule(free=st.none() | st.integers(0, 600))
+    def answered(self, free: int | None) -> None:
+        self.asking = False
+        group, free_bytes = (None, None) if free is None else ("vg0", free * MIB)
+        self.take(self.policy.pool_told(self.now, group, free_bytes, self.free))
+
     @rule(by=st.integers(1, 300))
     def on_request(self, by: int) -> None:
         self.take(self.policy.extend(self.now, by * MIB))
@@ -700,7 +772,7 @@ class Growth(RuleBasedStateMachine):
             self.settle()
             assert self.free >= self.policy.look_below_bytes or self.policy.full
         if self.free < self.policy.low_water_at(self.now) and self.known < self.disk.max_storage_size_bytes:
-            assert self.running is not None or self.wake is not None
+            assert self.running is not None or self.wake is not None or self.asking
 
     @invariant()
     def the_mark_stays_in_its_bounds(self) -> None:
