@@ -148,10 +148,13 @@ class Lvm:
         except NotFound:
             return
 
-    def release_suspended(self, device_name: str) -> None:
-        """A suspended device goes on with the table it has. One that was loaded and not used is dropped: its extents may be another's."""
-        for verb in ("clear", "resume"):
-            _raise_for(runner.run_command(["dmsetup", verb, "--noudevsync", device_name], self._timeout_seconds))
+    def drop_loaded_table(self, device_name: str) -> None:
+        """The device keeps the table it has: one that was loaded and not yet used is forgotten. Its extents may be another's."""
+        _raise_for(runner.run_command(["dmsetup", "clear", "--noudevsync", device_name], self._timeout_seconds))
+
+    def resume(self, device_name: str) -> None:
+        """A suspended device goes on."""
+        _raise_for(runner.run_command(["dmsetup", "resume", "--noudevsync", device_name], self._timeout_seconds))
 
     # --- Running ---------------------------------------------------------------------------------------------------------------------
 

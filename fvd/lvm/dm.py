@@ -1,17 +1,28 @@
-"""What the kernel says of a device-mapper device, read from /sys: its name, whether it is suspended, and for how long. Changes nothing."""
+"""What the kernel says of a device-mapper device: its name, size, tables, whether it is suspended, and for how long. Changes nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 # A suspend of a healthy lvextend lasts a millisecond or a few; a step that hangs is not worth thousands of looks a second.
 SAMPLE_SECONDS = 0.0005
 SLOW_SAMPLE_SECONDS = 0.02
 SLOW_AFTER_SECONDS = 10.0
+# <linux/dm-ioctl.h>
+_CONTROL = "/dev/mapper/control"
+_DM_IOCTL = struct.Struct("=3IIIIiIIIQ128s129s7s")
+_DM_DEV_STATUS = 0xC138FD07
+_SUSPEND_FLAG = 1 << 1
+_PERSISTENT_DEV_FLAG = 1 << 3
+_INACTIVE_PRESENT_FLAG = 1 << 6
+_SKIP_BDGET_FLAG = 1 << 9
 _SECTOR_BYTES = 512  # of /sys, whatever the device's own
 
 
@@ -57,9 +68,35 @@ def size_bytes(number: int) -> int | None:
     return None
 
 
-def is_suspended(number: int) -> bool:
-    """Whether device-mapper holds the device still: every request to it waits."""
-    return _read(number, "suspended") == "1"
+@dataclass(frozen=True)
+class State:
+    """Of a device, beside its table in use."""
+
+    suspended: bool  # every request to it waits
+    inactive_table: bool  # one is loaded, and would be used at the next resume, whoever does that and whatever it says
+
+    @property
+    def at_rest(self) -> bool:
+        """Nobody is at work on it, and nobody has left work undone."""
+        return not self.suspended and not self.inactive_table
+
+
+def state(number: int) -> State | None:
+    """As device-mapper has it now; None: it is none of its devices, or may not be asked."""
+    size, flags = _DM_IOCTL.size, _PERSISTENT_DEV_FLAG | _SKIP_BDGET_FLAG
+    request = _DM_IOCTL.pack(4, 0, 0, size, size, 0, 0, flags, 0, 0, number, b"", b"", b"")
+    try:
+        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        answer = _DM_IOCTL.unpack(fcntl.ioctl(control, _DM_DEV_STATUS, request))
+    except OSError:
+        return None
+    finally:
+        os.close(control)
+    flags = answer[7]
+    return State(bool(flags & _SUSPEND_FLAG), bool(flags & _INACTIVE_PRESENT_FLAG))
 
 
 def _read(number: int, name: str) -> str | None:

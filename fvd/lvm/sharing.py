@@ -1,6 +1,7 @@
 """Who uses a logical volume on this host, across processes: the last one out switches it off. Locks only; knows no command of lvm.
 
-A lock file for each volume: users hold it shared. The kernel gives it back when a process dies, so nobody is counted for ever.
+A lock file for each volume: users hold a read lock, of the open file (OFD), so the kernel gives it back when a process dies and nobody is
+counted for ever.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
 
 from fvd.errors import PermissionDenied
 
 LOCK_FOLDER = Path("/run/lock/fvd")
 _MODE = 0o600
+_F_OFD_GETLK, _F_OFD_SETLK, _F_OFD_SETLKW = 36, 37, 38
+_FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 
 class Share:
@@ -22,13 +26,22 @@ class Share:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    def is_alone(self) -> bool:
+        """Whether nobody else on this host uses the volume now."""
+        answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, _lock(fcntl.F_WRLCK))
+        return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+
     def close_as_last(self) -> bool:
         """Gives the use up. True: nobody else uses the volume, and nobody can begin to until `close` is called."""
+        # Given up first: of two who leave at the same moment, each would otherwise find the other there.
+        fcntl.fcntl(self._fd, _F_OFD_SETLK, _lock(fcntl.F_UNLCK))
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(self._fd, _F_OFD_SETLK, _lock(fcntl.F_WRLCK))
+        except OSError as error:
             self.close()
-            return False
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
         return True
 
     def close(self) -> None:
@@ -39,7 +52,7 @@ class Share:
 
 
 def take(group: str, name: str, folder: Path | None = None) -> Share:
-    """Begins a use; waits while somebody switches the volume on or off. Raises PermissionDenied."""
+    """Begins a use; waits while somebody switches the volume off. Raises PermissionDenied."""
     folder = folder or LOCK_FOLDER
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,8 +63,12 @@ def take(group: str, name: str, folder: Path | None = None) -> Share:
             raise PermissionDenied(f"{folder} may not be written by you; logical volumes need root") from error
         raise
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        fcntl.fcntl(fd, _F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
     except BaseException:
         os.close(fd)
         raise
     return Share(fd)
+
+
+def _lock(kind: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)

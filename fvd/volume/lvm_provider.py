@@ -14,10 +14,9 @@ from fvd.errors import Conflict, DeviceError, FvdError, InUse, NotFound, Permiss
 from fvd.lvm import dm, sharing
 from fvd.lvm.commands import Lvm
 from fvd.lvm.report import GroupState, LogicalVolume
-from fvd.units import format_size
 from fvd.volume import overcommit
 from fvd.volume.growth import Storage
-from fvd.volume.lvm_storage import LvmStorage, release_if_suspended
+from fvd.volume.lvm_storage import LvmStorage, settle
 from fvd.volume.name import VolumeName
 from fvd.volume.overcommit import TAG_DISK, TAG_UNFINISHED, Facts
 from fvd.volume.seams import Contents, Plan, Presence
@@ -50,7 +49,7 @@ class LvmProvider:
                 raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
             if TAG_DISK not in volume.tags:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
-            _switch_on(self._lvm, volume, name)
+            _switch_on(self._lvm, volume, name, share)
         except BaseException:
             share.close()
             raise
@@ -162,7 +161,7 @@ class BuiltVolume:
         self._claim: Claim | None = None
         self.contents = Contents.NOBODYS
         try:
-            _switch_on(lvm, volume, name)
+            _switch_on(lvm, volume, name, share)
             self._claim = claim(name.path, Ownership.WRITER)
             self.node = open_node(name.path)
         except BaseException:
@@ -242,8 +241,8 @@ def _refuse_group(state: GroupState, name: str) -> None:
         raise PermissionDenied(f"volume group {name} is read-only; vgchange can make it writable")
 
 
-def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName) -> None:
-    """The volume's device is there, goes on, and is as large as the metadata says."""
+def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing.Share) -> None:
+    """The volume's device is there, goes on, and is what the metadata says."""
     if not volume.writable:
         raise PermissionDenied(f"{name} is a read-only logical volume; lvchange --permission rw {name} makes it writable")
     if not volume.active:
@@ -252,12 +251,11 @@ def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName) -> None:
         return
     wait_for_node(name.path)
     number = dm.number_of(name.path)
-    if release_if_suspended(lvm, name.group, name.lv, number):
-        log.warning("%s was suspended by a command that has died; it goes on", name)
-    size_bytes = dm.size_bytes(number)
-    if size_bytes is not None and size_bytes != volume.size_bytes:
-        log.warning("%s is %s, but its device %s; refreshed", name, format_size(volume.size_bytes), format_size(size_bytes))
-        lvm.refresh(name.group, name.lv)
+    state = dm.state(number)
+    alone = share.is_alone()
+    if alone or dm.size_bytes(number) != volume.size_bytes or (state is not None and not state.at_rest):
+        # Whoever used it last has died, or it is an administrator's. A dead command's table may be in use, of the right size even.
+        settle(lvm, name.group, name.lv, number, refresh=alone)
 
 
 def _switch_off(lvm: Lvm, name: VolumeName, share: sharing.Share) -> None:

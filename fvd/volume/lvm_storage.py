@@ -1,23 +1,28 @@
 """The growing end of an open logical volume: one `lvextend` a step, and what a broken one leaves is put right (docs/lvm.md has the table).
 
-Knows neither engine nor format; the device's own size is the truth.
+Knows neither engine nor format. A size is believed only when lvm's committed metadata has it: what a device shows may be the table of a
+step that died before its commit, and extents that lvm gives to somebody else next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 
 from fvd.device.lengthen import Lengthener
 from fvd.device.node import Node
-from fvd.errors import FvdError, NoSpace
+from fvd.errors import DeviceError, FvdError, NoSpace, NotFound
 from fvd.lvm import dm
 from fvd.lvm.commands import Lvm
 from fvd.units import format_size
 from fvd.volume.growth import Pool
 
+# A device that stands still stands still for the guest: it is tried again soon, for as long as it takes.
+MEND_SECONDS = 1.0
+
 
 class LvmStorage:
-    """Storage in a logical volume."""
+    """Storage in a logical volume whose device was at rest and as large as its metadata when it was opened."""
 
     can_grow = True
 
@@ -29,77 +34,117 @@ class LvmStorage:
         self._group = group
         self._name = name
         self._lvm = lvm
+        self._closed = threading.Event()
+        self._growing = False
+        self._committed_bytes = 0  # 0: as the device was opened
 
     def size_bytes(self) -> int:
-        return self._device.size_bytes()
+        size_bytes = self._device.size_bytes()
+        if not self._committed_bytes:
+            self._committed_bytes = size_bytes
+        if size_bytes > self._committed_bytes and not self._growing:
+            # Not by us. Somebody's lvextend, or the loaded table of a dead one.
+            self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number))
+            size_bytes = self._device.size_bytes()
+        return min(size_bytes, self._committed_bytes)
 
     def grow_to(self, size_bytes: int) -> None:
         if self.size_bytes() >= size_bytes:
             return
+        self._growing = True
         gauge = dm.SuspendGauge(self._number)
         try:
             with gauge:
-                self._extend(size_bytes)
+                self._grow(size_bytes)
         finally:
+            self._growing = False
             self.last_suspend_seconds = gauge.seconds
 
     def pool(self) -> Pool:
         return Pool(self._group, self._lvm.group(self._group).free_bytes)
 
     def close(self) -> None:
+        self._closed.set()
         self._device.close()
 
-    def _extend(self, size_bytes: int) -> None:
+    def _grow(self, size_bytes: int) -> None:
+        state = dm.state(self._number)
+        if state is not None and not state.at_rest:
+            # lvm would use the table that is loaded, whatever it says, and call it the new size.
+            self._mend()
         try:
-            self._lvm.extend(self._group, self._name, size_bytes)
+            self._extend(size_bytes)
         except NoSpace:
-            self._mend()
-            if self.size_bytes() < size_bytes:
+            if self._committed_bytes < size_bytes:
                 self._take_rest(size_bytes)
-            return
+
+    def _extend(self, size_bytes: int) -> None:
+        """Raises what lvextend failed with, unless it has worked all the same: what is committed decides."""
+        try:
+            extended = self._lvm.extend(self._group, self._name, size_bytes)
         except FvdError:
-            # Killed, hung, refused: the size decides whether it has worked.
+            # Killed, hung, refused: it may have stopped anywhere.
             self._mend()
-            if self.size_bytes() < size_bytes:
+            if self._committed_bytes < size_bytes:
                 raise
             return
-        if self.size_bytes() < size_bytes:
-            # lvm's metadata had the size already: an earlier step was killed between its commit and the device.
-            self._mend()
+        state = dm.state(self._number)
+        if extended and (state is None or state.at_rest) and self._device.size_bytes() >= size_bytes:
+            self._committed_bytes = self._device.size_bytes()
+        else:
+            self._mend()  # an earlier step was killed between its commit and the device: lvm says that there is nothing to do
 
     def _mend(self) -> None:
-        """The device goes on, and is as large as the metadata says. Its failures are not the step's: that one has its own."""
-        with contextlib.suppress(FvdError):
-            release_if_suspended(self._lvm, self._group, self._name, self._number)
-        with contextlib.suppress(FvdError):
-            found = self._lvm.find(self._group, self._name)
-            if found is not None and found.size_bytes > self.size_bytes():
-                self._lvm.refresh(self._group, self._name)
+        """Until the device goes on: while it stands still nothing is more urgent. Raises what kept the rest from being put right."""
+        while True:
+            try:
+                self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number))
+                return
+            except FvdError:
+                state = dm.state(self._number)
+                if state is None or not state.suspended or self._closed.wait(MEND_SECONDS):
+                    raise
 
     def _take_rest(self, size_bytes: int) -> None:
         """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile."""
         group = self._lvm.group(self._group)
-        have = self.size_bytes()
+        have = self._committed_bytes
         rest = group.free_bytes // group.extent_bytes * group.extent_bytes
         if rest:
-            self._lvm.extend(self._group, self._name, min(size_bytes, have + rest))
-        if self.size_bytes() < size_bytes:
+            # What is free may be of no use (a physical volume that may not be allocated from): that is no more room than none.
+            with contextlib.suppress(NoSpace):
+                self._extend(min(size_bytes, have + rest))
+        if self._committed_bytes < size_bytes:
             raise NoSpace(
                 f"volume group {self._group} is full: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
-                f"{format_size(rest)} were left; add a physical volume (vgextend {self._group} DEVICE), and writes go on by themselves"
+                f"{format_size(self._committed_bytes - have)} could be had; add a physical volume (vgextend {self._group} DEVICE), and "
+                "writes go on by themselves"
             )
 
 
-def release_if_suspended(lvm: Lvm, group: str, name: str, number: int) -> bool:
-    """Has a device go on that a dead command left suspended. True: it did.
+def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = False) -> int:
+    """Puts an active volume's device right: it goes on, no table of a dead command waits to be used, and it is what the metadata says.
 
-    `lvs` waits for the group's lock, which a living command holds as long as it has the device suspended: so what it reports is abandoned.
+    Returns the committed size in bytes. `refresh`: also where nothing seems wrong. Raises NotFound, DeviceError, Timeout...
+
+    `lvs` waits for the group's lock, which a living command holds from before it loads a table until the device goes on: what is still
+    there after it has been abandoned. The loaded table is dropped first: any other command would use it, and libdm loads none over it.
     """
-    if not dm.is_suspended(number):
-        return False
     found = lvm.find(group, name)
-    device = dm.device_name(number)
-    if found is None or not found.suspended or device is None:
-        return False
-    lvm.release_suspended(device)
-    return True
+    if found is None:
+        raise NotFound(f"logical volume {group}/{name} is gone, though its device is open")
+    state, device = dm.state(number), dm.device_name(number)
+    if state is not None and device is not None and not state.at_rest:
+        lvm.drop_loaded_table(device)
+        if state.suspended:
+            lvm.resume(device)
+        refresh = True
+    if refresh or dm.size_bytes(number) != found.size_bytes:
+        lvm.refresh(group, name)
+        state = dm.state(number)
+        found = lvm.find(group, name)
+        if found is None or dm.size_bytes(number) != found.size_bytes or (state is not None and not state.at_rest):
+            raise DeviceError(
+                f"{group}/{name} cannot be brought into the state that its metadata has; look at dmsetup info and lvchange --refresh"
+            )
+    return found.size_bytes

@@ -41,8 +41,14 @@ class Volume:
     device: str | None = None  # the loop device while it is active
     device_size: int = 0
     suspended: bool = False
+    loaded: int = 0  # the size of a table that is loaded and not in use; 0: none
     layout: str = "linear"
     auto: bool = True
+
+    @property
+    def number(self) -> int:
+        assert self.device is not None
+        return os.stat(self.device).st_rdev  # noqa: PTH116
 
 
 @dataclass
@@ -81,6 +87,9 @@ class Machine:
     def volume(self, full_name: str) -> Volume | None:
         group, _, name = full_name.partition("/")
         return self.groups[group].volumes.get(name)
+
+    def active(self) -> list[Volume]:
+        return [volume for group in self.groups.values() for volume in group.volumes.values() if volume.device is not None]
 
     def kill_at(self, number: int, when: str) -> None:
         """The process dies before or after its command with this number (from 1)."""
@@ -248,8 +257,11 @@ class Machine:
     def _dmsetup(self, words: list[str]) -> tuple[int, str, str]:
         for group in self.groups.values():
             for volume in group.volumes.values():
-                if volume.device == words[-1] and words[0] == "resume":
-                    volume.suspended = False
+                if volume.device == words[-1]:
+                    if words[0] == "clear":
+                        volume.loaded = 0
+                    else:
+                        self.resume(volume)
         return 0, "", ""
 
     # --- What lvextend does, in its parts --------------------------------------------------------------------------------------------
@@ -259,11 +271,17 @@ class Machine:
         volume.size = -(-size // EXTENT) * EXTENT
 
     def refresh(self, volume: Volume) -> None:
-        """The device has the size of the metadata, and goes on."""
+        """The device has the size of the metadata, and goes on. As libdm does it: over a table that is loaded it loads none."""
+        volume.loaded = volume.loaded or volume.size
+        self.resume(volume)
+
+    def resume(self, volume: Volume) -> None:
+        """It goes on, with the table that is loaded."""
         volume.suspended = False
-        if volume.device_size < volume.size:
-            os.truncate(volume.backing, volume.size)
-            volume.device_size = volume.size
+        loaded, volume.loaded = volume.loaded, 0
+        if loaded and volume.device_size != loaded:
+            os.truncate(volume.backing, loaded)
+            volume.device_size = loaded
             if volume.device is not None:
                 run("losetup", "--set-capacity", volume.device)
 
@@ -359,27 +377,15 @@ def simulated_lvm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mac
         pytest.skip("the simulated volumes need a folder in /dev: run as root")
     machine = Machine(folder, f"fvdtest{os.getpid()}-{folder.name[-8:].strip('-_.')}-")
 
-    def suspended(number: int) -> bool:
-        return any(
-            volume.suspended and volume.device is not None and os.stat(volume.device).st_rdev == number  # noqa: PTH116
-            for group in machine.groups.values()
-            for volume in group.volumes.values()
-        )
+    def state(number: int) -> dm.State | None:
+        return next((dm.State(volume.suspended, bool(volume.loaded)) for volume in machine.active() if volume.number == number), None)
 
     def device_name(number: int) -> str | None:
-        return next(
-            (
-                volume.device
-                for group in machine.groups.values()
-                for volume in group.volumes.values()
-                if volume.device is not None and os.stat(volume.device).st_rdev == number  # noqa: PTH116
-            ),
-            None,
-        )
+        return next((volume.device for volume in machine.active() if volume.number == number), None)
 
     monkeypatch.setattr(runner, "run_command", machine.run)
     monkeypatch.setattr(sharing, "LOCK_FOLDER", folder / "locks")
-    monkeypatch.setattr(dm, "is_suspended", suspended)
+    monkeypatch.setattr(dm, "state", state)
     monkeypatch.setattr(dm, "device_name", device_name)
     try:
         yield machine

@@ -202,7 +202,7 @@ def test_device_names_are_taken_apart_as_lvm_joins_them(group: str, volume: str)
 
 def test_a_device_that_is_none_of_device_mappers() -> None:
     number = os.makedev(1, 3)
-    assert dm.device_name(number) is None and dm.logical_volume_of(number) is None and not dm.is_suspended(number)
+    assert dm.device_name(number) is None and dm.logical_volume_of(number) is None and dm.state(number) is None
     with dm.SuspendGauge(number) as gauge:
         pass
     assert gauge.seconds is None

@@ -76,7 +76,7 @@ def test_the_rest_of_a_group_is_taken(machine: Machine, name: str) -> None:
         with pytest.raises(NoSpace, match=r"is full.*vgextend"):
             storage.grow_to(80 * MIB)
         assert storage.size_bytes() == 64 * MIB
-        with pytest.raises(NoSpace, match=r"0 B were left"):
+        with pytest.raises(NoSpace, match=r"0 B could be had"):
             storage.grow_to(80 * MIB)
 
 
@@ -93,6 +93,16 @@ def test_room_that_somebody_makes_between_two_looks_is_used(machine: Machine, na
         assert storage.size_bytes() == 80 * MIB
 
 
+def test_extents_that_are_of_no_use(machine: Machine, name: str) -> None:
+    """A physical volume that may not be allocated from: free, and yet no room."""
+    instead_of_lvextend(machine, lambda: (5, "", "  Insufficient suitable allocatable extents for logical volume vm1: 4 more required\n"))
+    with storage_of(name) as storage:
+        machine.commands.clear()
+        with pytest.raises(NoSpace, match=r"is full.*0 B could be had"):
+            storage.grow_to(32 * MIB)
+        assert len(machine.used("lvextend")) == 2
+
+
 def test_a_refusal_is_told_in_lvms_words(machine: Machine, name: str) -> None:
     instead_of_lvextend(machine, lambda: (5, "", "  Something unheard of.\n"))
     with storage_of(name) as storage, pytest.raises(DeviceError, match=r"lvextend failed: Something unheard of\."):
@@ -100,16 +110,21 @@ def test_a_refusal_is_told_in_lvms_words(machine: Machine, name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "hangs", "fails"])
-@pytest.mark.parametrize("committed", [False, True])
-@pytest.mark.parametrize("suspended", [False, True])
-def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, committed: bool, suspended: bool) -> None:
-    """Before its commit the old table must go on, and the step has failed; after it the new size counts, and the step has not."""
+@pytest.mark.parametrize("where", ["before", "loaded", "suspended", "committed", "resumed"])
+def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, where: str) -> None:
+    """lvextend loads its table, suspends, commits, resumes. Before its commit the old table must go on, and the step has failed; after
+    it the new size counts, and the step has not."""
     volume = there(machine, name)
+    committed = where in ("committed", "resumed")
 
     def end() -> tuple[int, str, str]:
+        if where in ("loaded", "suspended", "committed"):
+            volume.loaded = 32 * MIB
+            volume.suspended = where != "loaded"
         if committed:
             machine.commit(volume, 32 * MIB)
-        volume.suspended = suspended
+        if where == "resumed":
+            machine.refresh(volume)
         if how == "hangs":
             raise Unfinished("lvextend did not end within 60 s and was killed")
         return (-9, "", "") if how == "killed" else (5, "", "  Failed to suspend logical volume.\n")
@@ -122,11 +137,60 @@ def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, c
         else:
             with pytest.raises((Unfinished, DeviceError)):
                 storage.grow_to(32 * MIB)
-        assert storage.size_bytes() == (32 if committed else 16) * MIB and not volume.suspended
-        if suspended:
+        assert storage.size_bytes() == volume.device_size == (32 if committed else 16) * MIB
+        assert not volume.suspended and not volume.loaded
+        if where in ("loaded", "suspended", "committed"):
             # The table that was loaded is dropped before anything goes on: its extents may be another's.
-            assert [words[1] for words in machine.used("dmsetup")] == ["clear", "resume"]
+            assert [words[1] for words in machine.used("dmsetup")] == ["clear"] + ["resume"] * (where != "loaded")
         assert len(machine.used("lvextend")) == 1
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_no_step_begins_over_what_a_dead_command_left(machine: Machine, name: str, suspended: bool) -> None:
+    """Somebody's lvextend has died on the open disk: ours would put its table to use, and call it a success."""
+    volume = there(machine, name)
+    with storage_of(name) as storage:
+        assert storage.size_bytes() == 16 * MIB
+        volume.loaded, volume.suspended = 60 * MIB, suspended
+        machine.commands.clear()
+        storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == volume.device_size == volume.size == 32 * MIB
+        assert next(words[:2] for words in machine.commands if words[0] in ("dmsetup", "lvextend")) == ["dmsetup", "clear"]
+
+
+def test_a_size_that_is_not_committed_is_not_believed(machine: Machine, name: str) -> None:
+    """Somebody has resumed the device with the table of a step that died before its commit: those extents are not ours."""
+    volume = there(machine, name)
+    with storage_of(name) as storage:
+        assert storage.size_bytes() == 16 * MIB
+        volume.loaded = 40 * MIB
+        machine.resume(volume)
+        assert storage._device.size_bytes() == 40 * MIB
+        assert storage.size_bytes() == volume.device_size == 16 * MIB
+        machine.commit(volume, 48 * MIB)
+        machine.refresh(volume)  # an honest lvextend by hand
+        assert storage.size_bytes() == 48 * MIB
+
+
+def test_a_device_that_stands_still_is_mended_for_as_long_as_it_takes(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that would tell does not get the group's lock, several times."""
+    monkeypatch.setattr("fvd.volume.lvm_storage.MEND_SECONDS", 0.01)
+    volume = there(machine, name)
+    busy = iter(range(4))
+
+    def end() -> tuple[int, str, str]:
+        volume.loaded, volume.suspended = 32 * MIB, True
+        machine.before = lambda words: fail() if words[0] == "lvs" and next(busy, None) is not None else None
+        return -9, "", ""
+
+    def fail() -> None:
+        raise Unfinished("lvs did not end within 60 s and was killed")
+
+    instead_of_lvextend(machine, end)
+    with storage_of(name) as storage:
+        with pytest.raises(DeviceError, match="killed by signal 9"):
+            storage.grow_to(32 * MIB)
+        assert not volume.suspended and storage.size_bytes() == volume.device_size == 16 * MIB
 
 
 def test_success_that_changed_nothing_is_mended(machine: Machine, name: str) -> None:
@@ -152,35 +216,48 @@ def test_metadata_that_is_ahead_of_the_device(machine: Machine, name: str) -> No
 
 
 @pytest.mark.parametrize("committed", [False, True])
-@pytest.mark.parametrize("suspended", [False, True])
-def test_attaching_mends_what_a_dead_process_left(machine: Machine, name: str, committed: bool, suspended: bool) -> None:
+@pytest.mark.parametrize("left", ["nothing", "loaded", "suspended", "used"])
+def test_attaching_mends_what_a_dead_process_left(machine: Machine, name: str, committed: bool, left: str) -> None:
     machine._activate(*name.split("/"), there(machine, name))
     volume = there(machine, name)
     if committed:
         machine.commit(volume, 32 * MIB)
-    volume.suspended = suspended
+    if left != "nothing":
+        volume.loaded = 60 * MIB
+        volume.suspended = left == "suspended"
+    if left == "used":
+        machine.resume(volume)
     machine.commands.clear()
     assert look(name).storage_size_bytes == (32 if committed else 16) * MIB
-    assert not volume.suspended
-    assert [words[1] for words in machine.used("dmsetup")] == (["clear", "resume"] if suspended else [])
-    assert (["lvchange", "--refresh", name] in machine.commands) == committed
+    assert not volume.suspended and not volume.loaded
+    assert [words[1] for words in machine.used("dmsetup")] == {"loaded": ["clear"], "suspended": ["clear", "resume"]}.get(left, [])
+    # Also where nothing seems wrong: a dead command's table may be in use, of the right size even.
+    assert ["lvchange", "--refresh", name] in machine.commands
 
 
-def test_a_device_that_a_living_command_suspends_is_left_alone(machine: Machine, name: str) -> None:
+def test_what_somebody_else_uses_is_not_refreshed(machine: Machine, name: str) -> None:
+    with storage_of(name):
+        machine.commands.clear()
+        look(name)
+        assert ["lvchange", "--refresh", name] not in machine.commands
+
+
+def test_a_device_that_a_living_command_has_in_hand_is_left_alone(machine: Machine, name: str) -> None:
     """`lvs` has waited for the group's lock: the command that held the device still has ended meanwhile."""
-    machine._activate(*name.split("/"), there(machine, name))
-    volume = there(machine, name)
-    volume.suspended = True
-    looks = []
+    with storage_of(name):
+        volume = there(machine, name)
+        volume.suspended, volume.loaded = True, 32 * MIB
+        looks = []
 
-    def ends(words: list[str]) -> None:
-        looks.append(words)
-        if len(looks) == 2:  # the first look tells the tags, the second whether the suspension was abandoned
-            volume.suspended = False
+        def ends(words: list[str]) -> None:
+            looks.append(words)
+            if len(looks) == 2:  # the first look tells the tags, the second whether the state was abandoned
+                machine.commit(volume, 32 * MIB)
+                machine.resume(volume)
 
-    machine.before = ends
-    look(name)
-    assert machine.used("dmsetup") == []
+        machine.before = ends
+        look(name)
+        assert machine.used("dmsetup") == [] and volume.device_size == 32 * MIB
 
 
 def test_writes_wait_for_a_full_group_and_go_on_when_it_grows(machine: Machine, name: str) -> None:

@@ -25,6 +25,12 @@ def content(chunk: int, length: int = 64 * KIB) -> bytes:
     return np.random.default_rng(chunk).bytes(length)
 
 
+def suspended(number: int) -> bool:
+    state = dm.state(number)
+    assert state is not None
+    return state.suspended
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -96,7 +102,7 @@ def test_the_gauge_is_right(group: Group) -> None:
     with dm.SuspendGauge(number) as gauge:
         run("dmsetup", "suspend", name)
         begun = time.monotonic()
-        assert dm.is_suspended(number)
+        assert suspended(number)
         time.sleep(0.3)
         least = time.monotonic() - begun
         run("dmsetup", "resume", name)
@@ -175,7 +181,7 @@ def test_storage_that_is_added_by_hand_is_used(group: Group, commands: list[tupl
         wait_for(lambda: disk.info().storage_size == 512 * MIB)
         for chunk in range(300):
             disk.pwrite(chunk * MIB, b"x")
-        assert commands == []
+        assert {name for name, _ in commands} == {"lvs"}  # what the device shows is believed when the metadata has it
 
 
 def delayed(device: str, milliseconds: int) -> str:
@@ -196,7 +202,7 @@ def kill_lvextend_when_suspended(number: int, killed: list[int]) -> None:
     """SIGKILL to the lvextend that has the device suspended."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if dm.is_suspended(number):
+        if suspended(number):
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     if (process / "comm").read_text().strip() == "lvextend":
@@ -223,7 +229,7 @@ def test_an_lvextend_that_is_killed_with_the_device_suspended(pool: Pool) -> Non
             thread.join()
             assert killed
             group.speed_up()  # type: ignore[attr-defined]
-            assert not dm.is_suspended(dm.number_of(group.path("vm1")))
+            assert not suspended(dm.number_of(group.path("vm1")))
             for chunk in range(200):
                 disk.pwrite(chunk * MIB, content(chunk))
             disk.flush()
@@ -257,7 +263,7 @@ def test_a_volume_that_a_dead_command_left_suspended_is_taken_over(pool: Pool) -
         with contextlib.suppress(AssertionError):
             run("lvextend", "-L", "256M", volume)
         thread.join()
-        assert killed and dm.is_suspended(number)
+        assert killed and suspended(number)
         group.speed_up()  # type: ignore[attr-defined]
         with fvd.open(volume) as disk:
             assert disk.pread(0, 64 * KIB) == content(0)
@@ -278,6 +284,32 @@ def test_a_device_behind_its_metadata_is_refreshed(group: Group) -> None:
     run("dmsetup", "resume", name)
     assert size_bytes(group.path("vm1")) == 64 * MIB
     assert fvd.info(volume).storage_size == 256 * MIB
+
+
+def test_the_table_of_a_dead_step_is_never_used(group: Group) -> None:
+    """As an lvextend leaves it that dies before its commit: a table with extents that lvm gives to the next who asks. Somebody's command puts
+    it to use, the device is larger, and the extents have another owner."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    with fvd.open(volume) as disk:
+        for chunk in range(20):
+            disk.pwrite(chunk * MIB, content(chunk))
+        name = dm.device_name(dm.number_of(group.path("vm1")))
+        live = run("dmsetup", "table", name)
+        device, start = live.split()[-2:]
+        behind = int(start) + 64 * MIB // SECTOR
+        run("dmsetup", "load", name, "--table", f"{live}\n{64 * MIB // SECTOR} {448 * MIB // SECTOR} linear {device} {behind}")
+        run("lvchange", "--refresh", volume)
+        assert size_bytes(group.path("vm1")) == 512 * MIB, "libdm has used the dead table: what this test is about"
+        run("lvcreate", "--yes", "-Wn", "-Zn", "-L", "1G", "-n", "other", group.name)
+        for chunk in range(20, 200):
+            disk.pwrite(chunk * MIB, content(chunk))
+        disk.flush()
+        run("dd", "if=/dev/zero", f"of={group.path('other')}", "bs=1M", "oflag=direct", "count=1024")
+        for chunk in range(200):
+            assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+    with open(group.path("other"), "rb") as other:  # noqa: PTH123
+        assert not any(other.read(GIB))
 
 
 def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
