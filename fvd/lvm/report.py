@@ -13,8 +13,8 @@ from typing import Any
 from fvd.errors import Unsupported
 
 VOLUME_FIELDS = (
-    "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_permissions,"
-    "lv_kernel_major,lv_kernel_minor,lv_health_status,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+    "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_inactive_table,lv_permissions,"
+    "lv_kernel_major,lv_kernel_minor,lv_health_status,vg_extent_size,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
 )
 GROUP_FIELDS = "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
 
@@ -43,9 +43,11 @@ class LogicalVolume:
     active: bool
     active_elsewhere: bool
     suspended: bool
+    inactive_table: bool  # one is loaded and not in use
     writable: bool
     device_number: tuple[int, int] | None  # major and minor; None: not active
     health: str  # "" is good
+    extent_bytes: int  # of its group
     group_state: GroupState
 
     @property
@@ -104,9 +106,11 @@ def _volume(row: dict[str, Any]) -> LogicalVolume:
         active=bool(row["lv_active"]),
         active_elsewhere=row["lv_active_remotely"] in ("1", "active remotely", "remotely active"),
         suspended=row["lv_suspended"] in ("1", "suspended"),
+        inactive_table=row["lv_inactive_table"] in ("1", "inactive table present"),
         writable=not row["lv_permissions"].startswith("read-only"),  # "unknown" while it is not active
         device_number=None if major < 0 or minor < 0 else (major, minor),
         health=row["lv_health_status"],
+        extent_bytes=int(row["vg_extent_size"]),
         group_state=_group_state(row),
     )
 

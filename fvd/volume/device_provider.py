@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fvd.device import names
 from fvd.device.claim import Ownership, claim
-from fvd.device.node import Node, open_node
+from fvd.device.node import open_node
 from fvd.errors import InvalidArgument
 from fvd.lvm import dm
-from fvd.volume.growth import FixedStorage, Storage
+from fvd.volume.growth import FixedStorage
 from fvd.volume.name import VolumeName
 from fvd.volume.seams import AttachedPath, Contents, Plan, Presence
 
@@ -23,14 +23,11 @@ class DeviceProvider:
 
     def attach(self, name: VolumeName) -> AttachedPath:
         _refuse_other_kinds(name)
-        return AttachedPath(name.path)
+        return AttachedPath(name.path, FixedStorage)
 
     def build(self, name: VolumeName, plan: Plan) -> _Device:
         _refuse_other_kinds(name)
         return _Device(name.path)
-
-    def storage(self, name: VolumeName, node: Node) -> Storage:
-        return FixedStorage(node)
 
     def remove(self, name: VolumeName) -> None:
         pass

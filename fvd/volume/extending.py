@@ -33,14 +33,14 @@ def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extended:
     with provider.attach(volume) as place, claim(place.path, Ownership.WRITER) as held, open_node(place.path) as node:
         held.check_covers(node)
         geometry = read_superblock(node).geometry
-        before_bytes = node.size_bytes()
-        target_bytes = before_bytes + (geometry.grow_step_bytes if by_bytes is None else by_bytes)
-        target_bytes = min(target_bytes, geometry.max_storage_size_bytes)
-        if target_bytes > before_bytes:
-            storage = provider.storage(volume, node)
-            try:
+        storage = place.storage(node)
+        try:
+            before_bytes = storage.size_bytes()
+            target_bytes = before_bytes + (geometry.grow_step_bytes if by_bytes is None else by_bytes)
+            target_bytes = min(target_bytes, geometry.max_storage_size_bytes)
+            if target_bytes > before_bytes:
                 storage.grow_to(target_bytes)
-            finally:
-                storage.close()
-        after_bytes = node.size_bytes()
+            after_bytes = storage.size_bytes()
+        finally:
+            storage.close()
         return Extended(volume, after_bytes, after_bytes - before_bytes)

@@ -8,10 +8,10 @@ import os
 
 from fvd.device import names
 from fvd.device.claim import Claim, Ownership, claim
-from fvd.device.node import Node, create_file, open_node
+from fvd.device.node import create_file, open_node
 from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import format_size
-from fvd.volume.growth import FileStorage, Storage
+from fvd.volume.growth import FileStorage
 from fvd.volume.name import VolumeName
 from fvd.volume.seams import AttachedPath, Contents, Plan, Presence
 
@@ -30,13 +30,10 @@ class FileProvider:
     def attach(self, name: VolumeName) -> AttachedPath:
         if names.leads_to_device(name.path):
             raise InvalidArgument(f"{name} is a block device; name it {name.path}")
-        return AttachedPath(name.path)
+        return AttachedPath(name.path, FileStorage)
 
     def build(self, name: VolumeName, plan: Plan) -> _File:
         return _File(name, plan.size_bytes)
-
-    def storage(self, name: VolumeName, node: Node) -> Storage:
-        return FileStorage(node)
 
     def remove(self, name: VolumeName) -> None:
         names.remove(names.follow(name.path))

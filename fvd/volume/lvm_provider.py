@@ -49,7 +49,7 @@ class LvmProvider:
                 raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
             if TAG_DISK not in volume.tags:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
-            _switch_on(self._lvm, volume, name, share)
+            volume = _switch_on(self._lvm, volume, name, share)
         except BaseException:
             share.close()
             raise
@@ -63,9 +63,6 @@ class LvmProvider:
         except BaseException:
             share.close()
             raise
-
-    def storage(self, name: VolumeName, node: Node) -> Storage:
-        return LvmStorage(node, name.group, name.lv, self._lvm, tells_of_room=udev_is_running())
 
     def remove(self, name: VolumeName) -> None:
         pass  # a volume in use is not removed by lvm: see AttachedVolume.reclaim
@@ -139,6 +136,13 @@ class AttachedVolume:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def size_bytes(self) -> int | None:
+        return self._volume.size_bytes
+
+    def storage(self, node: Node) -> Storage:
+        return LvmStorage(node, self._volume, self._lvm, tells_of_room=udev_is_running())
 
     def close(self) -> None:
         _switch_off(self._lvm, self._name, self._share)
@@ -241,21 +245,22 @@ def _refuse_group(state: GroupState, name: str) -> None:
         raise PermissionDenied(f"volume group {name} is read-only; vgchange can make it writable")
 
 
-def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing.Share) -> None:
-    """The volume's device is there, goes on, and is what the metadata says."""
+def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing.Share) -> LogicalVolume:
+    """The volume's device is there, goes on, and is what the metadata says: which is what is returned."""
     if not volume.writable:
         raise PermissionDenied(f"{name} is a read-only logical volume; lvchange --permission rw {name} makes it writable")
     if not volume.active:
         lvm.activate(name.group, name.lv)
         wait_for_node(name.path)
-        return
+        return volume
     wait_for_node(name.path)
     number = dm.number_of(name.path)
     state = dm.state(number)
     alone = share.is_alone()
     if alone or dm.size_bytes(number) != volume.size_bytes or (state is not None and not state.at_rest):
         # Whoever used it last has died, or it is an administrator's. A dead command's table may be in use, of the right size even.
-        settle(lvm, name.group, name.lv, number, refresh=alone)
+        return settle(lvm, name.group, name.lv, number, refresh=alone)
+    return volume
 
 
 def _switch_off(lvm: Lvm, name: VolumeName, share: sharing.Share) -> None:

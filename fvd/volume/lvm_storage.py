@@ -14,6 +14,7 @@ from fvd.device.node import Node
 from fvd.errors import DeviceError, FvdError, NoSpace, NotFound
 from fvd.lvm import dm
 from fvd.lvm.commands import Lvm
+from fvd.lvm.report import LogicalVolume
 from fvd.units import format_size
 from fvd.volume.growth import Pool
 
@@ -22,29 +23,28 @@ MEND_SECONDS = 1.0
 
 
 class LvmStorage:
-    """Storage in a logical volume whose device was at rest and as large as its metadata when it was opened."""
+    """Storage in a logical volume. `volume`: as it was when its device was last put right, before the disk was opened."""
 
     can_grow = True
 
-    def __init__(self, node: Node, group: str, name: str, lvm: Lvm, *, tells_of_room: bool) -> None:
+    def __init__(self, node: Node, volume: LogicalVolume, lvm: Lvm, *, tells_of_room: bool) -> None:
         self.tells_of_room = tells_of_room
         self.last_suspend_seconds: float | None = None
         self._device = Lengthener(node)
         self._number = node.identity[1]
-        self._group = group
-        self._name = name
+        self._group = volume.group
+        self._name = volume.name
+        self._extent_bytes = volume.extent_bytes
         self._lvm = lvm
         self._closed = threading.Event()
         self._growing = False
-        self._committed_bytes = 0  # 0: as the device was opened
+        self._committed_bytes = volume.size_bytes
 
     def size_bytes(self) -> int:
         size_bytes = self._device.size_bytes()
-        if not self._committed_bytes:
-            self._committed_bytes = size_bytes
         if size_bytes > self._committed_bytes and not self._growing:
             # Not by us. Somebody's lvextend, or the loaded table of a dead one.
-            self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number))
+            self._settle()
             size_bytes = self._device.size_bytes()
         return min(size_bytes, self._committed_bytes)
 
@@ -89,21 +89,27 @@ class LvmStorage:
                 raise
             return
         state = dm.state(self._number)
-        if extended and (state is None or state.at_rest) and self._device.size_bytes() >= size_bytes:
-            self._committed_bytes = self._device.size_bytes()
+        expected_bytes = -(-size_bytes // self._extent_bytes) * self._extent_bytes
+        if extended and (state is None or state.at_rest) and self._device.size_bytes() == expected_bytes:
+            self._committed_bytes = expected_bytes
         else:
-            self._mend()  # an earlier step was killed between its commit and the device: lvm says that there is nothing to do
+            # lvm says that there is nothing to do (an earlier step was killed between its commit and the device), or the device is not
+            # what was asked for: it has put to use what a command left that died while ours waited for the lock.
+            self._mend()
 
     def _mend(self) -> None:
         """Until the device goes on: while it stands still nothing is more urgent. Raises what kept the rest from being put right."""
         while True:
             try:
-                self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number))
+                self._settle()
                 return
             except FvdError:
                 state = dm.state(self._number)
                 if state is None or not state.suspended or self._closed.wait(MEND_SECONDS):
                     raise
+
+    def _settle(self) -> None:
+        self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number).size_bytes)
 
     def _take_rest(self, size_bytes: int) -> None:
         """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile."""
@@ -122,29 +128,31 @@ class LvmStorage:
             )
 
 
-def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = False) -> int:
+def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = False) -> LogicalVolume:
     """Puts an active volume's device right: it goes on, no table of a dead command waits to be used, and it is what the metadata says.
 
-    Returns the committed size in bytes. `refresh`: also where nothing seems wrong. Raises NotFound, DeviceError, Timeout...
+    Returns what is committed. `refresh`: also where nothing seems wrong. Raises NotFound, DeviceError, Timeout...
 
-    `lvs` waits for the group's lock, which a living command holds from before it loads a table until the device goes on: what is still
-    there after it has been abandoned. The loaded table is dropped first: any other command would use it, and libdm loads none over it.
+    `lvs` waits for the group's lock, which a living command holds from before it loads a table until the device goes on: what it reports
+    has been abandoned. The loaded table is dropped first: any other command would use it, for libdm loads none over it.
     """
     found = lvm.find(group, name)
     if found is None:
         raise NotFound(f"logical volume {group}/{name} is gone, though its device is open")
     state, device = dm.state(number), dm.device_name(number)
-    if state is not None and device is not None and not state.at_rest:
+    # Both: what `lvs` saw under the lock, and what is still so. A command that has begun since is alive.
+    abandoned = found.suspended or found.inactive_table
+    if abandoned and state is not None and device is not None and not state.at_rest:
         lvm.drop_loaded_table(device)
-        if state.suspended:
+        if found.suspended and state.suspended:
             lvm.resume(device)
         refresh = True
     if refresh or dm.size_bytes(number) != found.size_bytes:
         lvm.refresh(group, name)
         state = dm.state(number)
         found = lvm.find(group, name)
-        if found is None or dm.size_bytes(number) != found.size_bytes or (state is not None and not state.at_rest):
+        if found is None or dm.size_bytes(number) != found.size_bytes or (found.suspended and state is not None and state.suspended):
             raise DeviceError(
                 f"{group}/{name} cannot be brought into the state that its metadata has; look at dmsetup info and lvchange --refresh"
             )
-    return found.size_bytes
+    return found

@@ -98,14 +98,12 @@ def open_volume(
         raise InvalidArgument(f"cache mode {cache!r}: choose one of {', '.join(CACHE_MODES)}")
     if on_full not in ON_FULL:
         raise InvalidArgument(f"on_full {on_full!r}: choose one of {', '.join(ON_FULL)}")
-    provider = provider_for(volume)
     with ExitStack() as undo:
-        path = undo.enter_context(provider.attach(volume)).path
+        place = undo.enter_context(provider_for(volume).attach(volume))
+        path = place.path
         held = claim(path, Ownership.READER if read_only else Ownership.WRITER)
         undo.callback(held.close)
-        node = open_node(
-            path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor
-        )
+        node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor)
         undo.callback(node.close)
         held.check_covers(node)
         disk = load_disk(node)
@@ -117,6 +115,9 @@ def open_volume(
                 # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
                 node.forget_cache()
                 disk = load_disk(node)
+        if place.size_bytes is not None:
+            # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
+            disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)
         low_water = check_low_water(disk.geometry, default_low_water_bytes(disk.geometry) if low_water_bytes is None else low_water_bytes)
         base = None
         if disk.superblock.base is not None:
@@ -131,7 +132,7 @@ def open_volume(
         allocator = None
         if not read_only:
             allocator = Allocator(
-                provider.storage(volume, node),
+                place.storage(node),
                 disk.geometry,
                 storage_size_bytes=disk.storage_size_bytes,
                 low_water_bytes=low_water,

@@ -7,6 +7,7 @@ a disk's bytes mean. `growth.Storage` is the other half: the size of open storag
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,13 @@ class Attached(Protocol):
     path: str
     ours: bool  # made by fvd for a disk: blank contents are a half-removed disk, not somebody's
 
+    @property
+    def size_bytes(self) -> int | None:
+        """What it was promised to have when it was attached, whatever its device shows; None: what it shows."""
+
+    def storage(self, node: Node) -> Storage:
+        """The growing end of the open volume."""
+
     def __enter__(self) -> Attached: ...
 
     def __exit__(self, *_: object) -> None: ...
@@ -92,9 +100,6 @@ class Provider(Protocol):
     def build(self, name: VolumeName, plan: Plan) -> Building:
         """Begins a volume. What an interrupted build left behind is replaced. Raises InUse, NoSpace, NotFound."""
 
-    def storage(self, name: VolumeName, node: Node) -> Storage:
-        """The growing end of an open volume."""
-
     def remove(self, name: VolumeName) -> None:
         """Gives the place back, as far as can be done under the claim, which the caller holds. Absent is fine."""
 
@@ -107,8 +112,14 @@ class AttachedPath:
 
     ours = False
 
-    def __init__(self, path: str) -> None:
+    size_bytes: int | None = None
+
+    def __init__(self, path: str, storage: Callable[[Node], Storage]) -> None:
         self.path = path
+        self._storage = storage
+
+    def storage(self, node: Node) -> Storage:
+        return self._storage(node)
 
     def __enter__(self) -> AttachedPath:
         return self

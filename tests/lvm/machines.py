@@ -21,7 +21,7 @@ UML = ROOT / "scripts" / "uml"
 NATIVE = os.environ.get("FVD_REAL_LVM_NATIVE") == "1"
 DISKS = 4
 DISK_SIZE = "64G"  # sparse
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900  # many times what a file takes on two idle cores
 
 
 def require_machine() -> None:

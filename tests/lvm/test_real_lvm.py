@@ -23,7 +23,7 @@ def test_on_a_real_machine(name: str, tmp_path: Path) -> None:
     # The guest's memory: what the tests keep in files there is as quick as it can be, and gone with the guest.
     where = [] if NATIVE else ["--basetemp=/dev/shm/pytest"]
     with machine(tmp_path) as real:
-        real.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", f"--junitxml={report}", *where, REAL / name)
+        real.run("-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=5", f"--junitxml={report}", *where, REAL / name)
     cases = list(ET.parse(report).iter("testcase"))
     skipped = [f"{case.get('name')}: {skip.get('message')}" for case in cases for skip in case.iter("skipped")]
     assert len(cases) > len(skipped), f"nothing in {name} ran: {'; '.join(skipped) or 'no tests'}"

@@ -317,6 +317,8 @@ class Machine:
             "lv_active": "active" if volume.device else "",
             "lv_active_remotely": "",
             "lv_suspended": "suspended" if volume.suspended else "",
+            "lv_inactive_table": "inactive table present" if volume.loaded else "",
+            "vg_extent_size": str(EXTENT),
             "lv_permissions": "writeable" if volume.device else "unknown",
             "lv_kernel_major": "-1" if number is None else str(os.major(number)),
             "lv_kernel_minor": "-1" if number is None else str(os.minor(number)),

@@ -15,7 +15,6 @@ from lvm_machine import Machine, Volume, simulated_lvm
 
 from fvd.device.node import open_node
 from fvd.errors import DeviceError, NoSpace
-from fvd.lvm.commands import Lvm
 from fvd.lvm.runner import Finished, Unfinished
 from fvd.volume._driver import drive
 from fvd.volume.lvm_provider import LvmProvider
@@ -44,7 +43,8 @@ def name(machine: Machine) -> str:
 def storage_of(name: str) -> Iterator[LvmStorage]:
     volume = parse_name(name)
     with LvmProvider().attach(volume) as place, open_node(place.path) as node:
-        storage = LvmStorage(node, volume.group, volume.lv, Lvm(), tells_of_room=True)
+        storage = place.storage(node)
+        assert isinstance(storage, LvmStorage)
         try:
             yield storage
         finally:
@@ -145,6 +145,43 @@ def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, w
         assert len(machine.used("lvextend")) == 1
 
 
+def test_a_command_that_dies_while_ours_waits_for_the_lock(machine: Machine, name: str) -> None:
+    """Ours ends well, and has put the dead one's table to use."""
+    volume = there(machine, name)
+    real = machine._lvextend
+
+    def dies_first() -> tuple[int, str, str]:
+        volume.loaded = 60 * MIB
+        return real(["--size", f"{32 * MIB}b", name])
+
+    instead_of_lvextend(machine, dies_first)
+    with storage_of(name) as storage:
+        storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == volume.device_size == volume.size == 32 * MIB
+
+
+def test_a_living_command_is_not_disturbed(machine: Machine, name: str) -> None:
+    """It has begun after `lvs` had the lock, which saw the device at rest."""
+    volume = there(machine, name)
+    with storage_of(name) as storage:
+        machine.commit(volume, 32 * MIB)
+
+        def begins(words: list[str]) -> None:
+            if words[0] == "lvs":
+                machine.after = lambda words: None
+                volume.suspended, volume.loaded = True, 48 * MIB
+
+        def goes_on(words: list[str]) -> None:
+            if words[0] == "lvchange":  # which has waited for the lock
+                machine.before = lambda words: None
+                machine.commit(volume, 48 * MIB)
+                machine.resume(volume)
+
+        machine.after, machine.before = begins, goes_on
+        storage._settle()
+        assert machine.used("dmsetup") == [] and storage.size_bytes() == 48 * MIB
+
+
 @pytest.mark.parametrize("suspended", [False, True])
 def test_no_step_begins_over_what_a_dead_command_left(machine: Machine, name: str, suspended: bool) -> None:
     """Somebody's lvextend has died on the open disk: ours would put its table to use, and call it a success."""
@@ -162,7 +199,6 @@ def test_a_size_that_is_not_committed_is_not_believed(machine: Machine, name: st
     """Somebody has resumed the device with the table of a step that died before its commit: those extents are not ours."""
     volume = there(machine, name)
     with storage_of(name) as storage:
-        assert storage.size_bytes() == 16 * MIB
         volume.loaded = 40 * MIB
         machine.resume(volume)
         assert storage._device.size_bytes() == 40 * MIB

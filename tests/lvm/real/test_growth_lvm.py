@@ -287,8 +287,8 @@ def test_a_device_behind_its_metadata_is_refreshed(group: Group) -> None:
 
 
 def test_the_table_of_a_dead_step_is_never_used(group: Group) -> None:
-    """As an lvextend leaves it that dies before its commit: a table with extents that lvm gives to the next who asks. Somebody's command puts
-    it to use, the device is larger, and the extents have another owner."""
+    """As an lvextend leaves it that dies before its commit: a table with extents that lvm gives to the next who asks. Another command
+    puts it to use, the device is larger, and the extents have another owner."""
     volume = f"{group.name}/vm1"
     fvd.provision(volume, "1G", **SMALL)
     with fvd.open(volume) as disk:
