@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked lint test test-lvm test-quick demo bench bench-quick wheel clean
+.PHONY: help setup build checked lint test test-lvm test-quick demo demo-lvm bench bench-quick wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -20,7 +20,7 @@ export TMPDIR ?= /tmp
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
-	@echo 'Variables: PYTHON=/path/to/python3 (3.11 or newer)  JOBS=N  PYTEST_ARGS="-k name"'
+	@echo 'Variables: VG=group SPARE=/dev/empty (demo)  PYTHON=/path/to/python3 (3.11 or newer)  JOBS=N  PYTEST_ARGS="-k name"'
 
 setup: ## install what is missing: Debian packages, the venv, its Python packages
 	@scripts/setup
@@ -52,8 +52,14 @@ test-lvm: build ## only what runs on real LVM, in a User-Mode Linux guest
 test-quick: build ## the release build's fast tests
 	FVD_TEST_BUILD=release $(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)
 
-demo: build ## the main job on real input, narrated; a few minutes, some GB in $TMPDIR
-	@$(PY) scripts/demo
+# A volume group is touched only if it is named on the command line, not for a VG that happens to be in the environment.
+named = $(if $(filter command line,$(origin $(1))),$($(1)))
+
+demo: build ## the main job on real input, narrated; a few minutes, some GB in $TMPDIR. VG=vg0: on that volume group
+	@$(PY) scripts/demo $(call named,VG) $(addprefix --spare ,$(call named,SPARE))
+
+demo-lvm: build ## the same on real lvm2 in a User-Mode Linux guest, no root needed; two minutes, 1 GB in $TMPDIR
+	@$(PY) scripts/demo --uml
 
 bench: build ## every benchmark; results in results/
 	$(PY) bench/run.py
