@@ -130,10 +130,55 @@ def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     lvm.extend("vg0", "vm1", 2 << 30)
     for words in seen:
         config = words[words.index("--config") + 1]
-        assert "scan_lvs=0" in config and 'hints="none"' in config and "wait_for_locks=1" in config
+        for setting in (
+            "scan_lvs=0",
+            'hints="none"',
+            "obtain_device_list_from_udev=0",
+            'external_device_info_source="none"',
+            "ignore_suspended_devices=1",
+            "monitoring=0",
+            "verify_udev_operations=1",
+            "wait_for_locks=1",
+            'prefix=""',
+            "quoted=1",
+            "compact_output=0",
+        ):
+            assert setting in config
+    create = seen[2]
+    for option in ("--type linear", "--wipesignatures y", "--zero y", "--activate y", "--setautoactivation n", "--addtag fvd.unfinished"):
+        assert option in " ".join(create)
     for words in seen[:2]:
         assert words[3:9] == ["--reportformat", "json", "--units", "b", "--nosuffix", "--options"]
     assert "udev_sync=0" in seen[-1][2] and not any("udev_sync" in words[2] for words in seen[:-1])
+
+
+def test_a_growth_step_is_never_repeated_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have worked, or stopped half-way: that is looked at first."""
+    for failure in ((139, ""), (5, "  Can't get lock for vg0")):
+        seen: list[str] = []
+
+        def fail(words: list[str], timeout: float, failure: tuple[int, str] = failure) -> Finished:
+            seen.append(words[0])  # noqa: B023
+            return Finished(tuple(words), failure[0], "", failure[1], 0.0)
+
+        monkeypatch.setattr(runner, "run_command", fail)
+        with pytest.raises(DeviceError):
+            Lvm().extend("vg0", "vm1", 1 << 30)
+        assert seen == ["lvextend"]
+
+
+def test_what_was_begun_does_not_go_on_without_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a command."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(["sh", "-c", f"echo $$ > {tmp_path}/pid; sleep 30"], 60)
+    pid = tmp_path / "pid"
+    assert not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
 @pytest.mark.parametrize("size", [0, -512, 1000, 513])

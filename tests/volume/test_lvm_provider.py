@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,6 +300,72 @@ def test_a_volume_in_use_is_refused(machine: Machine, name: str, tmp_path: Path)
                 verb(name)
         assert not make(name).created
     make(name)
+
+
+def test_an_unfinished_volume_that_somebody_is_at_work_on_stays(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name)
+    volume.tags.add("fvd.unfinished")
+    with claim(volume.device):
+        with pytest.raises(InUse):
+            remove(name)
+        with pytest.raises(InUse):
+            make(name)
+    assert machine.volume(name) is volume
+    machine.groups[name.partition("/")[0]].state = {"vg_exported": "exported"}
+    with pytest.raises(InUse, match="vgimport"):
+        remove(name)
+    machine.groups[name.partition("/")[0]].state = {}
+    assert not remove(name)
+    assert machine.volume(name) is None
+
+
+def test_a_build_that_finds_its_volume_in_use_leaves_it(machine: Machine, name: str) -> None:
+    """Made by us or not: whoever has it may be at work on it."""
+    volume = foreign(machine, name)
+    with claim(volume.device), pytest.raises(InUse):
+        make(name, force=True)
+    assert machine.volume(name) is volume
+
+
+def test_a_volume_that_was_swapped_while_it_was_being_claimed(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name)
+
+    def swap(words: list[str]) -> None:
+        try:
+            os.close(os.open(volume.device, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            volume.uuid = "another"  # the first look after the claim
+
+    machine.before = swap
+    with pytest.raises(Conflict, match="meanwhile"):
+        make(name)
+
+
+def test_tags_of_an_earlier_disk_are_replaced(machine: Machine, name: str) -> None:
+    volume = foreign(machine, name, 4 * MIB)
+    volume.tags |= {"fvd.unfinished", "fvd.most=1", "fvd.virtual=2", "fvd.step=3"}
+    made = make(name)
+    facts = {f"fvd.most={made.superblock.geometry.max_storage_size_bytes}", "fvd.virtual=67108864", "fvd.step=16777216"}
+    assert volume.tags == {"fvd.disk"} | facts
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "hint"),
+    [
+        ("lv_active_remotely", "active remotely", InUse, "another host"),
+        ("lv_permissions", "read-only", PermissionDenied, "lvchange --permission rw"),
+        ("lv_role", "private,thin,pool,data", Conflict, "another kind"),
+    ],
+)
+def test_volumes_that_must_not_be_used(machine: Machine, name: str, field: str, value: str, error: type[FvdError], hint: str) -> None:
+    make(name)
+    real = machine._lv_row
+    machine._lv_row = lambda *place: real(*place) | {field: value}  # type: ignore[method-assign]
+    for verb in (look, extend, open_volume, remove):
+        with pytest.raises(error, match=hint):
+            verb(name)
+    volume = machine.volume(name)
+    assert volume is not None and volume.device is None
 
 
 @pytest.mark.parametrize("layout", ["thin,sparse", "snapshot,linear", "raid,raid1", "cache", "thin,pool"])

@@ -71,6 +71,21 @@ def test_it_grows(machine: Machine, name: str) -> None:
         assert storage.pool().name == name.partition("/")[0] and storage.pool().free_bytes == 32 * MIB
 
 
+def test_how_long_the_device_stood_still_is_told(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvd.lvm.dm.SuspendGauge._sample", lambda gauge: setattr(gauge, "seconds", 0.25))
+    with storage_of(name) as storage:
+        assert storage.last_suspend_seconds is None
+        storage.grow_to(32 * MIB)
+        assert storage.last_suspend_seconds == 0.25
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_who_tells_of_room(machine: Machine, name: str, running: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvd.volume.lvm_provider.udev_is_running", lambda: running)
+    with storage_of(name) as storage:
+        assert storage.tells_of_room == running
+
+
 def test_the_rest_of_a_group_is_taken(machine: Machine, name: str) -> None:
     with storage_of(name) as storage:
         with pytest.raises(NoSpace, match=r"is full.*vgextend"):
