@@ -25,7 +25,7 @@ def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
     from fvd.control.protocol import ServerGone
 
     path = find_socket(name.path)
-    if path is None:
+    if path is None or not _is_its_device(name):
         return NOT_SERVED
     client = ControlClient(path, timeout_seconds=TIMEOUT_SECONDS[verb])
     try:
@@ -34,3 +34,14 @@ def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
         return NOT_SERVED  # the socket of a process that has died
     with client:
         return client.ask(verb, **arguments)
+
+
+def _is_its_device(name: VolumeName) -> bool:
+    """Whether the node of a logical volume leads to that volume: a stale one would lead a verb to somebody else's server."""
+    from fvd.lvm import dm
+    from fvd.volume.name import VolumeKind
+
+    if name.kind is not VolumeKind.LVM:
+        return True
+    found = dm.logical_volume_of(dm.number_of(name.path))
+    return found is None or found == (name.group, name.lv)

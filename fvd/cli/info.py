@@ -75,10 +75,15 @@ def describe_steps(found: Info) -> list[str]:
         return []
     lines = []
     if growth.get("extend_steps"):
-        text = f"{growth['extend_steps']} step{'' if growth['extend_steps'] == 1 else 's'}, the longest {growth['longest_extend_seconds']:.2f} s"
+        steps = growth["extend_steps"]
+        text = f"{steps} step{'' if steps == 1 else 's'}, the longest {growth['longest_extend_seconds']:.2f} s"
         suspended = growth.get("longest_suspend_seconds")
         if suspended is not None:
-            text += f"; the device stood still for {f'{suspended * 1000:.1f} ms at most' if suspended else 'less than a millisecond'}"
+            text += (
+                f"; the device stood still for {suspended * 1000:.1f} ms at most"
+                if suspended
+                else "; the device was not seen to stand still"
+            )
         lines.append(text)
     if growth.get("extending"):
         lines.append("a step is under way")

@@ -6,6 +6,7 @@ Works where there is no udev: then nothing is waited for, and `BlockWatch.start`
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import stat
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fvd.errors import DeviceError, Timeout
+
+log = logging.getLogger(__name__)
 
 UDEV_CONTROL = "/run/udev/control"
 NODE_SECONDS = 30.0
@@ -113,10 +116,14 @@ class BlockWatch:
         while True:
             if wake in _readable(None, monitor.fileno(), wake):
                 return
-            with contextlib.suppress(OSError):  # ENOBUFS: some were lost; what is lost is looked at by the retries
+            try:
                 device = monitor.poll(timeout=0)
                 if device is not None:
                     self._on_event(_event(device))
+            except OSError:
+                continue  # ENOBUFS: some were lost; what is lost is looked at by the retries
+            except Exception:  # one event must not be the last
+                log.exception("an event of udev could not be dealt with")
 
 
 def _readable(timeout_seconds: float | None, *fds: int) -> list[int]:

@@ -104,9 +104,7 @@ class Engine:
     def leaks(self) -> dict[str, int]:
         """What is still held when nothing is in flight and no request is open: empty, or a bug of ours."""
 
-    def submit_request(
-        self, kind: int, offset_bytes: int, length_bytes: int, buffer_address: int, cookie: int, flags: int = 0
-    ) -> None:
+    def submit_request(self, kind: int, offset_bytes: int, length_bytes: int, buffer_address: int, cookie: int, flags: int = 0) -> None:
         """For drivers in Python: submit one request (kinds and flags as in _engine.pxd)."""
 
     def complete_operation(self, token: int, result: int) -> None:

@@ -50,6 +50,8 @@ _NO_DM = re.compile(
 )
 _NO_RIGHTS = re.compile(r"permission denied|operation not permitted|must be root|requires root", re.IGNORECASE)
 _EXISTS = re.compile(r"already exists in volume group", re.IGNORECASE)
+_LOADED = re.compile(r"^\s*Loading table for \S+", re.MULTILINE)
+_SUSPENDED = re.compile(r"^\s*Suspending \S+", re.MULTILINE)
 _NO_CHANGE = re.compile(r"matches existing size|not larger than existing size", re.IGNORECASE)
 # They pass by themselves: somebody scans the device, or has the lock file in hand.
 _PASSES = re.compile(
@@ -106,16 +108,18 @@ class Lvm:
         )
 
     def extend(self, group: str, name: str, size_bytes: int) -> bool:
-        """The volume has at least `size_bytes` afterwards, in whole extents. False: it had them, and its device may be behind.
+        """The volume has at least `size_bytes` afterwards, in whole extents. False: its device may be something else all the same.
 
-        One command, never repeated here. Raises NoSpace, NotFound, Unfinished, DeviceError (killed)...
+        So it is where the metadata had the size before, and where lvm does not say that it loaded a table of its own: over one that a dead
+        command has left libdm loads none, and puts that one to use. One command, never repeated here.
+        Raises NoSpace, NotFound, Unfinished, DeviceError (killed)...
         """
-        words = ["lvextend", "--size", _size(size_bytes), f"{group}/{name}"]
-        done = self._once(words, {"activation": ("udev_sync=0",)})
+        words = ["lvextend", "--verbose", "--size", _size(size_bytes), f"{group}/{name}"]
+        done = self._once(words, {"activation": ("udev_sync=0",), "log": ("verbose=1",)})
         if done.exit_code and _NO_CHANGE.search(done.stderr + done.stdout):
             return False
         _raise_for(done)
-        return True
+        return bool(_LOADED.search(done.stderr) and _SUSPENDED.search(done.stderr))
 
     def activate(self, group: str, name: str) -> None:
         """Its device is there afterwards, for this host only. Fine if it is active."""
@@ -141,10 +145,11 @@ class Lvm:
         """It is not activated by the host at its start."""
         self._run(["lvchange", "--setautoactivation", "n"], [f"{group}/{name}"])
 
-    def remove(self, volume: LogicalVolume) -> None:
-        """Gives its extents back to the group, if it still is the volume that was looked at. Absent is fine. Raises InUse."""
+    def remove(self, volume: LogicalVolume, tag: str) -> None:
+        """Gives its extents back to the group, if it still is the volume that was looked at, and has this tag: what somebody has finished
+        meanwhile stays. Absent is fine. Raises InUse."""
         try:
-            self._run(["lvremove", "--yes", "--select", f"lv_uuid={volume.uuid}"], [volume.full_name])
+            self._run(["lvremove", "--yes", "--select", f"lv_uuid={volume.uuid} && lv_tags={{{tag}}}"], [volume.full_name])
         except NotFound:
             return
 
@@ -194,6 +199,8 @@ def _raise_for(done: Finished) -> None:
         raise DeviceError(f"{program} was killed by signal {-done.exit_code}")
     for pattern, kind, advice in _MEANINGS:
         for line in done.stderr.splitlines():
+            if line.lstrip().startswith("WARNING:"):
+                continue  # true, perhaps, and not why it failed
             if pattern.search(line):
                 raise kind(f"{program}: {line.strip()}{advice}")
     raise DeviceError(f"{program} failed: {said}")

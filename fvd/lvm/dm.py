@@ -40,6 +40,12 @@ def logical_volume_of(number: int) -> tuple[str, str] | None:
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
+def is_volume(number: int, lv_uuid: str) -> bool:
+    """Whether a block device is the logical volume with this UUID (as lvm writes it, with hyphens), whatever its node is called."""
+    uuid = _read(number, "uuid")
+    return uuid is not None and uuid.startswith("LVM-") and uuid.endswith(lv_uuid.replace("-", ""))
+
+
 def split_name(name: str) -> list[str]:
     """lvm's own joining undone: parts are joined by one hyphen, hyphens inside a part are doubled, and no part begins with one."""
     parts, at = [""], 0

@@ -10,9 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from fvd.errors import PermissionDenied, Timeout, Unsupported
 
@@ -22,6 +24,7 @@ PROGRAM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 TERM_SECONDS = 5.0
 # os-brick's experience: lvm2 crashes now and then (128 + SIGSEGV as a shell tells it; subprocess says -11), and the next run works.
 CRASHED = (139, -signal.SIGSEGV)
+OUTPUT_LIMIT_BYTES = 64 << 20  # a report of some hundred thousand volumes
 KEPT_VARIABLES = ("LVM_SYSTEM_DIR", "DM_DEV_DIR")
 
 
@@ -60,40 +63,58 @@ def run_command(words: Sequence[str], timeout_seconds: float) -> Finished:
     begun = time.monotonic()
     environment = {"PATH": PROGRAM_PATH, "LC_ALL": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
     environment |= {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    try:
-        child = subprocess.Popen(
-            [program, *words[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-            # Ctrl-C at a terminal goes to the whole foreground group; an lvextend must not be interrupted by it.
-            start_new_session=True,
-        )
-    except PermissionError as error:
-        raise PermissionDenied(f"{program} may not be run by you; logical volumes need root") from error
-    try:
-        out, err = child.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        out, err = _end(child)
-        said = f"; it said: {last_line(err)}" if err.strip() else ""
-        raise Unfinished(f"{' '.join(words[:1])} did not end within {timeout_seconds:g} s and was killed{said}") from None
-    except BaseException:
-        _end(child)  # nothing that was begun goes on without its owner
-        raise
-    return Finished(tuple(words), child.returncode, out, err, time.monotonic() - begun)
+    # Files, not pipes: a daemon that a command starts (lvmpolld, dmeventd) would hold a pipe open long after the command has ended.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            child = subprocess.Popen(
+                [program, *words[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                # Ctrl-C at a terminal goes to the whole foreground group; an lvextend must not be interrupted by it.
+                start_new_session=True,
+            )
+        except PermissionError as error:
+            raise PermissionDenied(f"{program} may not be run by you; logical volumes need root") from error
+        ended = _wait(child, timeout_seconds)
+        stdout, stderr = _text(out), _text(err)
+    if not ended:
+        quoted = f"; it said: {last_line(stderr)}" if stderr.strip() else ""
+        raise Unfinished(f"{words[0]} did not end within {timeout_seconds:g} s and was killed{quoted}")
+    return Finished(tuple(words), child.returncode, stdout, stderr, time.monotonic() - begun)
 
 
-def _end(child: subprocess.Popen[str]) -> tuple[str, str]:
-    """Waits as long as the kernel keeps it: while it lives, a second command would believe in a state that is not so."""
-    for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.communicate(timeout=seconds)
-    raise AssertionError("a wait without a limit has ended")
+def _wait(child: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
+    """Until the child has ended; False: it had to be killed. Waits as long as the kernel keeps it: while it lives, a second command would
+    believe in a state that is not so. An interruption (Ctrl-C) lets it end by itself, a second one ends it, and is passed on then."""
+    interruption: BaseException | None = None
+    ended = True
+    for number, seconds in ((None, timeout_seconds), (signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, None)):
+        if number is not None:
+            ended = False
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while child.returncode is None:
+            try:
+                child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
+            except BaseException as error:
+                again, interruption = interruption is not None, error
+                if again and number is None:
+                    break
+        if child.returncode is not None:
+            break
+    if interruption is not None:
+        raise interruption
+    return ended
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(OUTPUT_LIMIT_BYTES).decode(errors="replace")
 
 
 def last_line(text: str) -> str:

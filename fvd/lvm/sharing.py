@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fvd.errors import PermissionDenied
 
-LOCK_FOLDER = Path("/run/lock/fvd")
+# Below /run, which is root's: in /run/lock anybody may make a folder, and hold its locks for ever.
+LOCK_FOLDER = Path("/run/fvd/lvm")
 _MODE = 0o600
 _F_OFD_GETLK, _F_OFD_SETLK, _F_OFD_SETLKW = 36, 37, 38
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid

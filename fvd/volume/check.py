@@ -49,7 +49,11 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
         return _check_open(target)
     name = parse_name(target)
     provider = provider_for(name)
-    with provider.attach(name) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+    with (
+        provider.attach(name, looking=True) as place,
+        claim(place.path, Ownership.READER) as held,
+        open_node(place.path, read_only=True) as node,
+    ):
         held.check_covers(node)
         return _check_closed(name, node, progress)
 

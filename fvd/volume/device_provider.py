@@ -21,7 +21,7 @@ class DeviceProvider:
     def presence(self, name: VolumeName) -> Presence:
         return Presence.PRESENT if names.exists(name.path) else Presence.ABSENT
 
-    def attach(self, name: VolumeName) -> AttachedPath:
+    def attach(self, name: VolumeName, *, looking: bool = False) -> AttachedPath:
         _refuse_other_kinds(name)
         return AttachedPath(name.path, FixedStorage)
 

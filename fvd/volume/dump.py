@@ -30,7 +30,11 @@ def dump(name: str | VolumeName, *, cells: bool = True) -> dict[str, Any]:
     """
     volume = parse_name(name)
     provider = provider_for(volume)
-    with provider.attach(volume) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+    with (
+        provider.attach(volume, looking=True) as place,
+        claim(place.path, Ownership.READER) as held,
+        open_node(place.path, read_only=True) as node,
+    ):
         held.check_covers(node)
         return _dump(volume, node, cells)
 

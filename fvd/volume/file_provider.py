@@ -27,7 +27,7 @@ class FileProvider:
     def presence(self, name: VolumeName) -> Presence:
         return Presence.PRESENT if names.exists(name.path) else Presence.ABSENT
 
-    def attach(self, name: VolumeName) -> AttachedPath:
+    def attach(self, name: VolumeName, *, looking: bool = False) -> AttachedPath:
         if names.leads_to_device(name.path):
             raise InvalidArgument(f"{name} is a block device; name it {name.path}")
         return AttachedPath(name.path, FileStorage)

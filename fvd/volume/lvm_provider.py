@@ -13,7 +13,7 @@ from fvd.device.udev import udev_is_running, wait_for_node
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, NotFound, PermissionDenied, Unsupported
 from fvd.lvm import dm, sharing
 from fvd.lvm.commands import Lvm
-from fvd.lvm.report import GroupState, LogicalVolume
+from fvd.lvm.report import GroupState, LogicalVolume, VolumeGroup
 from fvd.volume import overcommit
 from fvd.volume.growth import Storage
 from fvd.volume.lvm_storage import LvmStorage, settle
@@ -41,7 +41,7 @@ class LvmProvider:
             return Presence.UNFINISHED
         return Presence.PRESENT if TAG_DISK in volume.tags else Presence.FOREIGN
 
-    def attach(self, name: VolumeName) -> AttachedVolume:
+    def attach(self, name: VolumeName, *, looking: bool = False) -> AttachedVolume:
         share = sharing.take(name.group, name.lv)
         try:
             volume = self._find(name)
@@ -49,11 +49,12 @@ class LvmProvider:
                 raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
             if TAG_DISK not in volume.tags:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
+            was_active = volume.active
             volume = _switch_on(self._lvm, volume, name, share)
         except BaseException:
             share.close()
             raise
-        return AttachedVolume(self._lvm, name, volume, share)
+        return AttachedVolume(self._lvm, name, volume, share, stays_active=looking and was_active)
 
     def build(self, name: VolumeName, plan: Plan) -> BuiltVolume:
         share = sharing.take(name.group, name.lv)
@@ -65,7 +66,8 @@ class LvmProvider:
             raise
 
     def remove(self, name: VolumeName) -> None:
-        pass  # a volume in use is not removed by lvm: see AttachedVolume.reclaim
+        # lvm removes no volume in use: the claim has to be given up first (AttachedVolume.reclaim). Whoever comes in between makes it anew.
+        self._lvm.retag(name.group, name.lv, remove=[TAG_DISK], add=[TAG_UNFINISHED])
 
     def forget_unfinished(self, name: VolumeName) -> None:
         volume = self._lvm.find(name.group, name.lv)
@@ -75,9 +77,10 @@ class LvmProvider:
         try:
             _refuse_group(volume.group_state, volume.group)
             if volume.active:
+                _switch_on(self._lvm, volume, name, share)
                 # Whoever is at work on it holds the device.
                 claim(name.path, Ownership.WRITER).close()
-            self._lvm.remove(volume)
+            self._lvm.remove(volume, TAG_UNFINISHED)
         finally:
             share.close()
 
@@ -92,31 +95,30 @@ class LvmProvider:
         return volume
 
     def _find_or_create(self, name: VolumeName, plan: Plan) -> tuple[LogicalVolume, bool]:
-        facts = _facts(plan)
-        if self._lvm.find(name.group, name.lv) is not None:
-            return self._find(name), False
         group = self._lvm.group(name.group)
         _refuse_group(group.state, group.name)
-        limited = plan.max_overcommit is not None or overcommit.has_limit(group)
-        if limited:
-            found = overcommit.commitment(group, self._lvm.volumes(name.group))
-            most_bytes = -(-facts.most_bytes // group.extent_bytes) * group.extent_bytes
-            overcommit.check_limit(found, plan.max_overcommit, most_bytes)
+        if self._lvm.find(name.group, name.lv) is not None:
+            volume = self._find(name)
+            self._check_limit(name, plan, group)
+            return volume, False
+        self._check_limit(name, plan, group)
         try:
-            self._lvm.create(name.group, name.lv, plan.size_bytes, [TAG_UNFINISHED, *facts.tags()])
+            self._lvm.create(name.group, name.lv, plan.size_bytes, [TAG_UNFINISHED, *_facts(plan).tags()])
         except Conflict:
             return self._find(name), False  # somebody was faster: the claim tells what comes of it
         volume = self._find(name)
-        if limited:
-            try:
-                # Another provision may have counted before ours was there: now both see both.
-                overcommit.check_limit(
-                    overcommit.commitment(self._lvm.group(name.group), self._lvm.volumes(name.group)), plan.max_overcommit
-                )
-            except BaseException:
-                self._lvm.remove(volume)
-                raise
+        try:
+            # Another provision may have counted before ours was there: now both see both.
+            self._check_limit(name, plan, self._lvm.group(name.group) if overcommit.is_limited(group, plan.max_overcommit) else group)
+        except BaseException:
+            self._lvm.remove(volume, TAG_UNFINISHED)
+            raise
         return volume, True
+
+    def _check_limit(self, name: VolumeName, plan: Plan, group: VolumeGroup) -> None:
+        """Raises NoSpace if the disk of the plan, in this volume or a new one, promises too much."""
+        if overcommit.is_limited(group, plan.max_overcommit):
+            overcommit.check_limit(group, self._lvm.volumes(name.group), name.lv, plan.most_bytes, plan.max_overcommit)
 
 
 class AttachedVolume:
@@ -124,8 +126,9 @@ class AttachedVolume:
 
     ours = True
 
-    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share) -> None:
+    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share, *, stays_active: bool) -> None:
         self.path = name.path
+        self._stays_active = stays_active  # somebody else's doing, and not for a look to undo
         self._lvm = lvm
         self._name = name
         self._volume = volume
@@ -145,10 +148,13 @@ class AttachedVolume:
         return LvmStorage(node, self._volume, self._lvm, tells_of_room=udev_is_running())
 
     def close(self) -> None:
-        _switch_off(self._lvm, self._name, self._share)
+        if self._stays_active:
+            self._share.close()
+        else:
+            _switch_off(self._lvm, self._name, self._share)
 
     def reclaim(self) -> None:
-        self._lvm.remove(self._volume)
+        self._lvm.remove(self._volume, TAG_UNFINISHED)
 
 
 class BuiltVolume:
@@ -172,7 +178,7 @@ class BuiltVolume:
             if self._claim is not None:
                 self._claim.close()
             if created:
-                lvm.remove(volume)
+                lvm.remove(volume, TAG_UNFINISHED)
             raise
         try:
             self._claim.check_covers(self.node)
@@ -196,8 +202,9 @@ class BuiltVolume:
         if self.contents is Contents.FOREIGN:
             # From here on it is overwritten: a crash must leave what nobody believes, not half a disk of nobody's.
             self._lvm.retag(self._name.group, self._name.lv, add=[TAG_UNFINISHED])
-        if self.node.size_bytes() < size_bytes:
+        if self._volume.size_bytes < size_bytes:
             self._lvm.extend(self._name.group, self._name.lv, size_bytes)
+            self._volume = settle(self._lvm, self._name.group, self._name.lv, self.node.identity[1], refresh=True)
 
     def publish(self, *, replace: bool) -> None:
         facts = _facts(self._plan)
@@ -215,7 +222,7 @@ class BuiltVolume:
             self._claim.close()
         if not self._published and self.contents is Contents.NOBODYS:
             try:
-                self._lvm.remove(self._volume)
+                self._lvm.remove(self._volume, TAG_UNFINISHED)
             except FvdError as error:
                 log.warning(
                     "%s: the unfinished volume could not be removed (%s); fvd-lv remove %s tries again", self._name, error, self._name
@@ -251,10 +258,12 @@ def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing
         raise PermissionDenied(f"{name} is a read-only logical volume; lvchange --permission rw {name} makes it writable")
     if not volume.active:
         lvm.activate(name.group, name.lv)
-        wait_for_node(name.path)
-        return volume
     wait_for_node(name.path)
     number = dm.number_of(name.path)
+    if not dm.is_volume(number, volume.uuid):
+        raise DeviceError(f"{name.path} is not the device of {name} but another's; udev or somebody else has left a stale node (vgmknodes)")
+    if not volume.active:
+        return volume
     state = dm.state(number)
     alone = share.is_alone()
     if alone or dm.size_bytes(number) != volume.size_bytes or (state is not None and not state.at_rest):

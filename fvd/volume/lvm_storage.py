@@ -7,6 +7,7 @@ step that died before its commit, and extents that lvm gives to somebody else ne
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 
 from fvd.device.lengthen import Lengthener
@@ -36,6 +37,7 @@ class LvmStorage:
         self._name = volume.name
         self._extent_bytes = volume.extent_bytes
         self._lvm = lvm
+        self._uuid = volume.uuid
         self._closed = threading.Event()
         self._growing = False
         self._committed_bytes = volume.size_bytes
@@ -68,6 +70,9 @@ class LvmStorage:
         self._device.close()
 
     def _grow(self, size_bytes: int) -> None:
+        renamed = dm.logical_volume_of(self._number)
+        if renamed is not None:
+            self._group, self._name = renamed  # lvrename, vgrename: another volume may have the old name by now
         state = dm.state(self._number)
         if state is not None and not state.at_rest:
             # lvm would use the table that is loaded, whatever it says, and call it the new size.
@@ -93,23 +98,26 @@ class LvmStorage:
         if extended and (state is None or state.at_rest) and self._device.size_bytes() == expected_bytes:
             self._committed_bytes = expected_bytes
         else:
-            # lvm says that there is nothing to do (an earlier step was killed between its commit and the device), or the device is not
-            # what was asked for: it has put to use what a command left that died while ours waited for the lock.
-            self._mend()
+            # lvm says that there is nothing to do (an earlier step was killed between its commit and the device), or it has put to use
+            # what a command left that died while ours waited for the lock: the same size, perhaps, and extents of somebody else.
+            self._mend(refresh=True)
 
-    def _mend(self) -> None:
+    def _mend(self, *, refresh: bool = False) -> None:
         """Until the device goes on: while it stands still nothing is more urgent. Raises what kept the rest from being put right."""
         while True:
             try:
-                self._settle()
+                self._settle(refresh=refresh)
                 return
             except FvdError:
                 state = dm.state(self._number)
                 if state is None or not state.suspended or self._closed.wait(MEND_SECONDS):
                     raise
 
-    def _settle(self) -> None:
-        self._committed_bytes = max(self._committed_bytes, settle(self._lvm, self._group, self._name, self._number).size_bytes)
+    def _settle(self, *, refresh: bool = False) -> None:
+        found = settle(self._lvm, self._group, self._name, self._number, refresh=refresh)
+        if found.uuid != self._uuid:
+            raise DeviceError(f"{self._group}/{self._name} is another volume now; the one that is open cannot grow")
+        self._committed_bytes = max(self._committed_bytes, found.size_bytes)
 
     def _take_rest(self, size_bytes: int) -> None:
         """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile."""
@@ -139,6 +147,10 @@ def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = Fals
     found = lvm.find(group, name)
     if found is None:
         raise NotFound(f"logical volume {group}/{name} is gone, though its device is open")
+    if found.device_number is not None and found.device_number != (os.major(number), os.minor(number)):
+        raise DeviceError(
+            f"{group}/{name} is not the device that is open under its name (renamed, or a stale node); look at ls -l /dev/{group}"
+        )
     state, device = dm.state(number), dm.device_name(number)
     # Both: what `lvs` saw under the lock, and what is still so. A command that has begun since is alive.
     abandoned = found.suspended or found.inactive_table

@@ -16,7 +16,7 @@ from fvd.units import format_size
 TAG_DISK = "fvd.disk"
 TAG_UNFINISHED = "fvd.unfinished"
 _FACT_TAG = re.compile(r"fvd\.(virtual|most|step)=(\d{1,20})", re.ASCII)
-_LIMIT_TAG = re.compile(r"fvd\.max_overcommit=(\d{1,6}(?:\.\d{1,6})?)", re.ASCII)
+_LIMIT_TAG = "fvd.max_overcommit="
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Facts:
 
 def facts_of(volume: LogicalVolume) -> Facts | None:
     """None: the tags do not say."""
-    found = {match[1]: int(match[2]) for tag in volume.tags if (match := _FACT_TAG.fullmatch(tag))}
+    found: dict[str, int] = {}
+    for tag in volume.tags:
+        if match := _FACT_TAG.fullmatch(tag):
+            found[match[1]] = max(int(match[2]), found.get(match[1], 0))  # of two that contradict each other, the one that promises more
     return Facts(found["virtual"], found["most"], found["step"]) if {"virtual", "most", "step"} <= found.keys() else None
 
 
@@ -95,13 +98,23 @@ def commitment(group: VolumeGroup, volumes: Iterable[LogicalVolume]) -> Commitme
     )
 
 
-def has_limit(group: VolumeGroup) -> bool:
-    """Whether the group itself limits over-commit."""
-    return _limit_of(group) is not None
+def is_limited(group: VolumeGroup, asked: float | None) -> bool:
+    """Whether anybody limits over-commit. Raises Conflict for a limit of the group that cannot be read."""
+    return asked is not None or _limit_of(group) is not None
 
 
 def _limit_of(group: VolumeGroup) -> float | None:
-    return min((float(match[1]) for tag in group.tags if (match := _LIMIT_TAG.fullmatch(tag))), default=None)
+    """The strictest of the group's tags. One that cannot be read is refused rather than passed over."""
+    limits = []
+    for tag in group.tags:
+        if tag.startswith(_LIMIT_TAG):
+            try:
+                limits.append(parse_limit(tag.removeprefix(_LIMIT_TAG)))
+            except InvalidArgument as error:
+                raise Conflict(
+                    f"volume group {group.name} has the tag {tag}, which is no ratio; vgchange --deltag {tag} {group.name}"
+                ) from error
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def greatest_bytes(volume: LogicalVolume, extent_bytes: int) -> int:
@@ -110,19 +123,26 @@ def greatest_bytes(volume: LogicalVolume, extent_bytes: int) -> int:
     return max(volume.size_bytes, 0 if facts is None else -(-facts.most_bytes // extent_bytes) * extent_bytes)
 
 
-def check_limit(found: Commitment, limit: float | None, added_bytes: int = 0) -> None:
-    """Raises NoSpace if the promises, with `added_bytes` more, are beyond the stricter of the limit asked for and the group's own."""
-    limits = [value for value in (limit, found.limit) if value is not None]
+def check_limit(group: VolumeGroup, volumes: Iterable[LogicalVolume], name: str, most_bytes: int, asked: float | None) -> None:
+    """Raises NoSpace if the group's disks, with one of at most `most_bytes` in the volume `name` (which may exist), could become more than
+    the stricter of the limit asked for and the group's own allows."""
+    limits = [limit for limit in (asked, _limit_of(group)) if limit is not None]
     if not limits:
         return
     strictest = min(limits)
-    promised = found.most_bytes + added_bytes
-    if promised > strictest * found.available_bytes:
-        ratio = f"{promised / found.available_bytes:.2f}" if found.available_bytes else "infinity"
+    volumes = [volume for volume in volumes if volume.group == group.name]
+    own = next((volume for volume in volumes if volume.name == name), None)
+    others = commitment(group, [volume for volume in volumes if volume is not own])
+    own_bytes = 0 if own is None else own.size_bytes
+    own_most_bytes = max(-(-most_bytes // group.extent_bytes) * group.extent_bytes, own_bytes)
+    promised = others.most_bytes + own_most_bytes
+    available = others.available_bytes + own_bytes
+    if promised > strictest * available:
+        ratio = f"{promised / available:.2f}" if available else "infinity"
         raise NoSpace(
-            f"volume group {found.group} would be over-committed {ratio} times, and {strictest:g} is the limit: disks could grow to "
-            f"{format_size(promised)} in all, where {format_size(found.available_bytes)} can be had; add a physical volume (vgextend), "
-            "make the disk smaller, or raise the limit (--max-overcommit, tag fvd.max_overcommit of the group)"
+            f"volume group {group.name} would be over-committed {ratio} times, and {strictest:g} is the limit: disks could grow to "
+            f"{format_size(promised)} in all, where {format_size(available)} can be had; add a physical volume (vgextend), make the disk "
+            "smaller, or raise the limit (--max-overcommit, tag fvd.max_overcommit of the group)"
         )
 
 

@@ -262,7 +262,8 @@ class GrowthPolicy:
         geometry = self._geometry
         below = max(0, self.free_bytes - max(geometry.grow_step_bytes // LOOKS_PER_STEP, geometry.chunk_size_bytes))
         # While a step runs or rests nothing else can begin; its end looks again.
-        return below if self._step is not None or self._retry_at is not None else max(below, self._mark_bytes)
+        nothing_can_begin = self._step is not None or self._retry_at is not None or self._asking
+        return below if nothing_can_begin else max(below, self._mark_bytes)
 
     def write_rate(self, now: float) -> float:
         """First writes, in bytes a second, that are to be expected by what was seen."""

@@ -94,8 +94,11 @@ class Provider(Protocol):
     def presence(self, name: VolumeName) -> Presence:
         """What the name leads to now."""
 
-    def attach(self, name: VolumeName) -> Attached:
-        """Makes the volume reachable (LVM: activates it). Raises NotFound, InUse, InvalidArgument (another kind has this name)..."""
+    def attach(self, name: VolumeName, *, looking: bool = False) -> Attached:
+        """Makes the volume reachable (LVM: activates it). `looking`: it is left afterwards as it was.
+
+        Raises NotFound, InUse, InvalidArgument (another kind has this name)...
+        """
 
     def build(self, name: VolumeName, plan: Plan) -> Building:
         """Begins a volume. What an interrupted build left behind is replaced. Raises InUse, NoSpace, NotFound."""

@@ -74,7 +74,11 @@ def look(target: Target) -> View:
         )
     name = parse_name(target)
     provider = provider_for(name)
-    with provider.attach(name) as place, claim(place.path, Ownership.READER) as held, open_node(place.path, read_only=True) as node:
+    with (
+        provider.attach(name, looking=True) as place,
+        claim(place.path, Ownership.READER) as held,
+        open_node(place.path, read_only=True) as node,
+    ):
         held.check_covers(node)
         return view_of(name, node)
 

@@ -219,8 +219,10 @@ class Machine:
         if size - volume.size > self.groups[group].free:
             return 5, "", "  Insufficient free space: 2 extents needed, but only 1 available"
         self.commit(volume, size)
+        loads = "" if volume.loaded else "  Loading table for x (7:0).\n"
+        suspends = "" if volume.suspended else "  Suspending x (7:0) with device flush\n"
         self.refresh(volume)
-        return 0, "  Logical volume successfully resized.", ""
+        return 0, "  Logical volume successfully resized.", loads + suspends
 
     def _lvchange(self, words: list[str]) -> tuple[int, str, str]:
         group, _, name = words[-1].partition("/")
@@ -246,7 +248,9 @@ class Machine:
         volume = self.groups.get(group, Group(0)).volumes.get(name)
         if volume is None:
             return 5, "", f'  Failed to find logical volume "{words[-1]}"'
-        if self._after(words, "--select") != [f"lv_uuid={volume.uuid}"]:
+        match = re.fullmatch(r"lv_uuid=(\S+) && lv_tags=\{(\S+)\}", *self._after(words, "--select"))
+        assert match is not None
+        if match[1] != volume.uuid or match[2] not in volume.tags:
             return 0, "", ""
         if volume.device is not None and not self._deactivate(group, name, volume):
             return 5, "", f"  Logical volume {group}/{name} in use."
@@ -385,6 +389,10 @@ def simulated_lvm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mac
     def device_name(number: int) -> str | None:
         return next((volume.device for volume in machine.active() if volume.number == number), None)
 
+    def is_volume(number: int, lv_uuid: str) -> bool:
+        return any(volume.number == number and volume.uuid == lv_uuid for volume in machine.active())
+
+    monkeypatch.setattr(dm, "is_volume", is_volume)
     monkeypatch.setattr(runner, "run_command", machine.run)
     monkeypatch.setattr(sharing, "LOCK_FOLDER", folder / "locks")
     monkeypatch.setattr(dm, "state", state)

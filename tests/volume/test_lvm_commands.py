@@ -91,6 +91,11 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_command() -> None:
         ("  WARNING: Running as a non-root user. Functionality may be unavailable.\n  Permission denied", PermissionDenied, "need root"),
         ("  Skipping clustered volume group vg0", Unsupported, "not supported yet"),
         ("  Cannot access VG vg0 due to failed lock. lvmlockd process is not running.", Unsupported, "not supported yet"),
+        (
+            "  WARNING: lvmlockd process is not running.\n  Insufficient free space: 2 extents needed, but only 1 available",
+            NoSpace,
+            "vgextend",
+        ),
         ("  Gremlins.", DeviceError, "lvchange failed: Gremlins"),
         ("", DeviceError, "exit status 5"),
     ],
@@ -167,18 +172,37 @@ def test_a_growth_step_is_never_repeated_unasked(monkeypatch: pytest.MonkeyPatch
         assert seen == ["lvextend"]
 
 
-def test_what_was_begun_does_not_go_on_without_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a command."""
+@pytest.mark.parametrize(("interruptions", "seconds"), [(1, 0.5), (2, 30), (3, 30)])
+def test_ctrl_c_lets_the_command_end_and_a_second_one_ends_it(
+    interruptions: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either way it is dead when the interruption is passed on."""
+    monkeypatch.setattr(runner, "TERM_SECONDS", 0.2)
+    real, left = subprocess.Popen.wait, [KeyboardInterrupt] * interruptions
 
-    def interrupted(*_: object, **__: object) -> None:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
+    def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if (tmp_path / "pid").exists() and left:
+            raise left.pop()
+        return real(child, 0.05 if left else timeout)  # until it has begun, and the interruption comes
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    def until_begun(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        return wait(child, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_begun)
+    begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_command(["sh", "-c", f"echo $$ > {tmp_path}/pid; sleep 30"], 60)
-    pid = tmp_path / "pid"
-    assert not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}").exists()
+        run_command(["sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; sleep {seconds}; touch {tmp_path}/ended"], 60)
+    assert time.monotonic() - begun < 10
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert (tmp_path / "ended").exists() == (interruptions == 1)
+
+
+def test_a_daemon_that_a_command_leaves_is_not_waited_for() -> None:
+    begun = time.monotonic()
+    done = run_command(["sh", "-c", "sleep 20 & echo started"], 10)
+    assert (done.exit_code, done.stdout) == (0, "started\n") and time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("size", [0, -512, 1000, 513])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from lvm_machine import Killed, Machine, simulated_lvm
 
 from fvd.device.claim import claim
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
+from fvd.volume import provision as provision_module
 from fvd.volume._driver import drive
+from fvd.volume.check import check
+from fvd.volume.dump import dump
 from fvd.volume.extending import extend
 from fvd.volume.opening import open_volume
 from fvd.volume.provision import Provisioned, provision
@@ -191,9 +194,89 @@ def test_a_remove_that_dies_anywhere(machine: Machine, name: str) -> None:
             with pytest.raises(Killed):
                 remove(name)
             machine.revive()
-            before = machine.volume(name)
-            assert remove(name) == (before is not None)
+            remove(name)
             assert machine.volume(name) is None
+
+
+def test_a_look_leaves_a_volume_as_it_was(machine: Machine, name: str) -> None:
+    """An administrator, or a server that was killed, has left it active."""
+    make(name)
+    volume = machine.volume(name)
+    assert volume is not None
+    look(name)
+    assert volume.device is None
+    machine._activate(*name.split("/"), volume)
+    look(name)
+    check(name)
+    dump(name)
+    assert volume.device is not None
+    with drive(open_volume(name)):
+        pass
+    assert volume.device is None
+
+
+def test_a_node_that_leads_to_another_volume_is_refused(machine: Machine, name: str) -> None:
+    make(name)
+    other = f"{name}-other"
+    make(other)
+    for volume in (name, other):
+        machine._activate(*volume.split("/"), machine.volume(volume))  # type: ignore[arg-type]
+    Path(f"/dev/{name}").unlink()
+    Path(f"/dev/{name}").symlink_to(f"/dev/{other}")
+    for verb in (look, open_volume, remove, extend):
+        with pytest.raises(DeviceError, match="stale node"):
+            verb(name)
+    look(other)
+
+
+def interleave(machine: Machine, command: str, other: Callable[[], object], option: str = "") -> None:
+    """Another process does something just before a command of ours reaches lvm."""
+
+    def before(words: list[str]) -> None:
+        if words[0] == command and (not option or option in " ".join(words)):
+            machine.before = lambda words: None
+            other()
+
+    machine.before = before
+
+
+def test_a_clean_up_that_comes_late_removes_nobodys_finished_disk(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our format has failed; before our lvremove gets the group's lock, another provision has made the disk."""
+    real = provision_module.write_disk
+
+    def fail(*_: object, **__: object) -> None:
+        monkeypatch.setattr(provision_module, "write_disk", real)
+        raise DeviceError("the device failed, as the test wished")
+
+    monkeypatch.setattr(provision_module, "write_disk", fail)
+    interleave(machine, "lvremove", lambda: make(name))
+    with pytest.raises(DeviceError, match="wished"):
+        make(name)
+    assert not make(name).created
+
+
+def test_a_loser_of_a_race_removes_nobodys_finished_disk(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """We have made the volume; before we have the claim, another provision has it, and finishes."""
+    from fvd.volume import lvm_provider
+
+    real = lvm_provider.claim
+
+    def late(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(lvm_provider, "claim", real)
+        make(name)
+        raise InUse("somebody else has it")
+
+    monkeypatch.setattr(lvm_provider, "claim", late)
+    with pytest.raises(InUse):
+        make(name)
+    assert not make(name).created
+
+
+def test_a_remove_that_comes_late_removes_nobodys_new_disk(machine: Machine, name: str) -> None:
+    make(name)
+    interleave(machine, "lvremove", lambda: make(name))
+    remove(name)
+    assert not make(name).created
 
 
 def test_half_removed_can_be_provisioned(machine: Machine, name: str) -> None:
@@ -205,6 +288,16 @@ def test_half_removed_can_be_provisioned(machine: Machine, name: str) -> None:
     with pytest.raises(NotFound):
         look(name)
     assert make(name).created
+
+
+def test_wiped_and_not_yet_marked_can_be_removed_and_provisioned(machine: Machine, name: str) -> None:
+    for verb in (make, remove):
+        make(name)
+        interleave(machine, "lvchange", lambda: (_ for _ in ()).throw(Killed()), "--deltag fvd.disk")
+        with pytest.raises(Killed):
+            remove(name)
+        machine.revive()
+        verb(name)
 
 
 def test_a_failed_provision_leaves_nothing(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +539,43 @@ def test_over_commit_is_limited(machine: Machine, name: str) -> None:
     for wrong in (0, -1, "x", float("nan"), float("inf")):
         with pytest.raises(InvalidArgument, match="no over-commit ratio"):
             make(f"{name}d", max_overcommit=wrong)
+
+
+def test_over_commit_is_limited_whatever_is_in_the_way(machine: Machine, name: str) -> None:
+    """An unfinished volume that is made anew, and one that is adopted, promise as much as a new one."""
+    size = {"virtual_size_bytes": 2048 * MIB}
+    volume = foreign(machine, name, 16 * MIB)
+    with pytest.raises(NoSpace, match="is the limit"):
+        make(name, **size, max_overcommit=1)
+    volume.tags |= {"fvd.unfinished", "fvd.virtual=1", "fvd.most=1", "fvd.step=1"}
+    with pytest.raises(NoSpace, match="is the limit"):
+        make(name, **size, max_overcommit=1)
+    assert make(name, **size, max_overcommit=2.1).created
+
+
+@pytest.mark.parametrize("tag", ["fvd.max_overcommit=", "fvd.max_overcommit=x", "fvd.max_overcommit=0", "fvd.max_overcommit=-1"])
+def test_a_limit_that_cannot_be_read_is_not_passed_over(machine: Machine, name: str, tag: str) -> None:
+    machine.groups[name.partition("/")[0]].tags.add(tag)
+    with pytest.raises(Conflict, match="vgchange --deltag"):
+        make(name)
+
+
+@pytest.mark.parametrize(
+    "tag", ["fvd.max_overcommit=1.", "fvd.max_overcommit=.9", "fvd.max_overcommit=+1", "fvd.max_overcommit=1.00000000"]
+)
+def test_limits_as_people_write_them(machine: Machine, name: str, tag: str) -> None:
+    machine.groups[name.partition("/")[0]].tags.add(tag)
+    with pytest.raises(NoSpace, match="is the limit"):
+        make(name, virtual_size_bytes=2048 * MIB)
+
+
+def test_of_two_facts_the_one_counts_that_promises_more(machine: Machine, name: str) -> None:
+    make(name)
+    volume = machine.volume(name)
+    assert volume is not None
+    volume.tags |= {"fvd.most=3000000000", "fvd.most=99999999999999999999999"}
+    with pytest.raises(NoSpace, match="is the limit"):
+        make(f"{name}b", max_overcommit=1)
 
 
 def test_two_provisions_at_once_do_not_both_pass(machine: Machine, name: str) -> None:

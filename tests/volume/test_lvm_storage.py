@@ -197,6 +197,41 @@ def test_a_living_command_is_not_disturbed(machine: Machine, name: str) -> None:
         assert machine.used("dmsetup") == [] and storage.size_bytes() == 48 * MIB
 
 
+def test_a_dead_ones_table_of_the_very_size_is_not_believed(machine: Machine, name: str) -> None:
+    """The size is right and the extents are another's: lvm does not say that it loaded a table, and the device is refreshed."""
+    volume = there(machine, name)
+    real = machine._lvextend
+
+    def dies_first() -> tuple[int, str, str]:
+        volume.loaded = 32 * MIB
+        return real(["--size", f"{32 * MIB}b", name])
+
+    instead_of_lvextend(machine, dies_first)
+    with storage_of(name) as storage:
+        machine.commands.clear()
+        storage.grow_to(32 * MIB)
+        assert ["lvchange", "--refresh", name] in machine.commands
+        assert storage.size_bytes() == volume.size == 32 * MIB
+
+
+def test_a_volume_that_was_renamed_grows_under_its_new_name(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the stranger that has its old one."""
+    group, _, lv = name.partition("/")
+    volume = there(machine, name)
+    with storage_of(name) as storage:
+        machine.groups[group].volumes["new"] = machine.groups[group].volumes.pop(lv)
+        machine.run(["lvcreate", "--size", f"{4 * MIB}b", "--name", f"{lv}-other", group], 1.0)
+        machine.groups[group].volumes[lv] = machine.groups[group].volumes.pop(f"{lv}-other")
+        monkeypatch.setattr("fvd.lvm.dm.logical_volume_of", lambda number: (group, "new") if number == volume.number else None)
+        storage.grow_to(32 * MIB)
+        assert storage.size_bytes() == volume.size == 32 * MIB
+        assert machine.groups[group].volumes[lv].size == 4 * MIB
+        run("losetup", "--detach", str(machine.groups[group].volumes[lv].device))
+        machine.groups[group].volumes[f"{lv}-other"] = machine.groups[group].volumes.pop(lv)
+        machine.groups[group].volumes[f"{lv}-other"].device = None
+        machine.groups[group].volumes[lv] = machine.groups[group].volumes.pop("new")
+
+
 @pytest.mark.parametrize("suspended", [False, True])
 def test_no_step_begins_over_what_a_dead_command_left(machine: Machine, name: str, suspended: bool) -> None:
     """Somebody's lvextend has died on the open disk: ours would put its table to use, and call it a success."""
