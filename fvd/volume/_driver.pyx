@@ -435,7 +435,7 @@ cdef class Driver:
             raise self.gone()
         if self.engine.failed_errno:
             reason = os.strerror(self.engine.failed_errno)
-            raise DeviceError(f"{where}: a flush or journal write has failed ({reason}), so nothing is promised any more; close and open it")
+            raise DeviceError(f"{where}: a flush or journal write failed ({reason}), so nothing is promised any more; close and open it")
         raise DeviceError(f"{where}: {os.strerror(-error)}")
 
     def gone(self):

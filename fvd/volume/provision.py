@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fvd.device import names
 from fvd.device.node import Node, open_node
 from fvd.device.signature import find_signatures, wipe_signatures
+from fvd.device.udev import known_content, udev_is_running
 from fvd.errors import Conflict, Corrupt, FvdError, InvalidArgument, NoSpace, NotFound
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
 from fvd.format.journal import first_page, page_offset_bytes
@@ -217,6 +218,12 @@ def _refuse_contents(node: Node, volume: VolumeName, found: FvdError, force: boo
     signatures = find_signatures(node)
     if signatures:
         raise Conflict(f"{volume} holds {', '.join(map(str, signatures))}; --force overwrites it")
+    known = known_content(node.path) if node.is_block and udev_is_running() else None
+    if known is not None:
+        raise Conflict(
+            f"{volume} holds {known}, as udev's database says; --force overwrites it, and udevadm trigger --action=change {node.path} "
+            "has udev look again"
+        )
     if not node.is_block:
         raise Conflict(f"{volume} is a file that holds something else ({format_size(node.size_bytes())}); --force overwrites it")
     # Without a known mark only the header can be judged: an unfinished provision and a removed disk leave zeros in it.

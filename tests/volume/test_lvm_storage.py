@@ -230,6 +230,7 @@ def test_a_volume_that_was_renamed_grows_under_its_new_name(machine: Machine, na
         machine.groups[group].volumes[f"{lv}-other"] = machine.groups[group].volumes.pop(lv)
         machine.groups[group].volumes[f"{lv}-other"].device = None
         machine.groups[group].volumes[lv] = machine.groups[group].volumes.pop("new")
+        Path(f"/dev/{name}-other").unlink()
 
 
 @pytest.mark.parametrize("suspended", [False, True])

@@ -245,6 +245,16 @@ def test_a_device_that_is_too_small(path: Path, layout: Layout, least: int) -> N
         assert make(device, layout=layout).created
 
 
+def test_what_udev_knows_of_a_device_counts_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provision_module, "known_content", lambda path: "zfs_member")
+    with loop_device(sparse(path, 32 * MIB)) as device:
+        monkeypatch.setattr(provision_module, "udev_is_running", lambda: True)
+        with pytest.raises(Conflict, match="zfs_member, as udev's database says"):
+            make(device)
+        monkeypatch.setattr(provision_module, "udev_is_running", lambda: False)  # then its database may be anything
+        assert make(device).created
+
+
 def test_foreign_signatures_on_a_device(path: Path) -> None:
     with loop_device(sparse(path, 32 * MIB)) as device:
         run("mkfs.ext4", "-q", device)

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from real_devices import linear, mapped, settle
-from verified_load import BLOCK_BYTES, IN_FLIGHT, STORAGE_BYTES, VIRTUAL_BYTES, Expected, Values, batches, carry_out, values
+from real_devices import run
+from verified_load import BLOCK_BYTES, IN_FLIGHT, VIRTUAL_BYTES, Expected, Values, batches, carry_out, values
 
 import fvd
 
 DISK = "/dev/ubda"
+GROUP = "fvdpowercut"
+VOLUME = f"{GROUP}/vm1"  # it grows under the first life's load
 NUMBERS_OF_A_LIFE = 1 << 32  # operations of different lives are told apart
 
 
@@ -44,26 +46,26 @@ def read_all(disk: fvd.Disk) -> Values:
 
 def main() -> None:
     folder, seed, only_verify = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["verify"]
-    with mapped(linear(DISK, STORAGE_BYTES), prefix="powercut") as device:
-        if seed == 1:
-            fvd.provision(device.path, VIRTUAL_BYTES, block_size=BLOCK_BYTES, chunk_size="256K", journal_size="64K")
-            settle()
-        report = fvd.check(device.path)
-        assert not report.errors, report
-        with fvd.open(device.path) as disk, ThreadPoolExecutor(IN_FLIGHT) as threads:
-            seen = read_all(disk)
-            if seed > 1:
-                assert not report.clean, "the disk was closed: the power was cut too late"
-                expected_after(folder, seed - 1).verify(seen, f"after life {seed - 1}")
-            if only_verify:
-                return
-            np.save(folder / f"seen-{seed}.npy", seen)
-            with (folder / f"promised-{seed}").open("w") as promised:
-                for index, batch in enumerate(batches(seed, VIRTUAL_BYTES, BLOCK_BYTES, seed * NUMBERS_OF_A_LIFE), 1):
-                    carry_out(batch, disk, threads)
-                    promised.write(f"{index}\n")
-                    promised.flush()
-                    os.fsync(promised.fileno())
+    if seed == 1:
+        run("vgcreate", "--yes", "--physicalextentsize", "1m", GROUP, DISK)
+        fvd.provision(VOLUME, VIRTUAL_BYTES, block_size=BLOCK_BYTES, chunk_size="256K", journal_size="64K", grow_step="4M")
+    report = fvd.check(VOLUME)
+    assert not report.errors, report
+    with fvd.open(VOLUME, on_full="wait") as disk, ThreadPoolExecutor(IN_FLIGHT) as threads:
+        seen = read_all(disk)
+        if seed > 1:
+            assert not report.clean, "the disk was closed: the power was cut too late"
+            expected_after(folder, seed - 1).verify(seen, f"after life {seed - 1}")
+        print(f"life {seed} begins with {disk.info().storage_size} bytes of storage", flush=True)
+        if only_verify:
+            return
+        np.save(folder / f"seen-{seed}.npy", seen)
+        with (folder / f"promised-{seed}").open("w") as promised:
+            for index, batch in enumerate(batches(seed, VIRTUAL_BYTES, BLOCK_BYTES, seed * NUMBERS_OF_A_LIFE), 1):
+                carry_out(batch, disk, threads)
+                promised.write(f"{index}\n")
+                promised.flush()
+                os.fsync(promised.fileno())
 
 
 if __name__ == "__main__":
