@@ -121,29 +121,33 @@ class Lvm:
         _raise_for(done)
         return bool(_LOADED.search(done.stderr) and _SUSPENDED.search(done.stderr))
 
-    def activate(self, group: str, name: str) -> None:
+    def activate(self, volume: LogicalVolume) -> None:
         """Its device is there afterwards, for this host only. Fine if it is active."""
-        self._run(["lvchange", "--activate", "ey", "--yes"], [f"{group}/{name}"])
+        self._change(volume, "--activate", "ey", "--yes")
 
-    def deactivate(self, group: str, name: str) -> None:
+    def deactivate(self, volume: LogicalVolume) -> None:
         """Its device is gone. Fine if it is, or the volume too. Raises InUse."""
         try:
-            self._run(["lvchange", "--activate", "n", "--yes"], [f"{group}/{name}"])
+            self._change(volume, "--activate", "n", "--yes")
         except NotFound:
             return
 
-    def refresh(self, group: str, name: str) -> None:
+    def refresh(self, volume: LogicalVolume) -> None:
         """The device is what the metadata says, and resumed."""
-        self._run(["lvchange", "--refresh"], [f"{group}/{name}"])
+        self._change(volume, "--refresh")
 
-    def retag(self, group: str, name: str, *, remove: Iterable[str] = (), add: Iterable[str] = ()) -> None:
+    def retag(self, volume: LogicalVolume, *, remove: Iterable[str] = (), add: Iterable[str] = ()) -> None:
         """Exchanges tags in one commit. Others stay."""
         words = [word for tag in remove for word in ("--deltag", tag)] + [word for tag in add for word in ("--addtag", tag)]
-        self._run(["lvchange", *words], [f"{group}/{name}"])
+        self._change(volume, *words)
 
-    def stay_inactive(self, group: str, name: str) -> None:
+    def stay_inactive(self, volume: LogicalVolume) -> None:
         """It is not activated by the host at its start."""
-        self._run(["lvchange", "--setautoactivation", "n"], [f"{group}/{name}"])
+        self._change(volume, "--setautoactivation", "n")
+
+    def _change(self, volume: LogicalVolume, *words: str) -> None:
+        """Of this volume, whatever has its name by now: where that is another, nothing happens."""
+        self._run(["lvchange", *words], ["--select", f"lv_uuid={volume.uuid}", volume.full_name])
 
     def remove(self, volume: LogicalVolume, tag: str) -> None:
         """Gives its extents back to the group, if it still is the volume that was looked at, and has this tag: what somebody has finished

@@ -10,13 +10,12 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from fvd.errors import PermissionDenied, Timeout, Unsupported
+from fvd.errors import DeviceError, PermissionDenied, Timeout, Unsupported
 
 # /usr/sbin is not in an ordinary user's PATH on Debian.
 PROGRAM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -64,7 +63,8 @@ def run_command(words: Sequence[str], timeout_seconds: float) -> Finished:
     environment = {"PATH": PROGRAM_PATH, "LC_ALL": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
     environment |= {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     # Files, not pipes: a daemon that a command starts (lvmpolld, dmeventd) would hold a pipe open long after the command has ended.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    # In memory: a full /tmp must not be what keeps a volume from growing.
+    with _memory("out") as out, _memory("err") as err:
         try:
             child = subprocess.Popen(
                 [program, *words[1:]],
@@ -77,6 +77,10 @@ def run_command(words: Sequence[str], timeout_seconds: float) -> Finished:
             )
         except PermissionError as error:
             raise PermissionDenied(f"{program} may not be run by you; logical volumes need root") from error
+        except OSError as error:
+            raise DeviceError(
+                f"{program} cannot be started ({error.strerror}); the limits of processes, files or memory are reached"
+            ) from error
         ended = _wait(child, timeout_seconds)
         stdout, stderr = _text(out), _text(err)
     if not ended:
@@ -110,6 +114,13 @@ def _wait(child: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
     if interruption is not None:
         raise interruption
     return ended
+
+
+def _memory(name: str) -> IO[bytes]:
+    try:
+        return os.fdopen(os.memfd_create(f"fvd-{name}", os.MFD_CLOEXEC), "w+b")
+    except OSError as error:
+        raise DeviceError(f"no memory or descriptor for the output of a command ({error.strerror}); raise the limits") from error
 
 
 def _text(file: IO[bytes]) -> str:

@@ -1,7 +1,8 @@
 """Who uses a logical volume on this host, across processes: the last one out switches it off. Locks only; knows no command of lvm.
 
-A lock file for each volume: users hold a read lock, of the open file (OFD), so the kernel gives it back when a process dies and nobody is
-counted for ever.
+A lock file for each volume, with locks of the open file (OFD), so the kernel gives them back when a process dies and nobody is counted for
+ever. Byte 0: users hold it for reading, who switches off for writing. Byte 1: held by who is arriving, one after the other, so that the
+first of several has put the volume right before the second uses it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fvd.errors import PermissionDenied
 LOCK_FOLDER = Path("/run/fvd/lvm")
 _MODE = 0o600
 _F_OFD_GETLK, _F_OFD_SETLK, _F_OFD_SETLKW = 36, 37, 38
+_USING, _ARRIVING = 0, 1
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 
@@ -27,8 +29,12 @@ class Share:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    def arrived(self) -> None:
+        """The volume is right and can be used: the next one may come."""
+        fcntl.fcntl(self._fd, _F_OFD_SETLK, _lock(fcntl.F_UNLCK, _ARRIVING))
+
     def is_alone(self) -> bool:
-        """Whether nobody else on this host uses the volume now."""
+        """Whether nobody else on this host uses the volume now. Between `take` and `arrived` nobody can begin to."""
         answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, _lock(fcntl.F_WRLCK))
         return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 
@@ -53,7 +59,7 @@ class Share:
 
 
 def take(group: str, name: str, folder: Path | None = None) -> Share:
-    """Begins a use; waits while somebody switches the volume off. Raises PermissionDenied."""
+    """Begins a use; waits while somebody arrives or switches the volume off. Raises PermissionDenied."""
     folder = folder or LOCK_FOLDER
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -64,6 +70,7 @@ def take(group: str, name: str, folder: Path | None = None) -> Share:
             raise PermissionDenied(f"{folder} may not be written by you; logical volumes need root") from error
         raise
     try:
+        fcntl.fcntl(fd, _F_OFD_SETLKW, _lock(fcntl.F_WRLCK, _ARRIVING))
         fcntl.fcntl(fd, _F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
     except BaseException:
         os.close(fd)
@@ -71,5 +78,5 @@ def take(group: str, name: str, folder: Path | None = None) -> Share:
     return Share(fd)
 
 
-def _lock(kind: int) -> bytes:
-    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+def _lock(kind: int, byte: int = _USING) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)

@@ -6,7 +6,6 @@ leads to: so hardly anything is locked. Knows neither sockets nor the format; ho
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -230,9 +229,9 @@ class Allocator:
             elif isinstance(action, Start):
                 self._start(action.target_bytes)
             elif isinstance(action, Look):
-                self._executor(self._look)
+                self._run(self._look, lambda error: self._policy.looked(None))
             elif isinstance(action, AskPool):
-                self._executor(self._ask_for_room)
+                self._run(self._ask_for_room, lambda error: self._policy.pool_told(self._clock(), None, None, self._free_bytes()))
             elif isinstance(action, WakeAt):
                 self._set_alarm(action.when)
             elif isinstance(action, Exhausted):
@@ -255,6 +254,14 @@ class Allocator:
         except Exception:  # a listener's bug must not stop the disk
             logging.getLogger(__name__).exception("a listener failed at %s", event)
 
+    def _run(self, work: Callable[[], None], failed: Callable[[FvdError], list[Action]]) -> None:
+        """Has the work done in a thread. Where there can be none the policy is told at once: it must not wait for what has not begun."""
+        try:
+            self._executor(work)
+        except Exception as failure:
+            logging.getLogger(__name__).warning("no thread for growth: %s", failure)
+            self._do(failed(DeviceError(f"growing failed: {failure}; the limit of threads is reached")))
+
     def _start(self, target_bytes: int) -> None:
         def work() -> None:
             error: FvdError | None = None
@@ -270,7 +277,7 @@ class Allocator:
             )
             self._ask_pool()  # the size is on its way: this delays nobody, and the next step may run beside it
 
-        self._executor(work)
+        self._run(work, lambda error: self._policy.ended(self._clock(), None, error, self._free_bytes()))
 
     def _ask_pool(self) -> None:
         """In the thread of a step that has ended. One question at a time: where it hangs, later ones are not asked."""
@@ -300,9 +307,11 @@ class Allocator:
         self._in_loop(lambda: self._do(self._policy.looked(size_bytes)))
 
     def _read_size(self) -> int | None:
-        with contextlib.suppress(FvdError):
+        try:
             return self.storage.size_bytes()
-        return None
+        except Exception:  # whatever it was: the step or the look has ended, and the policy must hear of that
+            logging.getLogger(__name__).debug("the storage's size could not be read", exc_info=True)
+            return None
 
     def _set_alarm(self, when: float | None) -> None:
         if when is not None and when == self._alarm_at and self._alarm is not None:
@@ -312,7 +321,10 @@ class Allocator:
             alarm.cancel()
         if when is not None and not self._closed:
             self._alarm_at = when
-            self._alarm = self._timer(max(0.0, when - self._clock()), self._ring)
+            try:
+                self._alarm = self._timer(max(0.0, when - self._clock()), self._ring)
+            except RuntimeError as failure:  # no more threads; the next write that finds the storage low asks again
+                logging.getLogger(__name__).warning("no timer for growth: %s", failure)
 
     def _ring(self) -> None:
         def tick() -> None:

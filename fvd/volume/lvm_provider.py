@@ -6,6 +6,7 @@ Third implementation of `provider.Provider`. Knows nothing of what a disk's byte
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from fvd.device.claim import Claim, Ownership, claim
 from fvd.device.node import Node, open_node
@@ -51,10 +52,12 @@ class LvmProvider:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
             was_active = volume.active
             volume = _switch_on(self._lvm, volume, name, share)
+            number = dm.number_of(name.path)
+            share.arrived()
         except BaseException:
             share.close()
             raise
-        return AttachedVolume(self._lvm, name, volume, share, stays_active=looking and was_active)
+        return AttachedVolume(self._lvm, name, volume, share, number, stays_active=looking and was_active)
 
     def build(self, name: VolumeName, plan: Plan) -> BuiltVolume:
         share = sharing.take(name.group, name.lv)
@@ -66,8 +69,7 @@ class LvmProvider:
             raise
 
     def remove(self, name: VolumeName) -> None:
-        # lvm removes no volume in use: the claim has to be given up first (AttachedVolume.reclaim). Whoever comes in between makes it anew.
-        self._lvm.retag(name.group, name.lv, remove=[TAG_DISK], add=[TAG_UNFINISHED])
+        pass  # lvm removes no volume in use: see AttachedVolume.retire and reclaim
 
     def forget_unfinished(self, name: VolumeName) -> None:
         volume = self._lvm.find(name.group, name.lv)
@@ -126,8 +128,9 @@ class AttachedVolume:
 
     ours = True
 
-    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share, *, stays_active: bool) -> None:
+    def __init__(self, lvm: Lvm, name: VolumeName, volume: LogicalVolume, share: sharing.Share, number: int, *, stays_active: bool) -> None:
         self.path = name.path
+        self._number = number
         self._stays_active = stays_active  # somebody else's doing, and not for a look to undo
         self._lvm = lvm
         self._name = name
@@ -151,7 +154,11 @@ class AttachedVolume:
         if self._stays_active:
             self._share.close()
         else:
-            _switch_off(self._lvm, self._name, self._share)
+            _switch_off(self._lvm, self._volume, self._number, self._share)
+
+    def retire(self) -> None:
+        # Whoever comes between the end of the claim and lvremove makes it anew.
+        self._lvm.retag(self._volume, remove=[TAG_DISK], add=[TAG_UNFINISHED])
 
     def reclaim(self) -> None:
         self._lvm.remove(self._volume, TAG_UNFINISHED)
@@ -172,6 +179,7 @@ class BuiltVolume:
         self.contents = Contents.NOBODYS
         try:
             _switch_on(lvm, volume, name, share)
+            share.arrived()
             self._claim = claim(name.path, Ownership.WRITER)
             self.node = open_node(name.path)
         except BaseException:
@@ -201,7 +209,7 @@ class BuiltVolume:
     def make_room(self, size_bytes: int) -> None:
         if self.contents is Contents.FOREIGN:
             # From here on it is overwritten: a crash must leave what nobody believes, not half a disk of nobody's.
-            self._lvm.retag(self._name.group, self._name.lv, add=[TAG_UNFINISHED])
+            self._lvm.retag(self._volume, add=[TAG_UNFINISHED])
         if self._volume.size_bytes < size_bytes:
             self._lvm.extend(self._name.group, self._name.lv, size_bytes)
             self._volume = settle(self._lvm, self._name.group, self._name.lv, self.node.identity[1], refresh=True)
@@ -212,8 +220,11 @@ class BuiltVolume:
         stale = [TAG_UNFINISHED, *overcommit.fact_tags(self._volume)]
         remove = [tag for tag in stale if tag not in add]
         if self.contents is not Contents.NOBODYS:
-            self._lvm.stay_inactive(self._name.group, self._name.lv)
-        self._lvm.retag(self._name.group, self._name.lv, remove=remove, add=[tag for tag in add if tag not in self._volume.tags])
+            self._lvm.stay_inactive(self._volume)
+        self._lvm.retag(self._volume, remove=remove, add=[tag for tag in add if tag not in self._volume.tags])
+        found = self._lvm.find(self._name.group, self._name.lv)
+        if found is None or found.uuid != self._volume.uuid or not overcommit.is_disk(found):
+            raise Conflict(f"{self._name} was renamed or removed by somebody else meanwhile; run the command again")
         self._published = True
 
     def close(self) -> None:
@@ -233,7 +244,7 @@ class BuiltVolume:
         if self._was_active and self.contents is Contents.FOREIGN and not self._published:
             self._share.close()  # somebody else's volume, refused: as it was
             return
-        _switch_off(self._lvm, self._name, self._share)
+        _switch_off(self._lvm, self._volume, self.node.identity[1], self._share)
 
 
 def _facts(plan: Plan) -> Facts:
@@ -257,7 +268,7 @@ def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing
     if not volume.writable:
         raise PermissionDenied(f"{name} is a read-only logical volume; lvchange --permission rw {name} makes it writable")
     if not volume.active:
-        lvm.activate(name.group, name.lv)
+        lvm.activate(volume)
     wait_for_node(name.path)
     number = dm.number_of(name.path)
     if not dm.is_volume(number, volume.uuid):
@@ -272,13 +283,14 @@ def _switch_on(lvm: Lvm, volume: LogicalVolume, name: VolumeName, share: sharing
     return volume
 
 
-def _switch_off(lvm: Lvm, name: VolumeName, share: sharing.Share) -> None:
+def _switch_off(lvm: Lvm, volume: LogicalVolume, number: int, share: sharing.Share) -> None:
     """Never raises: what was to be done with the volume is done, and the next user takes over an active one."""
     if not share.close_as_last():
         return
+    group, name = dm.logical_volume_of(number) or (volume.group, volume.name)  # its name now, if it was renamed
     try:
-        lvm.deactivate(name.group, name.lv)
+        lvm.deactivate(replace(volume, group=group, name=name))
     except FvdError as error:
-        log.warning("%s stays active: %s", name, error)
+        log.warning("%s stays active: %s", volume.full_name, error)
     finally:
         share.close()

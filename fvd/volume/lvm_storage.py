@@ -160,7 +160,7 @@ def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = Fals
             lvm.resume(device)
         refresh = True
     if refresh or dm.size_bytes(number) != found.size_bytes:
-        lvm.refresh(group, name)
+        lvm.refresh(found)
         state = dm.state(number)
         found = lvm.find(group, name)
         if found is None or dm.size_bytes(number) != found.size_bytes or (found.suspended and state is not None and state.suspended):

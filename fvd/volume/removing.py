@@ -34,6 +34,7 @@ def remove(name: str | VolumeName) -> bool:
                     return False
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
             wipe_superblocks(node)
+            place.retire()
             provider.remove(volume)
         place.reclaim()
     return isinstance(found, Superblock) or not provider.fixed_size

@@ -65,6 +65,9 @@ class Attached(Protocol):
     def close(self) -> None:
         """Lets go of it, when everything in it is closed. Never raises for what is detached already."""
 
+    def retire(self) -> None:
+        """Under the claim: from here on nobody believes in what it holds."""
+
     def reclaim(self) -> None:
         """Gives back what `Provider.remove` could not under the claim. Before `close`; the disk has been wiped and the claim given up."""
 
@@ -131,6 +134,9 @@ class AttachedPath:
         pass
 
     def close(self) -> None:
+        pass
+
+    def retire(self) -> None:
         pass
 
     def reclaim(self) -> None:

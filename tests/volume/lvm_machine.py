@@ -229,6 +229,8 @@ class Machine:
         volume = self.groups.get(group, Group(0)).volumes.get(name)
         if volume is None:
             return 5, "", f'  Failed to find logical volume "{words[-1]}"'
+        if self._after(words, "--select") != [f"lv_uuid={volume.uuid}"]:
+            return 0, "", ""
         volume.tags -= set(self._after(words, "--deltag"))
         volume.tags |= set(self._after(words, "--addtag"))
         for value in self._after(words, "--setautoactivation"):

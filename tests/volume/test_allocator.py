@@ -487,6 +487,62 @@ def test_a_full_group_is_asked_until_it_has_room() -> None:
     assert world.engine.size == 2 * STEP
 
 
+@pytest.mark.parametrize("what", ["step", "look", "question"])
+def test_threads_that_cannot_be_had_end_nothing_for_ever(what: str) -> None:
+    """The limit of threads is reached, for a while: the loop goes on, and growth too when there are threads again."""
+    world = World(tells_of_room=True)
+    if what == "question":
+        world.storage.failure, world.storage.free = NoSpace("full"), 0
+        world.fill(0)
+        world.step()
+        world.storage.failure = None
+    executor = world.allocator._executor
+
+    def none(work: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    world.allocator._executor = none
+    if what == "look":
+        world.allocator.resized()
+        world.loop()
+    else:
+        world.fill(0)
+    world.ring() if world.timers else None
+    world.allocator._executor = executor
+    world.storage.free = 10 * STEP
+    if what == "look":
+        world.storage.size = 3 * STEP
+        world.allocator.resized()
+        world.loop()
+        world.step()
+        assert world.engine.size == 3 * STEP
+        return
+    for _ in range(4):
+        world.ring()
+        while world.work:
+            world.step()
+    assert world.engine.size == 2 * STEP
+
+
+def test_whatever_reading_the_size_raises_ends_the_step() -> None:
+    world = World()
+    world.storage.failure = NoSpace("full")
+
+    def broken() -> int:
+        raise OSError(28, "No space left on device")
+
+    real, world.storage.size_bytes = world.storage.size_bytes, broken  # type: ignore[method-assign]
+    world.fill(0)
+    world.step()
+    world.allocator.resized()
+    world.loop()
+    world.step()
+    world.storage.size_bytes, world.storage.failure = real, None  # type: ignore[method-assign]
+    world.ring()
+    world.step()
+    assert world.engine.size == 2 * STEP
+
+
 def test_a_device_that_changed_its_size_is_looked_at() -> None:
     world = World()
     world.storage.size = 3 * STEP

@@ -18,8 +18,27 @@ from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, 
 from fvd.lvm import dm, runner, sharing
 from fvd.lvm.commands import Lvm
 from fvd.lvm.extents import Piece, parse_pieces
-from fvd.lvm.report import parse_groups, parse_volumes
+from fvd.lvm.report import GroupState, LogicalVolume, parse_groups, parse_volumes
 from fvd.lvm.runner import Finished, Unfinished, run_command
+
+VOLUME = LogicalVolume(
+    group="vg0",
+    name="vm1",
+    uuid="uuid-1",
+    size_bytes=1 << 30,
+    tags=frozenset(),
+    layout=frozenset({"linear"}),
+    role=frozenset({"public"}),
+    active=True,
+    active_elsewhere=False,
+    suspended=False,
+    inactive_table=False,
+    writable=True,
+    device_number=None,
+    health="",
+    extent_bytes=4 << 20,
+    group_state=GroupState(True, False, False, False),
+)
 
 # --- The runner ------------------------------------------------------------------------------------------------------------------
 
@@ -39,6 +58,23 @@ def test_the_environment_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_a_shells() -> None:
     assert run_command(["echo", "$(reboot)", ";", "`x`"], 10).stdout == "$(reboot) ; `x`\n"
+
+
+def test_a_full_tmp_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    assert run_command(["echo", "x"], 10).stdout == "x\n"
+
+
+def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(DeviceError, match="cannot be started"):
+        run_command(["echo", "x"], 10)
+    monkeypatch.setattr(os, "memfd_create", fail)
+    with pytest.raises(DeviceError, match="raise the limits"):
+        run_command(["echo", "x"], 10)
 
 
 def test_a_missing_program() -> None:
@@ -103,18 +139,18 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_command() -> None:
 def test_failures_become_types(said: str, error: type[FvdError], hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "run_command", lambda words, timeout: Finished(tuple(words), 5, "", said, 0.0))
     with pytest.raises(error, match=hint.replace("(", r"\(")):
-        Lvm().activate("vg0", "vm1")
+        Lvm().activate(VOLUME)
 
 
 def test_a_failure_that_passes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fvd.lvm.commands.RETRY_SECONDS", 0.0)
     answers = iter([(5, "  Can't get lock for vg0"), (5, "  device-mapper: remove ioctl failed: Device or resource busy"), (0, "")])
     monkeypatch.setattr(runner, "run_command", lambda words, timeout: Finished(tuple(words), *next((c, "", e) for c, e in answers), 0.0))
-    Lvm().activate("vg0", "vm1")
+    Lvm().activate(VOLUME)
     always = iter([(5, "  Can't get lock for vg0")] * 5)
     monkeypatch.setattr(runner, "run_command", lambda words, timeout: Finished(tuple(words), *next((c, "", e) for c, e in always), 0.0))
     with pytest.raises(DeviceError, match="lock"):
-        Lvm().activate("vg0", "vm1")
+        Lvm().activate(VOLUME)
     assert len(list(always)) == 2
 
 
@@ -130,8 +166,8 @@ def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     lvm.volumes("vg0")
     lvm.groups()
     lvm.create("vg0", "vm1", 1 << 30, ["fvd.unfinished"])
-    lvm.activate("vg0", "vm1")
-    lvm.deactivate("vg0", "vm1")
+    lvm.activate(VOLUME)
+    lvm.deactivate(VOLUME)
     lvm.extend("vg0", "vm1", 2 << 30)
     for words in seen:
         config = words[words.index("--config") + 1]
@@ -283,6 +319,7 @@ HOLDER = """
 import sys, pathlib
 from fvd.lvm import sharing
 share = sharing.take("vg0", "vm1", pathlib.Path(sys.argv[1]))
+share.arrived()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -291,7 +328,10 @@ sys.stdin.read()
 def test_only_the_last_one_out_switches_off(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
-    mine, second = sharing.take("vg0", "vm1", tmp_path), sharing.take("vg0", "vm1", tmp_path)
+    mine = sharing.take("vg0", "vm1", tmp_path)
+    mine.arrived()
+    second = sharing.take("vg0", "vm1", tmp_path)
+    second.arrived()
     assert not mine.close_as_last()
     assert not second.close_as_last()
     third = sharing.take("vg0", "vm1", tmp_path)
@@ -303,6 +343,23 @@ def test_only_the_last_one_out_switches_off(tmp_path: Path) -> None:
     other = sharing.take("vg0", "vm2", tmp_path)
     assert other.close_as_last()
     other.close()
+
+
+def test_who_comes_while_another_arrives_waits(tmp_path: Path) -> None:
+    """The first of several finds itself alone, and puts the volume right before the second uses it."""
+    mine = sharing.take("vg0", "vm1", tmp_path)
+    assert mine.is_alone()
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    lock = tmp_path / "vg0:vm1.lock"
+    while f":{lock.stat().st_ino} " not in "".join(line for line in Path("/proc/locks").read_text().splitlines(True) if "->" in line):
+        time.sleep(0.01)  # until the kernel says that it waits
+    assert mine.is_alone()
+    mine.arrived()
+    assert child.stdout.readline() == "held\n"
+    assert not mine.is_alone()
+    child.communicate("")
+    mine.close()
 
 
 def test_who_comes_while_it_is_switched_off_waits(tmp_path: Path) -> None:

@@ -279,6 +279,23 @@ def test_a_remove_that_comes_late_removes_nobodys_new_disk(machine: Machine, nam
     assert not make(name).created
 
 
+def test_a_rename_in_the_middle_of_a_remove_harms_nobody(machine: Machine, name: str) -> None:
+    """lvrename a old; lvrename b a, between the claim and the tags: tenant b's disk has the name now."""
+    group, _, lv = name.partition("/")
+    make(f"{name}b")
+    make(name)
+    volumes = machine.groups[group].volumes
+
+    def rename() -> None:
+        volumes["old"], volumes[lv] = volumes[lv], volumes.pop(f"{lv}b")
+
+    interleave(machine, "lvchange", rename, "--deltag fvd.disk")
+    remove(name)
+    assert "fvd.disk" in volumes[lv].tags and "fvd.unfinished" not in volumes[lv].tags
+    volumes[f"{lv}b"], volumes[lv] = volumes[lv], volumes.pop("old")
+    assert not make(f"{name}b").created
+
+
 def test_half_removed_can_be_provisioned(machine: Machine, name: str) -> None:
     make(name)
     machine.before = lambda words: (_ for _ in ()).throw(Killed()) if words[0] == "lvremove" else None

@@ -287,7 +287,7 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
     growth = refused()
     now, rests = 1.0, []
     for _ in range(6):
-        assert growth.tick(now, 0) == [AskPool()]
+        assert growth.tick(now, 0) == [AskPool(), WakeAt(now + 300.0)]
         assert growth.tick(now, 0) == growth.room_made(now, 0) == []  # the answer is on its way
         wake = only(growth.pool_told(now + 0.1, "vg0", 0, 0), WakeAt)
         assert isinstance(wake, WakeAt)
@@ -299,7 +299,7 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
 
 def test_a_group_that_has_room_again_is_tried() -> None:
     growth = refused()
-    assert growth.room_made(5.0, 0) == [AskPool()]
+    assert growth.room_made(5.0, 0) == [AskPool(), WakeAt(305.0)]
     assert "Start" in kinds(growth.pool_told(5.1, "vg0", 1, 0))
 
 
@@ -326,11 +326,20 @@ def test_room_that_was_freed_in_the_disk_meanwhile_needs_no_step() -> None:
     assert "Start" not in kinds(growth.pool_told(1.1, "vg0", 10 * STEP, STEP))
 
 
+def test_a_question_that_is_never_answered_is_not_waited_for_for_ever() -> None:
+    """A command that hangs in the kernel."""
+    growth = refused()
+    assert growth.tick(1.0, 0) == [AskPool(), WakeAt(301.0)]
+    assert growth.tick(299.0, 0) == []
+    assert "Start" in kinds(growth.tick(301.0, 0))
+    assert "Start" not in kinds(growth.pool_told(302.0, "vg0", 10 * STEP, 0))  # the answer, after all: a step is under way
+
+
 def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
     growth = refused()
     assert "Start" in kinds(growth.extend(0.5, STEP))
     growth.ended(0.6, STEP, NoSpace("full"), 0)
-    assert growth.poke(0.7, 0) == [AskPool()]
+    assert growth.poke(0.7, 0) == [AskPool(), WakeAt(300.7)]
     assert only(growth.pool_told(0.8, "vg0", 0, 0), WakeAt)
 
 
@@ -693,7 +702,7 @@ class Growth(RuleBasedStateMachine):
                 self.looks += 1
                 assert self.looks == 1
             elif isinstance(action, AskPool):
-                assert not self.asking and self.running is None
+                assert self.running is None
                 self.asking = True
             else:
                 assert isinstance(action, GrowthEvent | Answer | Exhausted)
