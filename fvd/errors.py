@@ -46,6 +46,7 @@ class NoSpace(FvdError):
 
     exit_code = 6
     kind = "no_space"
+    left_bytes: int | None = None  # what a group had left when it refused, which is of no use; None: not known
 
 
 class Corrupt(FvdError):

@@ -156,10 +156,10 @@ def _take_device(name: str, ours: set[int], ownership: Ownership, number: int) -
         try:
             fd = _open(name, ownership, os.O_EXCL, refusal=errno.EBUSY)
         except OSError as error:
-            users = _holders(number) or _users(("block", number, 0), ours)
+            holders = _holders(number)
             # Another reader's momentary O_EXCL looks the same as an owner; it is gone in microseconds.
-            if last or users or ownership is Ownership.WRITER:
-                raise _in_use(name, users) from error
+            if last or holders or ownership is Ownership.WRITER:
+                raise _in_use(name, holders or _users(("block", number, 0), ours)) from error
             time.sleep(0.002)
             continue
         if ownership is Ownership.WRITER:

@@ -25,6 +25,7 @@ UDEV_CONTROL = "/run/udev/control"
 NODE_SECONDS = 30.0
 # A burst of events (a large group changes) must not be lost between two turns.
 RECEIVE_BUFFER_BYTES = 1 << 20
+_PAUSE_SECONDS = 0.1
 _PHYSICAL_VOLUME = "LVM2_member"
 
 
@@ -121,7 +122,9 @@ class BlockWatch:
                 if device is not None:
                     self._on_event(_event(device))
             except OSError:
-                continue  # ENOBUFS: some were lost; what is lost is looked at by the retries
+                # ENOBUFS: some were lost; the retries look at what is lost. A socket that is dead for good must not keep a core busy.
+                if _readable(_PAUSE_SECONDS, wake):
+                    return
             except Exception:  # one event must not be the last
                 log.exception("an event of udev could not be dealt with")
 

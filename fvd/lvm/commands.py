@@ -31,7 +31,7 @@ _SETTINGS = {
     ),
     "activation": ("monitoring=0", "verify_udev_operations=1"),
     "global": ("wait_for_locks=1", "suffix=0"),
-    "log": ("verbose=0", "silent=0", "level=0", "indent=0", 'prefix=""', "command_names=0"),
+    "log": ("silent=0", "level=0", "indent=0", 'prefix=""', "command_names=0"),
     "report": ("compact_output=0", "prefixes=0", "quoted=1", "binary_values_as_numeric=0", 'list_item_separator=","'),
 }
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix")
@@ -52,6 +52,12 @@ _NO_RIGHTS = re.compile(r"permission denied|operation not permitted|must be root
 _EXISTS = re.compile(r"already exists in volume group", re.IGNORECASE)
 _LOADED = re.compile(r"^\s*Loading table for \S+", re.MULTILINE)
 _SUSPENDED = re.compile(r"^\s*Suspending \S+", re.MULTILINE)
+# What --verbose tells on the way; the reason of a failure is another line.
+_CHATTER = re.compile(
+    r"^\s*(Reloading config|Logging initiali|Archiving|Creating|Extending logical|Loading table|Suspending|Resuming|Ignoring|log/|WARNING:)"
+    r".*$",
+    re.MULTILINE,
+)
 _NO_CHANGE = re.compile(r"matches existing size|not larger than existing size", re.IGNORECASE)
 # They pass by themselves: somebody scans the device, or has the lock file in hand.
 _PASSES = re.compile(
@@ -115,7 +121,7 @@ class Lvm:
         Raises NoSpace, NotFound, Unfinished, DeviceError (killed)...
         """
         words = ["lvextend", "--verbose", "--size", _size(size_bytes), f"{group}/{name}"]
-        done = self._once(words, {"activation": ("udev_sync=0",), "log": ("verbose=1",)})
+        done = self._once(words, {"activation": ("udev_sync=0",)})
         if done.exit_code and _NO_CHANGE.search(done.stderr + done.stdout):
             return False
         _raise_for(done)
@@ -197,7 +203,7 @@ def _raise_for(done: Finished) -> None:
     """The typed error of a command that failed; nothing for one that did not."""
     if done.exit_code == 0:
         return
-    said = last_line(done.stderr) or last_line(done.stdout) or f"exit status {done.exit_code}"
+    said = last_line(_CHATTER.sub("", done.stderr)) or last_line(done.stdout) or f"exit status {done.exit_code}"
     program = done.words[0]
     if done.killed:
         raise DeviceError(f"{program} was killed by signal {-done.exit_code}")

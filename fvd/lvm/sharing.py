@@ -2,7 +2,7 @@
 
 A lock file for each volume, with locks of the open file (OFD), so the kernel gives them back when a process dies and nobody is counted for
 ever. Byte 0: users hold it for reading, who switches off for writing. Byte 1: held by who is arriving, one after the other, so that the
-first of several has put the volume right before the second uses it.
+first of several has put the volume right before the second uses it. Byte 2: held by those who found it active and leave it so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fvd.errors import PermissionDenied
 LOCK_FOLDER = Path("/run/fvd/lvm")
 _MODE = 0o600
 _F_OFD_GETLK, _F_OFD_SETLK, _F_OFD_SETLKW = 36, 37, 38
-_USING, _ARRIVING = 0, 1
+_USING, _ARRIVING, _KEEPING = 0, 1, 2
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 
@@ -38,6 +38,15 @@ class Share:
         answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, _lock(fcntl.F_WRLCK))
         return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 
+    def keep(self) -> None:
+        """Says, as long as it is held, that the volume was active before fvd came."""
+        fcntl.fcntl(self._fd, _F_OFD_SETLK, _lock(fcntl.F_RDLCK, _KEEPING))
+
+    def is_kept(self) -> bool:
+        """Whether somebody who uses the volume says so."""
+        answer = fcntl.fcntl(self._fd, _F_OFD_GETLK, _lock(fcntl.F_WRLCK, _KEEPING))
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
     def close_as_last(self) -> bool:
         """Gives the use up. True: nobody else uses the volume, and nobody can begin to until `close` is called."""
         # Given up first: of two who leave at the same moment, each would otherwise find the other there.
@@ -55,6 +64,8 @@ class Share:
         """Again is fine."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            # Not by closing alone: a child that this process has forked meanwhile has a copy of the descriptor.
+            fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
             os.close(fd)
 
 

@@ -221,17 +221,18 @@ class Allocator:
 
     def _do(self, actions: list[Action]) -> None:
         resized = False
+        failures: list[Callable[[], list[Action]]] = []  # of what could not even begin: told when the rest has been done
         for action in actions:
             if isinstance(action, UseSize):
                 if self._engine is not None:
                     self._engine.set_storage_size(action.size_bytes)
                 resized = True
             elif isinstance(action, Start):
-                self._start(action.target_bytes)
+                self._start(action.target_bytes, failures)
             elif isinstance(action, Look):
-                self._run(self._look, lambda error: self._policy.looked(None))
+                self._run(self._look, failures, lambda error: self._policy.looked(None))
             elif isinstance(action, AskPool):
-                self._run(self._ask_for_room, lambda error: self._policy.pool_told(self._clock(), None, None, self._free_bytes()))
+                self._run(self._ask_for_room, failures, lambda error: self._policy.pool_told(self._clock(), None, None, self._free_bytes()))
             elif isinstance(action, WakeAt):
                 self._set_alarm(action.when)
             elif isinstance(action, Exhausted):
@@ -245,6 +246,8 @@ class Allocator:
             self._do(self._policy.room(self._clock(), self._free_bytes()))
         elif self._engine is not None:
             self._engine.low_water_bytes = self._policy.look_below_bytes
+        for failure in failures:
+            self._do(failure())
 
     def _tell(self, event: GrowthEvent) -> None:
         if self.on_event is None:
@@ -254,15 +257,18 @@ class Allocator:
         except Exception:  # a listener's bug must not stop the disk
             logging.getLogger(__name__).exception("a listener failed at %s", event)
 
-    def _run(self, work: Callable[[], None], failed: Callable[[FvdError], list[Action]]) -> None:
+    def _run(
+        self, work: Callable[[], None], failures: list[Callable[[], list[Action]]], failed: Callable[[FvdError], list[Action]]
+    ) -> None:
         """Has the work done in a thread. Where there can be none the policy is told at once: it must not wait for what has not begun."""
         try:
             self._executor(work)
         except Exception as failure:
             logging.getLogger(__name__).warning("no thread for growth: %s", failure)
-            self._do(failed(DeviceError(f"growing failed: {failure}; the limit of threads is reached")))
+            error = DeviceError(f"growing failed: {failure}; the limit of threads is reached")
+            failures.append(lambda: failed(error))
 
-    def _start(self, target_bytes: int) -> None:
+    def _start(self, target_bytes: int, failures: list[Callable[[], list[Action]]]) -> None:
         def work() -> None:
             error: FvdError | None = None
             try:
@@ -277,7 +283,7 @@ class Allocator:
             )
             self._ask_pool()  # the size is on its way: this delays nobody, and the next step may run beside it
 
-        self._run(work, lambda error: self._policy.ended(self._clock(), None, error, self._free_bytes()))
+        self._run(work, failures, lambda error: self._policy.ended(self._clock(), None, error, self._free_bytes()))
 
     def _ask_pool(self) -> None:
         """In the thread of a step that has ended. One question at a time: where it hangs, later ones are not asked."""

@@ -50,14 +50,17 @@ class LvmProvider:
                 raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
             if TAG_DISK not in volume.tags:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
-            was_active = volume.active
+            # A look leaves active what was so before anybody of ours came.
+            keeps = looking and volume.active and (share.is_alone() or share.is_kept())
             volume = _switch_on(self._lvm, volume, name, share)
             number = dm.number_of(name.path)
+            if keeps:
+                share.keep()
             share.arrived()
         except BaseException:
             share.close()
             raise
-        return AttachedVolume(self._lvm, name, volume, share, number, stays_active=looking and was_active)
+        return AttachedVolume(self._lvm, name, volume, share, number, stays_active=keeps)
 
     def build(self, name: VolumeName, plan: Plan) -> BuiltVolume:
         share = sharing.take(name.group, name.lv)
@@ -99,7 +102,12 @@ class LvmProvider:
     def _find_or_create(self, name: VolumeName, plan: Plan) -> tuple[LogicalVolume, bool]:
         group = self._lvm.group(name.group)
         _refuse_group(group.state, group.name)
-        if self._lvm.find(name.group, name.lv) is not None:
+        volume = self._lvm.find(name.group, name.lv)
+        if volume is not None and not volume.active and overcommit.is_only_unfinished(volume):
+            # Made anew by lvcreate, which wipes it before udev may look: activated, it would show what an earlier volume has left.
+            self._lvm.remove(volume, TAG_UNFINISHED)
+            volume = self._lvm.find(name.group, name.lv)
+        if volume is not None:
             volume = self._find(name)
             self._check_limit(name, plan, group)
             return volume, False

@@ -129,11 +129,13 @@ class LvmStorage:
             with contextlib.suppress(NoSpace):
                 self._extend(min(size_bytes, have + rest))
         if self._committed_bytes < size_bytes:
-            raise NoSpace(
+            error = NoSpace(
                 f"volume group {self._group} is full: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
                 f"{format_size(self._committed_bytes - have)} could be had; add a physical volume (vgextend {self._group} DEVICE), and "
                 "writes go on by themselves"
             )
+            error.left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
+            raise error
 
 
 def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = False) -> LogicalVolume:
@@ -162,8 +164,13 @@ def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = Fals
     if refresh or dm.size_bytes(number) != found.size_bytes:
         lvm.refresh(found)
         state = dm.state(number)
-        found = lvm.find(group, name)
-        if found is None or dm.size_bytes(number) != found.size_bytes or (found.suspended and state is not None and state.suspended):
+        uuid, found = found.uuid, lvm.find(group, name)
+        if (
+            found is None
+            or found.uuid != uuid
+            or dm.size_bytes(number) != found.size_bytes
+            or (found.suspended and state is not None and state.suspended)
+        ):
             raise DeviceError(
                 f"{group}/{name} cannot be brought into the state that its metadata has; look at dmsetup info and lvchange --refresh"
             )

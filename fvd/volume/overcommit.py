@@ -51,6 +51,11 @@ def is_disk(volume: LogicalVolume) -> bool:
     return TAG_DISK in volume.tags and TAG_UNFINISHED not in volume.tags
 
 
+def is_only_unfinished(volume: LogicalVolume) -> bool:
+    """Whether it is an interrupted provision's own volume: an adopted one may have tags of somebody else's, who would miss them."""
+    return TAG_UNFINISHED in volume.tags and not volume.tags - {TAG_UNFINISHED, *fact_tags(volume)}
+
+
 def is_ours(volume: LogicalVolume) -> bool:
     """Whether it is one of ours, finished or not."""
     return bool(volume.tags & {TAG_DISK, TAG_UNFINISHED})

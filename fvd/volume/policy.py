@@ -361,7 +361,7 @@ class GrowthPolicy:
         """The answer to `AskPool`; None: nobody could tell, so it is tried."""
         self._asking = False
         refused_with = self._refused_with_bytes or 0
-        actions = self.pooled(group, group_free_bytes, after_step=False)
+        actions = self.pooled(group, group_free_bytes)
         if self._step is not None:
             return actions
         self._see(now, free_bytes)
@@ -439,7 +439,7 @@ class GrowthPolicy:
             # Longer than the timeout is a fault, and no measure of the next step.
             self._recent_seconds = (*self._recent_seconds, min(seconds, self._timeout))[-RECENT_STEPS:]
         self._group_refused = isinstance(error, NoSpace) and size < step.target_bytes
-        self._refused_with_bytes = None
+        self._refused_with_bytes = error.left_bytes if isinstance(error, NoSpace) else None
         self._ask_rest = RETRY_SECONDS
         if size > before and not self._group_refused:
             self._group_full_reported = False  # growth is the proof of room; what a group shows as free may be of no use
@@ -483,10 +483,8 @@ class GrowthPolicy:
             actions.append(Answer(None if satisfied else error))
         return [*actions, WakeAt(self._retry_at)]
 
-    def pooled(self, group: str | None, group_free_bytes: int | None, *, after_step: bool = True) -> list[Action]:
+    def pooled(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
         """What the group has left, asked after a step has ended; None: nobody could tell."""
-        if after_step and self._group_refused and self._step is None:
-            self._refused_with_bytes = group_free_bytes
         self.group = group or self.group
         self.group_free_bytes = group_free_bytes
         actions: list[Action] = []

@@ -132,6 +132,11 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_command() -> None:
             NoSpace,
             "vgextend",
         ),
+        (
+            "  Extending logical volume vg0/vm1\n  /proc/nope: mkdir failed\n  Reloading config files",
+            DeviceError,
+            "/proc/nope: mkdir failed",
+        ),
         ("  Gremlins.", DeviceError, "lvchange failed: Gremlins"),
         ("", DeviceError, "exit status 5"),
     ],

@@ -20,6 +20,8 @@ from fvd.volume._driver import drive
 from fvd.volume.check import check
 from fvd.volume.dump import dump
 from fvd.volume.extending import extend
+from fvd.volume.lvm_provider import LvmProvider
+from fvd.volume.name import parse_name
 from fvd.volume.opening import open_volume
 from fvd.volume.provision import Provisioned, provision
 from fvd.volume.removing import remove
@@ -213,6 +215,42 @@ def test_a_look_leaves_a_volume_as_it_was(machine: Machine, name: str) -> None:
     with drive(open_volume(name)):
         pass
     assert volume.device is None
+
+
+def test_a_look_beside_others_leaves_nothing_active_that_was_not(machine: Machine, name: str) -> None:
+    make(name)
+    volume, provider, parsed = machine.volume(name), LvmProvider(), parse_name(name)
+    assert volume is not None
+    server = drive(open_volume(name, read_only=True))
+    place = provider.attach(parsed, looking=True)
+    server.close()
+    assert volume.device is not None
+    place.close()
+    assert volume.device is None
+    first, second = provider.attach(parsed, looking=True), provider.attach(parsed, looking=True)
+    first.close()
+    second.close()
+    assert volume.device is None
+    machine._activate(*name.split("/"), volume)
+    first, second = provider.attach(parsed, looking=True), provider.attach(parsed, looking=True)
+    first.close()
+    second.close()
+    assert volume.device is not None  # an administrator's
+
+
+def test_an_unfinished_volume_is_not_activated_with_what_it_holds(machine: Machine, name: str) -> None:
+    """udev would look at it, and at what an earlier volume has left there. It is made anew."""
+    volume = foreign(machine, name)
+    machine.run(["lvchange", "--activate", "n", "--select", f"lv_uuid={volume.uuid}", name], 1.0)
+    volume.tags.add("fvd.unfinished")
+    assert make(name).created
+    assert machine.volume(name) is not volume
+    again = machine.volume(name)
+    assert again is not None
+    again.tags ^= {"fvd.disk", "fvd.unfinished"}
+    again.tags.add("theirs")
+    assert make(name).created
+    assert machine.volume(name) is again and "theirs" in again.tags
 
 
 def test_a_node_that_leads_to_another_volume_is_refused(machine: Machine, name: str) -> None:
