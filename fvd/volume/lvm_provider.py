@@ -45,13 +45,15 @@ class LvmProvider:
     def attach(self, name: VolumeName, *, looking: bool = False) -> AttachedVolume:
         share = sharing.take(name.group, name.lv)
         try:
+            # Before it is looked at: one that has somebody's use, and is active because of it, may be without it a moment later.
+            unused = share.is_alone() or share.is_kept()
             volume = self._find(name)
             if TAG_UNFINISHED in volume.tags:
                 raise NotFound(f"{name} holds no fvd disk yet: its provision was interrupted; run it again, or fvd-lv remove {name}")
             if TAG_DISK not in volume.tags:
                 raise NotFound(f"{name} is a logical volume, but no fvd disk (it has no tag {TAG_DISK}); fvd-lv provision makes one")
             # A look leaves active what was so before anybody of ours came.
-            keeps = looking and volume.active and (share.is_alone() or share.is_kept())
+            keeps = looking and volume.active and unused
             volume = _switch_on(self._lvm, volume, name, share)
             number = dm.number_of(name.path)
             if keeps:

@@ -238,6 +238,22 @@ def test_a_look_beside_others_leaves_nothing_active_that_was_not(machine: Machin
     assert volume.device is not None  # an administrator's
 
 
+def test_a_server_that_ends_while_a_look_begins_leaves_nothing_active(machine: Machine, name: str) -> None:
+    """The look has seen the volume active, and then itself alone: it was the server's activity, not an administrator's."""
+    make(name)
+    server = drive(open_volume(name))
+
+    def ends(words: list[str]) -> None:
+        if words[0] == "lvs":
+            machine.after = lambda words: None
+            server.close()
+
+    machine.after = ends
+    LvmProvider().attach(parse_name(name), looking=True).close()
+    volume = machine.volume(name)
+    assert volume is not None and volume.device is None
+
+
 def test_an_unfinished_volume_is_not_activated_with_what_it_holds(machine: Machine, name: str) -> None:
     """udev would look at it, and at what an earlier volume has left there. It is made anew."""
     volume = foreign(machine, name)
