@@ -25,7 +25,7 @@ from machine import CannotMeasure, median, need, output, spread
 
 from fvd.lvm import runner
 from fvd.lvm.commands import Lvm
-from fvd.lvm.report import GROUP_FIELDS
+from fvd.lvm.report import GROUP_FIELDS, GroupState, LogicalVolume
 from fvd.lvm.runner import Finished
 from fvd.volume._driver import drive
 from fvd.volume.allocator import Allocator
@@ -93,6 +93,8 @@ class SlowGroup:
 
     NAME, VOLUME = "vg0", "vm1"
 
+    EXTENT_BYTES = 4 * MIB
+
     def __init__(self, backing: Backing, step_seconds: float) -> None:
         self._backing = backing
         self._step_seconds = step_seconds
@@ -101,23 +103,44 @@ class SlowGroup:
     def run_command(self, words: Sequence[str], timeout_seconds: float) -> Finished:
         begun = time.monotonic()
         if words[0] == "lvextend":
-            size_bytes = int(words[words.index("--size") + 1].removesuffix("b"))
+            size_bytes = -(-int(words[words.index("--size") + 1].removesuffix("b")) // self.EXTENT_BYTES) * self.EXTENT_BYTES
             time.sleep(self._step_seconds)
             self.free_bytes -= size_bytes - os.path.getsize(self._backing.path)  # noqa: PTH202
             self._backing.enlarge(size_bytes)
-            printed = ""
+            printed, said = "", "  Loading table for x (7:0).\n  Suspending x (7:0) with device flush\n"  # without it nothing is believed
         elif words[0] == "vgs":
             row = dict.fromkeys(GROUP_FIELDS.split(","), "") | {
                 "vg_name": self.NAME,
                 "vg_size": str(1 << 40),
                 "vg_free": str(self.free_bytes),
-                "vg_extent_size": str(4 * MIB),
+                "vg_extent_size": str(self.EXTENT_BYTES),
                 "vg_permissions": "writeable",
             }
-            printed = json.dumps({"report": [{"vg": [row]}]})
+            printed, said = json.dumps({"report": [{"vg": [row]}]}), ""
         else:
             raise AssertionError(f"nothing else should be run: {' '.join(words)}")
-        return Finished(tuple(words), 0, printed, "", time.monotonic() - begun)
+        return Finished(tuple(words), 0, printed, said, time.monotonic() - begun)
+
+    def volume(self, size_bytes: int) -> LogicalVolume:
+        """The volume, as `lvs` would tell it."""
+        return LogicalVolume(
+            group=self.NAME,
+            name=self.VOLUME,
+            uuid="played",
+            size_bytes=size_bytes,
+            tags=frozenset({"fvd.disk"}),
+            layout=frozenset({"linear"}),
+            role=frozenset({"public"}),
+            active=True,
+            active_elsewhere=False,
+            suspended=False,
+            inactive_table=False,
+            writable=True,
+            device_number=None,
+            health="",
+            extent_bytes=self.EXTENT_BYTES,
+            group_state=GroupState(writable=True, exported=False, partial=False, shared=False),
+        )
 
     @contextlib.contextmanager
     def played(self) -> Iterator[None]:
@@ -245,7 +268,7 @@ def grow_under_load(
         volume.allocator.close()
         # To everybody else the device is one of fixed size: only this allocator takes it for a logical volume.
         volume.allocator = Allocator(
-            LvmStorage(volume.node, group.NAME, group.VOLUME, Lvm(), tells_of_room=True),
+            LvmStorage(volume.node, group.volume(step_bytes), Lvm(), tells_of_room=True),
             volume.geometry,
             storage_size_bytes=step_bytes,
             low_water_bytes=default_low_water_bytes(volume.geometry) if low_water_bytes is None else low_water_bytes,
