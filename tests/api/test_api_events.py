@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -453,6 +454,7 @@ def descriptor_count() -> int:
 
 def test_close_while_iterating(volume: str, tmp_path: Path) -> None:
     """By another thread, and of the server: neither leaves a thread or a descriptor."""
+    gc.collect()  # what earlier tests have left to it
     threads, descriptors = set(threading.enumerate()), descriptor_count()
     with fvd.serve(volume, socket=tmp_path / "vm.sock") as served:
         streams = [fvd.events(volume) for _ in range(12)]
@@ -472,7 +474,7 @@ def test_close_while_iterating(volume: str, tmp_path: Path) -> None:
         thread.join(WAIT_SECONDS)
     all_end_but(threads)
     del streams, listeners, stream, thread, nobody
-    assert descriptor_count() == descriptors
+    assert descriptor_count() <= descriptors
 
 
 def test_what_cannot_be_followed() -> None:
