@@ -79,7 +79,7 @@ def test_descriptors_are_given_back(file: Path) -> None:
             storage.size_bytes()
             storage.close()
             storage.close()
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
 def test_a_file_system_without_room(tmp_path: Path) -> None:

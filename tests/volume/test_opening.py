@@ -398,10 +398,10 @@ def test_nothing_stays_open_when_opening_fails(path: Path, tmp_path: Path) -> No
     for _ in range(3):
         with pytest.raises(Conflict):
             open_volume(volume(path))
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
     os.truncate(base, MIB)
     open_volume(volume(path)).close()
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
 def test_a_copy_of_a_disk_opens(path: Path) -> None:
