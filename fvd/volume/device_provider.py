@@ -29,9 +29,6 @@ class DeviceProvider:
         _refuse_other_kinds(name)
         return _Device(name.path)
 
-    def remove(self, name: VolumeName) -> None:
-        pass
-
     def forget_unfinished(self, name: VolumeName) -> None:
         pass
 

@@ -30,13 +30,10 @@ class FileProvider:
     def attach(self, name: VolumeName, *, looking: bool = False) -> AttachedPath:
         if names.leads_to_device(name.path):
             raise InvalidArgument(f"{name} is a block device; name it {name.path}")
-        return AttachedPath(name.path, FileStorage)
+        return AttachedPath(name.path, FileStorage, retire=lambda: names.remove(names.follow(name.path)))
 
     def build(self, name: VolumeName, plan: Plan) -> _File:
         return _File(name, plan.size_bytes)
-
-    def remove(self, name: VolumeName) -> None:
-        names.remove(names.follow(name.path))
 
     def forget_unfinished(self, name: VolumeName) -> None:
         with contextlib.suppress(FvdError):

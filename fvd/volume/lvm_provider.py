@@ -73,9 +73,6 @@ class LvmProvider:
             share.close()
             raise
 
-    def remove(self, name: VolumeName) -> None:
-        pass  # lvm removes no volume in use: see AttachedVolume.retire and reclaim
-
     def forget_unfinished(self, name: VolumeName) -> None:
         volume = self._lvm.find(name.group, name.lv)
         if volume is None or TAG_UNFINISHED not in volume.tags:
@@ -167,7 +164,7 @@ class AttachedVolume:
             _switch_off(self._lvm, self._volume, self._number, self._share)
 
     def retire(self) -> None:
-        # Whoever comes between the end of the claim and lvremove makes it anew.
+        # lvm removes no volume in use: that is for `reclaim`. Whoever comes between the end of the claim and lvremove makes it anew.
         self._lvm.retag(self._volume, remove=[TAG_DISK], add=[TAG_UNFINISHED])
 
     def reclaim(self) -> None:

@@ -35,6 +35,5 @@ def remove(name: str | VolumeName) -> bool:
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
             wipe_superblocks(node)
             place.retire()
-            provider.remove(volume)
         place.reclaim()
     return isinstance(found, Superblock) or not provider.fixed_size

@@ -66,10 +66,10 @@ class Attached(Protocol):
         """Lets go of it, when everything in it is closed. Never raises for what is detached already."""
 
     def retire(self) -> None:
-        """Under the claim: from here on nobody believes in what it holds."""
+        """Under the claim, when the disk has been wiped: gives the place back as far as that can be done there. Again is fine."""
 
     def reclaim(self) -> None:
-        """Gives back what `Provider.remove` could not under the claim. Before `close`; the disk has been wiped and the claim given up."""
+        """Gives back what `retire` could not, when the claim has been given up and before `close`."""
 
 
 class Building(Protocol):
@@ -106,9 +106,6 @@ class Provider(Protocol):
     def build(self, name: VolumeName, plan: Plan) -> Building:
         """Begins a volume. What an interrupted build left behind is replaced. Raises InUse, NoSpace, NotFound."""
 
-    def remove(self, name: VolumeName) -> None:
-        """Gives the place back, as far as can be done under the claim, which the caller holds. Absent is fine."""
-
     def forget_unfinished(self, name: VolumeName) -> None:
         """Removes what an interrupted `build` left behind, unless somebody is at work on it. May raise InUse."""
 
@@ -120,9 +117,10 @@ class AttachedPath:
 
     size_bytes: int | None = None
 
-    def __init__(self, path: str, storage: Callable[[Node], Storage]) -> None:
+    def __init__(self, path: str, storage: Callable[[Node], Storage], retire: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self._storage = storage
+        self._retire = retire
 
     def storage(self, node: Node) -> Storage:
         return self._storage(node)
@@ -137,7 +135,7 @@ class AttachedPath:
         pass
 
     def retire(self) -> None:
-        pass
+        self._retire()
 
     def reclaim(self) -> None:
         pass
