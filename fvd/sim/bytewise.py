@@ -6,76 +6,140 @@ hold. Crashes come when everything is flushed.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from random import Random
 
 from fvd.format.geometry import Layout
-from fvd.sim.oracle import Violation
-from fvd.sim.world import FUA, NO_HOLE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Guest, Memory, Shape, World
+from fvd.sim._base import base_content
+from fvd.sim._dice import Dice
+from fvd.sim._oracle import Violation
+from fvd.sim.shape import draw
+from fvd.sim.world import SHAPE, World
+from fvd.volume.loading import recover_disk
+
+READ, WRITE, FLUSH, TRIM, ZERO, CLOSE = range(6)  # RequestKind of fvd/engine/_engine.pxd
+FUA, NO_HOLE = 1, 2
+_PAGE = 4096
+_LARGEST_DISK_BYTES = 1 << 28
+
+
+class Memory:
+    """A page-aligned buffer (but for `skew_bytes`) with an address."""
+
+    def __init__(self, size_bytes: int, content: bytes | None = None, skew_bytes: int = 0) -> None:
+        self._room = bytearray(size_bytes + skew_bytes + _PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
+        self.address = start + -start % _PAGE + skew_bytes
+        self.size_bytes = size_bytes
+        if content is not None:
+            ctypes.memmove(self.address, content, size_bytes)
+
+    def content(self) -> bytes:
+        return ctypes.string_at(self.address, self.size_bytes)
 
 
 @dataclass(slots=True)
-class ByteGuest(Guest):
-    start: int = 0
+class Sent:
+    """A request on its way."""
+
+    kind: int
+    start: int
+    memory: Memory | None
     expected: bytes = b""
 
 
 class ByteWorld(World):
     def __init__(self, seed: int) -> None:
-        shape = replace(Shape.draw(Random(seed)), fault_rate=0.0, on_full="wait")
-        super().__init__(seed, shape)
+        shape = draw(Dice(seed, SHAPE))
+        number = 0
+        while shape.windows is not None:  # too large for an array of its bytes
+            number += 1
+            shape = draw(Dice(seed, SHAPE, number))
+        super().__init__(seed, replace(shape, faults={}, fail_one=False, rot=False, on_full="wait"))
         size = self.geometry.virtual_size_bytes
-        self.model = bytearray((self.base or b"")[:size].ljust(size, b"\0"))
+        base_size = self.shape.base_bytes
+        self.model = bytearray((b"" if base_size is None else base_content(base_size, 0, min(size, base_size))).ljust(size, b"\0"))
+        self.sent: dict[int, Sent] = {}
+        self.count = 0
 
-    def _finished(self, guest: Guest, error: int) -> None:
-        self.requests_done += 1
-        if error:
-            raise Violation(f"{guest.kind} failed with {error}")
-        if isinstance(guest, ByteGuest) and guest.kind == "read" and guest.memory is not None:
-            self._compare(guest.memory.content(), guest.expected, guest.start)
+    def _take(self) -> None:
+        self.device.submit(self.engine.take_operations())
+        for cookie, error in self.engine.take_done():
+            request = self.sent.pop(cookie)
+            if error:
+                raise Violation(f"request {request.kind} at byte {request.start} failed with {error}")
+            if request.kind == READ and request.memory is not None:
+                self._compare(request.memory.content(), request.expected, request.start)
 
-    def _reopen(self) -> None:
+    def step(self) -> bool:
+        self._take()
+        if not self.device.pending:
+            return False
+        ended = self.device.step()
+        if ended is not None:
+            self.engine.complete_operation(ended.token, ended.result)
+        self._take()
+        return True
+
+    def settle(self) -> None:
+        while True:
+            while self.step():
+                pass
+            if not self.sent:
+                break
+            if self.engine.waiting_writes == 0 or not self.grow():
+                raise Violation(f"{len(self.sent)} requests never end")
+        self._check_leaks()
+
+    def close(self, *, at_once: bool = False) -> None:
+        self._send(CLOSE, 0, 0, None)
+        self.settle()
+        self.device.crash()
+        if not recover_disk(self.node(), read_only=True).journal_state.clean:
+            raise Violation("a closed disk is not clean")
+        self.reopen()
+
+    def reopen(self) -> None:
         self.open()
-        self.check_storage()
-        self._compare(self.read_all(), bytes(self.model), 0)
+        self.check()
+        self._compare(bytes(self.read_all()), bytes(self.model), 0)
 
     def _compare(self, shown: bytes, expected: bytes, start: int) -> None:
         if shown != expected:
             at = next(i for i, (mine, wanted) in enumerate(zip(shown, expected, strict=True)) if mine != wanted)
             raise Violation(f"byte {start + at}: {shown[at]:#x} instead of {expected[at]:#x}")
 
-    def send(self, kind: str, start: int, end: int) -> None:
-        dice = self.dice
-        size = end - start
-        number, flags, memory = REQUEST_FLUSH, FUA if dice.random() < 0.1 else 0, None
-        guest = ByteGuest(kind, None, start=start)
-        if kind == "read":
-            number = REQUEST_READ
-            guest.expected = bytes(self.model[start:end])
-            memory = guest.memory = Memory(size, b"\xee" * size, dice.choice((0, 0, 1, 512)))
-        elif kind == "write":
-            number = REQUEST_WRITE
+    def _send(self, kind: int, start: int, size: int, memory: Memory | None, expected: bytes = b"", flags: int = 0) -> None:
+        self.count += 1
+        self.sent[self.count] = Sent(kind, start, memory, expected)
+        self.engine.submit_request(kind, start, size, memory.address if memory else 0, self.count, flags)
+
+    def send(self, kind: int, start: int, end: int) -> None:
+        """One request of the kind for [start, end); the model does at once what it must do."""
+        dice, size = self.dice, end - start
+        flags, memory, expected = FUA if dice.random() < 0.1 else 0, None, b""
+        if kind == READ:
+            expected = bytes(self.model[start:end])
+            memory = Memory(size, b"\xee" * size, dice.choice((0, 0, 1, 512)))
+        elif kind == WRITE:
             content = dice.randbytes(size)
             self.model[start:end] = content
-            memory = guest.memory = Memory(size, content, dice.choice((0, 0, start % 4096, 1, 512)))
-        elif kind == "zero":
-            number = REQUEST_ZERO
+            memory = Memory(size, content, dice.choice((0, 0, start % 4096, 1, 512)))
+        elif kind == ZERO:
             flags |= NO_HOLE if dice.random() < 0.3 else 0
             self.model[start:end] = bytes(size)
-        elif kind == "trim":
-            number = REQUEST_TRIM
+        elif kind == TRIM:
             self._model_trim(start, end)
-        self._cookies += 1
-        self.in_flight[self._cookies] = guest
-        self.engine.submit_request(number, start, size, memory.address if memory else 0, self._cookies, flags)
+        self._send(kind, start, size, memory, expected, flags)
 
     def _model_trim(self, start: int, end: int) -> None:
         """Whole blocks, or over a base whole chunks, read as zeros; the rest keeps its data."""
         geometry = self.geometry
-        if self.base is not None and geometry.layout is Layout.RAW:
+        based = self.shape.base_bytes is not None
+        if based and geometry.layout is Layout.RAW:
             return
-        unit = geometry.block_size_bytes if self.base is None else geometry.chunk_size_bytes
+        unit = geometry.chunk_size_bytes if based else geometry.block_size_bytes
         low = -(-start // unit) * unit
         high = end if end == geometry.virtual_size_bytes else end // unit * unit
         if low < high:
@@ -93,7 +157,7 @@ class ByteWorld(World):
             places = [dice.randint(low, low + window) for _ in range(dice.randint(2, 9))]
             cuts = sorted({place if dice.random() < 0.5 else self._round(place) for place in places})
             for start, end in pairwise(cuts):
-                self.send(dice.choice(("read", "write", "write", "zero", "trim", "flush")), start, end)
+                self.send(dice.choice((READ, WRITE, WRITE, ZERO, TRIM, FLUSH)), start, end)
                 for _ in range(dice.choice((0, 0, 3))):
                     self.step()
             self.settle()
@@ -111,9 +175,8 @@ def run(seed: int, rounds: int = 4) -> int:
         if world.dice.random() < 0.5:
             world.close()
         else:
-            world.engine.submit_request(REQUEST_FLUSH, 0, 0, 0, 0)
-            world.in_flight[0] = Guest("flush", None)
+            world._send(FLUSH, 0, 0, None)
             world.settle()
             if world.shape.cache_mode != "unsafe":
                 world.crash()
-    return world.requests_done
+    return world.count

@@ -20,7 +20,7 @@ from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.opening import OpenVolume
 from fvd.volume.provider import provider_for
-from fvd.volume.superblocks import read_slots, read_superblock
+from fvd.volume.superblocks import Pages, read_slots, read_superblock, state_of
 from fvd.volume.view import Target, View, look
 
 Progress = Callable[[int, int], None]
@@ -55,7 +55,8 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
         open_node(place.path, read_only=True) as node,
     ):
         held.check_covers(node)
-        return _check_closed(name, node, progress)
+        report = check_node(node, name, progress=progress)
+        return _check_base(node, report)
 
 
 def _check_open(volume: OpenVolume) -> CheckReport:
@@ -73,7 +74,8 @@ def _check_open(volume: OpenVolume) -> CheckReport:
     return report
 
 
-def _check_closed(name: VolumeName, node: Node, progress: Progress | None) -> CheckReport:
+def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = None) -> CheckReport:
+    """Checks all that describes a closed disk in an open node, but not whether its base is there."""
     report = CheckReport(str(name))
     try:
         superblock = read_superblock(node)
@@ -95,12 +97,18 @@ def _check_closed(name: VolumeName, node: Node, progress: Progress | None) -> Ch
         _check_map(node, superblock, MapKind.TABLE, table, report, meter)
     _check_contents(node, superblock, bitmap, table, report)
     meter.add(geometry.journal_size_bytes)
-    if superblock.base is not None:
+    _count(View(name, superblock, node.size_bytes(), bitmap, table, report.clean, open=False), report)
+    return report
+
+
+def _check_base(node: Node, report: CheckReport) -> CheckReport:
+    """Whether the base of a disk that has a readable superblock can be opened."""
+    found = state_of(node)
+    if isinstance(found, Superblock) and found.base is not None:
         try:
-            open_base(superblock.base, node.identity).close()
+            open_base(found.base, node.identity).close()
         except FvdError as error:
             report.errors.append(str(error))
-    _count(View(name, superblock, node.size_bytes(), bitmap, table, report.clean, open=False), report)
     return report
 
 
@@ -114,7 +122,7 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
-def _check_superblocks(node: Node, superblock: Superblock, report: CheckReport) -> None:
+def _check_superblocks(node: Pages, superblock: Superblock, report: CheckReport) -> None:
     """One good copy is enough to open; that the other is lost is worth a warning."""
     slots = read_slots(node)
     for slot in (0, 1) if slots is not None else ():
@@ -129,7 +137,7 @@ def _check_superblocks(node: Node, superblock: Superblock, report: CheckReport) 
             report.warnings.append(str(error))
 
 
-def _check_map(node: Node, superblock: Superblock, kind: MapKind, items: Bitmap | Table, report: CheckReport, meter: _Meter) -> None:
+def _check_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap | Table, report: CheckReport, meter: _Meter) -> None:
     """Reads a map; of a batch with a bad cell each page is tried by itself, so that every one is named."""
     geometry = superblock.geometry
     pages = map_pages(geometry, kind)
@@ -156,7 +164,7 @@ def _check_map(node: Node, superblock: Superblock, kind: MapKind, items: Bitmap 
         report.errors.append(f"{kind.name.lower()}: {bad - LISTED_CELLS} more pages have damaged cells")
 
 
-def _check_contents(node: Node, superblock: Superblock, bitmap: Bitmap, table: Table | None, report: CheckReport) -> None:
+def _check_contents(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Table | None, report: CheckReport) -> None:
     """The journal, and what must be true of the maps after it. After damage above, only what the journal itself says counts."""
     geometry = superblock.geometry
     damaged = bool(report.errors)

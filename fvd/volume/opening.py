@@ -19,7 +19,7 @@ from fvd.format.journal import JournalState
 from fvd.format.superblock import Superblock, decode
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import OpenBase, open_base
-from fvd.volume.loading import LoadedDisk, load_disk, naming
+from fvd.volume.loading import LoadedDisk, naming, recover_disk
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
 from fvd.volume.provider import provider_for
@@ -106,15 +106,7 @@ def open_volume(
         node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor)
         undo.callback(node.close)
         held.check_covers(node)
-        disk = load_disk(node)
-        if not read_only and not disk.journal_state.clean:
-            # R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used
-            # again before the commit that freed it is durable, the older table could come back and show another chunk's data.
-            node.flush()
-            if not node.direct:
-                # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
-                node.forget_cache()
-                disk = load_disk(node)
+        disk = recover_disk(node, read_only=read_only)
         if place.size_bytes is not None:
             # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
             disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMAS = Path("/usr/share/libvirt/schemas")
 MIB = 1 << 20
 # Commas for QEMU, quotes and $ for shells, <&'"> for XML, % for URIs, = for keys.
-ODD = "a, b's <&\"$HOME\"> 100%=ü"
+ODD = 'a, b\'s <&"$HOME"> 100%=ü'
 
 
 def run(*command: str) -> str:
@@ -75,7 +75,9 @@ def test_uris(uri: str, export_name: str, server: dict[str, str]) -> None:
     assert parse_uri(uri) == (export_name, server)
 
 
-@pytest.mark.parametrize("uri", ["", "vm1", "nbds://host/x", "nbd+unix:///x", "nbd://host:port/x", "nbd:///x", "nbd://[::1/x", "http://a/b"])
+@pytest.mark.parametrize(
+    "uri", ["", "vm1", "nbds://host/x", "nbd+unix:///x", "nbd://host:port/x", "nbd:///x", "nbd://[::1/x", "http://a/b"]
+)
 def test_what_is_no_uri_of_ours(uri: str) -> None:
     with pytest.raises(InvalidArgument, match="no NBD URI"):
         parse_uri(uri)

@@ -18,7 +18,7 @@ from fvd.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
-COMMANDS = ("provision", "serve", "extend", "info", "attach-info", "events", "map", "check", "dump", "list", "remove")
+COMMANDS = ("provision", "serve", "extend", "info", "attach-info", "events", "map", "check", "dump", "list", "remove", "torture")
 
 pytestmark = pytest.mark.release_only
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
-
-from fvd.sim.device import DISCARD, FLUSH, READ, WRITE
-from fvd.sim.oracle import Violation
+from fvd.sim._device import DISCARD, FLUSH, READ, WRITE
+from fvd.sim._oracle import Violation
+from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 
 def checkpoint_during_pending_change() -> None:
@@ -92,7 +91,7 @@ def failed_flush_is_remembered() -> None:
             return -5
         return 0
 
-    stage.shape.fault_rate = 1.0  # errors are expected
+    stage.player.errors_expected = True
     stage.device.fault = fault
     stage.now("flush")
     stage.now("flush")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 from fvd.format.geometry import Layout
-from fvd.sim.device import FLUSH, READ, WRITE
+from fvd.sim._device import FLUSH, READ, WRITE
+from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 
 @pytest.fixture(params=[Layout.COMPACT, Layout.RAW], ids=["compact", "raw"])

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from stage import SECTORS_PER_CHUNK, Stage
 
 from fvd.engine._engine import Engine
 from fvd.errors import Corrupt, InvalidArgument
-from fvd.sim.world import REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, Memory
+from fvd.sim.bytewise import CLOSE as REQUEST_CLOSE
+from fvd.sim.bytewise import FLUSH as REQUEST_FLUSH
+from fvd.sim.bytewise import READ as REQUEST_READ
+from fvd.sim.bytewise import TRIM as REQUEST_TRIM
+from fvd.sim.bytewise import WRITE as REQUEST_WRITE
+from fvd.sim.bytewise import Memory
+from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
+from fvd.volume.loading import recover_disk
 
 EIO, EINVAL, ENOSPC, EROFS, ESHUTDOWN = 5, 22, 28, 30, 108
 
@@ -22,15 +28,15 @@ def answer(engine: Engine, kind: int, offset: int = 0, length: int = 0, flags: i
 
 
 def opened(stage: Stage, **changes: object) -> Engine:
-    bitmap, table, state, dirty_bitmap, dirty_table, used = stage.load(stage.image)
+    disk = recover_disk(stage.node(), read_only=True)
     arguments: dict[str, object] = {
-        "uuid": stage.uuid,
-        "bitmap": bitmap,
-        "table": table,
-        "used_slots": used,
-        "journal_state": state,
-        "dirty_bitmap_pages": dirty_bitmap,
-        "dirty_table_pages": dirty_table,
+        "uuid": disk.superblock.uuid,
+        "bitmap": disk.bitmap,
+        "table": disk.table,
+        "used_slots": disk.used_slots,
+        "journal_state": disk.journal_state,
+        "dirty_bitmap_pages": disk.dirty_bitmap_pages,
+        "dirty_table_pages": disk.dirty_table_pages,
         "storage_size_bytes": len(stage.image),
     }
     return Engine(stage.geometry, **(arguments | changes))  # type: ignore[arg-type]
@@ -160,7 +166,8 @@ def test_maps_of_the_wrong_size_are_refused() -> None:
 
 
 def test_failed_guest_write_fails_alone() -> None:
-    stage = Stage(fault_rate=1.0)
+    stage = Stage()
+    stage.player.errors_expected = True
     stage.device.fault = None
     stage.now("write", 0, 8)
     stage.device.fault = lambda op: -EIO

@@ -11,9 +11,9 @@ from math import prod
 from typing import Any
 
 import pytest
-from stage import Stage
 
-from fvd.sim.device import Operation
+from fvd.sim._device import Operation
+from fvd.sim.stage import Stage
 
 COMBINATIONS = 64  # of surviving blocks: tried all up to here
 SAMPLES = 20  # and so many random ones where there are more
@@ -39,19 +39,20 @@ class Sweep(Stage):
             self.budget -= 1
             if self.budget == 0:
                 raise PowerFailure
-            self.deliver(self.device.finish(operation))
+            self.player.deliver(self.device.finish(operation))
 
     def crash_in_every_way(self) -> int:
         """Every image that a crash now may leave is opened and judged. Returns how many."""
+        image = bytearray(self.image)
         blocks = self.device.volatile()
         total = prod(len(contents) for _, contents in blocks)
-        image = self.image
+        self.player.abandon()
         for chosen in product(*(contents for _, contents in blocks)) if total <= COMBINATIONS else self._some(blocks):
-            self.image = image.copy()
             for (offset, _), content in zip(blocks, chosen, strict=True):
-                self.image[offset : offset + len(content)] = content
+                image[offset : offset + len(content)] = content
+            self.device.put_back(image)
             self.open()
-            self.check_storage()
+            self.check()
             self.oracle.check_after_crash(self.read_all())
         return total if total <= COMBINATIONS else SAMPLES
 

@@ -21,7 +21,6 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
-from fvd.volume import opening
 from fvd.volume.opening import CACHE_MODES, open_volume
 
 
@@ -119,9 +118,9 @@ def test_what_a_failed_write_back_left_in_the_page_cache_is_not_believed(path: P
     driver.pwrite(0, b"a" * 4096, fua=True)
     crash(driver)
     steps: list[str] = []
-    forget, load = node_module.Node.forget_cache, opening.load_disk
+    forget, load = node_module.Node.forget_cache, loading.load_disk
     monkeypatch.setattr(node_module.Node, "forget_cache", lambda node: (steps.append("forget"), forget(node))[1])
-    monkeypatch.setattr(opening, "load_disk", lambda node: (steps.append("load"), load(node))[1])
+    monkeypatch.setattr(loading, "load_disk", lambda node: (steps.append("load"), load(node))[1])
     with open_volume(volume(path), cache="writeback"):
         assert steps == ["load", "forget", "load"]
     steps.clear()

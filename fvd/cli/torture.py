@@ -1,0 +1,243 @@
+"""``fvd-lv torture``: random disks on a simulated device, until something is found; and the same load against any NBD server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from fvd.cli.failure import PROGRAM
+from fvd.cli.options import Subparsers, add_command
+from fvd.cli.output import Output, terminal_width
+from fvd.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from fvd.sim.torture import Found, Tally
+
+EXIT_FOUND = 1
+
+EXAMPLES = """\
+  fvd-lv torture                           until something is found, or Ctrl-C
+  fvd-lv torture --seconds 60
+  fvd-lv torture --seed 4711 --worlds 1 --trace
+  fvd-lv torture --seed 4711 --shrink
+  fvd-lv torture --nbd nbd+unix:///?socket=vm1.sock
+  fvd-lv torture --qemu qcow2 --requests 20000
+  fvd-lv torture --console
+  fvd-lv torture --script three-writes
+
+Exit code 0: nothing found; 1: something was, and the output has the one command that repeats it."""
+
+
+def register(subparsers: Subparsers) -> None:
+    parser = add_command(subparsers, "torture", "test the engine on a simulated disk that owns the order of every event", run, EXAMPLES)
+    parser.add_argument("--seed", type=int, metavar="N", help="the first world (default: a fresh one)")
+    parser.add_argument("--worlds", type=int, metavar="N", help="how many worlds")
+    parser.add_argument("--requests", type=int, metavar="N", help="stop after so many guest requests")
+    parser.add_argument("--seconds", type=float, metavar="S", help="stop after so much time")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
+    parser.add_argument("--bytes", action="store_true", help="requests of any byte, not only whole sectors, judged byte by byte")
+    one = parser.add_argument_group("one world")
+    one.add_argument("--trace", action="store_true", help="print every event of the world of --seed")
+    one.add_argument("--only", metavar="REQUESTS", help="play only these requests of it, as --shrink prints them")
+    one.add_argument("--events", type=int, default=0, metavar="N", help="another order of events for the same requests")
+    one.add_argument("--shrink", action="store_true", help="find the fewest requests of the failing world of --seed that still fail")
+    other = parser.add_argument_group("other servers")
+    other.add_argument("--nbd", metavar="URI", help="play against this NBD server; what it holds is overwritten")
+    other.add_argument("--qemu", metavar="FORMAT", help="play against qemu-nbd with a new image: qcow2, qed, raw, vmdk, vdi, vhdx")
+    other.add_argument("--base", action="store_true", help="with --qemu: the image lies over another one")
+    hand = parser.add_argument_group("by hand")
+    hand.add_argument("--console", action="store_true", help="decide every event yourself")
+    hand.add_argument("--script", metavar="NAME", help="run a script of the console: a file, or one of those that come with fvd")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    output = Output(arguments.output)
+    if arguments.console or arguments.script:
+        return _console(arguments, output)
+    if arguments.nbd or arguments.qemu:
+        return _foreign(arguments, output)
+    if arguments.shrink:
+        return _shrink(arguments, output)
+    if arguments.trace or arguments.only or arguments.events:
+        return _one(arguments, output)
+    return _many(arguments, output)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    chosen = [name for name in ("shrink", "nbd", "qemu", "console", "script") if getattr(arguments, name)]
+    if len(chosen) > 1:
+        raise InvalidArgument(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    if (arguments.trace or arguments.only or arguments.shrink or arguments.events) and arguments.seed is None:
+        raise InvalidArgument("--trace, --only, --events and --shrink are about one world: name it with --seed")
+    if arguments.bytes and (arguments.trace or arguments.only or arguments.shrink or arguments.events):
+        raise InvalidArgument("worlds of any byte (--bytes) cannot be traced or shrunk")
+    if arguments.base and not arguments.qemu:
+        raise InvalidArgument("--base is for --qemu")
+    for name in ("worlds", "requests", "seconds", "jobs"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise InvalidArgument(f"--{name} {value}: must be above 0")
+    if arguments.seed is not None and not 0 <= arguments.seed < 1 << 63:
+        raise InvalidArgument(f"--seed {arguments.seed}: a seed is between 0 and 2**63 - 1")
+
+
+def fresh_seed() -> int:
+    """A seed that nobody has tried. Short enough to be read out."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+# --- worlds ----------------------------------------------------------------------------------------------------------
+
+
+def _many(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.sim.torture import torture
+
+    seed = fresh_seed() if arguments.seed is None else arguments.seed
+    meter = _Meter(arguments, enabled=not output.is_json)
+    tally = torture(
+        seed,
+        worlds=arguments.worlds,
+        requests=arguments.requests,
+        seconds=arguments.seconds,
+        jobs=arguments.jobs or os.cpu_count() or 1,
+        any_byte=arguments.bytes,
+        keep_going=arguments.keep_going,
+        progress=meter,
+    )
+    meter.clear()
+    output.result(asdict(tally) | {"requests_per_cpu_second": round(tally.requests_per_cpu_second)}, _report(tally, arguments.bytes))
+    return EXIT_FOUND if tally.found else 0
+
+
+def _report(tally: Tally, any_byte: bool) -> list[str]:
+    lines = []
+    for found in tally.found:
+        lines += [f"seed {found.seed}: {found.error}", f"  again: {_again(found, any_byte)}"]
+        if not any_byte:
+            lines.append(f"  smaller: {_again(found, any_byte, '--shrink')}")
+    last = tally.first_seed + max(0, tally.worlds - 1)
+    lines.append(
+        f"seeds {tally.first_seed} to {last}: {tally.worlds} worlds, {tally.requests} requests, {tally.crashes} crashes, "
+        f"{tally.kills} kills, {tally.closes} closes, {tally.refused} times damaged metadata"
+    )
+    lines.append(
+        f"{tally.seconds:.0f} s; {tally.requests_per_cpu_second:.0f} requests a second on one core; "
+        + (f"{len(tally.found)} worlds failed" if tally.found else "nothing found")
+    )
+    return lines
+
+
+def _again(found: Found, any_byte: bool, *more: str) -> str:
+    words = [
+        PROGRAM,
+        "torture",
+        "--seed",
+        str(found.seed),
+        *(["--worlds", "1"] if not more else []),
+        *(["--bytes"] if any_byte else []),
+        *more,
+    ]
+    return shlex.join(words)
+
+
+class _Meter:
+    """A line that says how far it is, on a terminal only."""
+
+    def __init__(self, arguments: argparse.Namespace, enabled: bool) -> None:
+        self._limits = arguments.worlds, arguments.requests, arguments.seconds
+        self._enabled = enabled and sys.stderr.isatty()
+        self._drawn = 0.0
+
+    def __call__(self, tally: Tally) -> None:
+        now = time.monotonic()
+        if not self._enabled or now - self._drawn < 0.2:
+            return
+        self._drawn = now
+        done = (tally.worlds, tally.requests, tally.seconds)
+        shares = [part / limit for part, limit in zip(done, self._limits, strict=True) if limit]
+        share = f"{100 * min(1.0, max(shares)):3.0f} %  " if shares else ""
+        line = f"{share}{tally.worlds} worlds, {tally.requests} requests, {tally.crashes} crashes, {len(tally.found)} found"
+        sys.stderr.write("\r" + line[: terminal_width() - 1] + "\x1b[K")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self._enabled and self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _one(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.sim.shrink import parse_kept
+    from fvd.sim.world import Outcome, World, run
+
+    only = parse_kept(arguments.only) if arguments.only else None
+    log: list[str] = []
+    outcome = Outcome(arguments.seed)
+    error = None
+    try:
+        run(arguments.seed, only=only, events=arguments.events, log=log, outcome=outcome)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    lines = [str(World(arguments.seed).shape), *log] if arguments.trace else []
+    lines.append(f"seed {arguments.seed}: {outcome.requests} requests: {error or 'nothing found'}")
+    output.result(asdict(outcome) | {"error": error, "log": log if arguments.trace else None}, lines)
+    return EXIT_FOUND if error else 0
+
+
+def _shrink(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.cli.progress import Progress
+    from fvd.sim.shrink import shrink
+
+    with Progress("shrinking", enabled=not output.is_json) as progress:
+        shrunk = shrink(arguments.seed, events=arguments.events, progress=progress)
+    command = shlex.join([PROGRAM, "torture", "--seed", str(shrunk.seed), "--only", shrunk.only, "--events", str(shrunk.events), "--trace"])
+    lines = [
+        f"seed {shrunk.seed}: {shrunk.error}",
+        f"  {len(shrunk.kept)} requests are enough, in {len(shrunk.rounds)} rounds (found in {shrunk.runs} runs)",
+        f"  again: {command}",
+    ]
+    output.result(asdict(shrunk) | {"only": shrunk.only, "command": command}, lines)
+    return EXIT_FOUND
+
+
+# --- others ----------------------------------------------------------------------------------------------------------
+
+
+def _foreign(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.sim import foreign
+    from fvd.sim._oracle import Violation
+
+    seed = fresh_seed() if arguments.seed is None else arguments.seed
+    requests = arguments.requests or 10_000
+    target = ["--nbd", arguments.nbd] if arguments.nbd else ["--qemu", arguments.qemu, *(["--base"] if arguments.base else [])]
+    again = shlex.join([PROGRAM, "torture", *target, "--seed", str(seed), "--requests", str(requests)])
+    try:
+        if arguments.nbd:
+            report = foreign.torture_uri(arguments.nbd, seed=seed, requests=requests)
+        else:
+            report = foreign.torture_qemu(arguments.qemu, seed=seed, requests=requests, base=arguments.base)
+    except Violation as error:
+        output.result(
+            {"seed": seed, "error": str(error), "command": again},
+            [f"seed {seed}: {error}", f"  again (the same requests; the timing is the server's): {again}"],
+        )
+        return EXIT_FOUND
+    output.result(asdict(report), [f"seed {seed}: {report}"])
+    return 0
+
+
+def _console(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.sim import console
+
+    if arguments.script:
+        result = console.run_script(arguments.script)
+        output.result({"script": arguments.script, "output": result.output}, result.output)
+        return 0
+    return console.interact()

@@ -1,0 +1,63 @@
+"""The simulated device, for compiled callers."""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from fvd.sim._dice cimport Dice
+
+cdef enum Category:             # what a fault can be asked for; CATEGORIES in _device.pyx names them
+    CATEGORY_READ
+    CATEGORY_BASE
+    CATEGORY_WRITE
+    CATEGORY_JOURNAL
+    CATEGORY_MAP
+    CATEGORY_FLUSH
+    CATEGORY_DISCARD
+    CATEGORY_COUNT
+
+cdef struct Version:            # a content that a logical block has had; its bytes follow
+    Version *older              # NULL: this one is on the medium
+    uint64_t number             # of the operation that wrote it
+
+cdef class Operation:
+    cdef readonly uint64_t number, token, offset_bytes, length_bytes
+    cdef readonly int kind, target
+    cdef readonly bint durable, took_effect
+    cdef public int32_t result
+    cdef public uint64_t held_until
+    cdef uint64_t effect_at         # moment of taking effect
+    cdef uint8_t *buffer
+
+cdef class SimulatedDevice:
+    cdef public Dice dice
+    cdef public list pending
+    cdef public object fault, inspect
+    cdef public double slow_share, stuck_share
+    cdef public uint64_t fail_number
+    cdef public int32_t fail_with
+    cdef readonly uint64_t size_bytes, capacity_bytes, now_ns, submitted
+    cdef readonly uint32_t logical_block_bytes
+    cdef readonly object base_bytes
+    cdef object image_array
+    cdef uint8_t *image
+    cdef uint64_t base_size, metadata_start, maps_start, data_start
+    cdef double rates[7]
+    cdef bint faulty
+    cdef Version **newest           # of each logical block; NULL: what the image holds is on the medium
+    cdef uint8_t *listed
+    cdef uint64_t *touched
+    cdef uint64_t touched_count, touched_room
+    cdef Version *spare
+    cdef uint64_t *completed_at     # by operation number; 0: not, or failed
+    cdef uint64_t completed_room
+    cdef uint64_t moment
+
+    cdef int category_of(self, Operation op) noexcept
+    cdef Operation add(self, uint64_t token, int kind, int target, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
+                       bint durable)
+    cdef Operation event(self)
+    cdef int begin(self, Operation op) except -1
+    cdef int end(self, Operation op) except -1
+    cdef int put(self, Operation op, double share) except -1
+    cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1
+    cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept
+    cdef void forget(self, Version *version) noexcept

@@ -1,0 +1,112 @@
+"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+from fvd.sim._dice import Dice
+
+READ: Final = 0
+WRITE: Final = 1
+FLUSH: Final = 2
+DISCARD: Final = 3
+STORAGE: Final = 0
+BASE: Final = 1
+CATEGORIES: Final[tuple[str, ...]]
+"""read, base, write, journal, map, flush, discard"""
+KIND_NAMES: Final[tuple[str, ...]]
+
+class Operation:
+    """One device operation on its way."""
+
+    number: int
+    """In the order of submission, from 1."""
+    token: int
+    kind: int
+    target: int
+    offset_bytes: int
+    length_bytes: int
+    durable: bool
+    took_effect: bool
+    result: int
+    """0, or the negative errno with which it completes; settable until then."""
+    held_until: int
+    @property
+    def content(self) -> bytes:
+        """What a write writes; the buffer of a read as it is now."""
+
+class SimulatedDevice:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        logical_block_bytes: int,
+        dice: Dice,
+        *,
+        base_bytes: int | None = None,
+        regions: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """Has no storage until `grow`, at most `capacity_bytes`. `regions`: where journal, maps and data begin, to name faults by."""
+    dice: Dice
+    pending: list[Operation]
+    """In the order of submission."""
+    fault: Callable[[Operation], int] | None
+    """Asked when an operation takes effect; a negative errno makes it fail, and of a write each block may have been written."""
+    inspect: Callable[[Operation], None] | None
+    """Shown every write below the data when it takes effect."""
+    slow_share: float
+    """Share of operations that are held back for long, so that much else happens meanwhile."""
+    stuck_share: float
+    """Share of operations that move only when nothing else can."""
+    fail_number: int
+    """The operation with this number fails."""
+    fail_with: int
+    """The negative errno of failures by rate or number."""
+    size_bytes: int
+    capacity_bytes: int
+    now_ns: int
+    submitted: int
+    logical_block_bytes: int
+    base_bytes: int | None
+    @property
+    def image(self) -> memoryview:
+        """What reads see; writable."""
+
+    def grow(self, size_bytes: int, filler: bytes) -> None:
+        """More storage at the end, holding what it held before. Raises ValueError beyond the capacity."""
+
+    def set_faults(self, rates: Mapping[str, float]) -> None:
+        """The share of operations of each category (CATEGORIES) that fails; what is not named does not."""
+
+    def advance(self, by_ns: int) -> None: ...
+    def submit(self, operations: Iterable[tuple[int, int, int, int, int, int, bool]]) -> None:
+        """(token, kind, target, offset_bytes, length_bytes, buffer_address, durable), as Engine.take_operations gives them."""
+
+    def step(self) -> Operation | None:
+        """One event of one pending operation. Returns it when that completes it. Something must be pending."""
+
+    def take_effect(self, operation: Operation) -> None:
+        """The first event of an operation. Raises AssertionError when it reaches outside the storage or the base."""
+
+    def finish(self, operation: Operation) -> Operation:
+        """Complete an operation that has taken effect."""
+
+    def persist(self, operation: Operation, blocks: Sequence[int] | None = None) -> None:
+        """Blocks of a write that took effect reach the medium: all, or those with these indexes within it. Raises RuntimeError."""
+
+    def category(self, operation: Operation) -> str: ...
+    def flush_everything(self) -> None:
+        """A flush by somebody else than the engine: everything that took effect is durable."""
+
+    def volatile(self) -> list[tuple[int, list[bytes]]]:
+        """(offset_bytes, contents, oldest first) of each block of which a crash now may leave any of several contents, by submission.
+
+        Writes that had not taken effect count as if they had. Nothing is pending any more.
+        """
+
+    def put_back(self, image: bytes | bytearray | memoryview) -> None:
+        """Hold this image (of the present size), all of it durable, with nothing pending: for another try from one crash."""
+
+    def crash(self) -> None:
+        """Power fails: every volatile block becomes one of its contents, by dice. Nothing is pending any more."""
+
+    def kill(self) -> None:
+        """The process dies, the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""

@@ -1,0 +1,435 @@
+# cython: language_level=3
+"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide.
+
+A write takes effect (is seen by reads) at some moment before it completes, and stays volatile until a flush that took effect after its
+completion completes, or until its own completion if it is durable. A crash leaves each volatile logical block as any of the contents it
+had since it was last durable; writes that had not taken effect yet may have reached some of their blocks too. See docs/simulation.md.
+It may not know the engine or the format: where the journal and the maps lie it is told, to name its faults by.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+import numpy as np
+
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE
+from fvd.sim._base cimport fill_from_base
+from fvd.sim._dice cimport Dice
+
+READ, WRITE, FLUSH, DISCARD = OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD
+STORAGE, BASE = TARGET_STORAGE, TARGET_BASE
+CATEGORIES = ("read", "base", "write", "journal", "map", "flush", "discard")
+KIND_NAMES = ("read", "write", "flush", "discard")
+
+cdef enum:
+    DISCARDED = 0xDD
+
+cdef uint64_t STUCK = <uint64_t> 1 << 60
+
+
+cdef class Operation:
+    """One device operation on its way."""
+
+    def __repr__(self):
+        where = "" if self.kind == OP_FLUSH else f" {self.offset_bytes}+{self.length_bytes}"
+        target = " of the base" if self.target == TARGET_BASE else ""
+        state = f" took effect ({self.result})" if self.took_effect else ""
+        return f"<{self.number}: {KIND_NAMES[self.kind]}{' durable' if self.durable else ''}{where}{target}{state}>"
+
+    @property
+    def content(self):
+        """What a write writes, as bytes; the buffer of a read as it is now."""
+        return (<char *> self.buffer)[: self.length_bytes] if self.buffer != NULL else b""
+
+
+cdef class SimulatedDevice:
+
+    def __cinit__(self):
+        self.newest = NULL
+        self.listed = NULL
+        self.touched = NULL
+        self.completed_at = NULL
+        self.spare = NULL
+
+    def __init__(self, uint64_t capacity_bytes, uint32_t logical_block_bytes, Dice dice, *, base_bytes=None, regions=(0, 0, 0)):
+        """See _device.pyi."""
+        cdef uint8_t[::1] view
+        self.dice = dice
+        self.logical_block_bytes = logical_block_bytes
+        self.capacity_bytes = capacity_bytes
+        self.base_bytes = base_bytes
+        self.base_size = 0 if base_bytes is None else base_bytes
+        self.metadata_start, self.maps_start, self.data_start = regions
+        self.image_array = np.empty(capacity_bytes, np.uint8)
+        view = self.image_array
+        self.image = &view[0]
+        self.newest = <Version **> calloc(capacity_bytes // logical_block_bytes + 1, sizeof(Version *))
+        self.listed = <uint8_t *> calloc(capacity_bytes // logical_block_bytes + 1, 1)
+        self.touched_room = 256
+        self.touched = <uint64_t *> malloc(self.touched_room * 8)
+        self.completed_room = 1024
+        self.completed_at = <uint64_t *> calloc(self.completed_room, 8)
+        if self.newest == NULL or self.listed == NULL or self.touched == NULL or self.completed_at == NULL:
+            raise MemoryError("simulated device")
+        self.pending = []
+        self.moment = 1
+
+    def __dealloc__(self):
+        cdef uint64_t i
+        cdef Version *version
+        if self.touched != NULL and self.newest != NULL:
+            for i in range(self.touched_count):
+                self.forget(self.newest[self.touched[i]])
+        while self.spare != NULL:
+            version = self.spare
+            self.spare = version.older
+            free(version)
+        free(self.newest)
+        free(self.listed)
+        free(self.touched)
+        free(self.completed_at)
+
+    @property
+    def image(self):
+        """What reads see, as a writable memoryview of the present size."""
+        return memoryview(self.image_array)[: self.size_bytes]
+
+    def grow(self, uint64_t size_bytes, bytes filler):
+        """More storage at the end, holding what it held before."""
+        if not self.size_bytes <= size_bytes <= self.capacity_bytes:
+            raise ValueError(f"{size_bytes} bytes: the device has {self.size_bytes} and can have {self.capacity_bytes}")
+        cdef uint64_t count = size_bytes - self.size_bytes
+        if filler and count:
+            pattern = np.frombuffer((filler * (65536 // len(filler) + 1))[: 65536 // len(filler) * len(filler)], np.uint8)
+            whole = count // len(pattern) * len(pattern)
+            tail = self.image_array[self.size_bytes : size_bytes]
+            tail[:whole].reshape(-1, len(pattern))[:] = pattern
+            tail[whole:] = pattern[: count - whole]
+        elif count:
+            self.image_array[self.size_bytes : size_bytes] = 0
+        self.size_bytes = size_bytes
+
+    def set_faults(self, rates):
+        """The share of operations of each category (CATEGORIES) that fails, as a dict; what is not named does not fail."""
+        cdef int i
+        for i, name in enumerate(CATEGORIES):
+            self.rates[i] = rates.get(name, 0.0)
+        self.faulty = any(rates.values())
+
+    def advance(self, uint64_t by_ns):
+        """The clock moves."""
+        self.now_ns += by_ns
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def submit(self, operations):
+        """[(token, kind, target, offset_bytes, length_bytes, buffer_address, durable)], as Engine.take_operations gives them."""
+        for token, kind, target, offset, length, address, durable in operations:
+            self.add(token, kind, target, offset, length, <uint8_t *> <uintptr_t> address, durable)
+
+    cdef Operation add(self, uint64_t token, int kind, int target, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
+                       bint durable):
+        cdef Operation op = Operation.__new__(Operation)
+        self.submitted += 1
+        if self.submitted >= self.completed_room:
+            self.completed_at = <uint64_t *> realloc(self.completed_at, self.completed_room * 16)
+            if self.completed_at == NULL:
+                raise MemoryError("simulated device")
+            memset(self.completed_at + self.completed_room, 0, self.completed_room * 8)
+            self.completed_room *= 2
+        op.number = self.submitted
+        op.token = token
+        op.kind = kind
+        op.target = target
+        op.offset_bytes = offset_bytes
+        op.length_bytes = length_bytes
+        op.buffer = buffer
+        op.durable = durable
+        if self.dice.chance(self.slow_share):
+            op.held_until = self.moment + self.dice.between(20, 600)
+        if self.dice.chance(self.stuck_share):
+            op.held_until = STUCK
+        self.pending.append(op)
+        return op
+
+    def step(self):
+        """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
+        return self.event()
+
+    cdef Operation event(self):
+        cdef Py_ssize_t count = len(self.pending)
+        cdef Operation op = <Operation> self.pending[self.dice.below(count)]
+        cdef Operation other
+        if op.held_until > self.moment:
+            ready = [other for other in self.pending if other.held_until <= self.moment]
+            ready = ready or [other for other in self.pending if other.held_until < STUCK] or self.pending
+            op = <Operation> ready[self.dice.below(len(ready))]
+        # Mostly microseconds; now and then milliseconds.
+        self.now_ns += self.dice.between(1000, 200000) if not self.dice.chance(0.01) else self.dice.between(1000000, 50000000)
+        if not op.took_effect:
+            self.begin(op)
+            return None
+        self.end(op)
+        return op
+
+    def take_effect(self, Operation operation):
+        """Its first event. Must not have happened yet."""
+        self.begin(operation)
+
+    def finish(self, Operation operation):
+        """Complete an operation that has taken effect. Returns it."""
+        self.end(operation)
+        return operation
+
+    def category(self, Operation operation):
+        """One of CATEGORIES."""
+        return CATEGORIES[self.category_of(operation)]
+
+    cdef int category_of(self, Operation op) noexcept:
+        if op.kind == OP_READ:
+            return CATEGORY_BASE if op.target == TARGET_BASE else CATEGORY_READ
+        if op.kind == OP_FLUSH:
+            return CATEGORY_FLUSH
+        if op.kind == OP_DISCARD:
+            return CATEGORY_DISCARD
+        if op.offset_bytes >= self.data_start:
+            return CATEGORY_WRITE
+        return CATEGORY_JOURNAL if op.offset_bytes < self.maps_start else CATEGORY_MAP
+
+    cdef int begin(self, Operation op) except -1:
+        cdef int32_t error = 0
+        cdef int category
+        cdef uint64_t end = op.offset_bytes + op.length_bytes
+        if op.took_effect:
+            raise RuntimeError(f"{op} takes effect twice")
+        op.took_effect = True
+        self.moment += 1
+        op.effect_at = self.moment
+        if self.faulty and self.dice.chance(self.rates[self.category_of(op)]):
+            error = self.fail_with
+        elif op.number == self.fail_number:
+            error = self.fail_with
+        elif self.fault is not None:
+            error = self.fault(op)
+        op.result = error
+        if op.kind == OP_FLUSH:
+            return 0
+        if op.kind == OP_READ:
+            if end > (self.size_bytes if op.target == TARGET_STORAGE else self.base_size):
+                raise AssertionError(f"a read past the end: {op}")
+            if error == 0:
+                if op.target == TARGET_STORAGE:
+                    memcpy(op.buffer, self.image + op.offset_bytes, op.length_bytes)
+                else:
+                    fill_from_base(op.buffer, op.offset_bytes, op.length_bytes)
+            return 0
+        if op.target != TARGET_STORAGE or end > self.size_bytes:
+            raise AssertionError(f"a write outside the storage: {op}")
+        if (op.offset_bytes | op.length_bytes) % self.logical_block_bytes:
+            raise AssertionError(f"a write that is not aligned to logical blocks: {op}")
+        if op.kind == OP_WRITE and op.offset_bytes < self.data_start and self.inspect is not None:
+            self.inspect(op)
+        return self.put(op, 1.0 if error == 0 else 0.5)
+
+    cdef int end(self, Operation op) except -1:
+        cdef uint64_t i, kept, block, size = self.logical_block_bytes
+        if not op.took_effect:
+            raise RuntimeError(f"{op} completes before it takes effect")
+        self.pending.remove(op)
+        self.moment += 1
+        if op.result:
+            return 0
+        if op.kind == OP_WRITE:
+            self.completed_at[op.number] = self.moment
+            if op.durable:
+                for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
+                    self.settle_block(block, op.number, 0)
+        elif op.kind == OP_FLUSH:
+            kept = 0
+            for i in range(self.touched_count):
+                block = self.touched[i]
+                self.settle_block(block, 0, op.effect_at)
+                if self.newest[block] != NULL:
+                    self.touched[kept] = block
+                    kept += 1
+                else:
+                    self.listed[block] = 0
+            self.touched_count = kept
+        return 0
+
+    def persist(self, Operation operation, blocks=None):
+        """Blocks of a write that took effect reach the medium by themselves: all, or those with these indexes within the write."""
+        cdef uint64_t first = operation.offset_bytes // self.logical_block_bytes
+        cdef uint64_t count = operation.length_bytes // self.logical_block_bytes
+        if operation.kind not in (OP_WRITE, OP_DISCARD) or not operation.took_effect:
+            raise RuntimeError(f"{operation} has nothing to persist")
+        for index in range(count) if blocks is None else blocks:
+            if not 0 <= index < count:
+                raise RuntimeError(f"{operation} has no block {index}")
+            self.settle_block(first + <uint64_t> index, operation.number, 0)
+
+    # --- volatile blocks --------------------------------------------------------------------------------------------
+
+    cdef int put(self, Operation op, double share) except -1:
+        """Let the blocks of a write take effect: each with probability `share`."""
+        cdef uint64_t size = self.logical_block_bytes
+        cdef uint64_t first = op.offset_bytes // size
+        cdef uint64_t i
+        cdef uint8_t lost[4096]
+        cdef const uint8_t *content = op.buffer
+        cdef uint64_t stride = size
+        if op.kind == OP_DISCARD:
+            memset(lost, DISCARDED, size)
+            content = lost
+            stride = 0
+        for i in range(op.length_bytes // size):
+            if share < 1.0 and not self.dice.chance(share):
+                continue
+            self.put_block(first + i, content + i * stride, op.number)
+        return 0
+
+    cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1:
+        cdef uint64_t size = self.logical_block_bytes
+        cdef Version *version
+        cdef Version *before = self.newest[block]
+        cdef int missing = 1 if before != NULL else 2
+        while missing:
+            version = self.spare
+            if version == NULL:
+                version = <Version *> malloc(sizeof(Version) + size)
+                if version == NULL:
+                    raise MemoryError("simulated device")
+            else:
+                self.spare = version.older
+            version.older = before
+            version.number = number if missing == 1 else 0
+            memcpy(<uint8_t *> (version + 1), content if missing == 1 else self.image + block * size, size)
+            before = version
+            missing -= 1
+        self.newest[block] = before
+        memcpy(self.image + block * size, content, size)
+        if not self.listed[block]:
+            if self.touched_count == self.touched_room:
+                self.touched = <uint64_t *> realloc(self.touched, self.touched_room * 16)
+                if self.touched == NULL:
+                    raise MemoryError("simulated device")
+                self.touched_room *= 2
+            self.touched[self.touched_count] = block
+            self.touched_count += 1
+            self.listed[block] = 1
+        return 0
+
+    cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept:
+        """The newest content that is on the medium now: that of operation `only`, or of one that completed before the moment `before`."""
+        cdef Version *version = self.newest[block]
+        cdef uint64_t at
+        while version != NULL and version.older != NULL:
+            if only:
+                if version.number == only:
+                    break
+            else:
+                at = self.completed_at[version.number]
+                if at and at < before:
+                    break
+            version = version.older
+        if version == NULL:
+            return
+        if version == self.newest[block]:
+            self.newest[block] = NULL
+            self.forget(version)
+        else:
+            self.forget(version.older)
+            version.older = NULL
+
+    cdef void forget(self, Version *version) noexcept:
+        cdef Version *older
+        while version != NULL:
+            older = version.older
+            version.older = self.spare
+            self.spare = version
+            version = older
+
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def flush_everything(self):
+        """A flush by somebody else than the engine, from beginning to end: everything that took effect is durable."""
+        cdef uint64_t i
+        for i in range(self.touched_count):
+            self.forget(self.newest[self.touched[i]])
+            self.newest[self.touched[i]] = NULL
+            self.listed[self.touched[i]] = 0
+        self.touched_count = 0
+
+    def volatile(self):
+        """[(offset_bytes, contents, oldest first)] of each block of which a crash now may leave any of several contents, by submission.
+
+        Writes that had not taken effect count as if they had. The device is of no use any more until `put_back`.
+        """
+        cdef Operation op
+        cdef Version *version
+        cdef uint64_t i, block
+        for op in self.pending:
+            if op.kind == OP_WRITE and not op.took_effect:
+                self.put(op, 1.0)
+        self.pending.clear()
+        found = []
+        for i in range(self.touched_count):
+            block = self.touched[i]
+            version = self.newest[block]
+            if version == NULL:
+                continue
+            number = version.number
+            contents = []
+            while version != NULL:
+                contents.append((<char *> (version + 1))[: self.logical_block_bytes])
+                version = version.older
+            contents.reverse()
+            found.append((number, block * self.logical_block_bytes, contents))
+        found.sort(key=lambda item: item[:2])
+        return [(offset, contents) for _, offset, contents in found]
+
+    def put_back(self, image):
+        """Hold this image (of the present size), all of it on the medium, with nothing pending: for another try from one crash."""
+        self.flush_everything()
+        self.pending.clear()
+        memoryview(self.image_array)[: self.size_bytes] = image
+
+    def crash(self):
+        """Power fails: every volatile block becomes one of its contents, by dice. Nothing is pending any more."""
+        cdef Operation op
+        cdef Version *version
+        cdef uint64_t i, block, count
+        cdef uint64_t size = self.logical_block_bytes
+        cdef double keep
+        for op in self.pending:
+            if op.kind == OP_WRITE and not op.took_effect:
+                self.put(op, 0.5)
+        keep = (0.0, 0.1, 0.5, 0.9, 1.0)[self.dice.below(5)]
+        for i in range(self.touched_count):
+            block = self.touched[i]
+            version = self.newest[block]
+            if version == NULL or self.dice.chance(keep):
+                continue
+            count = 0
+            while version.older != NULL:
+                version = version.older
+                count += 1
+            version = self.newest[block]
+            # Any but the newest, if there is another.
+            for _ in range(1 + self.dice.below(count) if count else 0):
+                version = version.older
+            memcpy(self.image + block * size, <uint8_t *> (version + 1), size)
+        self.flush_everything()
+        self.pending.clear()
+
+    def kill(self):
+        """The process dies and the device goes on: writes under way take effect, or some of their blocks do, or none. All stays volatile."""
+        cdef Operation op
+        for op in self.pending:
+            if op.kind == OP_WRITE:
+                if not op.took_effect:
+                    self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
+                # The kernel ends it, whoever is there to see: a later flush covers it.
+                self.completed_at[op.number] = self.moment
+        self.pending.clear()

@@ -1,0 +1,68 @@
+"""The oracle, for compiled callers."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+cdef struct Write:              # what one request gives each of its sectors; times are the oracle's own counter
+    int64_t value
+    uint64_t began
+    uint64_t ended              # acknowledged or failed; NEVER: neither yet
+    uint8_t stamped             # a sector's value is `value` plus its number
+    uint8_t succeeded
+    uint8_t durable
+    uint8_t advisory            # a trim that may be ignored: allowed, but supersedes nothing
+
+cdef struct Entry:              # a write in one sector's history
+    uint32_t write
+    uint32_t unused
+    uint64_t outdated           # since when a read has shown, for good, that something came after
+
+cdef struct History:
+    Entry *entries              # entry 0 is what the sector held when everything was last settled
+    uint32_t count
+    uint32_t room
+    uint32_t prune_at
+
+cdef struct Window:             # sectors [first, first + count) of the disk are numbers [start, start + count) here
+    uint64_t first
+    uint64_t count
+    uint64_t start
+
+cdef class Oracle:
+    cdef readonly uint64_t sectors          # in all windows
+    cdef readonly uint64_t clock
+    cdef readonly uint32_t numbers          # writes so far
+    cdef Window *windows
+    cdef uint32_t window_count
+    cdef uint8_t odd[512]
+    cdef bint has_odd
+    cdef uint64_t odd_sector
+    cdef object settled_array
+    cdef int64_t *settled
+    cdef History *histories
+    cdef uint64_t *touched                  # sectors with a history
+    cdef uint64_t touched_count, touched_room
+    cdef Write *writes
+    cdef uint32_t write_count, write_room
+    cdef uint32_t *unflushed
+    cdef uint32_t unflushed_count, unflushed_room
+    cdef uint64_t *reads                    # when the reads under way began
+    cdef uint32_t read_count, read_room
+
+    cdef int begin_life(self) except -1
+    cdef uint64_t tick_(self) noexcept
+    cdef int64_t place(self, uint64_t first_sector, uint64_t sectors) except -1
+    cdef uint64_t sector_at(self, uint64_t index) noexcept
+    cdef int64_t value_of(self, const uint8_t *data, uint64_t sector) noexcept
+    cdef bint shows(self, uint32_t write, uint64_t index, uint64_t sector, int64_t value) noexcept
+    cdef uint32_t begin(self, uint64_t first_sector, uint64_t sectors, bint zero, bint advisory) except 0
+    cdef void fill(self, uint32_t write, uint64_t first_sector, uint64_t sectors, uint8_t *out) noexcept
+    cdef int end(self, uint32_t write, bint succeeded, bint durable) except -1
+    cdef uint64_t flush_begun(self) noexcept
+    cdef void flush_ended(self, uint64_t began, bint succeeded) noexcept
+    cdef uint64_t read_begun(self) except 0
+    cdef void read_dropped(self, uint64_t began) noexcept
+    cdef int read_ended(self, uint64_t first_sector, uint64_t sectors, uint64_t began, const uint8_t *data) except -1
+    cdef int judge(self, const uint8_t *data, int64_t *out) except -1
+    cdef int add(self, uint64_t index, uint32_t write) except -1
+    cdef void prune(self, History *history) noexcept
+    cdef object violation(self, uint64_t index, int64_t value, uint64_t floor, str when)

@@ -1,0 +1,64 @@
+"""Requests in flight on one open disk, for compiled callers."""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from fvd.engine._engine cimport Engine
+from fvd.sim._device cimport Operation, SimulatedDevice
+from fvd.sim._dice cimport Dice
+from fvd.sim._oracle cimport Oracle
+
+cdef enum Kind:                 # KINDS in _player.pyx names them
+    KIND_READ
+    KIND_WRITE
+    KIND_FLUSH
+    KIND_TRIM
+    KIND_ZERO
+    KIND_CLOSE
+    KIND_FUA                    # random play only: a write with FUA
+    KIND_REWRITE                # random play only: a write near the beginning of the area
+    KIND_COUNT
+
+cdef struct Guest:              # a request in flight
+    uint64_t cookie
+    uint64_t first_sector
+    uint64_t sectors
+    uint64_t began              # reads and flushes
+    uint8_t *room               # to be freed
+    uint8_t *buffer
+    uint32_t write              # the oracle's number; 0: none
+    uint8_t kind
+    uint8_t fua
+    uint8_t growable            # it was submitted when the storage had not its greatest size
+    uint8_t active
+
+cdef class Player:
+    cdef readonly Engine engine
+    cdef readonly SimulatedDevice device
+    cdef readonly Oracle oracle
+    cdef readonly Dice dice
+    cdef readonly uint64_t requests_done
+    cdef public uint64_t failed_at  # from this moment no flush may succeed
+    cdef public bint errors_expected, exhausted, cancelled, has_base, promises_flush, every_write_durable
+    cdef public object log          # a list that is told every event, or None
+    cdef public object on_done      # called with (cookie, kind, error, data) instead of the oracle, or None
+    cdef readonly uint32_t in_flight_count
+    # what random requests look like
+    cdef public uint32_t depth
+    cdef uint64_t largest_sectors, unit_sectors, block_sectors, chunk_sectors, disk_sectors, most_bytes
+    cdef double skew_share, side_share
+    cdef double weights[8]
+    cdef double weight_sum
+    cdef uint64_t areas[16]         # pairs (first sector, sectors) where requests fall
+    cdef uint32_t area_count
+    cdef Dice request_dice
+    cdef Guest *guests
+    cdef uint32_t room, free_hint
+    cdef uint64_t serial
+
+    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0
+    cdef int pump(self) except -1
+    cdef bint turn(self) except -1
+    cdef int take(self, Operation op) except -1
+    cdef int finished(self, uint64_t cookie, int32_t error) except -1
+    cdef int forget(self, Guest *guest) except -1
+    cdef int random_request(self) except -1

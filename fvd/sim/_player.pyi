@@ -1,0 +1,100 @@
+"""Requests in flight on one open disk: hands them to the engine, moves the device event by event, asks the oracle what came of it."""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Final
+
+from fvd.format.geometry import Geometry
+from fvd.sim._device import Operation, SimulatedDevice
+from fvd.sim._dice import Dice
+from fvd.sim._oracle import Oracle
+
+KINDS: Final[tuple[str, ...]]
+"""read, write, flush, trim, zero, close; for random play also fua and rewrite."""
+NEVER: Final[int]
+
+class Player:
+    def __init__(
+        self,
+        engine: Any,
+        device: SimulatedDevice,
+        oracle: Oracle,
+        dice: Dice,
+        *,
+        geometry: Geometry,
+        base_bytes: int | None,
+        cache_mode: str,
+    ) -> None: ...
+
+    engine: Any
+    device: SimulatedDevice
+    oracle: Oracle
+    dice: Dice
+    requests_done: int
+    failed_at: int
+    """From this moment of the oracle's on no flush may succeed."""
+    errors_expected: bool
+    """Requests may fail with EIO, or with what the device fails with."""
+    exhausted: bool
+    """Writes may fail with ENOSPC."""
+    cancelled: bool
+    """Requests may fail with ESHUTDOWN."""
+    log: list[str] | None
+    """Is told every event."""
+    in_flight_count: int
+    depth: int
+    @property
+    def in_flight(self) -> dict[int, str]:
+        """{cookie: kind} of the requests that have not ended."""
+
+    def submit(
+        self, kind: str, first_sector: int = 0, sectors: int = 0, *, fua: bool = False, no_hole: bool = False, skew_bytes: int = 0
+    ) -> int:
+        """Hand one request to the engine. Returns its cookie: in `in_flight` until it has ended. `skew_bytes`: how crooked its buffer is."""
+
+    def exchange(self) -> None:
+        """Take what the engine wants done, and what it has done, without an event of the device. Raises Violation."""
+
+    def step(self) -> bool:
+        """One event of the device. False when nothing is pending. Raises Violation."""
+
+    def deliver(self, operation: Operation | None) -> None:
+        """Hand a completed operation of the device to the engine, and take what comes of it."""
+
+    def abandon(self) -> None:
+        """The disk is gone: nothing in flight will end."""
+
+    def drain(self) -> None:
+        """Events until nothing is pending. Raises Violation if that never comes."""
+
+    def read_now(self, first_sector: int, sectors: int) -> bytearray:
+        """Reads, without asking the oracle, while nothing else is under way."""
+
+    def aim(
+        self,
+        *,
+        weights: Mapping[str, float],
+        areas: Sequence[tuple[int, int]],
+        largest_sectors: int,
+        depth: int,
+        unit_sectors: int,
+        skew_share: float,
+        side_share: float,
+    ) -> None:
+        """What random requests look like: of which kinds, where (first sector, sectors), how large, how many at once, how often aligned to
+        units, how often with a badly aligned buffer, and after which share of them something else happens."""
+
+    def play(
+        self,
+        requests: int,
+        *,
+        seed: int,
+        stream: int,
+        skip: Container[int] | None = None,
+        on_side: Callable[[Dice], None] | None = None,
+        awaited: int | None = None,
+    ) -> int:
+        """Submit `requests` random requests, moving the device in between. Returns how many were submitted.
+
+        Request i follows from (seed, stream, i) alone; `skip` leaves some out. Ends early when an operation of the category with index
+        `awaited` has taken effect and not completed. Raises Violation, or whatever the engine raises.
+        """

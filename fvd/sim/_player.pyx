@@ -1,0 +1,376 @@
+# cython: language_level=3
+"""Requests in flight on one open disk: hands them to the engine, moves the device one event at a time, and asks the oracle what came of it.
+
+It drives the engine as the serving loops do, through the compiled interface; in play no Python runs per request. It may not know how a
+disk is provisioned, recovered or found on its device.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memset
+
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, DeviceOp
+from fvd.engine._engine cimport (
+    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Engine,
+)
+from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, Operation, SimulatedDevice
+from fvd.sim._dice cimport Dice
+from fvd.sim._oracle cimport Oracle
+
+from fvd.sim._device import KIND_NAMES
+from fvd.sim._oracle import Violation
+
+KINDS = ("read", "write", "flush", "trim", "zero", "close", "fua", "rewrite")
+NEVER = 1 << 62
+
+cdef enum:
+    SECTOR = 512
+    PAGE = 4096
+    FOREVER = 5_000_000         # events without which anything must have ended
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    static void *fvd_sim_aligned(size_t size) { void *p = NULL; return posix_memalign(&p, 4096, size) ? NULL : p; }
+    """
+    void *aligned "fvd_sim_aligned"(size_t size) nogil
+
+cdef int REQUESTS[6]
+REQUESTS[:] = [REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE]
+
+
+cdef class Player:
+
+    def __cinit__(self):
+        self.guests = NULL
+
+    def __init__(self, Engine engine, SimulatedDevice device, Oracle oracle, Dice dice, *, geometry, base_bytes, cache_mode):
+        """See _player.pyi."""
+        self.engine = engine
+        self.device = device
+        self.oracle = oracle
+        self.dice = dice
+        self.request_dice = Dice(0)
+        self.block_sectors = geometry.block_size_bytes // SECTOR
+        self.chunk_sectors = geometry.chunk_size_bytes // SECTOR
+        self.disk_sectors = geometry.virtual_size_bytes // SECTOR
+        self.most_bytes = geometry.max_storage_size_bytes
+        self.has_base = base_bytes is not None
+        self.promises_flush = cache_mode != "unsafe"
+        self.every_write_durable = cache_mode in ("writethrough", "directsync")
+        self.failed_at = NEVER
+        self.room = 64
+        self.guests = <Guest *> calloc(self.room, sizeof(Guest))
+        if self.guests == NULL:
+            raise MemoryError("player")
+        self.depth = 1
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.guests != NULL:
+            for i in range(self.room):
+                free(self.guests[i].room)
+        free(self.guests)
+
+    @property
+    def in_flight(self):
+        """{cookie: kind} of the requests that have not ended."""
+        cdef uint32_t i
+        return {self.guests[i].cookie: KINDS[self.guests[i].kind] for i in range(self.room) if self.guests[i].active}
+
+    # --- requests and events ----------------------------------------------------------------------------------------
+
+    def submit(self, str kind, uint64_t first_sector=0, uint64_t sectors=0, *, bint fua=False, bint no_hole=False, uint64_t skew_bytes=0):
+        """Hand one request to the engine. Returns its cookie; it is in `in_flight` until it has ended."""
+        return self.send(KINDS.index(kind), first_sector, sectors, fua, no_hole, skew_bytes)
+
+    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0:
+        cdef uint32_t slot = self.free_hint
+        cdef uint64_t low, high
+        cdef Guest *guest
+        while slot < self.room and self.guests[slot].active:
+            slot += 1
+        if slot == self.room:
+            slot = 0
+            while slot < self.room and self.guests[slot].active:
+                slot += 1
+        if slot == self.room:
+            self.guests = <Guest *> realloc(self.guests, self.room * 2 * sizeof(Guest))
+            if self.guests == NULL:
+                raise MemoryError("player")
+            memset(self.guests + self.room, 0, self.room * sizeof(Guest))
+            self.room *= 2
+        self.free_hint = slot + 1
+        guest = &self.guests[slot]
+        memset(guest, 0, sizeof(Guest))
+        self.serial += 1
+        guest.cookie = self.serial << 20 | slot
+        guest.kind = kind
+        guest.fua = fua
+        guest.first_sector = first_sector
+        guest.sectors = sectors
+        guest.growable = self.device.size_bytes < self.most_bytes
+        if kind == KIND_READ or kind == KIND_WRITE:
+            guest.room = <uint8_t *> aligned(sectors * SECTOR + skew + 1)
+            if guest.room == NULL:
+                raise MemoryError("player")
+            guest.buffer = guest.room + skew
+        guest.active = 1
+        self.in_flight_count += 1
+        if kind == KIND_READ:
+            memset(guest.buffer, 0xEE, sectors * SECTOR)
+            guest.began = self.oracle.read_begun()
+        elif kind == KIND_WRITE:
+            guest.write = self.oracle.begin(first_sector, sectors, False, False)
+            self.oracle.fill(guest.write, first_sector, sectors, guest.buffer)
+        elif kind == KIND_ZERO:
+            guest.write = self.oracle.begin(first_sector, sectors, True, False)
+        elif kind == KIND_TRIM:
+            # Without a base whole blocks are promised to read as zeros; the rest may be ignored. The last block is whole though it is short.
+            low = (first_sector + self.block_sectors - 1) // self.block_sectors * self.block_sectors
+            high = first_sector + sectors
+            if high < self.disk_sectors:
+                high = high // self.block_sectors * self.block_sectors
+            if not self.has_base and low < high:
+                guest.write = self.oracle.begin(low, high - low, True, False)
+            else:
+                guest.write = self.oracle.begin(first_sector, sectors, True, True)
+        elif kind == KIND_FLUSH:
+            guest.began = self.oracle.flush_begun()
+        else:
+            self.cancelled = True   # a close ends the writes that wait for space
+        if self.log is not None:
+            where = f" {first_sector}+{sectors}" if sectors else ""
+            self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
+        self.engine.submit(REQUESTS[kind], (FLAG_FUA if fua else 0) | (FLAG_NO_HOLE if no_hole else 0), first_sector * SECTOR,
+                           sectors * SECTOR, guest.buffer, guest.cookie)
+        return self.guests[slot].cookie
+
+    cdef int pump(self) except -1:
+        """Take what the engine wants done, and what it has done."""
+        cdef uint32_t i
+        cdef uint64_t cookie
+        cdef int32_t error
+        cdef DeviceOp op
+        cdef Operation added
+        self.engine.tick(self.device.now_ns)
+        for i in range(self.engine.op_count):
+            op = self.engine.ops[i]
+            added = self.device.add(op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, op.buffer, op.durable)
+            if self.log is not None:
+                self.log.append(f"  device gets {added!r}")
+        self.engine.op_count = 0
+        i = 0
+        while i < self.engine.done_count:
+            cookie, error = self.engine.done[i].cookie, self.engine.done[i].error
+            i += 1
+            self.finished(cookie, error)
+        self.engine.done_count = 0
+        return 0
+
+    def exchange(self):
+        """Take what the engine wants done, and what it has done, without an event of the device."""
+        self.pump()
+
+    def step(self):
+        """One event of the device. False when nothing is pending."""
+        return self.turn()
+
+    cdef bint turn(self) except -1:
+        cdef Operation op
+        self.pump()
+        if not self.device.pending:
+            return False
+        op = self.device.event()
+        self.take(op)
+        return True
+
+    def deliver(self, Operation operation):
+        """Hand a completed operation of the device to the engine, and take what comes of it."""
+        self.take(operation)
+
+    cdef int take(self, Operation op) except -1:
+        cdef int category
+        if op is not None:
+            if self.log is not None:
+                self.log.append(f"  device completes {op!r}")
+            if op.result:
+                category = self.device.category_of(op)
+                if category == CATEGORY_FLUSH or category == CATEGORY_JOURNAL or category == CATEGORY_MAP:
+                    # From the first flush or metadata write that failed no flush may succeed.
+                    self.failed_at = min(self.failed_at, self.oracle.tick_())
+            self.engine.complete(op.token, op.result)
+        return self.pump()
+
+    cdef int forget(self, Guest *guest) except -1:
+        free(guest.room)
+        guest.room = NULL
+        guest.active = 0
+        self.in_flight_count -= 1
+        return 0
+
+    cdef int finished(self, uint64_t cookie, int32_t error) except -1:
+        cdef uint32_t slot = cookie & 0xFFFFF
+        cdef Guest *guest
+        cdef bint expected, durable
+        if slot >= self.room or not self.guests[slot].active or self.guests[slot].cookie != cookie:
+            raise Violation(f"request {cookie >> 20} ended twice, or was never submitted")
+        guest = &self.guests[slot]
+        self.free_hint = min(self.free_hint, slot)
+        self.requests_done += 1
+        if self.log is not None:
+            self.log.append(f"done {cookie >> 20}: {KINDS[guest.kind]} {error}")
+        expected = (
+            error == 0
+            or (error == -108 and self.cancelled)
+            or (error == -28 and self.exhausted and guest.growable)
+            or (self.errors_expected and (error == -5 or error == self.device.fail_with))
+        )
+        if not expected:
+            raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
+        if guest.kind == KIND_READ:
+            if error == 0:
+                self.oracle.read_ended(guest.first_sector, guest.sectors, guest.began, guest.buffer)
+            else:
+                self.oracle.read_dropped(guest.began)
+        elif guest.kind == KIND_FLUSH:
+            if self.promises_flush:
+                if error == 0 and guest.began > self.failed_at:
+                    raise Violation("a flush succeeded after the device had failed one")
+                self.oracle.flush_ended(guest.began, error == 0)
+        elif guest.kind != KIND_CLOSE:
+            durable = self.every_write_durable or (guest.fua and self.promises_flush)
+            self.oracle.end(guest.write, error == 0, durable)
+        return self.forget(guest)
+
+    def abandon(self):
+        """The disk is gone: nothing in flight will end."""
+        cdef uint32_t i
+        for i in range(self.room):
+            if self.guests[i].active:
+                self.forget(&self.guests[i])
+
+    def drain(self):
+        """Events until nothing is pending. Raises Violation if that never comes."""
+        cdef uint64_t count = 0
+        while self.turn():
+            count += 1
+            if count > FOREVER:
+                raise Violation(f"the device is never idle: {self.device.pending[:4]}")
+
+    def read_now(self, uint64_t first_sector, uint64_t sectors):
+        """Reads, without asking the oracle, while nothing else is under way. Raises Violation when that fails."""
+        cdef Operation op
+        cdef uint64_t count = 0
+        room = bytearray(sectors * SECTOR)
+        cdef uint8_t *buffer = <uint8_t *> aligned(sectors * SECTOR)
+        if buffer == NULL:
+            raise MemoryError("player")
+        try:
+            memset(buffer, 0xEE, sectors * SECTOR)
+            self.engine.submit(REQUEST_READ, 0, first_sector * SECTOR, sectors * SECTOR, buffer, 0)
+            while True:
+                for i in range(self.engine.op_count):
+                    taken = self.engine.ops[i]
+                    self.device.add(taken.token, taken.kind, taken.target, taken.offset_bytes, taken.length_bytes, taken.buffer,
+                                    taken.durable)
+                self.engine.op_count = 0
+                if self.engine.done_count:
+                    break
+                count += 1
+                if not self.device.pending or count > FOREVER:
+                    raise Violation("a read of a disk at rest never ends")
+                op = self.device.event()
+                if op is not None:
+                    self.engine.complete(op.token, op.result)
+            error = self.engine.done[0].error
+            self.engine.done_count = 0
+            if error:
+                raise Violation(f"a read of a disk at rest failed with {error}")
+            room[:] = (<char *> buffer)[: sectors * SECTOR]
+        finally:
+            free(buffer)
+        return room
+
+    # --- random play --------------------------------------------------------------------------------------------------
+
+    def aim(self, *, weights, areas, uint64_t largest_sectors, uint32_t depth, uint64_t unit_sectors, double skew_share, double side_share):
+        """What random requests look like from now on; see _player.pyi."""
+        cdef int i
+        self.weight_sum = 0
+        for i, name in enumerate(KINDS):
+            self.weights[i] = weights.get(name, 0.0)
+            self.weight_sum += self.weights[i]
+        if not 0 < len(areas) <= 8 or self.weight_sum <= 0:
+            raise ValueError("between one and eight areas and at least one kind of request are needed")
+        self.area_count = len(areas)
+        for i, (first, count) in enumerate(areas):
+            self.areas[2 * i], self.areas[2 * i + 1] = first, count
+        self.largest_sectors = largest_sectors
+        self.depth = depth
+        self.unit_sectors = unit_sectors
+        self.skew_share = skew_share
+        self.side_share = side_share
+
+    def play(self, uint64_t requests, *, uint64_t seed, uint64_t stream, skip=None, on_side=None, awaited=None):
+        """Submit and move in random order. Returns how many requests were submitted; see _player.pyi."""
+        cdef uint64_t i, sent = 0
+        cdef uint32_t target
+        cdef int wanted = -1 if awaited is None else awaited
+        cdef Operation op
+        for i in range(requests):
+            if wanted >= 0:
+                for op in self.device.pending:
+                    if op.took_effect and self.device.category_of(op) == wanted:
+                        return sent
+            if skip is not None and i in skip:
+                continue
+            # Each request has dice of its own: leaving one out changes no other.
+            self.request_dice.seed(seed, stream, i)
+            self.random_request()
+            sent += 1
+            if on_side is not None and self.request_dice.chance(self.side_share):
+                on_side(self.request_dice)
+            target = <uint32_t> self.request_dice.between(1, self.depth)
+            while self.in_flight_count >= target:
+                if not self.turn():
+                    break
+        return sent
+
+    cdef int random_request(self) except -1:
+        cdef Dice dice = self.request_dice
+        cdef double pick = self.weight_sum * <double> (dice.raw() >> 11) * (1.0 / 9007199254740992.0)
+        cdef int kind = 0
+        cdef uint64_t first, total, sectors, at, skew = 0, per, end, unit
+        cdef uint32_t area = <uint32_t> dice.below(self.area_count)
+        cdef bint fua
+        while kind < KIND_COUNT - 1 and (pick >= self.weights[kind] or self.weights[kind] == 0):
+            pick -= self.weights[kind]
+            kind += 1
+        first, total = self.areas[2 * area], self.areas[2 * area + 1]
+        unit = self.unit_sectors if dice.chance(0.6) else 1
+        sectors = min(dice.between(1, self.largest_sectors), total)
+        at = dice.between(0, total - sectors)
+        if kind == KIND_REWRITE:
+            at = dice.between(0, min(total - 1, <uint64_t> 64))
+            sectors = min(min(sectors, <uint64_t> 16), total - at)
+        elif (kind == KIND_TRIM or kind == KIND_ZERO) and dice.chance(0.6):
+            per = self.block_sectors if dice.chance(0.5) else self.chunk_sectors
+            # Whole blocks and chunks are those of the disk; of an area that begins inside one, what is left of it.
+            end = (first + at) // per * per + per * dice.between(1, 3)
+            at = (first + at) // per * per
+            at = at - first if at > first else 0
+            end = min(end - first, total) if end > first else total
+            sectors = end - at
+        if unit > 1:
+            at = at // unit * unit
+            sectors = max(min(sectors // unit * unit if sectors >= unit else unit, total - at), <uint64_t> 1)
+        fua = kind == KIND_FUA or ((kind == KIND_TRIM or kind == KIND_ZERO or kind == KIND_WRITE) and dice.chance(0.1))
+        if dice.chance(self.skew_share):
+            skew = (1, 8, 512)[dice.below(3)]
+        if kind == KIND_FUA or kind == KIND_REWRITE:
+            kind = KIND_WRITE
+        if kind == KIND_FLUSH:
+            first = at = sectors = 0
+        self.send(kind, first + at, sectors, fua, kind == KIND_ZERO and dice.chance(0.3), skew)
+        return 0

@@ -1,0 +1,165 @@
+"""What one world looks like: sizes, layout, base, cache mode, load, faults. Drawn from its seed, and independent of what happens in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fvd.format.geometry import Geometry, Layout
+from fvd.sim._device import CATEGORIES
+from fvd.sim._dice import Dice
+
+SECTOR_BYTES = 512
+KIB = 1024
+EIO, ENOSPC = -5, -28
+STICKY = ("journal", "map", "flush")  # a failure there is remembered by the engine, and ends most of a life
+
+Area = tuple[int, int]  # first sector, sectors
+
+
+@dataclass(slots=True)
+class Shape:
+    """A world's constants. Sizes in bytes, sectors (512 bytes) or chunks, as named."""
+
+    geometry: Geometry
+    base_bytes: int | None = None
+    logical_block_bytes: int = 512
+    cache_mode: str = "none"
+    on_full: str = "wait"
+    storage_chunks: int = 1
+    low_water_chunks: int = 0
+    discard: bool = False
+    windows: list[Area] | None = None
+    """The parts of a disk too large to be modelled whole that are used."""
+    areas: list[Area] = field(default_factory=list)
+    """Where requests fall."""
+    kinds: Mapping[str, float] = field(default_factory=dict)
+    """Weights of KINDS, before a round switches some off."""
+    largest_sectors: int = 8
+    depth: int = 1
+    longest_round: int = 1
+    slow_share: float = 0.0
+    stuck_share: float = 0.0
+    skew_share: float = 0.0
+    """Of buffers that are not aligned."""
+    faults: Mapping[str, float] = field(default_factory=dict)
+    """Share of the device's operations that fail, by category."""
+    fail_with: int = EIO
+    fail_one: bool = False
+    """One chosen operation of each life fails."""
+    growth: Literal["ready", "late", "never"] = "ready"
+    """Storage that is asked for comes at once, some time later, or only when everything else has ended."""
+    crash_at: str = ""
+    """The category of operation that crashes wait for; "": they wait for none."""
+    rot: bool = False
+    """Metadata is damaged, lost or misplaced at the end."""
+
+    def __post_init__(self) -> None:
+        if not self.areas:
+            self.areas = self.windows or [(0, self.sectors)]
+
+    @property
+    def sectors(self) -> int:
+        return self.geometry.virtual_size_bytes // SECTOR_BYTES
+
+    @property
+    def faulty(self) -> bool:
+        return self.fail_one or any(self.faults.values())
+
+
+def draw(dice: Dice) -> Shape:
+    """A shape from the dice."""
+    scale = dice.choice(("crowded", "crowded", "crowded", "plain", "plain", "plain", "wide", "busy"))
+    if dice.random() < 0.002:
+        return _draw_vast(dice)
+    block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
+    chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
+    # On a crowded disk requests meet each other all the time; on a wide one much has never been written, committed or checkpointed.
+    virtual = dice.randint(8, {"crowded": 512, "wide": 32768, "busy": 1024}.get(scale, 4096)) * SECTOR_BYTES
+    if scale == "wide":
+        block, chunk = min(block, 64 * KIB), 64 * KIB
+    elif dice.random() < 0.3:
+        virtual = dice.randint(1, max(1, virtual // chunk)) * chunk
+    base = None
+    if dice.random() < 0.5:
+        base = dice.choice((virtual, virtual // 2, virtual + 12345, dice.randint(1, virtual), dice.randint(1, virtual // 512) * 512))
+    geometry = Geometry(
+        virtual_size_bytes=virtual,
+        block_size_bytes=block,
+        chunk_size_bytes=chunk,
+        journal_size_bytes=dice.choice((16, 16, 17, 23, 32)) * 4 * KIB,
+        grow_step_bytes=max(chunk, dice.choice((64, 256, 256, 1024)) * KIB),
+        layout=Layout.RAW if dice.random() < 0.2 else Layout.COMPACT,
+    )
+    shape = _draw_load(dice, geometry, scale)
+    shape.base_bytes = base
+    sectors = shape.sectors
+    if scale != "wide" and dice.random() < 0.4:
+        hot = min(sectors, dice.choice((16, 256, 1024)))
+        shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]
+    return shape
+
+
+def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
+    wide, small = scale == "wide", scale in ("crowded", "wide", "busy")
+    kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
+    kinds["write"] = 3.0
+    if wide:
+        kinds["flush"] = 2.0
+    chunks = geometry.chunks
+    whole = geometry.layout is Layout.RAW or dice.random() < 0.4
+    rate = dice.choice((0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 0.9))
+    # What is remembered ends most of a life: rarer, or the rest would never be seen.
+    faults = {name: rate * (0.1 if name in STICKY else 1.0) for name in CATEGORIES if dice.random() < 0.4}
+    return Shape(
+        geometry=geometry,
+        logical_block_bytes=dice.choice((512, 512, 4096)),
+        cache_mode=dice.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
+        on_full=dice.choice(("wait", "error")),
+        storage_chunks=chunks if whole else dice.randint(1, chunks),
+        low_water_chunks=dice.choice((0, 0, 2)),
+        discard=dice.random() < 0.5,
+        kinds=kinds,
+        largest_sectors=dice.choice((8, 16) if small else (8, 32, 128, 512)),
+        depth={"busy": dice.choice((256, 1024, 4096)), "crowded": dice.choice((8, 16, 48))}.get(scale, dice.choice((1, 4, 16, 48))),
+        longest_round=dice.choice((200, 1000, 4000) if scale == "busy" else (10, 40, 40, 80, 200, 1000)),
+        slow_share=dice.choice((0.0, 0.05, 0.2, 0.2)),
+        stuck_share=dice.choice((0.0, 0.0, 0.02)),
+        skew_share=dice.choice((0.0, 0.1)),
+        faults=faults if rate else {},
+        fail_with=dice.choice((EIO, EIO, ENOSPC)),
+        fail_one=dice.random() < 0.1,
+        growth=dice.choice(("ready", "ready", "late", "never")),
+        crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *CATEGORIES)),
+        rot=dice.random() < 0.1,
+    )
+
+
+def _draw_vast(dice: Dice) -> Shape:
+    """A disk beyond 2 TiB of which a few places are used: numbers that are cut short somewhere lead to the wrong one of them."""
+    virtual = dice.choice(((1 << 31) + 4096, (1 << 32) + 4096, (1 << 33) + 128)) * SECTOR_BYTES - dice.randint(0, 7) * SECTOR_BYTES
+    geometry = Geometry(
+        virtual_size_bytes=virtual,
+        block_size_bytes=dice.choice((64, 256, 1024)) * KIB,
+        chunk_size_bytes=dice.choice((1, 2, 4)) << 20,
+        journal_size_bytes=256 * KIB,
+        grow_step_bytes=64 << 20,
+    )
+    shape = _draw_load(dice, geometry, "plain")
+    sectors = shape.sectors
+    window = geometry.chunk_size_bytes // SECTOR_BYTES * 2
+    shape.windows = [(first, min(window, sectors - first)) for first in _corners(sectors, window)]
+    shape.areas = shape.windows
+    shape.storage_chunks = dice.randint(1, 8)
+    shape.base_bytes = dice.choice((None, virtual, virtual // 2 + 777, (1 << 41) + 513))
+    shape.longest_round = 200
+    shape.largest_sectors = dice.choice((8, 128))
+    shape.rot = False
+    return shape
+
+
+def _corners(sectors: int, window: int) -> list[int]:
+    """First sectors of windows that do not overlap: the beginning, around powers of two, the end; whole chunks."""
+    places = [0, *(1 << power for power in (22, 26, 31, 32)), sectors // window * window]
+    return [place for place in sorted(set(places)) if place < sectors]

@@ -1,0 +1,167 @@
+"""Worlds one after another, on all processors, until something is found or enough was played. Knows worlds, not what is in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+from fvd.sim import bytewise
+from fvd.sim.world import Outcome, run
+
+BATCH_SECONDS = 0.5
+STALL_SECONDS = 300.0  # a world takes milliseconds; what takes this long never ends
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A world that failed."""
+
+    seed: int
+    error: str
+    requests: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was played so far."""
+
+    first_seed: int
+    worlds: int = 0
+    requests: int = 0
+    crashes: int = 0
+    kills: int = 0
+    closes: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    found: list[Found] = field(default_factory=list)
+
+    @property
+    def next_seed(self) -> int:
+        return self.first_seed + self.worlds
+
+    @property
+    def requests_per_cpu_second(self) -> float:
+        return self.requests / self.cpu_seconds if self.cpu_seconds else 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        self.worlds += 1
+        self.requests += outcome.requests
+        self.crashes += outcome.crashes
+        self.kills += outcome.kills
+        self.closes += outcome.closes
+        self.refused += outcome.refused
+
+
+Progress = Callable[[Tally], None]
+
+
+def play_one(seed: int, *, any_byte: bool = False) -> tuple[Outcome, Found | None]:
+    """One world; a failure is returned, not raised."""
+    outcome = Outcome(seed)
+    try:
+        if any_byte:
+            outcome.requests = bytewise.run(seed)
+        else:
+            run(seed, outcome=outcome)
+    except Exception as error:
+        return outcome, Found(seed, f"{type(error).__name__}: {error}", outcome.requests)
+    return outcome, None
+
+
+def _play_batch(seeds: range, any_byte: bool) -> tuple[list[tuple[Outcome, Found | None]], float]:
+    began = time.process_time()
+    return [play_one(seed, any_byte=any_byte) for seed in seeds], time.process_time() - began
+
+
+def torture(
+    first_seed: int,
+    *,
+    worlds: int | None = None,
+    requests: int | None = None,
+    seconds: float | None = None,
+    jobs: int = 1,
+    any_byte: bool = False,
+    keep_going: bool = False,
+    progress: Progress | None = None,
+) -> Tally:
+    """Plays worlds from `first_seed` on until one of the limits is reached, or something is found (unless `keep_going`).
+
+    A world that kills its process, or never ends, is found too. `any_byte`: the worlds of bytewise.
+    """
+    tally = Tally(first_seed)
+    began = time.monotonic()
+
+    def enough() -> bool:
+        tally.seconds = time.monotonic() - began
+        return (
+            (bool(tally.found) and not keep_going)
+            or (requests is not None and tally.requests >= requests)
+            or (seconds is not None and tally.seconds >= seconds)
+        )
+
+    batches = _batches(first_seed, worlds, jobs)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
+        running: dict[Future[tuple[list[tuple[Outcome, Found | None]], float]], range] = {}
+        try:
+            while not enough():
+                while len(running) < jobs * 2 and (seeds := next(batches, None)) is not None:
+                    running[pool.submit(_play_batch, seeds, any_byte)] = seeds
+                if not running:
+                    break
+                done, _ = wait(running, STALL_SECONDS, return_when=FIRST_COMPLETED)
+                if not done:
+                    seeds = next(iter(running.values()))
+                    tally.found.append(Found(seeds.start, f"one of the seeds {seeds.start} to {seeds.stop - 1} does not end"))
+                    _end(pool)
+                    break
+                for future in done:
+                    del running[future]
+                    outcomes, cpu_seconds = future.result()
+                    tally.cpu_seconds += cpu_seconds
+                    for outcome, found in outcomes:
+                        tally.add(outcome)
+                        if found is not None:
+                            tally.found.append(found)
+                if progress is not None:
+                    progress(tally)
+        except BrokenProcessPool:
+            tally.found += _who_died(sorted(running.values(), key=lambda seeds: seeds.start), any_byte)
+        except KeyboardInterrupt:
+            _end(pool)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    tally.found.sort(key=lambda found: found.seed)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def _batches(first: int, worlds: int | None, jobs: int) -> Iterator[range]:
+    size = 20 if worlds is None else max(1, min(20, worlds // (jobs * 4)))
+    end = None if worlds is None else first + worlds
+    while end is None or first < end:
+        last = first + size if end is None else min(first + size, end)
+        yield range(first, last)
+        first = last
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in list(pool._processes.values()):
+        process.kill()
+
+
+def _who_died(lost: list[range], any_byte: bool) -> list[Found]:
+    """Plays each world of the batches that were under way in a process of its own: the one that dies again is found."""
+    for seeds in lost:
+        for seed in seeds:
+            with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+                try:
+                    pool.submit(_play_batch, range(seed, seed + 1), any_byte).result()
+                except BrokenProcessPool:
+                    return [Found(seed, "the world ended its process")]
+    where = f"{lost[0].start} to {lost[-1].stop - 1}" if lost else "?"
+    return [Found(lost[0].start if lost else 0, f"a process died while it played one of the seeds {where}; none does so again alone")]
