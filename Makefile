@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked lint test test-lvm test-quick demo demo-lvm bench bench-quick wheel clean
+.PHONY: help setup build checked lint test test-lvm test-quick torture-long demo demo-lvm bench bench-quick wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -54,6 +54,11 @@ test-quick: build ## the release build's fast tests
 
 # A volume group is touched only if it is named on the command line, not for a VG that happens to be in the environment.
 named = $(if $(filter command line,$(origin $(1))),$($(1)))
+
+# FIRST: a range of seeds that nobody has played.
+FIRST ?= 1000000000
+torture-long: build ## 50 million requests on the simulated disk; what was found, if anything, by seed
+	$(PY) -m fvd.cli torture --seed $(FIRST) --requests 50000000 --keep-going
 
 demo: build ## the main job on real input, narrated; a few minutes, some GB in $TMPDIR. VG=vg0: on that volume group
 	@$(PY) scripts/demo $(call named,VG) $(addprefix --spare ,$(call named,SPARE))

@@ -3,13 +3,13 @@ _fvd_lv() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command= word
     COMPREPLY=()
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in provision|serve|extend|info|attach-info|events|map|check|dump|list|remove) command=$word; break ;; esac
+        case $word in provision|serve|extend|info|attach-info|events|map|check|dump|list|remove|torture) command=$word; break ;; esac
     done
     # Bash splits file:PATH at the colon.
     if [[ $current == : ]]; then current=; previous=:; fi
     if [[ $previous == : ]]; then _fvd_lv_files -f; return; fi
     case $command:$previous in
-        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
+        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output|torture:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
         provision:--size) :; return ;;
         provision:--base) _fvd_lv_files -f; return ;;
         provision:--layout) COMPREPLY=($(compgen -W "compact raw" -- "$current")); return ;;
@@ -32,9 +32,19 @@ _fvd_lv() {
         map:--offset) :; return ;;
         map:--length) :; return ;;
         map:--picture) COMPREPLY=($(compgen -W "auto always never" -- "$current")); return ;;
+        torture:--seed) :; return ;;
+        torture:--worlds) :; return ;;
+        torture:--requests) :; return ;;
+        torture:--seconds) :; return ;;
+        torture:--jobs) :; return ;;
+        torture:--only) :; return ;;
+        torture:--events) :; return ;;
+        torture:--nbd) :; return ;;
+        torture:--qemu) :; return ;;
+        torture:--script) :; return ;;
     esac
     case $command in
-        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events map check dump list remove --help --version --output --verbose" -- "$current")) ;;
+        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events map check dump list remove torture --help --version --output --verbose" -- "$current")) ;;
         provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
         serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
@@ -46,6 +56,7 @@ _fvd_lv() {
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;
         remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        torture) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --seed --worlds --requests --seconds --jobs --keep-going --bytes --trace --only --events --shrink --nbd --qemu --base --console --script" -- "$current")); else :; fi ;;
     esac
 }
 _fvd_lv_files() {

@@ -25,6 +25,7 @@ cdef class Operation:
     cdef public int32_t result
     cdef public uint64_t held_until
     cdef uint64_t effect_at         # moment of taking effect
+    cdef uint64_t size_at_effect    # of the storage
     cdef uint8_t *buffer
 
 cdef class SimulatedDevice:
@@ -34,7 +35,7 @@ cdef class SimulatedDevice:
     cdef public double slow_share, stuck_share
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
-    cdef readonly uint64_t size_bytes, capacity_bytes, now_ns, submitted
+    cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
     cdef readonly uint32_t logical_block_bytes
     cdef readonly object base_bytes
     cdef object image_array

@@ -61,6 +61,8 @@ class SimulatedDevice:
     fail_with: int
     """The negative errno of failures by rate or number."""
     size_bytes: int
+    durable_size_bytes: int
+    """The size that the last flush covered. A crash may leave it, as it may for a file; a logical volume keeps its size."""
     capacity_bytes: int
     now_ns: int
     submitted: int
@@ -95,6 +97,9 @@ class SimulatedDevice:
     def category(self, operation: Operation) -> str: ...
     def flush_everything(self) -> None:
         """A flush by somebody else than the engine: everything that took effect is durable."""
+
+    def truncate(self, size_bytes: int) -> None:
+        """The storage ends here now; what lay beyond is gone."""
 
     def volatile(self) -> list[tuple[int, list[bytes]]]:
         """(offset_bytes, contents, oldest first) of each block of which a crash now may leave any of several contents, by submission.

@@ -199,13 +199,13 @@ cdef class SimulatedDevice:
 
     cdef int begin(self, Operation op) except -1:
         cdef int32_t error = 0
-        cdef int category
         cdef uint64_t end = op.offset_bytes + op.length_bytes
         if op.took_effect:
             raise RuntimeError(f"{op} takes effect twice")
         op.took_effect = True
         self.moment += 1
         op.effect_at = self.moment
+        op.size_at_effect = self.size_bytes
         if self.faulty and self.dice.chance(self.rates[self.category_of(op)]):
             error = self.fail_with
         elif op.number == self.fail_number:
@@ -256,6 +256,7 @@ cdef class SimulatedDevice:
                 else:
                     self.listed[block] = 0
             self.touched_count = kept
+            self.durable_size_bytes = max(self.durable_size_bytes, op.size_at_effect)
         return 0
 
     def persist(self, Operation operation, blocks=None):
@@ -360,6 +361,24 @@ cdef class SimulatedDevice:
             self.newest[self.touched[i]] = NULL
             self.listed[self.touched[i]] = 0
         self.touched_count = 0
+        self.durable_size_bytes = self.size_bytes
+
+    def truncate(self, uint64_t size_bytes):
+        """The storage ends here now; what lay beyond is gone."""
+        cdef uint64_t i, block, kept = 0
+        if size_bytes > self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes: the device has only {self.size_bytes}")
+        for i in range(self.touched_count):
+            block = self.touched[i]
+            if block * self.logical_block_bytes < size_bytes:
+                self.touched[kept] = block
+                kept += 1
+            else:
+                self.forget(self.newest[block])
+                self.newest[block] = NULL
+                self.listed[block] = 0
+        self.touched_count = kept
+        self.size_bytes = size_bytes
 
     def volatile(self):
         """[(offset_bytes, contents, oldest first)] of each block of which a crash now may leave any of several contents, by submission.
@@ -420,11 +439,14 @@ cdef class SimulatedDevice:
             for _ in range(1 + self.dice.below(count) if count else 0):
                 version = version.older
             memcpy(self.image + block * size, <uint8_t *> (version + 1), size)
+        # The size of a file is volatile too; that of a logical volume is not.
+        if self.size_bytes > self.durable_size_bytes and self.dice.chance(0.3):
+            self.truncate(self.durable_size_bytes)
         self.flush_everything()
         self.pending.clear()
 
     def kill(self):
-        """The process dies and the device goes on: writes under way take effect, or some of their blocks do, or none. All stays volatile."""
+        """The process dies and the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
         cdef Operation op
         for op in self.pending:
             if op.kind == OP_WRITE:

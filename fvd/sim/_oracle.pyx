@@ -434,7 +434,8 @@ cdef class Oracle:
         cdef uint32_t j
         sector = self.sector_at(index)
         if history.count == 0:
-            return Violation(f"sector {sector}: {when} {self.name(value, sector)}; unchanged since {self.name(self.settled[index], sector)}")
+            before = self.name(self.settled[index], sector)
+            return Violation(f"sector {sector}: {when} {self.name(value, sector)}; unchanged since {before}")
         allowed = []
         for j in range(history.count):
             write = &self.writes[history.entries[j].write]

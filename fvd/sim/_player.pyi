@@ -49,7 +49,7 @@ class Player:
     def submit(
         self, kind: str, first_sector: int = 0, sectors: int = 0, *, fua: bool = False, no_hole: bool = False, skew_bytes: int = 0
     ) -> int:
-        """Hand one request to the engine. Returns its cookie: in `in_flight` until it has ended. `skew_bytes`: how crooked its buffer is."""
+        """Hand one request to the engine. Returns its cookie: in `in_flight` until it ends. `skew_bytes`: how crooked its buffer."""
 
     def exchange(self) -> None:
         """Take what the engine wants done, and what it has done, without an event of the device. Raises Violation."""

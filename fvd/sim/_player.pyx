@@ -5,11 +5,11 @@ It drives the engine as the serving loops do, through the compiled interface; in
 disk is provisioned, recovered or found on its device.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
-from fvd.device.op cimport OP_DISCARD, OP_FLUSH, DeviceOp
+from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (
     FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Engine,
 )
@@ -17,7 +17,6 @@ from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, Ope
 from fvd.sim._dice cimport Dice
 from fvd.sim._oracle cimport Oracle
 
-from fvd.sim._device import KIND_NAMES
 from fvd.sim._oracle import Violation
 
 KINDS = ("read", "write", "flush", "trim", "zero", "close", "fua", "rewrite")
@@ -126,7 +125,7 @@ cdef class Player:
         elif kind == KIND_ZERO:
             guest.write = self.oracle.begin(first_sector, sectors, True, False)
         elif kind == KIND_TRIM:
-            # Without a base whole blocks are promised to read as zeros; the rest may be ignored. The last block is whole though it is short.
+            # Without a base whole blocks (the last one though it is short) are promised to read as zeros; the rest may be ignored.
             low = (first_sector + self.block_sectors - 1) // self.block_sectors * self.block_sectors
             high = first_sector + sectors
             if high < self.disk_sectors:

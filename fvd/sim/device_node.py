@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fvd.device.node import Bytes, Data
-from fvd.sim._device import SimulatedDevice
+from fvd.sim._device import FLUSH, STORAGE, WRITE, SimulatedDevice
 
 
 class DeviceNode:
@@ -40,3 +40,45 @@ class DeviceNode:
 
     def forget_cache(self) -> None:
         """There is no cache above this device."""
+
+
+class PowerFailure(Exception):
+    """Enough operations have taken effect."""
+
+
+class Budget:
+    """Power fails when so many operations have taken effect, the last of them not yet complete."""
+
+    def __init__(self, operations: int = 1 << 60) -> None:
+        self.left = operations
+
+    def spend(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise PowerFailure
+
+
+class VolatileNode(DeviceNode):
+    """The same, but every write and flush is an operation of the device: volatile until a flush, and one that power may fail at."""
+
+    def __init__(self, device: SimulatedDevice, budget: Budget) -> None:
+        super().__init__(device, direct=True)
+        self._budget = budget
+
+    def _operate(self, kind: int, offset_bytes: int, data: Bytes | None) -> None:
+        address, length = (0, 0) if data is None else (data.ctypes.data, data.size)
+        self._device.submit([(0, kind, STORAGE, offset_bytes, length, address, False)])
+        operation = self._device.pending[-1]
+        self._device.take_effect(operation)
+        self._budget.spend()
+        self._device.finish(operation)
+
+    def pwrite(self, offset_bytes: int, data: Data, /) -> None:
+        source = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+        self._operate(WRITE, offset_bytes, source)
+
+    def zero(self, offset_bytes: int, length_bytes: int, /) -> None:
+        self._operate(WRITE, offset_bytes, np.zeros(length_bytes, np.uint8))
+
+    def flush(self) -> None:
+        self._operate(FLUSH, 0, None)

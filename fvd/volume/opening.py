@@ -23,7 +23,7 @@ from fvd.volume.loading import LoadedDisk, naming, recover_disk
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
 from fvd.volume.provider import provider_for
-from fvd.volume.superblocks import read_slots, write_superblock
+from fvd.volume.superblocks import Pages, read_slots, write_superblock
 from fvd.volume.watching import watch_device
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -118,7 +118,7 @@ def open_volume(
             undo.callback(base.close)
         notices = [node.notice] if node.notice else []
         if not read_only:
-            disk.superblock = _renew_superblock(node, disk.superblock, notices)
+            disk.superblock = renew_superblock(node, disk.superblock, notices)
         with naming(str(volume)):
             engine = _make_engine(disk, node, base, read_only, cache, on_full, low_water, discard)
         allocator = None
@@ -174,7 +174,7 @@ def _make_engine(
     )
 
 
-def _renew_superblock(node: Node, superblock: Superblock, notices: list[str]) -> Superblock:
+def renew_superblock(node: Pages, superblock: Superblock, notices: list[str]) -> Superblock:
     """Clears unknown autoclear bits, for what they vouch for is about to change; and replaces a lost copy while the other is good."""
     unknown = superblock.autoclear_features & ~KNOWN_AUTOCLEAR_FEATURES
     lost = _other_copy_is_lost(node, superblock)
@@ -187,7 +187,7 @@ def _renew_superblock(node: Node, superblock: Superblock, notices: list[str]) ->
     return renewed
 
 
-def _other_copy_is_lost(node: Node, superblock: Superblock) -> bool:
+def _other_copy_is_lost(node: Pages, superblock: Superblock) -> bool:
     slots = read_slots(node)
     if slots is None:
         return False

@@ -21,6 +21,7 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
+from fvd.volume import loading
 from fvd.volume.opening import CACHE_MODES, open_volume
 
 

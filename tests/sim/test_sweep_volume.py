@@ -1,0 +1,161 @@
+"""Power fails at every operation of provision, extend, an open after a crash, and remove, over what others left on the storage.
+
+At every moment there is no disk, or a whole one; doing it again always succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from fvd.errors import Corrupt, NotFound
+from fvd.format.geometry import Geometry
+from fvd.format.superblock import Superblock
+from fvd.sim._device import SimulatedDevice
+from fvd.sim._dice import Dice
+from fvd.sim._oracle import Violation
+from fvd.sim.device_node import Budget, DeviceNode, VolatileNode
+from fvd.sim.sweep import sweep
+from fvd.volume import superblocks
+from fvd.volume.check import check_node
+from fvd.volume.loading import load_disk, recover_disk
+from fvd.volume.name import parse_name
+from fvd.volume.opening import renew_superblock
+from fvd.volume.provision import write_disk
+from fvd.volume.superblocks import state_of, wipe_superblocks
+
+GEOMETRY = Geometry(
+    virtual_size_bytes=1 << 20, block_size_bytes=4096, chunk_size_bytes=65536, journal_size_bytes=65536, grow_step_bytes=65536
+)
+OURS = Superblock(GEOMETRY, b"o" * 16, 2, None, 0)
+THEIRS = Superblock(replace(GEOMETRY, block_size_bytes=8192), b"t" * 16, 2, None, 0)
+NAME = parse_name("file:/simulated")
+SIZE_BYTES = GEOMETRY.data_offset_bytes + 4 * GEOMETRY.chunk_size_bytes
+
+
+class Scene:
+    """A storage with something on it, and what may be found there: `allowed` superblocks (by UUID), or none."""
+
+    def __init__(self, before: Callable[[DeviceNode], None], logical_block_bytes: int) -> None:
+        self.budget = Budget()
+        self.device = SimulatedDevice(SIZE_BYTES + 65536, logical_block_bytes, Dice(1), regions=(1 << 20, 1 << 21, 1 << 22))
+        self.device.grow(SIZE_BYTES, b"\xf0FOREIGN")
+        self.still = DeviceNode(self.device, direct=True)
+        before(self.still)
+        self.still.flush()
+        self.may_be_absent = True
+        self.allowed = {OURS.uuid}
+
+    @property
+    def node(self) -> VolatileNode:
+        return VolatileNode(self.device, self.budget)
+
+    def judge(self) -> None:
+        node = DeviceNode(self.device, direct=True)
+        found = state_of(node)
+        if not isinstance(found, Superblock):
+            if not self.may_be_absent or not isinstance(found, NotFound | Corrupt):
+                raise Violation(f"no disk is found: {found}")
+        else:
+            if found.uuid not in self.allowed:
+                raise Violation(f"a disk is found that was to be gone: {found.uuid!r}")
+            disk = load_disk(node)
+            if disk.bitmap.any() or (disk.table is not None and (disk.table != 0xFFFFFFFF).any()):
+                raise Violation("the disk has contents that nobody wrote")
+            if errors := check_node(node, NAME).errors:
+                raise Violation(f"check: {errors}")
+        image = bytes(self.device.image)
+        write_disk(node, OURS)
+        if load_disk(node).superblock != OURS:
+            raise Violation("provisioning again does not make the disk")
+        self.device.put_back(image)
+
+
+def nothing(node: DeviceNode) -> None:
+    """Foreign bytes."""
+
+
+def zeros(node: DeviceNode) -> None:
+    node.zero(0, SIZE_BYTES)
+
+
+def their_disk(node: DeviceNode) -> None:
+    """Another tenant's disk: valid superblocks, journal and maps where ours will be."""
+    write_disk(node, THEIRS)
+
+
+def our_disk(node: DeviceNode) -> None:
+    write_disk(node, OURS)
+
+
+def provision(scene: Scene) -> None:
+    """As provision() does once it knows that it may: a disk that was there is gone before the new one begins to be."""
+    scene.allowed |= {THEIRS.uuid}  # until its superblocks are durably gone
+    write_disk(scene.node, OURS)
+    scene.allowed = {OURS.uuid}
+    scene.may_be_absent = False
+
+
+def remove(scene: Scene) -> None:
+    wipe_superblocks(scene.node)
+    scene.allowed = set()
+
+
+def extend(scene: Scene) -> None:
+    """The size is all that changes; the disk opens at either."""
+    scene.may_be_absent = False
+    scene.node.flush()
+    scene.device.grow(SIZE_BYTES + 65536, b"\xf0FOREIGN")
+    scene.node.flush()
+
+
+def open_with_one_superblock(scene: Scene) -> None:
+    """A writable open puts a lost copy back, and never risks the other."""
+    scene.may_be_absent = False
+    recover_disk(scene.node, read_only=False)
+    notices: list[str] = []
+    renew_superblock(scene.node, superblocks.read_superblock(scene.node), notices)
+    if not notices:
+        raise Violation("a lost superblock was not noticed")
+
+
+def one_superblock(node: DeviceNode) -> None:
+    write_disk(node, OURS)
+    node.zero(superblocks.SLOT_OFFSETS_BYTES[1], 4096)
+
+
+@pytest.mark.parametrize("logical_block_bytes", [4096, 512])
+@pytest.mark.parametrize(
+    ("before", "scenario"),
+    [
+        (nothing, provision),
+        (zeros, provision),
+        (their_disk, provision),
+        (our_disk, remove),
+        (our_disk, extend),
+        (one_superblock, open_with_one_superblock),
+    ],
+    ids=lambda part: part.__name__,
+)
+def test_power_fails_everywhere(before: Callable[[DeviceNode], None], scenario: Callable[[Scene], None], logical_block_bytes: int) -> None:
+    count = sweep(lambda: Scene(before, logical_block_bytes), scenario)
+    print(f"{scenario.__name__}: {count.images} images at {count.points} points, at most {count.most_volatile} volatile blocks")
+    assert count.points >= 2
+
+
+def test_a_superblock_before_the_maps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VolatileNode, "flush", lambda node: None)
+    with pytest.raises((Violation, Corrupt)):
+        sweep(lambda: Scene(their_disk, 4096), provision)
+
+
+def test_half_a_removal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(scene: Scene) -> None:
+        scene.node.pwrite(superblocks.SLOT_OFFSETS_BYTES[0], bytes(4096))
+        scene.node.flush()
+        scene.allowed = set()
+
+    with pytest.raises(Violation, match="was to be gone"):
+        sweep(lambda: Scene(our_disk, 4096), half)
