@@ -120,10 +120,11 @@ def parse_kept(text: str) -> dict[int, frozenset[int]]:
             number, _, requests = part.partition(":")
             chosen: set[int] = set()
             for piece in filter(None, requests.split(",")):
-                first, _, last = piece.partition("-")
-                if int(last or first) - int(first) > UNTIL + UNTIL_REQUESTS:
+                first, dash, last = piece.partition("-")
+                last = last if dash else first
+                if int(last) - int(first) > UNTIL + UNTIL_REQUESTS:
                     raise ValueError
-                chosen.update(range(int(first), int(last or first) + 1))
+                chosen.update(range(int(first), int(last) + 1))
             only[int(number)] = frozenset(chosen)
     except ValueError:
         raise InvalidArgument(f"{text!r} does not name requests; write ROUND:REQUEST,FIRST-LAST/ROUND:... as --shrink does") from None

@@ -120,8 +120,8 @@ def torture(
                     _end(pool)
                     break
                 for future in done:
-                    del running[future]
                     outcomes, cpu_seconds = future.result()
+                    del running[future]
                     tally.cpu_seconds += cpu_seconds
                     for outcome, found in outcomes:
                         tally.add(outcome)

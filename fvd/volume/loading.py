@@ -1,6 +1,6 @@
 """Reads a whole disk into memory as its last commit left it: superblock, maps, journal replayed, everything checked. Writes nothing.
 
-Opening, info, map and check all begin here, so a disk that one of them accepts is accepted by all.
+Opening, info, map and check all begin here, so a disk that one of them accepts is accepted by all. Knows neither engine nor base.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ from fvd.volume.superblocks import Pages, read_superblock
 READ_BYTES = 2 << 20  # a buffer that is used again costs no page faults and stays in the processor's cache
 
 
+class RecoverablePages(Pages, Protocol):
+    """Storage whose cache can be mistrusted."""
+
+    @property
+    def direct(self) -> bool:
+        """Reads come from the device, not from a cache."""
+
+    def forget_cache(self) -> None: ...
+
+
 @dataclass
 class LoadedDisk:
     """A disk as its last commit left it."""
@@ -41,6 +51,25 @@ class LoadedDisk:
     @property
     def geometry(self) -> Geometry:
         return self.superblock.geometry
+
+
+def recover_disk(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
+    """The disk as an open may use it. Read-only it writes nothing: replay is in memory. Raises as `load_disk`."""
+    disk = load_disk(node)
+    if read_only or disk.journal_state.clean:
+        return disk
+    make_durable(node)
+    if node.direct:
+        return disk
+    # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
+    node.forget_cache()
+    return load_disk(node)
+
+
+def make_durable(node: Pages) -> None:
+    """R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used
+    again before the commit that freed it is durable, the older table could come back and show another chunk's data."""
+    node.flush()
 
 
 def load_disk(node: Pages) -> LoadedDisk:
@@ -93,7 +122,10 @@ def read_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap |
     """Fills `items` from storage, before replay. Raises Corrupt, naming the cell."""
     geometry = superblock.geometry
     pages = map_pages(geometry, kind)
-    buffer = aligned_buffer(min(READ_BYTES, pages * PAGE_BYTES))
+    if pages * PAGE_BYTES <= READ_BYTES:
+        decode_pages(geometry, kind, node.pread(map_offset_bytes(geometry, kind), pages * PAGE_BYTES), superblock.uuid, items, 0)
+        return
+    buffer = aligned_buffer(READ_BYTES)
     for first in range(0, pages, READ_BYTES // PAGE_BYTES):
         raw = buffer[: (pages - first) * PAGE_BYTES]
         node.pread_into(map_offset_bytes(geometry, kind) + first * PAGE_BYTES, raw)
