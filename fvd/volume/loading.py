@@ -91,33 +91,6 @@ def load_disk(node: Pages) -> LoadedDisk:
     return LoadedDisk(superblock, size_bytes, bitmap, table, used, state, dirty_bitmap, dirty_table)
 
 
-class RecoverablePages(Pages, Protocol):
-    """What is needed of a `fvd.device.node.Node` to open a disk for use."""
-
-    direct: bool
-
-    def forget_cache(self) -> None: ...
-
-
-def recover_disk(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
-    """The disk as an open finds it; for a writable open what it says is durable afterwards. Writes nothing. Raises as `load_disk`."""
-    disk = load_disk(node)
-    if read_only or disk.journal_state.clean:
-        return disk
-    make_durable(node)
-    if node.direct:
-        return disk
-    # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
-    node.forget_cache()
-    return load_disk(node)
-
-
-def make_durable(node: Pages) -> None:
-    """R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used again
-    before the commit that freed it is durable, the older table could come back and show another chunk's data."""
-    node.flush()
-
-
 def read_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap | Table) -> None:
     """Fills `items` from storage, before replay. Raises Corrupt, naming the cell."""
     geometry = superblock.geometry

@@ -1,0 +1,1292 @@
+"""Events by hand: a console on a simulated disk where a person, or a script, decides what happens next, and looks at what came of it.
+
+A script is the same lines in a file, with expectations: a test. `Console` may not know the terminal (`interact` gives it one), nor how
+the engine and the device work inside: it submits, moves the events of operations, and reads the maps.
+"""
+
+from __future__ import annotations
+
+import cmd
+import contextlib
+import errno
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fvd.errors import FvdError, InvalidArgument
+from fvd.format.geometry import PAGE_BYTES, Layout
+from fvd.sim._base import base_content
+from fvd.sim._device import CATEGORIES, WRITE, Operation
+from fvd.sim._dice import Dice
+from fvd.sim._oracle import SECTOR_BYTES, Violation
+from fvd.sim.stage import Stage
+from fvd.sim.world import EVENTS, FOREIGN, NAME
+from fvd.units import format_size, parse_size
+from fvd.volume.check import check_node
+
+LARGEST_BYTES = 256 << 20  # all of the disk is read for a drawing
+ERRORS = {"EIO": -errno.EIO, "ENOSPC": -errno.ENOSPC}
+_DATA, _BASE = 0, 1  # states of Engine.list_extents
+_STAMP_SHIFT, _BASE_SHIFT = 40, 44  # how the oracle stamps a sector: a write's number, or the base's, above its place + 1
+_BASE_MARK = 0xBA5E
+_TORN = -1
+_FOREIGN_WORD = int.from_bytes(FOREIGN, "little")
+_DONE = re.compile(r"done (\d+): \w+ (-?\d+)")
+_NAMED = re.compile(r"([A-Za-z][\w-]*):\s+(.*)")
+_BLOCKS = re.compile(r"\d+(-\d+)?")
+
+
+class BadCommand(InvalidArgument):
+    """A line of the console that means nothing, or cannot be done now. Nothing has happened."""
+
+
+class Unexpected(FvdError):
+    """An expectation was not met."""
+
+
+class ScriptError(FvdError):
+    """A line of a script is wrong, or what it expects is not so."""
+
+
+# --- the disk that a person asks for ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One `name=value` of `disk`."""
+
+    key: str
+    parse: Callable[[str], Any]
+    meaning: str
+    values: tuple[str, ...] = ()
+
+
+def _one_of(values: Mapping[str, Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text not in values:
+            raise BadCommand(f"{text!r} is none of {', '.join(values)}")
+        return values[text]
+
+    return parse
+
+
+def _choice(key: str, meaning: str, values: Mapping[str, Any]) -> Option:
+    return Option(key, _one_of(values), meaning, tuple(values))
+
+
+def _same(*names: str) -> dict[str, str]:
+    return dict(zip(names, names, strict=True))
+
+
+def _base_size(text: str) -> int | None:
+    return None if text == "none" else parse_size(text)
+
+
+OPTIONS: dict[str, Option] = {
+    "size": Option("virtual_size_bytes", parse_size, "what the guest sees (default 1M, at most 256M)"),
+    "block": Option("block_size_bytes", parse_size, "unit of the presence map (64K)"),
+    "chunk": Option("chunk_size_bytes", parse_size, "unit of allocation (256K)"),
+    "journal": Option("journal_size_bytes", parse_size, "the journal's ring (64K)"),
+    "step": Option("grow_step_bytes", parse_size, "how much `grow` adds (256K)"),
+    "storage": Option("storage_chunks", int, "chunks that there is storage for at the beginning (all)"),
+    "base": Option("base_bytes", _base_size, "the size of a base image, or none (none)", ("none",)),
+    "layout": _choice("layout", "how a chunk finds its place (compact)", {layout.name.lower(): layout for layout in Layout}),
+    "lbs": _choice("logical_block_bytes", "what the device writes whole or not at all (512)", {"512": 512, "4096": 4096}),
+    "cache": _choice("cache_mode", "the cache mode (none)", _same("none", "writeback", "writethrough", "directsync", "unsafe")),
+    "on-full": _choice("on_full", "what a write does when storage cannot grow (wait)", _same("wait", "error")),
+    "discard": _choice("discard", "whether freed chunks are discarded (off)", {"on": True, "off": False}),
+}
+
+
+def _changes(options: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of Geometry and Shape that these options change."""
+    changes = {}
+    for name, text in options.items():
+        option = OPTIONS.get(name)
+        if option is None:
+            raise BadCommand(f"a disk has no option {name!r}; it has {', '.join(OPTIONS)}")
+        try:
+            changes[option.key] = option.parse(str(text))
+        except ValueError as error:
+            raise BadCommand(f"{name}={text}: {error}") from None
+    if changes.get("virtual_size_bytes", 0) > LARGEST_BYTES:
+        raise BadCommand(f"size={options['size']}: the console draws all of a disk; choose at most {format_size(LARGEST_BYTES)}")
+    if changes.get("storage_chunks", 0) < 0:
+        raise BadCommand(f"storage={options['storage']}: it cannot be negative")
+    return changes
+
+
+# --- one disk, with names for what is under way -----------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A guest's request, as long as its disk is on stage."""
+
+    name: str
+    text: str
+    number: int
+    """What the oracle stamps its sectors with; 0: it writes none."""
+    state: str = "waiting"
+    """waiting, done, failed EIO, lost"""
+
+
+@dataclass(eq=False, slots=True)
+class Tracked:
+    """An operation of the device since the disk was last opened."""
+
+    operation: Operation
+    category: str
+    place: str
+    content: bytes
+    """What a write writes; kept here, for its buffer goes when it completes."""
+    serves: list[Request] = field(default_factory=list)
+    fate: int = 0
+    held: bool = False
+    persisted: bool = False
+    completed: bool = False
+
+    def __str__(self) -> str:
+        kind = f"{self.category} (fua)" if self.operation.durable and self.category == "write" else self.category
+        served = f" for {', '.join(request.name for request in self.serves)}" if self.serves else ""
+        return f"{self.operation.number} {kind}{f' {self.place}' if self.place else ''}{served}"
+
+    @property
+    def state(self) -> str:
+        operation = self.operation
+        words = ["completed" if self.completed else "took effect" if operation.took_effect else "submitted"]
+        if self.persisted:
+            words.append("persisted")
+        error = operation.result or self.fate
+        if error:
+            words.append(f"{'failed' if operation.took_effect else 'will fail'} with {errno.errorcode[-error]}")
+        return ", ".join([*words, *(["held"] if self.held else [])])
+
+
+class Bench:
+    """A disk on stage. What is done to it goes through here, so that it knows which operation serves which request."""
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        self.log: list[str] = []
+        try:
+            self.stage = Stage(log=self.log, **_changes(options))
+        except InvalidArgument as error:
+            raise BadCommand(f"there can be no such disk: {error}") from None
+        self.requests: dict[str, Request] = {}
+        self.operations: dict[int, Tracked] = {}
+        self.closing = False
+        self._by_serial: dict[int, Request] = {}
+        self._read = 0  # lines of the log
+        self._seen = 0  # operations of the device
+        self.begin_life()
+
+    def begin_life(self) -> None:
+        """The disk was opened again: what was under way is gone."""
+        for request in self.requests.values():
+            if request.state == "waiting":
+                request.state = "lost"
+        self.operations.clear()
+        self._by_serial.clear()
+        self._read, self._seen = len(self.log), self.stage.device.submitted
+        self.closing = False
+
+    @property
+    def pending(self) -> list[Tracked]:
+        return [tracked for tracked in self.operations.values() if not tracked.completed]
+
+    # --- events ---------------------------------------------------------------------------------------------------------
+
+    def submit(self, name: str, kind: str, first: int, count: int, **flags: bool) -> list[str]:
+        before = self.stage.oracle.numbers
+        cookie = self.stage.submit(kind, first, count, **flags)
+        number = self.stage.oracle.numbers
+        words = [kind, *([str(first), str(count)] if count else []), *(flag for flag, on in flags.items() if on)]
+        request = Request(name, " ".join(words).replace("_", "-"), number if number > before else 0)
+        self.requests[name] = request
+        self._by_serial[cookie >> 20] = request
+        self.closing |= kind == "close"
+        return self.look([request])
+
+    def effect(self, tracked: Tracked) -> None:
+        if not tracked.operation.took_effect:
+            self.stage.effect(tracked.operation)
+
+    def finish(self, tracked: Tracked) -> list[str]:
+        self.effect(tracked)
+        tracked.completed = True
+        self.stage.finish(tracked.operation)
+        return self.look(tracked.serves)
+
+    def run(self) -> list[str]:
+        """Everything that is not held, and what follows from it, in the order of submission. Returns the requests that ended."""
+        news = []
+        while ready := [tracked for tracked in self.pending if not tracked.held]:
+            news += [line for line in self.finish(ready[0]) if not line.startswith("  ")]
+        return news
+
+    def step(self) -> list[str]:
+        """One event by the dice."""
+        states = {tracked: tracked.operation.took_effect for tracked in self.pending}
+        self.stage.step()
+        left = self.stage.device.pending
+        for tracked, took_effect in states.items():
+            if tracked.operation not in left:
+                tracked.completed = True
+                return [f"{tracked} completes", *self.look(tracked.serves)]
+            if tracked.operation.took_effect != took_effect:
+                return [f"{tracked} takes effect", *self.look()]
+        return self.look()
+
+    def fail(self, tracked: Tracked, error: int) -> None:
+        tracked.fate = error
+        player, device = self.stage.player, self.stage.device
+        player.errors_expected = True
+        if error != ERRORS["EIO"]:  # which is always one that a request may show
+            device.fail_with = error
+        if tracked.operation.took_effect:
+            tracked.operation.result = error
+        else:
+            device.fault = lambda operation: self.operations[operation.number].fate
+
+    def look(self, cause: Iterable[Request] = ()) -> list[str]:
+        """What is new: requests that ended, operations that the device got. `cause`: whom those serve when nothing else tells."""
+        self.stage.player.exchange()
+        news = []
+        for line in self.log[self._read :]:
+            if match := _DONE.match(line):
+                request, error = self._by_serial.pop(int(match[1])), int(match[2])
+                request.state = f"failed {errno.errorcode[-error]}" if error else "done"
+                news.append(f"{request.name}: {request.state}")
+        self._read = len(self.log)
+        device = self.stage.device
+        fresh = [operation for operation in device.pending if operation.number > self._seen]
+        self._seen = device.submitted
+        busy = {request for tracked in self.pending for request in tracked.serves}
+        idle = [request for request in self._by_serial.values() if request not in busy]
+        alive = [request for request in cause if request.state == "waiting"]
+        for operation in fresh:
+            category = device.category(operation)
+            content = operation.content if operation.kind == WRITE else b""
+            tracked = Tracked(operation, category, self._place(operation, category, content), content)
+            tracked.serves = self._served(tracked) or ([] if category == "discard" else alive or idle)
+            self.operations[operation.number] = tracked
+            news.append(f"  {tracked}")
+        return news
+
+    def _served(self, tracked: Tracked) -> list[Request]:
+        """The requests whose stamps a write of data carries."""
+        if tracked.category != "write":
+            return []
+        numbers = set((_words(tracked.content)[:, 0] >> np.uint64(_STAMP_SHIFT)).tolist())
+        return [request for request in self._by_serial.values() if request.number in numbers]
+
+    # --- ends of a life -------------------------------------------------------------------------------------------------
+
+    def crash(self, keep: Sequence[Tracked] | None = None, *, newest: bool = False) -> None:
+        """Power fails with every block as it was last durable; or with the contents that `keep` wrote; or with the newest contents."""
+        device = self.stage.device
+        image = bytearray(device.image)
+        size = device.logical_block_bytes
+        for offset, contents in device.volatile():
+            if newest:
+                continue
+            chosen = 0
+            for tracked in keep or ():
+                at = offset - tracked.operation.offset_bytes
+                piece = tracked.content[at : at + size] if at >= 0 else b""
+                if piece in contents:
+                    chosen = max(chosen, len(contents) - 1 - contents[::-1].index(piece))
+            image[offset : offset + size] = contents[chosen]
+        device.put_back(image)
+        self.crash_by_dice()
+
+    def crash_by_dice(self) -> None:
+        self.stage.crash()
+        self.begin_life()
+
+    def kill(self, how: str) -> None:
+        if how == "keep":
+            for tracked in self.pending:
+                self.effect(tracked)
+        elif how == "drop":
+            device = self.stage.device
+            device.pending = [operation for operation in device.pending if operation.took_effect]
+        self.stage.kill()
+        self.begin_life()
+
+    def reopen(self) -> list[str]:
+        """Close in peace if nobody has, and open again after power has failed."""
+        stage = self.stage
+        news = []
+        if not self.closing:
+            news += self.submit(self.free_name("close"), "close", 0, 0)
+        news = [*(line for line in news if not line.startswith("  ")), *self.run()]
+        if stage.in_flight:
+            raise Violation(f"close never ends: {', '.join(request.name for request in self._by_serial.values())}")
+        if leaks := stage.engine.leaks():
+            raise Violation(f"leaked: {leaks}")
+        if not stage.engine.failed_errno:
+            # A closed disk is durable as a whole, whatever the cache mode.
+            stage.oracle.end_flush(stage.oracle.begin_flush(), True)
+        self.crash_by_dice()
+        return news
+
+    def check(self) -> str:
+        """Judge the metadata as it is now and, when nothing is under way, what a guest reads."""
+        stage = self.stage
+        report = check_node(stage.node(), NAME)
+        if report.errors:
+            raise Violation(f"check: {'; '.join(report.errors)}")
+        if stage.device.pending or stage.in_flight or self.closing:
+            return "the metadata is whole (the data can be read when nothing is under way)"
+        began = stage.oracle.begin_read()
+        stage.oracle.check_read(0, began, bytes(stage.read_all()))
+        self._seen = stage.device.submitted
+        return "the metadata is whole, and every sector shows what it may"
+
+    # --- looking --------------------------------------------------------------------------------------------------------
+
+    def free_name(self, kind: str) -> str:
+        number = len(self.requests) + 1
+        while f"{kind}{number}" in self.requests:
+            number += 1
+        return f"{kind}{number}"
+
+    def _place(self, operation: Operation, category: str, content: bytes) -> str:
+        """Where an operation goes, as people call it."""
+        first, count = operation.offset_bytes // SECTOR_BYTES, operation.length_bytes // SECTOR_BYTES
+        if category == "flush":
+            return ""
+        if category == "base":
+            return f"sectors {_span(first, count)}"
+        return self.place(operation.offset_bytes, operation.length_bytes, content).removeprefix("journal ")
+
+    def place(self, offset_bytes: int, length_bytes: int, content: bytes = b"") -> str:
+        """A range of the storage: its pages, or whose sectors they are by what is written there, by the table, or else its slot."""
+        geometry = self.stage.geometry
+        pages = max(1, length_bytes // PAGE_BYTES)
+        regions = [("journal", geometry.journal_offset_bytes), ("bitmap", geometry.bitmap_offset_bytes)]
+        if geometry.table_entries:
+            regions.append(("table", geometry.table_offset_bytes))
+        if offset_bytes < geometry.data_offset_bytes:
+            name, start = max((region for region in regions if region[1] <= offset_bytes), key=lambda region: region[1])
+            at = (offset_bytes - start) // PAGE_BYTES
+            return f"{name} page {at}" if pages == 1 else f"{name} pages {_span(at, pages)}"
+        slot, within = divmod(offset_bytes - geometry.data_offset_bytes, geometry.chunk_size_bytes)
+        first, count = within // SECTOR_BYTES, length_bytes // SECTOR_BYTES
+        chunk: int | None = slot
+        _, table = self.stage.engine.snapshot_maps()
+        if table is not None:
+            chunk = next(iter(np.flatnonzero(table == slot).tolist()), None)
+        for index, word in enumerate(_words(content)[:, 0].tolist()):
+            if 0 < word >> _STAMP_SHIFT < _BASE_MARK << (_BASE_SHIFT - _STAMP_SHIFT):
+                sector = word % (1 << _STAMP_SHIFT) - 1 - index - first
+                chunk = sector * SECTOR_BYTES // geometry.chunk_size_bytes
+                break
+        if chunk is None:
+            return f"slot {slot}, sectors {_span(first, count)} of it"
+        return f"sectors {_span(chunk * geometry.chunk_size_bytes // SECTOR_BYTES + first, count)}"
+
+    def visible(self) -> bytearray:
+        """What a read of the whole disk would show if it was made now, and alone."""
+        stage = self.stage
+        geometry = stage.geometry
+        chunk_bytes = geometry.chunk_size_bytes
+        _, table = stage.engine.snapshot_maps()
+        shown = bytearray(geometry.virtual_size_bytes)
+        at = 0
+        for length, state in stage.engine.list_extents(0, geometry.virtual_size_bytes):
+            end = at + length
+            while at < end:
+                piece = min(end - at, chunk_bytes - at % chunk_bytes)
+                chunk = at // chunk_bytes
+                if state == _DATA:
+                    start = geometry.data_offset_bytes + (chunk if table is None else int(table[chunk])) * chunk_bytes + at % chunk_bytes
+                    shown[at : at + piece] = stage.image[start : start + piece]
+                elif state == _BASE:
+                    content = base_content(stage.shape.base_bytes or 0, at, piece)
+                    shown[at : at + len(content)] = content
+                at += piece
+        return shown
+
+    def runs(self, data: bytes | bytearray, first_sector: int) -> list[tuple[int, int, str]]:
+        """(first sector, sectors, what they show) of these sectors of the guest."""
+        words = _words(data)
+        sectors = np.arange(first_sector, first_sector + len(words), dtype=np.int64)
+        # The same number for all sectors of one write, of the base, or of zeros: a stamp without its place.
+        keys = np.where(words[:, 0] == 0, 0, words[:, 0].view(np.int64) - sectors)
+        keys[(words != words[:, :1]).any(axis=1)] = _TORN
+        starts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(keys)]
+        found: list[tuple[int, int, str]] = []
+        for start, end in itertools.pairwise(starts):
+            at = first_sector + start
+            piece = data[start * SECTOR_BYTES : (start + 1) * SECTOR_BYTES]
+            name = self.name(int(words[start, 0]), at) if keys[start] != _TORN else self._name_of_mixture(bytes(piece), at)
+            if found and found[-1][2] == name:
+                found[-1] = (found[-1][0], found[-1][1] + end - start, name)
+            else:
+                found.append((at, end - start, name))
+        return found
+
+    def _name_of_mixture(self, data: bytes, sector: int) -> str:
+        base_bytes = self.stage.shape.base_bytes
+        if base_bytes is None or sector != base_bytes // SECTOR_BYTES:
+            return "a mixture"
+        last = base_content(base_bytes, sector * SECTOR_BYTES, SECTOR_BYTES).ljust(SECTOR_BYTES, b"\0")
+        return "base" if data == last else "a mixture"
+
+    def name(self, word: int, sector: int | None = None) -> str:
+        """What a sector full of this word is: zeros, base, foreign (what the storage held before), or the request that wrote it."""
+        if word in (0, _FOREIGN_WORD):
+            return "foreign" if word else "zeros"
+        shift = _BASE_SHIFT if word >> _BASE_SHIFT == _BASE_MARK else _STAMP_SHIFT
+        number, place = word >> shift, word % (1 << shift) - 1
+        if shift == _BASE_SHIFT:
+            what = "base"
+        else:
+            what = next((request.name for request in self.requests.values() if request.number == number), f"unknown {word:#x}")
+        return what if sector is None or place == sector else f"{what} of sector {place}"
+
+    def numbers(self) -> dict[str, int]:
+        """What is counted: since the disk was opened, and now."""
+        engine = self.stage.engine
+        now = {"slots_used": engine.used_slots_count, "slots_free": engine.free_slots, "pending_changes": engine.pending_changes}
+        return self.stage.counts() | now | {"waiting_writes": engine.waiting_writes, "failed_errno": engine.failed_errno}
+
+    def stored(self) -> dict[int, tuple[str, str]]:
+        """Chunk -> (slot, its blocks: # stored, b from the base, . zeros), of chunks that have a slot."""
+        stage = self.stage
+        geometry = stage.geometry
+        _, table = stage.engine.snapshot_maps()
+        blocks = ""
+        for length, state in stage.engine.list_extents(0, geometry.virtual_size_bytes):
+            end = len(blocks) * geometry.block_size_bytes + length  # the last block may be short
+            blocks += "#b."[state] * (-(-end // geometry.block_size_bytes) - len(blocks))
+        found = {}
+        for chunk in range(geometry.chunks):
+            own = blocks[chunk * geometry.blocks_per_chunk : (chunk + 1) * geometry.blocks_per_chunk]
+            slot = chunk if table is None else int(table[chunk])
+            if ("#" in own) if table is None else (slot != 0xFFFFFFFF):
+                found[chunk] = (str(slot), own)
+        return found
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """How a command is written, and what it does. Lower-case words in `usage` are meant literally, which completion uses."""
+
+    run: Callable[[Console, list[str]], list[str]]
+    usage: str
+    meaning: str
+    changes: bool
+
+
+COMMANDS: dict[str, Command] = {}
+REQUESTS = {
+    "write": "write FIRST COUNT [fua]",
+    "read": "read FIRST COUNT",
+    "zero": "zero FIRST COUNT [fua] [no-hole]",
+    "trim": "trim FIRST COUNT [fua]",
+    "flush": "flush",
+    "close": "close",
+}
+_MEANINGS = {
+    "write": "The guest writes sectors, each stamped with this request's name. Request commands can be named: a: write 0 8",
+    "read": "The guest reads sectors; when it is done the oracle judges what it shows.",
+    "zero": "The guest zeroes sectors.",
+    "trim": "The guest trims sectors.",
+    "flush": "The guest asks that everything acknowledged be durable.",
+    "close": "The disk is closed. `reopen` opens it again.",
+}
+_Method = Callable[["Console", list[str]], list[str]]
+
+
+def _command(usage: str, *, changes: bool = False) -> Callable[[_Method], _Method]:
+    """A method of Console is a command. `changes`: it does something to the disk, and belongs to its history."""
+
+    def note(method: _Method) -> _Method:
+        COMMANDS[usage.split()[0]] = Command(method, usage, method.__doc__ or "", changes)
+        return method
+
+    return note
+
+
+WHAT = """\
+WHAT is a request's name (its operations), an operation's number, all, or a kind of operation: read, base, write, journal, map,
+flush, discard."""
+
+
+class Console:
+    """Commands, one line each, on one disk at a time. The same lines always do the same: so a disk can be taken back, or looked into by
+    means that would disturb it, by playing its lines again."""
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        self.given = dict(options or {})
+        self._put_on_stage(self.given)
+        self._in_script = False
+
+    def _put_on_stage(self, options: Mapping[str, str], lines: Iterable[str] = ()) -> None:
+        self.bench = Bench(options)
+        self.options = dict(options)
+        self.lines: list[str] = []  # that changed the disk, since it came on stage
+        self.broken = ""
+        self.marked: int | None = None
+        for line in lines:
+            self.run_line(line)
+
+    def run_line(self, line: str) -> list[str]:
+        """Do one line; returns what it prints. Raises BadCommand, Unexpected, or Violation, after which only looking is possible."""
+        text = line.partition("#")[0].strip()
+        match = _NAMED.fullmatch(text)
+        name, rest = (match[1], match[2]) if match else ("", text)
+        words = rest.split()
+        if not words:
+            return []
+        command = COMMANDS.get(words[0])
+        if command is None:
+            raise BadCommand(f"there is no command {words[0]!r}; 'help' lists them")
+        if name and words[0] not in REQUESTS:
+            raise BadCommand(f"only requests have names: {', '.join(REQUESTS)}")
+        if command.changes and self.broken:
+            raise BadCommand(f"the disk is broken ({self.broken}); take it back with 'undo' or 'again'")
+        if words[0] in REQUESTS:
+            words.append(name)
+        try:
+            output = command.run(self, words[1:] if words[0] not in REQUESTS else words)
+        except FvdError as error:
+            if command.changes and not isinstance(error, BadCommand):
+                self.broken = str(error)
+            raise
+        except Exception as error:
+            self.broken = str(error)
+            raise
+        if command.changes:
+            self.lines.append(text)
+        return output
+
+    def twin(self) -> Console:
+        """Another disk to which the same has happened."""
+        twin = Console(self.given)
+        twin._put_on_stage(self.options, self.lines)
+        return twin
+
+    # --- requests ---------------------------------------------------------------------------------------------------------
+
+    def _request(self, words: list[str]) -> list[str]:
+        kind, *rest, name = words
+        first, count = 0, 0
+        usage = REQUESTS[kind]
+        if "FIRST" in usage:
+            if len(rest) < 2 or not (rest[0].isdecimal() and rest[1].isdecimal()):
+                raise BadCommand(f"write it so: {usage} (in sectors of {SECTOR_BYTES} bytes)")
+            first, count = int(rest.pop(0)), int(rest.pop(0))
+            sectors = self.bench.stage.shape.sectors
+            if not 0 < count <= sectors - first:
+                raise BadCommand(f"the disk has sectors 0 to {sectors - 1}; {first}+{count} are not among them")
+        flags = dict.fromkeys(rest, True)
+        if wrong := [flag for flag in rest if f"[{flag}]" not in usage]:
+            raise BadCommand(f"{kind} knows no {' '.join(wrong)}; write it so: {usage}")
+        if name in self.bench.requests:
+            raise BadCommand(f"there is a request {name} already ({self.bench.requests[name].text}); choose another name")
+        if name in (*CATEGORIES, "all", "zeros", "base", "foreign"):
+            raise BadCommand(f"{name} means something else; choose another name")
+        if self.bench.closing:
+            raise BadCommand("the disk is closed; 'reopen' opens it again")
+        name = name or self.bench.free_name(kind)
+        return [f"{name}: submitted", *self.bench.submit(name, kind, first, count, **{flag.replace("-", "_"): True for flag in flags})]
+
+    # --- events -----------------------------------------------------------------------------------------------------------
+
+    def _select(self, word: str) -> list[Tracked]:
+        """The operations that a word means, those that have completed too, in the order of submission."""
+        bench = self.bench
+        operations = list(bench.operations.values())
+        if word.isdecimal():
+            if int(word) not in bench.operations:
+                raise BadCommand(f"there is no operation {word} since the disk was opened; 'pending' lists them")
+            return [bench.operations[int(word)]]
+        if word == "all":
+            return operations
+        if word in CATEGORIES:
+            return [tracked for tracked in operations if tracked.category == word]
+        if word not in bench.requests:
+            raise BadCommand(f"nothing is called {word!r}; 'requests' and 'pending' list what is")
+        return [tracked for tracked in operations if bench.requests[word] in tracked.serves]
+
+    def _pending(self, words: Sequence[str], verb: str) -> list[Tracked]:
+        """The pending operations that words mean. Raises BadCommand when one of them means none."""
+        if not words:
+            raise BadCommand(f"{verb} what? 'pending' lists what there is; see 'help {verb}'")
+        found: dict[Tracked, None] = {}
+        for word in words:
+            pending = [tracked for tracked in self._select(word) if not tracked.completed]
+            if not pending:
+                request = self.bench.requests.get(word)
+                why = f": it is {request.state}" if request and request.state != "waiting" else ""
+                raise BadCommand(f"{word} has no pending operation{why}")
+            found |= dict.fromkeys(pending)
+        return list(found)
+
+    @_command("process WHAT...", changes=True)
+    def _process(self, words: list[str]) -> list[str]:
+        """Operations take effect: a write is seen by reads from now on."""
+        chosen = [tracked for tracked in self._pending(words, "process") if not tracked.operation.took_effect]
+        if not chosen:
+            raise BadCommand(f"{' '.join(words)} has taken effect already")
+        for tracked in chosen:
+            self.bench.effect(tracked)
+        return [f"{tracked} {'fails' if tracked.operation.result else 'takes effect'}" for tracked in chosen]
+
+    @_command("persist WHAT [BLOCK...]", changes=True)
+    def _persist(self, words: list[str]) -> list[str]:
+        """Blocks of a write that took effect reach the medium by themselves: all, or those with these numbers within it (0, or 0-3)."""
+        names = [word for index, word in enumerate(words) if not index or not _BLOCKS.fullmatch(word)]
+        spans = [word for index, word in enumerate(words) if index and _BLOCKS.fullmatch(word)]
+        if not words or (spans and len(names) > 1):
+            raise BadCommand("write it so: persist WHAT [BLOCK...]; blocks follow the one write that they belong to")
+        size = self.bench.stage.device.logical_block_bytes
+        chosen = [
+            tracked
+            for name in names
+            for tracked in self._select(name)
+            if tracked.operation.kind == WRITE and (not spans or tracked.operation.length_bytes >= size)
+        ]
+        if not chosen:
+            raise BadCommand(f"{' '.join(names)} has written nothing; only writes persist")
+        if waiting := [tracked for tracked in chosen if not tracked.operation.took_effect]:
+            raise BadCommand(f"{waiting[0]} has not taken effect; 'process' it first")
+        if spans and len(chosen) > 1:
+            raise BadCommand(f"{names[0]} has {len(chosen)} writes; name one by its number")
+        blocks = _numbers(spans, chosen[0].operation.length_bytes // size) if spans else None
+        for tracked in chosen:
+            self.bench.stage.device.persist(tracked.operation, blocks)
+            tracked.persisted |= blocks is None
+        which = f"{len(blocks)} blocks of " if blocks is not None else ""
+        return [f"{which}{tracked} {'are' if which else 'is'} on the medium" for tracked in chosen]
+
+    @_command("complete WHAT...", changes=True)
+    def _complete(self, words: list[str]) -> list[str]:
+        """Operations that took effect call back: the engine is told."""
+        chosen = self._pending(words, "complete")
+        if waiting := [tracked for tracked in chosen if not tracked.operation.took_effect]:
+            raise BadCommand(f"{waiting[0]} has not taken effect; 'process' it first, or 'finish' it")
+        return self._finish_all(chosen)
+
+    def _finish_all(self, chosen: Iterable[Tracked]) -> list[str]:
+        output = []
+        for tracked in chosen:
+            text = str(tracked)
+            news = self.bench.finish(tracked)
+            output += [f"{text} {'fails' if tracked.operation.result else 'completes'}", *news]
+        return output
+
+    @_command("finish WHAT...", changes=True)
+    def _finish(self, words: list[str]) -> list[str]:
+        """Operations take effect and complete; of a request also those that follow, until it has ended or waits for others."""
+        self._pending(words, "finish")
+        output = []
+        for word in words:
+            request = self.bench.requests.get(word)
+            while chosen := [tracked for tracked in self._select(word) if not tracked.completed]:
+                output += self._finish_all(chosen)
+                if request is None:
+                    break
+        return output
+
+    @_command("run", changes=True)
+    def _run(self, words: list[str]) -> list[str]:
+        """Everything that is not held takes effect and completes, and what follows from it, in the order of submission."""
+        _no(words, "run")
+        news = self.bench.run()
+        held = [f"held: {tracked}" for tracked in self.bench.pending]
+        waiting = [request.name for request in self.bench.requests.values() if request.state == "waiting"]
+        return [*news, *held, *([f"waiting: {', '.join(waiting)}"] if waiting else [])] or ["nothing was under way"]
+
+    @_command("step [N]", changes=True)
+    def _step(self, words: list[str]) -> list[str]:
+        """Events of the device by the stage's dice: one, or N."""
+        output: list[str] = []
+        for _ in range(_number(words[0], "step") if words else 1):
+            if all(tracked.held for tracked in self.bench.pending):
+                return [*output, "nothing can move" + (": the rest is held" if self.bench.pending else "")]
+            output += self.bench.step()
+        return output
+
+    @_command("fail WHAT... [EIO|ENOSPC]", changes=True)
+    def _fail(self, words: list[str]) -> list[str]:
+        """Operations will fail when they take effect; of a write that fails, some blocks may have been written. One that took effect
+        already will say that it failed."""
+        error = "EIO"
+        if words and words[-1] in ERRORS:
+            *words, error = words
+        chosen = self._pending(words, "fail")
+        for tracked in chosen:
+            self.bench.fail(tracked, ERRORS[error])
+        return [f"{tracked}: {tracked.state}" for tracked in chosen]
+
+    @_command("hold WHAT...", changes=True)
+    def _hold(self, words: list[str]) -> list[str]:
+        """'run' and 'step' leave these operations alone until they are released, or named."""
+        return self._set_held(self._pending(words, "hold"), True)
+
+    @_command("release WHAT...", changes=True)
+    def _release(self, words: list[str]) -> list[str]:
+        """The contrary of 'hold'."""
+        return self._set_held(self._pending(words, "release"), False)
+
+    def _set_held(self, chosen: list[Tracked], held: bool) -> list[str]:
+        for tracked in chosen:
+            tracked.held = held
+            tracked.operation.held_until = 1 << 62 if held else 0
+        return [f"{tracked}: {tracked.state}" for tracked in chosen]
+
+    @_command("seed N", changes=True)
+    def _seed(self, words: list[str]) -> list[str]:
+        """Other dice for 'step', 'crash dice', 'kill dice' and failed writes."""
+        stage = self.bench.stage
+        stage.dice = stage.device.dice = Dice(_number(" ".join(words), "seed"), EVENTS)
+        return []
+
+    # --- ends of a life, and what lies outside it -------------------------------------------------------------------------
+
+    @_command("crash [keep|drop|dice] [WHAT...]", changes=True)
+    def _crash(self, words: list[str]) -> list[str]:
+        """Power fails and the disk is opened again; the oracle judges every sector. Each volatile block becomes the newest of its contents
+        (keep), the oldest (drop), or any (dice, the default); or the oldest but for the writes that are named (keep a 7)."""
+        how, *names = words or ["dice"]
+        if how not in ("keep", "drop", "dice") or (names and how != "keep"):
+            raise BadCommand("write it so: crash [keep|drop|dice], or crash keep WHAT...")
+        if how == "dice":
+            self.bench.crash_by_dice()
+        elif names:
+            kept = [tracked for name in names for tracked in self._select(name) if tracked.content]
+            if not kept:
+                raise BadCommand(f"{' '.join(names)} has written nothing that could be kept")
+            self.bench.crash(kept)
+        else:
+            self.bench.crash(newest=how == "keep")
+        return ["power fails; the disk is opened again and shows what it may"]
+
+    @_command("kill [keep|drop|dice]", changes=True)
+    def _kill(self, words: list[str]) -> list[str]:
+        """The process dies and another opens the disk; the device goes on. Writes that have not taken effect do (keep), do not (drop), or
+        as the dice say (dice, the default)."""
+        how = " ".join(words) or "dice"
+        if how not in ("keep", "drop", "dice"):
+            raise BadCommand("write it so: kill [keep|drop|dice]")
+        self.bench.kill(how)
+        return ["the process is killed; another opens the disk, which shows what it may"]
+
+    @_command("reopen", changes=True)
+    def _reopen(self, words: list[str]) -> list[str]:
+        """Close the disk in peace if it is not closed, let power fail, and open it again."""
+        _no(words, "reopen")
+        if held := [tracked for tracked in self.bench.pending if tracked.held]:
+            raise BadCommand(f"{held[0]} is held, and a close waits for it; 'release' it")
+        return [*self.bench.reopen(), "closed and opened again"]
+
+    @_command("check", changes=True)
+    def _check(self, words: list[str]) -> list[str]:
+        """Is the metadata whole? When nothing is under way, the disk is also read and judged."""
+        _no(words, "check")
+        return [self.bench.check()]
+
+    @_command("grow", changes=True)
+    def _grow(self, words: list[str]) -> list[str]:
+        """The storage grows by one step."""
+        _no(words, "grow")
+        if not self.bench.stage.grow():
+            return ["the storage has its greatest size"]
+        return [f"the storage has {format_size(self.bench.stage.device.size_bytes)}", *self.bench.look()]
+
+    @_command("exhausted on|off", changes=True)
+    def _exhausted(self, words: list[str]) -> list[str]:
+        """Whether the storage cannot grow."""
+        if words not in (["on"], ["off"]):
+            raise BadCommand("write it so: exhausted on|off")
+        self.bench.stage.set_exhausted(words == ["on"])
+        return self.bench.look()
+
+    @_command("clock SECONDS", changes=True)
+    def _clock(self, words: list[str]) -> list[str]:
+        """Time passes."""
+        try:
+            (seconds,) = map(float, words)
+            self.bench.stage.device.advance(int(seconds * 1e9))
+        except (ValueError, OverflowError):
+            raise BadCommand("write it so: clock SECONDS, for example clock 10") from None
+        return self.bench.look()
+
+    # --- other disks, and this one at another time ------------------------------------------------------------------------
+
+    @_command("disk [OPTION=VALUE...]")
+    def _disk(self, words: list[str]) -> list[str]:
+        """Another disk comes on stage, empty. Without options: say what the present one is."""
+        if not words:
+            return [" ".join(f"{name}={value}" for name, value in self.options.items()) or "as 'help disk' says by default"]
+        if wrong := [word for word in words if "=" not in word]:
+            raise BadCommand(f"write it so: disk OPTION=VALUE..., for example disk size=1M layout=raw; {wrong[0]!r} is none")
+        pairs = (word.partition("=") for word in words)
+        self._put_on_stage(self.given | {name: value for name, _, value in pairs})
+        return []
+
+    @_command("again")
+    def _again(self, words: list[str]) -> list[str]:
+        """The same disk as at the beginning, empty."""
+        _no(words, "again")
+        self._put_on_stage(self.options)
+        return []
+
+    @_command("mark")
+    def _mark(self, words: list[str]) -> list[str]:
+        """Remember this moment, for 'back'."""
+        _no(words, "mark")
+        self.marked = len(self.lines)
+        return []
+
+    @_command("back")
+    def _back(self, words: list[str]) -> list[str]:
+        """Everything is as it was at 'mark', as often as you like."""
+        _no(words, "back")
+        if self.marked is None:
+            raise BadCommand("no moment is marked; 'mark' one")
+        marked = min(self.marked, len(self.lines))
+        self._put_on_stage(self.options, self.lines[:marked])
+        self.marked = marked
+        return []
+
+    @_command("undo [N]")
+    def _undo(self, words: list[str]) -> list[str]:
+        """As if the last command (or the last N) that changed the disk had not been given."""
+        count = _number(words[0], "undo") if words else 1
+        if not self.broken and count > len(self.lines):
+            raise BadCommand(f"there are {len(self.lines)} commands to take back since the disk came on stage")
+        # What broke the disk is not among the lines that it goes through.
+        keep = len(self.lines) - count + bool(self.broken)
+        undone, marked = self.lines[keep:], self.marked
+        self._put_on_stage(self.options, self.lines[: max(0, keep)])
+        self.marked = marked
+        return [f"undone: {line}" for line in undone]
+
+    @_command("script SCRIPT")
+    def _script(self, words: list[str]) -> list[str]:
+        """Run the lines of a file, or of a script that comes with fvd, on this console."""
+        if self._in_script or len(words) != 1:
+            raise BadCommand("write it so: script FILE; a script runs no other")
+        return self.play(*find_script(words[0]))
+
+    def play(self, name: str, text: str) -> list[str]:
+        """The lines of a script, and what they print. Raises ScriptError or Violation that say where."""
+        output = []
+        self._in_script = True
+        try:
+            for number, line in enumerate(text.splitlines(), 1):
+                output.append(line if line.startswith("#") or not line.strip() else f"> {line}")
+                where = f"{name}:{number}: {line.strip()}"
+                try:
+                    output += self.run_line(line)
+                except FvdError as error:
+                    raise ScriptError(f"{where}: {error}") from error
+                except Violation as error:
+                    raise Violation(f"{where}: {error}") from error
+                except Exception as error:
+                    error.add_note(where)
+                    raise
+        finally:
+            self._in_script = False
+        return output
+
+    # --- looking ----------------------------------------------------------------------------------------------------------
+
+    @_command("pending [WHAT...]")
+    def _list_pending(self, words: list[str]) -> list[str]:
+        """The device's operations under way: number, kind, place, state, and the requests that wait for them if known."""
+        chosen = self._pending(words, "pending") if words else self.bench.pending
+        rows = [
+            [
+                str(tracked.operation.number),
+                tracked.category + (" (fua)" if tracked.operation.durable and tracked.category == "write" else ""),
+                tracked.place,
+                tracked.state,
+                ", ".join(request.name for request in tracked.serves),
+            ]
+            for tracked in chosen
+        ]
+        return _table([["", "kind", "place", "state", "for"], *rows]) if rows else ["nothing is pending"]
+
+    @_command("requests")
+    def _list_requests(self, words: list[str]) -> list[str]:
+        """The guest's requests since the disk came on stage, and what became of them."""
+        _no(words, "requests")
+        return _table([[request.name, request.text, request.state] for request in self.bench.requests.values()])
+
+    def volatile(self) -> list[tuple[int, list[bytes]]]:
+        """What a crash may leave of each block, as SimulatedDevice.volatile says."""
+        # The device can say it only by giving up.
+        return self.twin().bench.stage.device.volatile()
+
+    @_command("volatile")
+    def _list_volatile(self, words: list[str]) -> list[str]:
+        """The blocks that a crash may change: what the medium holds, and what else it may hold after a crash now. Writes that have not
+        taken effect are counted, for they may have reached the medium."""
+        _no(words, "volatile")
+        bench = self.bench
+        size = bench.stage.device.logical_block_bytes
+        rows: list[tuple[int, int, list[str]]] = []
+        for offset, contents in sorted(self.volatile()):
+            if offset >= bench.stage.geometry.data_offset_bytes:
+                names = [", ".join(dict.fromkeys(bench.name(int(word)) for word in _words(content)[:, 0])) for content in contents]
+            else:
+                names = ["old", *("new" for _ in contents[1:])]
+            unit = bench.place(offset, PAGE_BYTES) if offset < bench.stage.geometry.data_offset_bytes else ""
+            first = rows[-1] if rows else None
+            if first and first[0] + first[1] == offset and first[2] == [unit, *names]:
+                rows[-1] = (first[0], first[1] + size, first[2])
+            else:
+                rows.append((offset, size, [unit, *names]))
+        table = [[unit or bench.place(offset, length), names[0], ", ".join(names[1:])] for offset, length, (unit, *names) in rows]
+        return _table([["place", "on the medium", "or after a crash"], *table]) if table else ["every block is on the medium"]
+
+    @_command("show")
+    def _show(self, words: list[str]) -> list[str]:
+        """The disk: its chunks, where they are and which of their blocks, what is volatile, what each sector shows to a read now."""
+        _no(words, "show")
+        bench = self.bench
+        geometry = bench.stage.geometry
+        output = [
+            f"{format_size(geometry.virtual_size_bytes)}, {bench.stage.shape.sectors} sectors, {geometry.layout.name.lower()}; "
+            f"chunks of {geometry.chunk_size_bytes // SECTOR_BYTES} sectors, blocks of {geometry.block_size_bytes // SECTOR_BYTES}",
+            *self._maps([]),
+        ]
+        volatile = len(self.volatile())
+        output += [f"volatile: {volatile} blocks, see 'volatile'" if volatile else "volatile: nothing", "sectors"]
+        return output + _table([["", _span(first, count), name] for first, count, name in bench.runs(bench.visible(), 0)])
+
+    @_command("maps")
+    def _maps(self, words: list[str]) -> list[str]:
+        """Which chunks have a slot of the storage, and which of their blocks are stored there: # stored, b from the base, . zeros."""
+        _no(words, "maps")
+        bench = self.bench
+        stored = bench.stored()
+        rest = bench.stage.geometry.chunks - len(stored)
+        whole = "zeros" if bench.stage.shape.base_bytes is None else "the base"
+        rows = [[f"chunk {chunk}", f"slot {slot}", f"[{blocks}]"] for chunk, (slot, blocks) in stored.items()]
+        return _table(rows) + ([f"{rest} chunks without storage show {whole}, or zeros that were asked for"] if rest else [])
+
+    @_command("statistics")
+    def _statistics(self, words: list[str]) -> list[str]:
+        """What the engine counts since the disk was opened."""
+        _no(words, "statistics")
+        return _table([[name, str(number)] for name, number in self.bench.numbers().items()])
+
+    @_command("log [N]")
+    def _log(self, words: list[str]) -> list[str]:
+        """The last events (20, or N): requests, what the device got and completed, ends of lives."""
+        count = _number(words[0], "log") if words else 20
+        return self.bench.log[-count:] if count else []
+
+    # --- expectations -------------------------------------------------------------------------------------------------------
+
+    @_command("expect done|waiting|failed|lost|pending|sectors|volatile|statistics|error ...")
+    def _expect(self, words: list[str]) -> list[str]:
+        """Fail if something is not so:
+        expect done NAME...  expect waiting NAME...  expect lost NAME...  expect failed NAME... [EIO|ENOSPC|ESHUTDOWN]
+        expect pending [WHAT] N: so many operations are under way
+        expect sectors FIRST COUNT NAME|zeros|base: a read now would show in each of them one of these
+        expect volatile N: so many blocks may be changed by a crash
+        expect statistics COUNTER N
+        expect error COMMAND: the command cannot be done"""
+        what, *rest = words or [""]
+        if what in ("done", "waiting", "failed", "lost") and rest:
+            self._expect_states(what, rest)
+        elif what == "pending" and 1 <= len(rest) <= 2:
+            *which, number = rest
+            chosen = [tracked for tracked in (self._select(which[0]) if which else self.bench.pending) if not tracked.completed]
+            _expect_number("operations are pending", _number(number, "expect"), len(chosen), [str(tracked) for tracked in chosen])
+        elif what == "sectors" and len(rest) == 3:
+            self._expect_sectors(_number(rest[0], "expect"), _number(rest[1], "expect"), rest[2].split("|"))
+        elif what == "volatile" and len(rest) == 1:
+            _expect_number("blocks are volatile", _number(rest[0], "expect"), len(self.volatile()), [])
+        elif what == "statistics" and len(rest) == 2:
+            numbers = self.bench.numbers()
+            if rest[0] not in numbers:
+                raise BadCommand(f"nothing counts {rest[0]!r}; 'statistics' lists what is counted")
+            _expect_number(rest[0], _number(rest[1], "expect"), numbers[rest[0]], [])
+        elif what == "error" and rest:
+            self._expect_error(" ".join(rest))
+        else:
+            raise BadCommand("there is no such expectation; see 'help expect'")
+        return []
+
+    def _expect_states(self, state: str, names: list[str]) -> None:
+        if state == "failed" and names[-1].startswith("E"):
+            *names, error = names
+            state = f"failed {error}"
+        for name in names:
+            request = self.bench.requests.get(name)
+            if request is None:
+                raise BadCommand(f"there is no request {name!r}; 'requests' lists them")
+            if request.state != state and not (state == "failed" and request.state.startswith(state)):
+                raise Unexpected(f"{name} is not {state}, but {request.state}")
+
+    def _expect_sectors(self, first: int, count: int, names: list[str]) -> None:
+        if not 0 < count <= self.bench.stage.shape.sectors - first:
+            raise BadCommand(f"the disk has {self.bench.stage.shape.sectors} sectors; {first}+{count} are not among them")
+        for name in names:
+            if name not in ("zeros", "base") and not getattr(self.bench.requests.get(name), "number", 0):
+                raise BadCommand(f"{name!r} has written nothing; sectors show zeros, base, or a request that writes")
+        shown = self.bench.visible()[first * SECTOR_BYTES : (first + count) * SECTOR_BYTES]
+        runs = self.bench.runs(shown, first)
+        if wrong := [(start, number, name) for start, number, name in runs if name not in names]:
+            shows = ", ".join(f"{_span(start, number)} {name}" for start, number, name in wrong)
+            raise Unexpected(f"sectors {_span(first, count)} do not show {' or '.join(names)} everywhere: {shows}")
+
+    def _expect_error(self, line: str) -> None:
+        try:
+            self.run_line(line)
+        except BadCommand:
+            return
+        raise Unexpected(f"{line!r} could be done")
+
+    # --- help -------------------------------------------------------------------------------------------------------------
+
+    @_command("help [COMMAND]")
+    def _help(self, words: list[str]) -> list[str]:
+        """All commands, or one of them."""
+        if not words:
+            rows = [[command.usage, _sentences(command.meaning)[0]] for command in COMMANDS.values()]
+            return [*_table(rows), "", *WHAT.splitlines(), "# begins a comment."]
+        if words[0] not in COMMANDS:
+            raise BadCommand(f"there is no command {words[0]!r}; 'help' lists them")
+        command = COMMANDS[words[0]]
+        more = WHAT.splitlines() if "WHAT" in command.usage else []
+        if words[0] == "disk":
+            more = _table([[f"  {name}={'|'.join(option.values)}", option.meaning] for name, option in OPTIONS.items()])
+        elif words[0] == "script":
+            more = [f"With fvd come {', '.join(shipped_scripts())}."]
+        return [command.usage, *(line.strip() for line in command.meaning.splitlines()), *more]
+
+    def completions(self, before: str, text: str) -> list[str]:
+        """What may stand for the word `text`, which has been begun, after `before` on its line."""
+        words = before.split()
+        if words and words[0].endswith(":"):
+            words = words[1:]
+        if not words:
+            found = [f"{name} " for name in COMMANDS]
+        elif words[0] == "disk":
+            name = words[-1].removesuffix("=")
+            if before.endswith("="):
+                found = [f"{value} " for value in OPTIONS[name].values] if name in OPTIONS else []
+            else:
+                found = [f"{option}=" for option in OPTIONS]
+        else:
+            found = [f"{word} " for word in self._words_after(words)]
+        return sorted(word for word in found if word.startswith(text))
+
+    def _words_after(self, words: list[str]) -> Iterable[str]:
+        command = COMMANDS.get(words[0])
+        if command is None:
+            return []
+        arguments = command.usage.partition(" ")[2]
+        found = set(re.findall(r"[a-z][a-z-]+|EIO|ENOSPC", arguments)) if len(words) == 1 or words[0] != "expect" else set()
+        if "WHAT" in arguments:
+            pending = self.bench.pending
+            found |= {"all", *(str(tracked.operation.number) for tracked in pending), *(tracked.category for tracked in pending)}
+            kept = self.bench.operations.values() if words[0] in ("persist", "crash") else pending
+            found |= {request.name for tracked in kept for request in tracked.serves}
+        if words[0] == "expect" and len(words) > 1:
+            found |= {*self.bench.requests} if words[1] != "statistics" else {*self.bench.numbers()}
+            found |= {"zeros", "base"} if words[1] == "sectors" else set()
+        if "COMMAND" in arguments:
+            found |= {*COMMANDS}
+        if "SCRIPT" in arguments:
+            found |= {*shipped_scripts()}
+        return found
+
+
+for _kind, _usage in REQUESTS.items():
+    COMMANDS[_kind] = Command(Console._request, _usage, _MEANINGS[_kind], True)
+# Requests first: `help` lists them in this order.
+COMMANDS = {name: COMMANDS[name] for name in (*REQUESTS, *(name for name in COMMANDS if name not in REQUESTS))}
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------------
+
+
+def _words(data: bytes | bytearray) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Sectors as rows of words."""
+    return np.frombuffer(data, np.uint64).reshape(-1, SECTOR_BYTES // 8)
+
+
+def _span(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _sentences(text: str) -> list[str]:
+    """Its lines as one, cut where the first sentence or clause ends."""
+    return re.split(r"(?<=\.)\s|:\s|;\s", " ".join(text.split()))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _no(words: list[str], command: str) -> None:
+    if words:
+        raise BadCommand(f"{command} takes nothing more; {' '.join(words)!r} is too much")
+
+
+def _number(text: str, command: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise BadCommand(f"{command}: {text!r} is no number; see 'help {command}'")
+    return int(text)
+
+
+def _numbers(spans: Iterable[str], count: int) -> list[int]:
+    """Blocks 0-3 7, below `count`."""
+    found: list[int] = []
+    for span in spans:
+        first, _, last = span.partition("-")
+        found += range(int(first), int(last or first) + 1)
+        if not found or found[-1] >= count:
+            raise BadCommand(f"blocks {span}: the write has blocks 0 to {count - 1}")
+    return found
+
+
+def _expect_number(what: str, wanted: int, found: int, which: Sequence[str]) -> None:
+    if wanted != found:
+        raise Unexpected(f"{what}: {found}, not {wanted}{f' ({chr(44).join(which)})' if which else ''}")
+
+
+# --- scripts ------------------------------------------------------------------------------------------------------------
+
+SUFFIX = ".fvd"
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptResult:
+    """What a script that kept all its promises printed."""
+
+    name: str
+    output: list[str]
+
+
+def shipped_scripts() -> list[str]:
+    """The names of the scripts that come with fvd."""
+    folder = resources.files("fvd.sim") / "scripts"
+    return sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.name.endswith(SUFFIX))
+
+
+def find_script(script: str) -> tuple[str, str]:
+    """(name, text) of one that comes with fvd, by its name, or of a file. Raises BadCommand."""
+    if script in shipped_scripts():
+        name = f"{script}{SUFFIX}"
+        return name, (resources.files("fvd.sim") / "scripts" / name).read_text("utf-8")
+    try:
+        return script, Path(script).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise BadCommand(f"{script}: {why}; name a file, or one of {', '.join(shipped_scripts())}") from None
+
+
+def run_script(script: str, options: Mapping[str, str] | None = None) -> ScriptResult:
+    """Run a script on a disk with these options of `disk`, unless it chooses its own. Raises BadCommand, ScriptError or Violation."""
+    name, text = find_script(script)
+    return ScriptResult(name, Console(options).play(name, text))
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------------
+
+WELCOME = "A simulated disk; nothing happens until you say so. 'help' lists the commands, TAB completes, Ctrl-D ends."
+HISTORY_LINES = 1000
+
+
+class _Shell(cmd.Cmd):
+    """Lines from a terminal to a console, and back."""
+
+    prompt = "fvd> "
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._found: list[str] = []
+
+    def onecmd(self, line: str) -> bool:
+        if line.strip() in ("quit", "exit", "EOF"):
+            if line == "EOF":
+                print()
+            return True
+        try:
+            output = self._console.run_line(line)
+        except FvdError as error:
+            output = [str(error)]
+        except Violation as error:
+            output = [f"VIOLATION: {error}", "'undo' takes the disk back."]
+        except Exception as error:  # the engine or the device found something impossible: the console goes on
+            output = [f"{type(error).__name__}: {error}", "'undo' takes the disk back."]
+        print("\n".join(output), end="\n" if output else "")
+        return False
+
+    def emptyline(self) -> bool:
+        return False
+
+    def complete(self, text: str, state: int) -> str | None:  # type: ignore[override]
+        import readline
+
+        if state == 0:
+            before = readline.get_line_buffer()[: readline.get_begidx()]
+            self._found = self._console.completions(before, text)
+        return self._found[state] if state < len(self._found) else None
+
+
+def interact(options: Mapping[str, str] | None = None) -> int:
+    """The console on this terminal; without one, what comes in is a script. Returns the exit code. Raises as `run_script` does."""
+    console = Console(options)
+    if not sys.stdin.isatty():
+        print("\n".join(console.play("standard input", sys.stdin.read())))
+        return 0
+    shell = _Shell(console)
+    with _history():
+        print(WELCOME)
+        while True:
+            try:
+                shell.cmdloop()
+                return 0
+            except KeyboardInterrupt:
+                print()
+
+
+@contextlib.contextmanager
+def _history() -> Any:
+    """Lines of earlier sessions, if Python has readline; those of this one are kept if there is a place for them."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")  # noqa: PTH111 - ~ stays when there is no home
+    path = Path(state) / "fvd" / "torture_history"
+    readline.set_completer_delims(" \t=|")
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LINES)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
