@@ -271,13 +271,19 @@ class Bench:
         self._seen = device.submitted
         busy = {request for tracked in self.pending for request in tracked.serves}
         idle = [request for request in self._by_serial.values() if request not in busy]
-        alive = [request for request in cause if request.state == "waiting"]
+        begun = []
         for operation in fresh:
             category = device.category(operation)
             content = operation.content if operation.kind == WRITE else b""
-            tracked = Tracked(operation, category, self._place(operation, category, content), content)
-            tracked.serves = self._served(tracked) or ([] if category == "discard" else alive or idle)
-            self.operations[operation.number] = tracked
+            begun.append(Tracked(operation, category, self._place(operation, category, content), content))
+            begun[-1].serves = self._served(begun[-1])
+        certain = {request for tracked in begun for request in tracked.serves}
+        likely = [request for request in cause if request.state == "waiting" and request not in certain]
+        likely = likely or [request for request in idle if request not in certain]
+        for tracked in begun:
+            if not tracked.serves and tracked.category != "discard":
+                tracked.serves = likely
+            self.operations[tracked.operation.number] = tracked
             news.append(f"  {tracked}")
         return news
 
@@ -286,7 +292,7 @@ class Bench:
         if tracked.category != "write":
             return []
         numbers = set((_words(tracked.content)[:, 0] >> np.uint64(_STAMP_SHIFT)).tolist())
-        return [request for request in self._by_serial.values() if request.number in numbers]
+        return [request for request in self._by_serial.values() if request.number and request.number in numbers]
 
     # --- ends of a life -------------------------------------------------------------------------------------------------
 
