@@ -1,4 +1,5 @@
-"""The simulated disk: owns the order of every event, keeps or drops unflushed blocks at a crash, and knows what the contract allows.
+"""The simulated disk and the tester: owns the order of every event and every crash, and knows what the contract allows.
 
-For tests only: it may import anything up to the engine and the volume's recovery, and nothing imports it.
+For tests and ``fvd-lv torture`` only: it may import anything up to the engine and the volume's recovery, and nothing else imports it.
+See docs/simulation.md.
 """

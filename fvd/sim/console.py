@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -254,7 +254,11 @@ class Bench:
         if tracked.operation.took_effect:
             tracked.operation.result = error
         else:
-            device.fault = lambda operation: self.operations[operation.number].fate
+            device.fault = self._fate_of
+
+    def _fate_of(self, operation: Operation) -> int:
+        tracked = self.operations.get(operation.number)
+        return tracked.fate if tracked else 0  # a read of 'check'
 
     def look(self, cause: Iterable[Request] = ()) -> list[str]:
         """What is new: requests that ended, operations that the device got. `cause`: whom those serve when nothing else tells."""
@@ -528,6 +532,7 @@ def _command(usage: str, *, changes: bool = False) -> Callable[[_Method], _Metho
     return note
 
 
+EXPECTATIONS = {"done", "waiting", "lost", "failed", "pending", "sectors", "volatile", "statistics", "error"}
 WHAT = """\
 WHAT is a request's name (its operations), an operation's number, all, or a kind of operation: read, base, write, journal, map,
 flush, discard."""
@@ -966,7 +971,7 @@ class Console:
 
     @_command("show")
     def _show(self, words: list[str]) -> list[str]:
-        """The disk: its chunks, where they are and which of their blocks, what is volatile, what each sector shows to a read now."""
+        """Draw the disk: which chunks are where, what is volatile, what each sector would show to a read now."""
         _no(words, "show")
         bench = self.bench
         geometry = bench.stage.geometry
@@ -998,15 +1003,15 @@ class Console:
 
     @_command("log [N]")
     def _log(self, words: list[str]) -> list[str]:
-        """The last events (20, or N): requests, what the device got and completed, ends of lives."""
+        """The last 20 events, or N: requests, what the device got and completed, ends of lives."""
         count = _number(words[0], "log") if words else 20
         return self.bench.log[-count:] if count else []
 
     # --- expectations -------------------------------------------------------------------------------------------------------
 
-    @_command("expect done|waiting|failed|lost|pending|sectors|volatile|statistics|error ...")
+    @_command("expect EXPECTATION")
     def _expect(self, words: list[str]) -> list[str]:
-        """Fail if something is not so:
+        """Fail unless something is so:
         expect done NAME...  expect waiting NAME...  expect lost NAME...  expect failed NAME... [EIO|ENOSPC|ESHUTDOWN]
         expect pending [WHAT] N: so many operations are under way
         expect sectors FIRST COUNT NAME|zeros|base: a read now would show in each of them one of these
@@ -1105,15 +1110,17 @@ class Console:
         if command is None:
             return []
         arguments = command.usage.partition(" ")[2]
-        found = set(re.findall(r"[a-z][a-z-]+|EIO|ENOSPC", arguments)) if len(words) == 1 or words[0] != "expect" else set()
+        found = set(re.findall(r"[a-z][a-z-]+|EIO|ENOSPC", arguments))
         if "WHAT" in arguments:
             pending = self.bench.pending
             found |= {"all", *(str(tracked.operation.number) for tracked in pending), *(tracked.category for tracked in pending)}
             kept = self.bench.operations.values() if words[0] in ("persist", "crash") else pending
             found |= {request.name for tracked in kept for request in tracked.serves}
-        if words[0] == "expect" and len(words) > 1:
-            found |= {*self.bench.requests} if words[1] != "statistics" else {*self.bench.numbers()}
-            found |= {"zeros", "base"} if words[1] == "sectors" else set()
+        if "EXPECTATION" in arguments and len(words) == 1:
+            found |= EXPECTATIONS
+        elif "EXPECTATION" in arguments:
+            kinds = {"statistics": {*self.bench.numbers()}, "error": {*COMMANDS}, "sectors": {"zeros", "base", *self.bench.requests}}
+            found |= kinds.get(words[1], {*self.bench.requests})
         if "COMMAND" in arguments:
             found |= {*COMMANDS}
         if "SCRIPT" in arguments:
@@ -1277,7 +1284,7 @@ def interact(options: Mapping[str, str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _history() -> Any:
+def _history() -> Iterator[None]:
     """Lines of earlier sessions, if Python has readline; those of this one are kept if there is a place for them."""
     try:
         import readline
