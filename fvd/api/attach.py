@@ -188,6 +188,8 @@ def _notes(server: dict[str, str], iothread: bool, target: str) -> list[str]:
         "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
         "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
         f"libvirt: the name {target} must be free; --target chooses another.",
+        "A server that is killed (not one that is restarted) may lose writes that were acknowledged but not flushed, like a power "
+        "cut, and QEMU does not send them again: serve with --cache writethrough where guests must outlive that.",
     ]
     if iothread:
         notes.append("libvirt: the domain needs <iothreads>1</iothreads>, or more.")

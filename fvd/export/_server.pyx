@@ -144,6 +144,7 @@ cdef struct Connection:
     uint8_t hung_up                 # ... or its end: a short read does not mean empty
     uint8_t blocked                 # the socket takes no more for now
     uint8_t large                   # the last write was
+    uint8_t unanswered              # what the server's end cuts short gets no answer, so that its client sends it to the next one
     uint8_t listed[LISTS]
     Connection *next[LISTS]
     Export *export
@@ -411,13 +412,15 @@ cdef class Server:
 
     def drain(self, int64_t timeout_ns, int64_t export=ALL):
         """Read nothing more from the clients (of one export, or all), answer what is under way, hang up. Writes that wait for
-        storage end with ESHUTDOWN. Clients that do not take their replies in time are dropped."""
+        storage get no answer: a client that reconnects sends them again, and its guest sees no error. Clients that do not take their
+        replies in time are dropped."""
         cdef uint32_t i
         cdef int64_t until = fvd_monotonic_ns() + timeout_ns
         cdef Connection *connection
         for i in range(self.connection_room):
             connection = self.connections[i]
             if connection != NULL and connection.state == CONNECTION_OPEN and export in (ALL, connection.export.number):
+                connection.unanswered = 1
                 with nogil:
                     self.end(connection)
         while self.count_connections(export):
@@ -844,6 +847,11 @@ cdef class Server:
         cdef Connection *connection = slot.connection
         cdef Request *request = &slot.request
         cdef uint64_t length = request.length_bytes
+        if result == -ESHUTDOWN and connection.unanswered:
+            self.free_slot(slot)
+            if connection.state != CONNECTION_DEAD:
+                self.push(LIST_SEND, connection)    # it may have been the last
+            return 0
         if result:
             return self.reply_error(slot, nbd_error(result))
         if request.command != COMMAND_READ:

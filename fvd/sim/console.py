@@ -41,7 +41,7 @@ _TORN = -1
 _FOREIGN_WORD = int.from_bytes(FOREIGN, "little")
 _DONE = re.compile(r"done (\d+): \w+ (-?\d+)")
 _NAMED = re.compile(r"([A-Za-z][\w-]*):\s+(.*)")
-_BLOCKS = re.compile(r"\d+(-\d+)?")
+_BLOCKS = re.compile(r"\d{1,9}(-\d{1,9})?", re.ASCII)
 
 
 class BadCommand(InvalidArgument):
@@ -178,7 +178,9 @@ class Bench:
         self.log: list[str] = []
         try:
             self.stage = Stage(log=self.log, **_changes(options))
-        except InvalidArgument as error:
+        except BadCommand:
+            raise
+        except (FvdError, ValueError) as error:  # sizes that do not fit, or storage that is too little or too much
             raise BadCommand(f"there can be no such disk: {error}") from None
         self.requests: dict[str, Request] = {}
         self.operations: dict[int, Tracked] = {}
@@ -476,10 +478,11 @@ class Bench:
         stage = self.stage
         geometry = stage.geometry
         _, table = stage.engine.snapshot_maps()
-        blocks = ""
+        blocks, at = "", 0
         for length, state in stage.engine.list_extents(0, geometry.virtual_size_bytes):
-            end = len(blocks) * geometry.block_size_bytes + length  # the last block may be short
-            blocks += "#b."[state] * (-(-end // geometry.block_size_bytes) - len(blocks))
+            at += length
+            # A block is what its beginning is: a base may end inside it, and the last one may be short.
+            blocks += "#b."[state] * (-(-at // geometry.block_size_bytes) - len(blocks))
         found = {}
         for chunk in range(geometry.chunks):
             own = blocks[chunk * geometry.blocks_per_chunk : (chunk + 1) * geometry.blocks_per_chunk]
@@ -571,15 +574,11 @@ class Console:
             raise BadCommand(f"only requests have names: {', '.join(REQUESTS)}")
         if command.changes and self.broken:
             raise BadCommand(f"the disk is broken ({self.broken}); take it back with 'undo' or 'again'")
-        if words[0] in REQUESTS:
-            words.append(name)
         try:
-            output = command.run(self, words[1:] if words[0] not in REQUESTS else words)
-        except FvdError as error:
-            if command.changes and not isinstance(error, BadCommand):
-                self.broken = str(error)
+            output = command.run(self, [*words, name] if words[0] in REQUESTS else words[1:])
+        except (BadCommand, Unexpected, ScriptError):
             raise
-        except Exception as error:
+        except Exception as error:  # a violation, a disk that does not open, or something impossible in the engine or the device
             self.broken = str(error)
             raise
         if command.changes:
@@ -588,8 +587,9 @@ class Console:
 
     def twin(self) -> Console:
         """Another disk to which the same has happened."""
-        twin = Console(self.given)
-        twin._put_on_stage(self.options, self.lines)
+        twin = Console(self.options)
+        for line in self.lines:
+            twin.run_line(line)
         return twin
 
     # --- requests ---------------------------------------------------------------------------------------------------------
@@ -599,9 +599,9 @@ class Console:
         first, count = 0, 0
         usage = REQUESTS[kind]
         if "FIRST" in usage:
-            if len(rest) < 2 or not (rest[0].isdecimal() and rest[1].isdecimal()):
+            if len(rest) < 2:
                 raise BadCommand(f"write it so: {usage} (in sectors of {SECTOR_BYTES} bytes)")
-            first, count = int(rest.pop(0)), int(rest.pop(0))
+            first, count = _number(rest.pop(0), kind), _number(rest.pop(0), kind)
             sectors = self.bench.stage.shape.sectors
             if not 0 < count <= sectors - first:
                 raise BadCommand(f"the disk has sectors 0 to {sectors - 1}; {first}+{count} are not among them")
@@ -624,7 +624,7 @@ class Console:
         bench = self.bench
         operations = list(bench.operations.values())
         if word.isdecimal():
-            if int(word) not in bench.operations:
+            if _number(word, "pending") not in bench.operations:
                 raise BadCommand(f"there is no operation {word} since the disk was opened; 'pending' lists them")
             return [bench.operations[int(word)]]
         if word == "all":
@@ -1041,9 +1041,11 @@ class Console:
         return []
 
     def _expect_states(self, state: str, names: list[str]) -> None:
-        if state == "failed" and names[-1].startswith("E"):
+        if state == "failed" and names[-1] in errno.errorcode.values():
             *names, error = names
             state = f"failed {error}"
+        if not names:
+            raise BadCommand("which request? write it so: expect failed NAME... [EIO|ENOSPC|ESHUTDOWN]")
         for name in names:
             request = self.bench.requests.get(name)
             if request is None:
@@ -1165,7 +1167,7 @@ def _no(words: list[str], command: str) -> None:
 
 def _number(text: str, command: str) -> int:
     if not text.isdecimal() or len(text) > 18:
-        raise BadCommand(f"{command}: {text!r} is no number; see 'help {command}'")
+        raise BadCommand(f"{command}: {text!r} is no number that could be meant; see 'help {command}'")
     return int(text)
 
 

@@ -36,7 +36,7 @@ def text(console: Console, line: str) -> str:
 @pytest.mark.parametrize("script", shipped_scripts())
 def test_shipped_script(script: str) -> None:
     output = run_script(script).output
-    assert sum(line.startswith("> expect ") for line in output) >= 10
+    assert sum(line.startswith("> expect ") for line in output) >= 5
     assert output[0].startswith("# "), "a script begins by saying what it shows"
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_script_fails_with_its_place(tmp_path: Path) -> None:
 
 
 def test_a_script_that_is_not_there() -> None:
-    with pytest.raises(BadCommand, match="no-such-script: No such file or directory; name a file, or one of .*three-writes"):
+    with pytest.raises(BadCommand, match=r"no-such-script: No such file or directory; name a file, or one of .*three-writes"):
         run_script("no-such-script")
 
 
@@ -93,7 +93,7 @@ def test_a_violation_names_the_line_and_ends_the_disk() -> None:
     console.bench.stage.image[geometry.data_offset_bytes + 600] ^= 1
     with pytest.raises(Violation, match=r"hurt\.fvd:2: run: sector 1: a read showed a mixture"):
         console.play("hurt.fvd", "read 0 8\nrun")
-    with pytest.raises(BadCommand, match="the disk is broken .*'undo'"):
+    with pytest.raises(BadCommand, match=r"the disk is broken .*'undo'"):
         console.run_line("flush")
     assert "a mixture" in text(console, "show")
     console.run_line("undo")  # the harm was done behind the console's back: what it plays again is whole
@@ -183,9 +183,10 @@ def test_undo_and_back() -> None:
 def random_line(dice: Dice, sectors: int) -> str:
     first = dice.randint(0, sectors - 1)
     place = f"{first} {dice.randint(1, min(sectors - first, 200))}"
+    placed = [f"{kind} {place}" for kind in ("write", "write", "trim", "zero", "read")]
+    ends = ["crash", "crash keep", "crash drop", "kill", "reopen"]
     return dice.choice(
-        (f"write {place}", f"write {place}", f"write {place} fua", f"trim {place}", f"zero {place}", f"read {place}", "flush", "step 3")
-        + ("step 9", "run", "process all", "grow", "clock 6", "check", "seed 7", "crash", "crash keep", "crash drop", "kill", "reopen")
+        [*placed, f"write {place} fua", "flush", "step 3", "step 9", "run", "process all", "grow", "clock 6", "check", *ends]
     )
 
 
@@ -240,6 +241,7 @@ wirte 0 8
 write
 write 0
 write zero 8
+write 0 99999999999999999999
 write 0 0
 write 2048 1
 write 0 8 no-hole
@@ -261,7 +263,7 @@ persist b 8
 persist b 5-99
 persist f
 persist
-fail b
+fail d
 fail
 hold d
 step x
@@ -287,6 +289,8 @@ disk layout=thin
 disk lbs=1024
 disk block=3K
 disk storage=-1
+disk layout=raw storage=1
+disk storage=99
 back
 undo x
 undo 99
@@ -296,6 +300,7 @@ expect
 expect joy
 expect done
 expect done nobody
+expect failed EIO
 expect pending some
 expect pending a b 1
 expect sectors 0 8
@@ -304,7 +309,7 @@ expect sectors 0 8 f
 expect sectors 2047 2 zeros
 expect statistics luck 7
 help me
-""".split("\n")[1:-1]
+""".strip().splitlines()
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -337,7 +342,7 @@ def test_drawing() -> None:
     volatile = text(console, "volatile")
     assert "sectors 0-7" in volatile and "foreign" in volatile
     console.run_line("run")
-    assert "chunk 1  slot 1  [.#..]" in text(console, "show")
+    assert "chunk 1  slot 1  [b#..]" in text(console, "show")
     assert "allocations" in text(console, "statistics")
     assert "submit 1: write 0+8" in text(console, "log 99") and len(console.run_line("log 2")) == 2
 
@@ -438,7 +443,7 @@ def test_a_session(tmp_path: Path) -> None:
 def test_a_history_that_cannot_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     session = Session(str(tmp_path / "file"))
-    session.type("flush\r", "flush1: done")
+    session.type("flush\r", "flush1: submitted")
     assert session.end() == 0
 
 

@@ -6,17 +6,19 @@ At every moment there is no disk, or a whole one; doing it again always succeeds
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
 from fvd.errors import Corrupt, NotFound
 from fvd.format.geometry import Geometry
+from fvd.format.journal import encode_commit, page_offset_bytes
+from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, map_offset_bytes, map_pages
 from fvd.format.superblock import Superblock
-from fvd.sim._device import SimulatedDevice
+from fvd.sim._device import WRITE, SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.sim.device_node import Budget, DeviceNode, VolatileNode
+from fvd.sim.stage import Stage
 from fvd.sim.sweep import sweep
 from fvd.volume import superblocks
 from fvd.volume.check import check_node
@@ -24,13 +26,13 @@ from fvd.volume.loading import load_disk, recover_disk
 from fvd.volume.name import parse_name
 from fvd.volume.opening import renew_superblock
 from fvd.volume.provision import write_disk
-from fvd.volume.superblocks import state_of, wipe_superblocks
+from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock
 
 GEOMETRY = Geometry(
     virtual_size_bytes=1 << 20, block_size_bytes=4096, chunk_size_bytes=65536, journal_size_bytes=65536, grow_step_bytes=65536
 )
 OURS = Superblock(GEOMETRY, b"o" * 16, 2, None, 0)
-THEIRS = Superblock(replace(GEOMETRY, block_size_bytes=8192), b"t" * 16, 2, None, 0)
+THEIRS = Superblock(GEOMETRY, b"t" * 16, 2, None, 0)
 NAME = parse_name("file:/simulated")
 SIZE_BYTES = GEOMETRY.data_offset_bytes + 4 * GEOMETRY.chunk_size_bytes
 
@@ -61,12 +63,17 @@ class Scene:
         else:
             if found.uuid not in self.allowed:
                 raise Violation(f"a disk is found that was to be gone: {found.uuid!r}")
+            if found.uuid == THEIRS.uuid:
+                return  # it was there, and still is: what it holds is its own affair
             disk = load_disk(node)
             if disk.bitmap.any() or (disk.table is not None and (disk.table != 0xFFFFFFFF).any()):
                 raise Violation("the disk has contents that nobody wrote")
             if errors := check_node(node, NAME).errors:
                 raise Violation(f"check: {errors}")
         image = bytes(self.device.image)
+        wipe_superblocks(node)
+        if not is_blank(node):
+            raise Violation("removing does not end the disk")
         write_disk(node, OURS)
         if load_disk(node).superblock != OURS:
             raise Violation("provisioning again does not make the disk")
@@ -82,8 +89,20 @@ def zeros(node: DeviceNode) -> None:
 
 
 def their_disk(node: DeviceNode) -> None:
-    """Another tenant's disk: valid superblocks, journal and maps where ours will be."""
+    """Another tenant's disk: valid superblocks, maps that name its chunks, commits in its journal, where ours will be."""
     write_disk(node, THEIRS)
+    bitmap, table = empty_bitmap(GEOMETRY), empty_table(GEOMETRY)
+    assert table is not None
+    bitmap[:] = 0xFFFF
+    table[:3] = (2, 0, 1)
+    for kind, items in ((MapKind.BITMAP, bitmap), (MapKind.TABLE, table)):
+        pages = encode_pages(GEOMETRY, kind, items, THEIRS.uuid, 0, map_pages(GEOMETRY, kind))
+        node.pwrite(map_offset_bytes(GEOMETRY, kind), pages)
+    for sequence in range(2, 9):
+        commit = encode_commit(
+            GEOMETRY, THEIRS.uuid, sequence=sequence, previous=sequence - 1, tail=2, map_hash=7, words=[(0, 0xFFFF)], entries=[(1, 3)]
+        )
+        node.pwrite(page_offset_bytes(GEOMETRY, sequence), commit)
 
 
 def our_disk(node: DeviceNode) -> None:
@@ -149,6 +168,56 @@ def test_a_superblock_before_the_maps_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(VolatileNode, "flush", lambda node: None)
     with pytest.raises((Violation, Corrupt)):
         sweep(lambda: Scene(their_disk, 4096), provision)
+
+
+def test_the_order_of_a_provision_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All flushes are there, but the superblock comes before the maps."""
+
+    def early(node: VolatileNode, superblock: Superblock) -> None:
+        write_superblock(node, superblock)
+        write_disk(node, superblock)
+
+    def provision_early(scene: Scene) -> None:
+        scene.allowed |= {THEIRS.uuid}
+        early(scene.node, OURS)
+
+    with pytest.raises((Violation, Corrupt)):
+        sweep(lambda: Scene(nothing, 4096), provision_early)
+
+
+def unclean(logical_block_bytes: int) -> Stage:
+    """A disk whose process was killed: a commit is visible and volatile, data are written, nothing is closed."""
+    stage = Stage(logical_block_bytes=logical_block_bytes)
+    stage.now("write", 0, 8)
+    stage.submit("flush")
+    stage.finish_all(but=lambda op: op.kind == WRITE)
+    stage.effect(*stage.pending())
+    stage.device.kill()
+    stage.player.abandon()
+    stage.oracle.survive_kill()
+    return stage
+
+
+@pytest.mark.parametrize("logical_block_bytes", [4096, 512])
+def test_power_fails_while_an_unclean_disk_is_opened(logical_block_bytes: int) -> None:
+    """The open's own flush is a crash point too: at it and after it the disk is whole, and what was acknowledged is old or new."""
+
+    class Opening:
+        def __init__(self) -> None:
+            self.stage = unclean(logical_block_bytes)
+            self.device = self.stage.device
+            self.budget = Budget()
+
+        def judge(self) -> None:
+            self.stage.open()
+            self.stage.check()
+            self.stage.oracle.check_after_crash(self.stage.read_all())
+
+    def open_it(scene: Opening) -> None:
+        recover_disk(VolatileNode(scene.device, scene.budget), read_only=False)
+
+    count = sweep(Opening, open_it)
+    assert count.points == 1 and count.images > 2
 
 
 def test_half_a_removal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,136 @@
+"""kill -9 of a real server, hundreds of times, under a load of which it is known what must be there.
+
+Each round: ``check`` finds nothing wrong with the disk as the last kill left it, a new server opens it, the whole disk is read and judged,
+overlapping requests are played, and the server is killed at any moment: under load, while it closes, or while it opens. A kill is no power
+cut: what was written to the device stays. But a first write to a block stays only with its mapping, which may not have been committed. So
+after a kill too the contract is that of a crash:
+
+- what was acknowledged before an acknowledged flush was sent, or with FUA, is there; in the write-through modes, what was acknowledged;
+- any other sector shows that, or something that was written later: never a mixture, never another sector's data;
+- with ``--cache unsafe`` a flush promises nothing, and the rest still holds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+from fvd_server import FvdServer
+
+import fvd
+from fvd.sim._base import base_content
+from fvd.sim._oracle import Violation
+from fvd.sim.foreign import Player
+
+pytest.importorskip("nbd", reason="python3-libnbd is not installed")
+pytestmark = [pytest.mark.release_only, pytest.mark.slow]
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 8 * MIB
+MOST_REQUESTS = 300  # of a round
+
+
+@dataclass(frozen=True)
+class Case:
+    """A disk, and how often its server is killed."""
+
+    name: str
+    rounds: int
+    cache: str = "none"
+    block: int = 64 * KIB
+    chunk: int = MIB
+    base_bytes: int = 0
+    layout: str = "compact"
+
+
+CASES = (
+    Case("none-64K", 110),
+    Case("none-4K-base", 110, block=4 * KIB, chunk=64 * KIB, base_bytes=SIZE),
+    Case("none-raw-16K", 55, block=16 * KIB, layout="raw"),
+    Case("none-1M-short-base", 55, block=MIB, base_bytes=3 * MIB + 12345),
+    Case("writeback-16K", 55, cache="writeback", block=16 * KIB, chunk=256 * KIB),
+    Case("writethrough-4K-base", 55, cache="writethrough", block=4 * KIB, chunk=64 * KIB, base_bytes=SIZE // 2),
+    Case("directsync-64K", 55, cache="directsync"),
+    Case("unsafe-16K-base", 35, cache="unsafe", block=16 * KIB, chunk=64 * KIB, base_bytes=SIZE),
+)
+
+
+def provision(case: Case, folder: Path) -> str:
+    """Storage for one chunk, to grow by one at a time; a journal that goes round."""
+    base = None
+    if case.base_bytes:
+        base = folder / "base.raw"
+        base.write_bytes(base_content(case.base_bytes, 0, case.base_bytes))
+    volume = f"file:{folder / 'disk'}"
+    fvd.provision(
+        volume,
+        SIZE,
+        base=base,
+        layout="raw" if case.layout == "raw" else "compact",
+        block_size=case.block,
+        chunk_size=case.chunk,
+        journal_size=64 * KIB,
+        grow_step=case.chunk,
+    )
+    return volume
+
+
+def player(case: Case, seed: int, *, strict: bool = False) -> Player:
+    """`strict`: one that believes that whatever was acknowledged survives."""
+    durable = strict or case.cache in ("writethrough", "directsync")
+    return Player(seed, depth=256, every_write_durable=durable, flush_counts=case.cache != "unsafe")
+
+
+def kill_rounds(case: Case, seed: int, folder: Path, player: Player) -> str:
+    """Returns what was done, for people."""
+    dice = Random(seed)
+    volume = provision(case, folder)
+    began = time.monotonic()
+    opening = closing = 0
+    with FvdServer(folder, volume, "--cache", case.cache) as server, player:
+        for number in range(case.rounds):
+            if number and dice.random() < 0.2:
+                server.begin()
+                time.sleep(dice.random() * 0.05)  # a moment, at random: it reads the disk, recovers it, or serves
+                server.kill()
+                opening += 1
+            report = fvd.check(volume)
+            assert not report.errors, f"seed {seed}, round {number}: {report.errors}"
+            player.connect(server.start())
+            if number:
+                player.judge_after_crash()
+            player.play(dice.randint(1, MOST_REQUESTS))
+            player.wait(dice.random() * 0.004)
+            if dice.random() < 0.1:
+                server.terminate()
+                player.shutting_down()
+                player.wait(dice.random() * 0.01)
+                closing += 1
+            server.kill()
+            player.take_last_answers()
+            player.report.rounds += 1
+        player.connect(server.start())
+        player.judge_after_crash()
+        player.hang_up()
+        server.stop()
+    assert fvd.info(volume).clean
+    seconds = time.monotonic() - began
+    return f"{case.name}: {player.report}; kills while closing {closing}, while opening {opening}; {seconds:.1f} s"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kill_rounds(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = 1 + CASES.index(case)
+    told = kill_rounds(case, seed, tmp_path, player(case, seed))
+    with capsys.disabled():
+        print(f"\n  {told}")
+
+
+def test_it_can_fail(tmp_path: Path) -> None:
+    """A judge who believes that whatever was acknowledged survives a kill is soon contradicted: the rounds do lose what they may."""
+    case = Case("none-4K", 40, block=4 * KIB, chunk=64 * KIB)
+    with pytest.raises(Violation, match="after the crash"):
+        kill_rounds(case, 99, tmp_path, player(case, 99, strict=True))
