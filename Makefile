@@ -3,11 +3,12 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked lint test test-lvm test-quick torture-long demo demo-lvm bench bench-quick wheel clean
+.PHONY: help setup build checked fuzzed lint test test-lvm test-quick torture-long fuzz demo demo-lvm bench bench-quick wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 CHECKED := build/checked
+FUZZED := build/fuzz
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
@@ -33,6 +34,12 @@ checked: setup ## compile the checked build in build/checked
 	@scripts/copy-tree $(CHECKED)
 	@cd $(CHECKED) && FVD_BUILD=checked FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
+# As checked, by clang with AddressSanitizer and libFuzzer's counters. Without clang there is none, and the tests do with the other builds.
+fuzzed: setup ## compile the fuzz build in build/fuzz
+	@scripts/copy-tree $(FUZZED)
+	@command -v clang >/dev/null || { echo 'no clang: no fuzz build' >&2; exit 0; }; \
+	cd $(FUZZED) && FVD_BUILD=fuzz FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+
 lint: setup ## ruff, mypy --strict, cython-lint
 	$(PY) -m ruff check . $(SCRIPTS)
 	$(PY) -m mypy
@@ -41,7 +48,7 @@ lint: setup ## ruff, mypy --strict, cython-lint
 
 # The release run is last: its summary closes the output. The checked run leaves out what is slow or about speed. The real LVM (in a
 # User-Mode Linux guest, one processor, slow at starting processes) has a run and a limit of its own.
-test: build checked lint ## everything: both builds, the linters, all tests, real LVM included (half an hour)
+test: build checked fuzzed lint ## everything: both builds, the linters, all tests, real LVM included (half an hour)
 	FVD_TEST_BUILD=checked $(LIMIT) $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
 	FVD_TEST_BUILD=release $(LVM_LIMIT) $(PY) -m pytest -q --durations=0 tests/lvm $(PYTEST_ARGS)
 	FVD_TEST_BUILD=release $(LIMIT) $(PY) -m pytest -q --durations=10 --ignore=tests/lvm $(PYTEST_ARGS)
@@ -51,6 +58,19 @@ test-lvm: build ## only what runs on real LVM, in a User-Mode Linux guest
 
 test-quick: build ## the release build's fast tests
 	FVD_TEST_BUILD=release $(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+# libFuzzer's corpus grows in build/fuzzing/corpus; what it finds is left in build/fuzzing/TARGET.
+TIME ?= 600
+TARGETS ?= image journal server maps superblock transmission handshake control name
+fuzz: fuzzed ## coverage-guided fuzzing on the fuzz build, TIME=seconds for each of TARGETS
+	@$(PY) tests/fuzz/keep.py --unpack build/fuzzing/corpus
+	@for target in $(TARGETS); do \
+		echo "fuzz: $$target for $(TIME) s"; \
+		mkdir -p build/fuzzing/corpus/$$target build/fuzzing/$$target && cd build/fuzzing/$$target || exit; \
+		PYTHONPATH=$(CURDIR)/$(FUZZED) $(CURDIR)/$(PY) $(CURDIR)/tests/fuzz/guided.py $$target -max_total_time=$(TIME) -max_len=300 \
+			-len_control=0 -timeout=30 -rss_limit_mb=3000 -print_final_stats=1 ../corpus/$$target > log 2>&1 || { tail -40 log; exit 1; }; \
+		tail -7 log; cd $(CURDIR); \
+	done
 
 # A volume group is touched only if it is named on the command line, not for a VG that happens to be in the environment.
 named = $(if $(filter command line,$(origin $(1))),$($(1)))

@@ -4,6 +4,7 @@ FVD_BUILD=release (default): -O3, no bounds checks.
 FVD_BUILD=checked: bounds and initialisation checks, internal invariants asserted, and the seeded bugs that prove the tests
     (off until a test switches one on). A release contains none of them.
 FVD_BUILD=coverage: checked, with line tracing.
+FVD_BUILD=fuzz: checked, compiled by clang with AddressSanitizer and libFuzzer's counters (tests/fuzz); needs both in the process.
 FVD_ONLY=a.b,c.d: build only these modules.
 """
 
@@ -14,8 +15,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 BUILD = os.environ.get("FVD_BUILD", "release")
-if BUILD not in ("release", "checked", "coverage"):
-    raise SystemExit(f"FVD_BUILD={BUILD}: choose release, checked or coverage")
+if BUILD not in ("release", "checked", "coverage", "fuzz"):
+    raise SystemExit(f"FVD_BUILD={BUILD}: choose release, checked, coverage or fuzz")
 CHECKED = BUILD != "release"
 
 MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
@@ -34,6 +35,13 @@ DIRECTIVES = {
     "linetrace": BUILD == "coverage",
 }
 
+COMPILE = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", "-Wno-sign-compare"]
+SANITIZE: list[str] = []
+if BUILD == "fuzz":
+    os.environ["CC"] = "clang"
+    SANITIZE = ["-fsanitize=address,fuzzer-no-link"]
+    COMPILE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-strict-aliasing", "-w", *SANITIZE]
+
 # liburing is linked statically so that a wheel runs where only the kernel has io_uring.
 LINK = {"fvd.device._queue": ["-l:liburing.a"]}
 
@@ -51,8 +59,8 @@ def extensions() -> list[Extension]:
                 [str(path)],
                 define_macros=MACROS,
                 include_dirs=["fvd"],
-                extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", "-Wno-sign-compare"],
-                extra_link_args=LINK.get(name, []),
+                extra_compile_args=COMPILE,
+                extra_link_args=[*LINK.get(name, []), *SANITIZE],
             )
         )
     return found

@@ -427,6 +427,20 @@ def test_a_sequence_that_no_disk_can_have_reached() -> None:
         disk.refuses("cannot have been reached")
 
 
+@pytest.mark.parametrize(("lap", "fits"), [(0, True), (1, False), (1000, False)])
+def test_the_newest_commit_lies_within_one_lap_of_the_tail(lap: int, fits: bool) -> None:
+    """A writer that went on from there would have no page that it may write to: such a disk could be checked, and not be opened."""
+    disk = Disk()
+    disk.commit()
+    disk.sequence += lap * P
+    disk.commit(words=400, keep=(0,))
+    if fits:
+        disk.check(dropped_commit=True)
+    else:
+        with pytest.raises(Corrupt, match="past the tail 1"):
+            disk.open()
+
+
 def test_arguments_that_contradict_each_other() -> None:
     good = {"sequence": 5, "previous": 4, "tail": 2, "map_hash": 0, "words": (), "entries": ()}
     journal.encode_commit(G, UUID, **good)  # type: ignore[arg-type]

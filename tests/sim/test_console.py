@@ -411,6 +411,11 @@ class Session:
         os.write(self.terminal, keys.encode())
         return self.wait(wanted)
 
+    def enter(self, keys: str, wanted: str) -> None:
+        """A whole line. Waits for the next prompt: keys that come between two lines mean something else to a terminal."""
+        self.type(f"{keys}\r", wanted)
+        self.wait("fvd> ")
+
     def end(self, keys: str = "\x04") -> int:
         os.write(self.terminal, keys.encode())
         try:
@@ -421,29 +426,32 @@ class Session:
 
 def test_a_session(tmp_path: Path) -> None:
     session = Session(str(tmp_path / "state"))
-    session.type("zulu: wri\t0 8\r", "zulu: submitted")
-    session.type("proc\tzu\t\r", "1 write sectors 0-127 for zulu takes effect")
-    session.type("\x1b[A\r", "has taken effect already")  # the last line again
-    session.type("nonsense\r", "there is no command 'nonsense'; 'help' lists them")
-    session.type("half a li\x03", "\n")
-    session.type("\rfinish zulu\r", "zulu: done")
-    session.type("disk la\tra\t\r", "disk layout=raw")
-    session.type("disk\r", "layout=raw\r\n")
-    session.type("cr\t\t", "crash ")
+    session.enter("zulu: wri\t0 8", "zulu: submitted")
+    session.enter("proc\tzu\t", "1 write sectors 0-127 for zulu takes effect")
+    session.enter("\x1b[A", "has taken effect already")  # the last line again
+    session.enter("nonsense", "there is no command 'nonsense'; 'help' lists them")
+    session.type("half a li", "half a li")
+    session.type("\x03", "fvd> ")
+    session.enter("finish zulu", "zulu: done")
+    session.enter("disk la\tra\t", "disk layout=raw")
+    session.enter("disk", "layout=raw\r\n")
+    session.type("cr\t", "crash ")
     session.type("\t\t", "dice")  # all that may follow
-    assert session.end("drop\r\x04") == 0
+    session.wait("fvd> crash ")
+    session.enter("drop", "power fails")
+    assert session.end() == 0
     history = (tmp_path / "state" / "fvd" / "torture_history").read_text().splitlines()
     assert history[:2] == ["zulu: write 0 8", "process zulu "]
     session = Session(str(tmp_path / "state"))
     session.type("\x12finish", "finish zulu")  # searched for in the history of the session before
-    session.type("\r", "nothing is called 'zulu'")
+    session.enter("", "nothing is called 'zulu'")
     assert session.end("quit\r") == 0
 
 
 def test_a_history_that_cannot_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     session = Session(str(tmp_path / "file"))
-    session.type("flush\r", "flush1: submitted")
+    session.enter("flush", "flush1: submitted")
     assert session.end() == 0
 
 

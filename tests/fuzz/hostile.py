@@ -1,0 +1,375 @@
+"""Hostile bytes with a structure: short inputs that say how a good disk, or a good conversation, is spoilt.
+
+Random bytes never get past a checksum. So an input is a program: byte after byte it changes fields, records and pages of a valid disk,
+and what it changed is sealed again with the checksum that belongs there. Every input is a valid program, however it was mutated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fvd import _core
+from fvd.device.node import aligned_buffer
+from fvd.errors import Corrupt, DeviceError, InvalidArgument
+from fvd.format import journal, maps
+from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, PAGE_BYTES, Geometry, Layout
+from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, RECORDS_BYTES, WORD_RECORD
+from fvd.format.maps import CELL, MapKind
+from fvd.format.superblock import _CHOSEN, _DERIVED, SLOT_OFFSETS_BYTES, SUPERBLOCK
+
+TESTS = Path(__file__).resolve().parent.parent
+SUPERBLOCKS, JOURNAL, MAPS = 1, 2, 4
+"""Regions that an input may spoil."""
+ALL_REGIONS = SUPERBLOCKS | JOURNAL | MAPS
+INTERESTING = (
+    *(0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 62, 63, 64, 124, 336, 337, 504, 505, 512, 4096, 65535, 65536, 0xFFFFFFFE, 0xFFFFFFFF),
+    *(1 << 20, 1 << 28, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 2),
+)
+
+
+def load_golden(name: str) -> ModuleType:
+    """A script of tests/golden, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"golden_{name}", TESTS / "golden" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Take:
+    """Reads an input from its front. At its end everything is 0."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._position = 0
+
+    def __bool__(self) -> bool:
+        return self._position < len(self._data)
+
+    def bytes(self, size: int) -> bytes:
+        self._position += size
+        return self._data[self._position - size : self._position]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.bytes(size), "little")
+
+    def byte(self) -> int:
+        return self.number(1)
+
+    def rest(self) -> bytes:
+        return self.bytes(len(self._data))
+
+    def choice(self, values: Any) -> Any:
+        return values[self.number(1 if len(values) <= 256 else 2) % len(values)]
+
+    def value(self, now: int, how: int) -> int:
+        """A number in place of `now`: near it, a bit of it, one that programs trip over, or any."""
+        if how == 0:
+            return now + self.byte() - 128
+        if how == 1:
+            return now ^ 1 << self.byte() % 64
+        if how == 2:
+            return int(self.choice(INTERESTING))
+        return self.number((1, 2, 4, 8)[how % 4])
+
+
+class Storage:
+    """A disk's storage in memory: good pages below, spoilt and written ones above them. `volume.superblocks.Pages`.
+
+    Refuses reads past its end as a node does, and counts what is asked of it, for whoever bounds that.
+    """
+
+    path = "storage"
+    identity = None
+
+    def __init__(self, good: bytes, size_bytes: int) -> None:
+        self._good = good
+        self._size_bytes = size_bytes
+        self._changed: dict[int, bytes] = {}
+        self.read_bytes = 0
+        self.writes = 0
+
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def resize(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+
+    def page(self, offset_bytes: int) -> bytes:
+        found = self._changed.get(offset_bytes)
+        return found if found is not None else self._good[offset_bytes : offset_bytes + PAGE_BYTES].ljust(PAGE_BYTES, b"\0")
+
+    def put(self, offset_bytes: int, page: bytes) -> None:
+        self._changed[offset_bytes] = page
+
+    def content(self, end_bytes: int) -> bytes:
+        """Everything before `end_bytes`: for a reader that takes a disk as one piece."""
+        out = bytearray(self._good[:end_bytes].ljust(end_bytes, b"\0"))
+        for offset, page in self._changed.items():
+            if offset < end_bytes:
+                out[offset : offset + PAGE_BYTES] = page
+        return bytes(out[:end_bytes])
+
+    def pread(self, offset_bytes: int, length_bytes: int, /) -> maps.Bytes:
+        self._check(offset_bytes, length_bytes)
+        data = aligned_buffer(length_bytes)
+        self.pread_into(offset_bytes, data)
+        return data
+
+    def pread_into(self, offset_bytes: int, buffer: maps.Bytes, /) -> None:
+        length = int(buffer.size)
+        self._check(offset_bytes, length)
+        self.read_bytes += length
+        good = self._good[offset_bytes : offset_bytes + length]
+        buffer[: len(good)] = np.frombuffer(good, np.uint8)
+        buffer[len(good) :] = 0
+        for offset, page in self._changed.items():
+            begin, end = max(offset, offset_bytes), min(offset + PAGE_BYTES, offset_bytes + length)
+            if begin < end:
+                buffer[begin - offset_bytes : end - offset_bytes] = np.frombuffer(page[begin - offset : end - offset], np.uint8)
+
+    def _check(self, offset_bytes: int, length_bytes: int) -> None:
+        if offset_bytes + length_bytes > self._size_bytes:
+            raise DeviceError(f"{self.path} ends at byte {self._size_bytes}, before the {length_bytes} bytes at {offset_bytes}")
+
+    def pwrite(self, offset_bytes: int, data: Any, /) -> None:
+        raw = bytes(data)
+        self._check(offset_bytes, len(raw))
+        self.writes += 1
+        for place in range(offset_bytes // PAGE_BYTES * PAGE_BYTES, offset_bytes + len(raw), PAGE_BYTES):
+            begin, end = max(place, offset_bytes), min(place + PAGE_BYTES, offset_bytes + len(raw))
+            page = self.page(place)
+            self.put(place, page[: begin - place] + raw[begin - offset_bytes : end - offset_bytes] + page[end - place :])
+
+    def zero(self, offset_bytes: int, length_bytes: int, /) -> None:
+        self.pwrite(offset_bytes, bytes(length_bytes))
+
+    def flush(self) -> None:
+        pass
+
+
+@dataclass
+class Good:
+    """A valid disk to begin with: its metadata, and where its pages are."""
+
+    geometry: Geometry
+    uuid: bytes
+    storage: bytes
+    size_bytes: int
+    has_base: bool
+    places: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def pages(self, regions: int) -> tuple[int, ...]:
+        if regions not in self.places:
+            geometry = self.geometry
+            found = list(SLOT_OFFSETS_BYTES) if regions & SUPERBLOCKS else []
+            if regions & JOURNAL:
+                found += range(geometry.journal_offset_bytes, geometry.bitmap_offset_bytes, PAGE_BYTES)
+            if regions & MAPS:
+                end = geometry.bitmap_offset_bytes + geometry.bitmap_size_bytes + geometry.table_size_bytes
+                found += range(geometry.bitmap_offset_bytes, end, PAGE_BYTES)
+            self.places[regions] = tuple(found)
+        return self.places[regions]
+
+    def fresh(self) -> Storage:
+        return Storage(self.storage, self.size_bytes)
+
+
+@cache
+def good_disks() -> tuple[Good, ...]:
+    """Small disks of each kind, with several commits in their rings: the golden ones, and two whose maps end inside a word or cell."""
+    make = load_golden("make")
+    images = [make.IMAGES[name]() for name in ("mapped", "base", "raw", "dropped", "wrapped")]
+    odd = make.Image(90, Geometry(3 << 20, 4096, 65536, 16 * 4096, 65536))
+    for block in (0, 20, 40, 767, 300):
+        odd.write(block)
+        odd.commit()
+    tiny = make.Image(91, Geometry(4096, 4096, 65536, 16 * 4096, 65536, Layout.RAW))
+    tiny.write(0)
+    tiny.commit(clean=True)
+    return tuple(
+        Good(image.geometry, image.uuid, bytes(image.storage[: image.geometry.data_offset_bytes]), len(image.storage), bool(image.base))
+        for image in (*images, odd, tiny)
+    )
+
+
+def seal(good: Good, offset_bytes: int, page: bytearray) -> None:
+    """Puts the checksums right that belong at this place."""
+    geometry = good.geometry
+
+    def put(at: int, uuid: bytes, position: int, structure: bytes) -> None:
+        page[at : at + 4] = _core.checksum(uuid, position, structure, at % CELL_BYTES).to_bytes(4, "little")
+
+    if offset_bytes in SLOT_OFFSETS_BYTES:
+        put(8, bytes(page[24:40]), offset_bytes, bytes(page))
+    elif offset_bytes < geometry.bitmap_offset_bytes:
+        put(4, good.uuid, offset_bytes, bytes(page))
+    else:
+        for cell in range(0, PAGE_BYTES, CELL_BYTES):
+            put(cell, good.uuid, offset_bytes + cell, bytes(page[cell : cell + CELL_BYTES]))
+
+
+def _layout_of(good: Good, offset_bytes: int) -> np.dtype[Any]:
+    if offset_bytes in SLOT_OFFSETS_BYTES:
+        return SUPERBLOCK
+    return PAGE_HEADER if offset_bytes < good.geometry.bitmap_offset_bytes else CELL
+
+
+def _numbers(layout: np.dtype[Any]) -> tuple[tuple[int, int], ...]:
+    """(offset, size) of the fields that are numbers."""
+    fields: Any = layout.fields
+    return tuple((fields[name][1], fields[name][0].itemsize) for name in fields if fields[name][0].kind == "u")
+
+
+_NUMBERS = {id(layout): _numbers(layout) for layout in (SUPERBLOCK, PAGE_HEADER, CELL)}
+
+
+def spoil(data: bytes, regions: int) -> tuple[Good, Storage]:
+    """The disk that an input describes."""
+    take = Take(data)
+    good = take.choice(good_disks())
+    flags = take.byte()
+    storage = good.fresh()
+    places = good.pages(regions)
+    touched: dict[int, bytearray] = {}
+    unsealed: set[int] = set()
+
+    def page_at(place: int) -> bytearray:
+        if place not in touched:
+            touched[place] = bytearray(storage.page(place))
+        return touched[place]
+
+    while take:
+        op = take.byte()
+        place = take.choice(places)
+        page = page_at(place)
+        layout = _layout_of(good, place)
+        what, how = op & 7, op >> 3 & 7
+        if what <= 2:
+            begin = take.byte() % CELLS_PER_PAGE * CELL_BYTES if layout is CELL else 0
+            at, size = take.choice(_NUMBERS[id(layout)])
+            at += begin
+            value = take.value(int.from_bytes(page[at : at + size], "little"), how)
+            page[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+        elif what == 3 and layout is PAGE_HEADER:
+            _add_record(take, page, how)
+        elif what <= 4:
+            at = take.number(2) % PAGE_BYTES
+            raw = take.bytes(1 + how * 2)[: PAGE_BYTES - at]
+            page[at : at + len(raw)] = raw
+        elif what == 5:
+            page[:] = page_at(take.choice(places))
+        elif what == 6 and how < 2 and regions == ALL_REGIONS:
+            storage.resize(max(0, good.size_bytes + (take.byte() - 128) * (PAGE_BYTES, good.geometry.chunk_size_bytes)[how]))
+        elif what == 6:
+            page[:] = bytes(PAGE_BYTES)
+        else:
+            unsealed.add(place)
+    for place, page in touched.items():
+        if flags & 1 and place in SLOT_OFFSETS_BYTES:
+            _derive(page)
+        if place not in unsealed:
+            seal(good, place, page)
+        storage.put(place, bytes(page))
+    if flags & 2:
+        _believe(good, storage)
+    return good, storage
+
+
+def _add_record(take: Take, page: bytearray, how: int) -> None:
+    """One more record at the end of a journal page, if it has room."""
+    words, entries = int.from_bytes(page[44:46], "little"), int.from_bytes(page[46:48], "little")
+    record, count_at = (WORD_RECORD, 44) if how & 1 and not entries else (ENTRY_RECORD, 46)
+    at = words * WORD_RECORD.itemsize + entries * ENTRY_RECORD.itemsize
+    if at + record.itemsize > RECORDS_BYTES:
+        return
+    index = take.value(0, 2 + (how >> 1))
+    value = take.value(0, 2 + (how >> 2) * 5)
+    raw = (index % (1 << 32)).to_bytes(4, "little") + (value % (1 << 64)).to_bytes(8, "little")
+    page[HEADER_BYTES + at : HEADER_BYTES + at + record.itemsize] = raw[: record.itemsize]
+    page[count_at : count_at + 2] = (int.from_bytes(page[count_at : count_at + 2], "little") + 1).to_bytes(2, "little")
+
+
+def _derive(page: bytearray) -> None:
+    """Lets a superblock agree with itself, if its sizes are possible."""
+    row = np.frombuffer(page, SUPERBLOCK)[0]
+    try:
+        geometry = Geometry(**{name: int(row[name]) for name in _CHOSEN}, layout=Layout(int(row["layout"]) & 1))
+    except InvalidArgument:
+        return
+    fields: Any = SUPERBLOCK.fields
+    for name in _DERIVED:
+        page[fields[name][1] : fields[name][1] + 8] = int(getattr(geometry, name)).to_bytes(8, "little")
+
+
+def _believe(good: Good, storage: Storage) -> None:
+    """Lets the last commit say the hash of the maps that it leads to: what is judged after the hash is reached so."""
+    geometry = good.geometry
+    pages = [bytearray(storage.page(place)) for place in good.pages(JOURNAL)]
+    try:
+        items = [decode_map(good, storage, kind) for kind in (MapKind.BITMAP, MapKind.TABLE)]
+        journal.replay(geometry, good.uuid, b"".join(pages), items[0], items[1] if geometry.table_entries else None)
+    except DeviceError:
+        return
+    except Corrupt as error:
+        # Only the code under test knows the hash of what its replay led to, and it tells it.
+        found = re.search(r"the maps have hash (0x[0-9a-f]+) after the commit at (\d+)", str(error))
+        if found is None:
+            return
+        first, right = int(found[2]), int(found[1], 16).to_bytes(8, "little")
+        parts = int.from_bytes(pages[first % len(pages)][42:44], "little")
+        for position in range(first % len(pages), min(first % len(pages) + parts, len(pages))):
+            pages[position][32:40] = right
+            place = geometry.journal_offset_bytes + position * PAGE_BYTES
+            seal(good, place, pages[position])
+            storage.put(place, bytes(pages[position]))
+
+
+def decode_map(good: Good, storage: Storage, kind: MapKind, target: Any = None) -> Any:
+    """A whole map, into `target` if given. Raises Corrupt."""
+    geometry = good.geometry
+    if kind is MapKind.TABLE and not geometry.table_entries:
+        return None
+    items = target if target is not None else maps.empty_bitmap(geometry) if kind is MapKind.BITMAP else maps.empty_table(geometry)
+    raw = storage.pread(maps.map_offset_bytes(geometry, kind), maps.map_pages(geometry, kind) * PAGE_BYTES)
+    maps.decode_pages(geometry, kind, raw, good.uuid, items, 0)
+    return items
+
+
+class Cliff:
+    """Arrays that end where memory ends: an index past them, by one or by 2^32, ends the process, in every build."""
+
+    ROOM_BYTES = 1 << 20
+    BEYOND_BYTES = 1 << 36  # the farthest that an index of 32 bits leads, and more
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None, use_errno=True)
+        library.mmap.restype = ctypes.c_void_p
+        library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        no_access, reserve = 0, 0x4000
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve
+        address = library.mmap(None, self.ROOM_BYTES + self.BEYOND_BYTES, no_access, flags, -1, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), "no address space for a cliff")
+        if library.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(self.ROOM_BYTES), mmap.PROT_READ | mmap.PROT_WRITE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+        self._room = (ctypes.c_char * self.ROOM_BYTES).from_address(address)
+
+    def array(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A copy of an array at the edge. It lives until the next one."""
+        found = np.frombuffer(self._room, like.dtype, like.size, self.ROOM_BYTES - like.nbytes)
+        found[:] = like
+        return found
