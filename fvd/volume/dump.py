@@ -21,12 +21,13 @@ from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import read_slots, read_superblock, uuid_text
 
 SCHEMA_VERSION = 1
+LISTED_PAGES = 20  # that are damaged, of each map
 
 
 def dump(name: str | VolumeName, *, cells: bool = True) -> dict[str, Any]:
     """Superblocks, journal commits, and the cells of the maps that have content or are damaged, as plain values for JSON.
 
-    Raises NotFound (no such volume, or nothing of fvd in it), InUse, PermissionDenied, DeviceError.
+    Raises NotFound (no such volume, or nothing of fvd in it), InUse, Unsupported, PermissionDenied, DeviceError.
     """
     volume = parse_name(name)
     provider = provider_for(volume)
@@ -100,12 +101,16 @@ def _superblock(page: bytes, slot: int) -> dict[str, Any]:
 
 
 def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, Any]]:
-    """Cells with content, and damaged ones, a page at a time: what one page says must not hide another."""
+    """Cells with content, and damaged ones, a page at a time: what one page says must not hide another.
+
+    Of damaged pages only the first are listed: a volume whose maps are full of something else must not fill the memory.
+    """
     geometry = superblock.geometry
     whole = empty_bitmap(geometry) if kind is MapKind.BITMAP else empty_table(geometry)
     if whole is None:
         return []
-    found = []
+    found: list[dict[str, Any]] = []
+    damaged = 0
     initial = 0 if kind is MapKind.BITMAP else EMPTY
     per_cell = WORDS_PER_CELL if kind is MapKind.BITMAP else ENTRIES_PER_CELL
     for page in range(map_pages(geometry, kind)):
@@ -116,6 +121,9 @@ def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, 
             problem = None
         except Corrupt as error:
             problem = str(error)
+            damaged += 1
+            if damaged > LISTED_PAGES:
+                continue
         for row, number in zip(raw.view(CELL), range(page * CELLS_PER_PAGE, (page + 1) * CELLS_PER_PAGE), strict=True):
             payload = np.frombuffer(row["cell_payload"].tobytes(), whole.dtype)[:per_cell]
             filled = np.flatnonzero(payload != initial)
@@ -131,6 +139,8 @@ def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, 
             if problem is not None:
                 cell["problem"] = problem
             found.append(cell)
+    if damaged > LISTED_PAGES:
+        found.append({"problem": f"{damaged - LISTED_PAGES} more pages have damaged cells"})
     return found
 
 
