@@ -41,6 +41,7 @@ _fvd_lv() {
         torture:--events) :; return ;;
         torture:--nbd) :; return ;;
         torture:--qemu) :; return ;;
+        torture:--disk) :; return ;;
         torture:--script) :; return ;;
     esac
     case $command in
@@ -56,7 +57,7 @@ _fvd_lv() {
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;
         remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
-        torture) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --seed --worlds --requests --seconds --jobs --keep-going --bytes --trace --only --events --shrink --nbd --qemu --gentle --base --console --script" -- "$current")); else :; fi ;;
+        torture) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --seed --worlds --requests --seconds --jobs --keep-going --bytes --trace --only --events --shrink --nbd --qemu --gentle --base --console --disk --script" -- "$current")); else :; fi ;;
     esac
 }
 _fvd_lv_files() {

@@ -31,7 +31,7 @@ EXAMPLES = """\
   fvd-lv torture --seed 4711 --shrink
   fvd-lv torture --nbd nbd+unix:///?socket=vm1.sock
   fvd-lv torture --qemu qcow2 --requests 20000
-  fvd-lv torture --console
+  fvd-lv torture --console --disk size=1M base=300K
   fvd-lv torture --script three-writes
 
 Exit code 0: nothing found; 1: something was, and the output has the one command that repeats it."""
@@ -58,6 +58,7 @@ def register(subparsers: Subparsers) -> None:
     other.add_argument("--base", action="store_true", help="with --qemu: the image lies over another one")
     hand = parser.add_argument_group("by hand")
     hand.add_argument("--console", action="store_true", help="decide every event yourself")
+    hand.add_argument("--disk", metavar="NAME=VALUE", nargs="+", help="what the disk is like: size=1M block=64K base=300K layout=raw ...")
     hand.add_argument("--script", metavar="NAME", help="run a script of the console: a file, or one of those that come with fvd")
 
 
@@ -257,9 +258,24 @@ def _foreign(arguments: argparse.Namespace, output: Output) -> int:
 
 def _console(arguments: argparse.Namespace, output: Output) -> int:
     from fvd.sim import console
+    from fvd.sim._oracle import Violation
 
-    if arguments.script:
-        result = console.run_script(arguments.script)
-        output.result({"script": arguments.script, "output": result.output}, result.output)
-        return 0
-    return console.interact()
+    options = _disk(arguments.disk or [])
+    if not arguments.script:
+        return console.interact(options)
+    try:
+        result = console.run_script(arguments.script, options)
+    except Violation as error:
+        output.result({"script": arguments.script, "error": str(error)}, [f"{arguments.script}: {error}"])
+        return EXIT_FOUND
+    output.result({"script": arguments.script, "output": result.output}, result.output)
+    return 0
+
+
+def _disk(words: list[str]) -> dict[str, str]:
+    """``size=1M base=300K``, as the console's command ``disk`` has them."""
+    pairs = [word.partition("=") for word in words]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise InvalidArgument(f"--disk {name}: write NAME=VALUE, for example size=1M; the console's help disk names them")
+    return {name: value for name, _, value in pairs}

@@ -178,7 +178,7 @@ def judge_check(storage: Storage, disk: LoadedDisk | None) -> None:
     """What opens has no errors, and what has none opens."""
     with mock.patch.object(checking, "open_base", side_effect=NotFound("no base here")):
         try:
-            report = checking._check_closed(NAME, storage, None)  # type: ignore[arg-type]
+            report = checking.check_node(storage, NAME)
         except (NotFound, Unsupported):
             assert disk is None
             return
