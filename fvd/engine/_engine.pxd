@@ -189,7 +189,7 @@ cdef class Engine:
     cdef Busy **buckets
     cdef uint32_t busy_count
     cdef RequestList wait_slot, wait_room, wait_bounce
-    cdef uint64_t bounce_used
+    cdef uint64_t bounce_used, bounce_limit
     cdef uint8_t *zeros
     cdef uint8_t **spare_bounces
     cdef uint32_t spare_count

@@ -32,6 +32,7 @@ class Engine:
         on_full: str = "wait",
         low_water_bytes: int = 0,
         discard: bool = True,
+        bounce_limit_bytes: int = ...,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 

@@ -114,7 +114,7 @@ cdef class Engine:
 
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
-                 low_water_bytes=0, discard=True):
+                 low_water_bytes=0, discard=True, bounce_limit_bytes=BOUNCE_LIMIT_BYTES):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -148,6 +148,7 @@ cdef class Engine:
         self.write_through = cache_mode in ("writethrough", "directsync")
         self.fail_when_full = on_full == "error"
         self.discard = discard
+        self.bounce_limit = bounce_limit_bytes
         self.uuid_crc = crc32c(0, &uuid_view[0], 16)
         self.uuid_seed = int.from_bytes(uuid[:8], "little")
 

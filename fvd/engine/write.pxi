@@ -148,7 +148,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         list_push(&e.wait_room, r)
         commit_maybe(e)
         return 0
-    if not whole and e.bounce_used and e.bounce_used + (run_end - run_start) > BOUNCE_LIMIT_BYTES:
+    if not whole and e.bounce_used and e.bounce_used + (run_end - run_start) > e.bounce_limit:
         return wait_for(r, &e.wait_bounce)
     if slot == EMPTY:
         if b != NULL:
@@ -243,7 +243,7 @@ cdef int modify_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, uint6
     end = min(end, (start | (ZEROS_BYTES - 1)) + 1)
     low = start & ~e.align_mask
     high = (end + e.align_mask) & ~e.align_mask
-    if e.bounce_used and e.bounce_used + (high - low) > BOUNCE_LIMIT_BYTES:
+    if e.bounce_used and e.bounce_used + (high - low) > e.bounce_limit:
         return wait_for(r, &e.wait_bounce)
     b = busy_get(e, chunk)
     b.slot = slot

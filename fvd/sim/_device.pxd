@@ -24,20 +24,24 @@ cdef class Operation:
     cdef readonly bint durable, took_effect
     cdef public int32_t result
     cdef public uint64_t held_until
-    cdef uint64_t effect_at         # moment of taking effect
-    cdef uint64_t size_at_effect    # of the storage
+    cdef uint64_t submitted_at      # the moment: what had completed by then a flush covers
+    cdef uint64_t size_at_submission    # of the storage
+    cdef uint64_t late              # block i follows only when the operation completes if bit i % 64 is set
     cdef uint8_t *buffer
 
 cdef class SimulatedDevice:
     cdef public Dice dice
     cdef public list pending
     cdef public object fault, inspect
-    cdef public double slow_share, stuck_share
+    cdef public double slow_share, stuck_share, torn_share
+    cdef public bint page_cache
+    cdef int slow_category_         # -1: none
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
     cdef readonly uint32_t logical_block_bytes
     cdef readonly object base_bytes
+    cdef dict lost                  # block -> what the medium holds, of cached blocks that it never got
     cdef object image_array
     cdef uint8_t *image
     cdef uint64_t base_size, metadata_start, maps_start, data_start
@@ -58,7 +62,10 @@ cdef class SimulatedDevice:
     cdef Operation event(self)
     cdef int begin(self, Operation op) except -1
     cdef int end(self, Operation op) except -1
-    cdef int put(self, Operation op, double share) except -1
+    cdef int put(self, Operation op, double share, bint late=*) except -1
+    cdef int catch_up(self, Operation op, double share) except -1
+    cdef int lose_cached(self) except -1
+    cdef int revert_lost(self) except -1
     cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1
     cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept
     cdef void forget(self, Version *version) noexcept

@@ -54,8 +54,14 @@ class SimulatedDevice:
     """Shown every write below the data when it takes effect."""
     slow_share: float
     """Share of operations that are held back for long, so that much else happens meanwhile."""
+    slow_category: str
+    """Operations of this category (CATEGORIES) often take very long; "": of none."""
     stuck_share: float
     """Share of operations that move only when nothing else can."""
+    torn_share: float
+    """Share of operations some of whose blocks take effect only when they complete."""
+    page_cache: bool
+    """Writes go to a page cache, which after a failed flush may hold pages that the medium never gets."""
     fail_number: int
     """The operation with this number fails."""
     fail_with: int
@@ -98,6 +104,9 @@ class SimulatedDevice:
     def flush_everything(self) -> None:
         """A flush by somebody else than the engine: everything that took effect is durable."""
 
+    def forget_cache(self) -> None:
+        """What the page cache holds and the medium never got is seen no more."""
+
     def truncate(self, size_bytes: int) -> None:
         """The storage ends here now; what lay beyond is gone."""
 
@@ -114,4 +123,4 @@ class SimulatedDevice:
         """Power fails: every volatile block becomes one of its contents, by dice. Nothing is pending any more."""
 
     def kill(self) -> None:
-        """The process dies, the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
+        """The process dies, the device goes on: writes and discards under way take effect, wholly, in part or not. All stays volatile."""

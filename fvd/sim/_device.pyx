@@ -1,9 +1,10 @@
 # cython: language_level=3
 """A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide.
 
-A write takes effect (is seen by reads) at some moment before it completes, and stays volatile until a flush that took effect after its
-completion completes, or until its own completion if it is durable. A crash leaves each volatile logical block as any of the contents it
-had since it was last durable; writes that had not taken effect yet may have reached some of their blocks too. See docs/simulation.md.
+A write takes effect (is seen by reads) at some moment before it completes, or block by block until then, and stays volatile until a flush
+that was submitted after its completion completes, or until its own completion if it is durable. A crash leaves each volatile logical
+block as any of the contents it had since it was last durable; writes that had not taken effect yet may have reached some of their blocks
+too. See docs/simulation.md.
 It may not know the engine or the format: where the journal and the maps lie it is told, to name its faults by.
 """
 
@@ -24,6 +25,7 @@ KIND_NAMES = ("read", "write", "flush", "discard")
 
 cdef enum:
     DISCARDED = 0xDD
+    GARBLED = 0xBD              # what a read that fails leaves in its buffer
 
 cdef uint64_t STUCK = <uint64_t> 1 << 60
 
@@ -73,6 +75,8 @@ cdef class SimulatedDevice:
         if self.newest == NULL or self.listed == NULL or self.touched == NULL or self.completed_at == NULL:
             raise MemoryError("simulated device")
         self.pending = []
+        self.lost = {}
+        self.slow_category_ = -1
         self.moment = 1
 
     def __dealloc__(self):
@@ -117,6 +121,14 @@ cdef class SimulatedDevice:
             self.rates[i] = rates.get(name, 0.0)
         self.faulty = any(rates.values())
 
+    @property
+    def slow_category(self):
+        return "" if self.slow_category_ < 0 else CATEGORIES[self.slow_category_]
+
+    @slow_category.setter
+    def slow_category(self, str category):
+        self.slow_category_ = CATEGORIES.index(category) if category else -1
+
     def advance(self, uint64_t by_ns):
         """The clock moves."""
         self.now_ns += by_ns
@@ -146,8 +158,12 @@ cdef class SimulatedDevice:
         op.length_bytes = length_bytes
         op.buffer = buffer
         op.durable = durable
+        op.submitted_at = self.moment
+        op.size_at_submission = self.size_bytes
         if self.dice.chance(self.slow_share):
             op.held_until = self.moment + self.dice.between(20, 600)
+        if self.slow_category_ >= 0 and self.category_of(op) == self.slow_category_ and self.dice.chance(0.5):
+            op.held_until = self.moment + self.dice.between(200, 3000)
         if self.dice.chance(self.stuck_share):
             op.held_until = STUCK
         self.pending.append(op)
@@ -168,6 +184,8 @@ cdef class SimulatedDevice:
         # Mostly microseconds; now and then milliseconds.
         self.now_ns += self.dice.between(1000, 200000) if not self.dice.chance(0.01) else self.dice.between(1000000, 50000000)
         if not op.took_effect:
+            if self.torn_share and op.length_bytes > self.logical_block_bytes and self.dice.chance(self.torn_share):
+                op.late = self.dice.raw()
             self.begin(op)
             return None
         self.end(op)
@@ -204,8 +222,6 @@ cdef class SimulatedDevice:
             raise RuntimeError(f"{op} takes effect twice")
         op.took_effect = True
         self.moment += 1
-        op.effect_at = self.moment
-        op.size_at_effect = self.size_bytes
         if self.faulty and self.dice.chance(self.rates[self.category_of(op)]):
             error = self.fail_with
         elif op.number == self.fail_number:
@@ -223,6 +239,8 @@ cdef class SimulatedDevice:
                     memcpy(op.buffer, self.image + op.offset_bytes, op.length_bytes)
                 else:
                     fill_from_base(op.buffer, op.offset_bytes, op.length_bytes)
+            else:
+                memset(op.buffer, GARBLED, op.length_bytes)
             return 0
         if op.target != TARGET_STORAGE or end > self.size_bytes:
             raise AssertionError(f"a write outside the storage: {op}")
@@ -239,7 +257,10 @@ cdef class SimulatedDevice:
         self.pending.remove(op)
         self.moment += 1
         if op.result:
+            if op.kind == OP_FLUSH and self.page_cache:
+                self.lose_cached()
             return 0
+        self.catch_up(op, 1.0)
         if op.kind == OP_WRITE:
             self.completed_at[op.number] = self.moment
             if op.durable:
@@ -249,14 +270,14 @@ cdef class SimulatedDevice:
             kept = 0
             for i in range(self.touched_count):
                 block = self.touched[i]
-                self.settle_block(block, 0, op.effect_at)
+                self.settle_block(block, 0, op.submitted_at + 1)
                 if self.newest[block] != NULL:
                     self.touched[kept] = block
                     kept += 1
                 else:
                     self.listed[block] = 0
             self.touched_count = kept
-            self.durable_size_bytes = max(self.durable_size_bytes, op.size_at_effect)
+            self.durable_size_bytes = max(self.durable_size_bytes, op.size_at_submission)
         return 0
 
     def persist(self, Operation operation, blocks=None):
@@ -265,6 +286,7 @@ cdef class SimulatedDevice:
         cdef uint64_t count = operation.length_bytes // self.logical_block_bytes
         if operation.kind not in (OP_WRITE, OP_DISCARD) or not operation.took_effect:
             raise RuntimeError(f"{operation} has nothing to persist")
+        self.catch_up(operation, 1.0)
         for index in range(count) if blocks is None else blocks:
             if not 0 <= index < count:
                 raise RuntimeError(f"{operation} has no block {index}")
@@ -272,8 +294,24 @@ cdef class SimulatedDevice:
 
     # --- volatile blocks --------------------------------------------------------------------------------------------
 
-    cdef int put(self, Operation op, double share) except -1:
-        """Let the blocks of a write take effect: each with probability `share`."""
+    cdef int catch_up(self, Operation op, double share) except -1:
+        """The blocks of an operation that had not taken effect with the others do so now: each with probability `share`."""
+        cdef uint64_t size = self.logical_block_bytes
+        cdef uint64_t i
+        if op.late == 0 or op.result:
+            return 0
+        if op.kind == OP_WRITE or op.kind == OP_DISCARD:
+            self.put(op, share, True)
+        elif op.kind == OP_READ and op.target == TARGET_STORAGE:
+            # Of a read each block shows what it held at some moment, and not all of them at the same one.
+            for i in range(op.length_bytes // size):
+                if op.late >> (i & 63) & 1:
+                    memcpy(op.buffer + i * size, self.image + op.offset_bytes + i * size, size)
+        op.late = 0
+        return 0
+
+    cdef int put(self, Operation op, double share, bint late=False) except -1:
+        """Let the blocks of a write take effect, or those that are late: each with probability `share`."""
         cdef uint64_t size = self.logical_block_bytes
         cdef uint64_t first = op.offset_bytes // size
         cdef uint64_t i
@@ -285,6 +323,8 @@ cdef class SimulatedDevice:
             content = lost
             stride = 0
         for i in range(op.length_bytes // size):
+            if op.late and (op.late >> (i & 63) & 1) != late:
+                continue
             if share < 1.0 and not self.dice.chance(share):
                 continue
             self.put_block(first + i, content + i * stride, op.number)
@@ -295,6 +335,12 @@ cdef class SimulatedDevice:
         cdef Version *version
         cdef Version *before = self.newest[block]
         cdef int missing = 1 if before != NULL else 2
+        cdef const uint8_t *held = self.image + block * size
+        cdef bytes medium = None
+        if self.lost and before == NULL:
+            medium = self.lost.pop(block, None)
+            if medium is not None:
+                held = medium
         while missing:
             version = self.spare
             if version == NULL:
@@ -305,7 +351,7 @@ cdef class SimulatedDevice:
                 self.spare = version.older
             version.older = before
             version.number = number if missing == 1 else 0
-            memcpy(<uint8_t *> (version + 1), content if missing == 1 else self.image + block * size, size)
+            memcpy(<uint8_t *> (version + 1), content if missing == 1 else held, size)
             before = version
             missing -= 1
         self.newest[block] = before
@@ -351,6 +397,34 @@ cdef class SimulatedDevice:
             self.spare = version
             version = older
 
+    cdef int lose_cached(self) except -1:
+        """A flush of the page cache failed: of what was written some pages count as clean now, though the medium never gets them."""
+        cdef uint64_t i, block
+        cdef Version *version
+        for i in range(self.touched_count):
+            block = self.touched[i]
+            version = self.newest[block]
+            if version == NULL or self.completed_at[version.number] == 0 or self.dice.chance(0.5):
+                continue
+            while version.older != NULL:
+                version = version.older
+            self.lost[block] = (<char *> (version + 1))[: self.logical_block_bytes]
+            self.forget(self.newest[block])
+            self.newest[block] = NULL
+        return 0
+
+    cdef int revert_lost(self) except -1:
+        cdef uint64_t size = self.logical_block_bytes
+        for block, medium in self.lost.items():
+            if (block + 1) * size <= self.size_bytes:
+                memcpy(self.image + <uint64_t> block * size, <const uint8_t *> <bytes> medium, size)
+        self.lost.clear()
+        return 0
+
+    def forget_cache(self):
+        """See _device.pyi."""
+        self.revert_lost()
+
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def flush_everything(self):
@@ -391,7 +465,10 @@ cdef class SimulatedDevice:
         for op in self.pending:
             if op.kind == OP_WRITE and not op.took_effect:
                 self.put(op, 1.0)
+            elif op.kind == OP_WRITE or op.kind == OP_DISCARD:
+                self.catch_up(op, 1.0)
         self.pending.clear()
+        self.revert_lost()
         found = []
         for i in range(self.touched_count):
             block = self.touched[i]
@@ -412,6 +489,7 @@ cdef class SimulatedDevice:
         """Hold this image (of the present size), all of it on the medium, with nothing pending: for another try from one crash."""
         self.flush_everything()
         self.pending.clear()
+        self.lost.clear()
         memoryview(self.image_array)[: self.size_bytes] = image
 
     def crash(self):
@@ -422,8 +500,11 @@ cdef class SimulatedDevice:
         cdef uint64_t size = self.logical_block_bytes
         cdef double keep
         for op in self.pending:
-            if op.kind == OP_WRITE and not op.took_effect:
-                self.put(op, 0.5)
+            if op.kind == OP_WRITE or op.kind == OP_DISCARD:
+                if op.took_effect:
+                    self.catch_up(op, 0.5)
+                else:
+                    self.put(op, 0.5)
         keep = (0.0, 0.1, 0.5, 0.9, 1.0)[self.dice.below(5)]
         for i in range(self.touched_count):
             block = self.touched[i]
@@ -439,6 +520,7 @@ cdef class SimulatedDevice:
             for _ in range(1 + self.dice.below(count) if count else 0):
                 version = version.older
             memcpy(self.image + block * size, <uint8_t *> (version + 1), size)
+        self.revert_lost()
         # The size of a file is volatile too; that of a logical volume is not.
         if self.size_bytes > self.durable_size_bytes and self.dice.chance(0.3):
             self.truncate(self.durable_size_bytes)
@@ -449,8 +531,14 @@ cdef class SimulatedDevice:
         """The process dies and the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
         cdef Operation op
         for op in self.pending:
-            if op.kind == OP_WRITE:
-                if not op.took_effect:
+            if op.kind == OP_DISCARD and not op.took_effect:
+                self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
+            elif op.kind == OP_DISCARD:
+                self.catch_up(op, 1.0)
+            elif op.kind == OP_WRITE:
+                if op.took_effect:
+                    self.catch_up(op, 1.0)
+                else:
                     self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
                 # The kernel ends it, whoever is there to see: a later flush covers it.
                 self.completed_at[op.number] = self.moment

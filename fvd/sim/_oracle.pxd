@@ -9,12 +9,14 @@ cdef struct Write:              # what one request gives each of its sectors; ti
     uint8_t stamped             # a sector's value is `value` plus its number
     uint8_t succeeded
     uint8_t durable
+    uint8_t failed
     uint8_t advisory            # a trim that may be ignored: allowed, but supersedes nothing
 
 cdef struct Entry:              # a write in one sector's history
     uint32_t write
     uint32_t unused
     uint64_t outdated           # since when a read has shown, for good, that something came after
+    uint64_t replaced           # the same, and that what came after had been acknowledged: a flush since then makes it the older one
 
 cdef struct History:
     Entry *entries              # entry 0 is what the sector held when everything was last settled
@@ -45,6 +47,7 @@ cdef class Oracle:
     cdef uint32_t write_count, write_room
     cdef uint32_t *unflushed
     cdef uint32_t unflushed_count, unflushed_room
+    cdef uint64_t last_flush                # when the last flush that succeeded began
     cdef uint64_t *reads                    # when the reads under way began
     cdef uint32_t read_count, read_room
 

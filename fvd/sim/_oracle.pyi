@@ -40,5 +40,11 @@ class Oracle:
     def check_after_crash(self, data: bytes | bytearray | memoryview) -> None:
         """All windows, one after the other, after a crash and reopen. Raises Violation. Settles nothing."""
 
+    def adopt_after_kill(self, data: bytes | bytearray | memoryview) -> None:
+        """All windows, read when the disk was opened again after a kill. Raises Violation.
+
+        What each sector shows is its value from now on, and durable with the next flush like an acknowledged write, unless a write that
+        failed left it."""
+
     def settle_after_crash(self, data: bytes | bytearray | memoryview) -> None:
         """The same; and each sector holds what it shows from now on."""

@@ -112,6 +112,7 @@ cdef class Oracle:
             memset(history, 0, sizeof(History))
         self.touched_count = 0
         self.unflushed_count = self.read_count = 0
+        self.last_flush = 0
         memset(&self.writes[0], 0, sizeof(Write))
         self.writes[0].succeeded = self.writes[0].durable = 1
         self.write_count = 1
@@ -189,7 +190,7 @@ cdef class Oracle:
             history.room = 4
             history.prune_at = PRUNE_AT
             history.entries[0].write = 0
-            history.entries[0].outdated = OPEN
+            history.entries[0].outdated = history.entries[0].replaced = OPEN
             history.count = 1
         if history.count >= history.prune_at:
             self.prune(history)
@@ -198,7 +199,7 @@ cdef class Oracle:
             history.room *= 2
         entry = &history.entries[history.count]
         entry.write = write
-        entry.outdated = OPEN
+        entry.outdated = entry.replaced = OPEN
         history.count += 1
         return 0
 
@@ -236,6 +237,7 @@ cdef class Oracle:
             raise ValueError(f"write {write} is not under way")
         record.ended = self.tick_()
         record.succeeded = succeeded
+        record.failed = not succeeded
         record.durable = durable and succeeded
         if succeeded and not durable:
             if self.unflushed_count == self.unflushed_room:
@@ -252,6 +254,7 @@ cdef class Oracle:
         cdef uint32_t i, kept = 0, write
         if not succeeded:
             return
+        self.last_flush = max(self.last_flush, began)
         for i in range(self.unflushed_count):
             write = self.unflushed[i]
             if self.writes[write].ended < began:
@@ -319,7 +322,7 @@ cdef class Oracle:
         for i in range(self.touched_count):
             history = &self.histories[self.touched[i]]
             for j in range(history.count):
-                history.entries[j].outdated = OPEN
+                history.entries[j].outdated = history.entries[j].replaced = OPEN
         self.unflushed_count = self.read_count = 0
 
     # --- what it may see --------------------------------------------------------------------------------------------
@@ -370,6 +373,10 @@ cdef class Oracle:
                     entry = &history.entries[j]
                     if entry != only and self.writes[entry.write].ended < began and entry.outdated == OPEN:
                         entry.outdated = now
+                    # What had been acknowledged when it was seen to come last is what a later flush makes durable.
+                    if (entry != only and self.writes[entry.write].ended < began and entry.replaced == OPEN
+                            and self.writes[only.write].succeeded and self.writes[only.write].ended < began):
+                        entry.replaced = now
         return 0
 
     cdef int judge(self, const uint8_t *data, int64_t *out) except -1:
@@ -397,7 +404,8 @@ cdef class Oracle:
                     floor = write.began
             allowed = False
             for j in range(history.count):
-                if self.writes[history.entries[j].write].ended >= floor and self.shows(history.entries[j].write, index, sector, value):
+                if (self.writes[history.entries[j].write].ended >= floor and history.entries[j].replaced >= self.last_flush
+                        and self.shows(history.entries[j].write, index, sector, value)):
                     allowed = True
                     break
             if not allowed:
@@ -414,6 +422,42 @@ cdef class Oracle:
         if <uint64_t> view.shape[0] != self.sectors * SECTOR:
             raise ValueError(f"{view.shape[0]} bytes are not the {self.sectors} sectors of this disk")
         self.judge(&view[0], NULL)
+
+    def adopt_after_kill(self, data):
+        cdef const uint8_t[::1] view = data
+        cdef uint64_t i, index, now
+        cdef int64_t value, last = 0
+        cdef uint32_t j, number = 0
+        cdef History *history
+        cdef Write *write
+        cdef bint failed
+        self.check_after_crash(data)
+        now = self.tick_()
+        for i in range(self.touched_count):
+            index = self.touched[i]
+            value = self.value_of(&view[0] + index * SECTOR, self.sector_at(index))
+            # What a failed write left may be seen, and no flush need make it durable.
+            failed = False
+            history = &self.histories[index]
+            for j in range(history.count):
+                write = &self.writes[history.entries[j].write]
+                failed |= write.failed and self.shows(history.entries[j].write, index, self.sector_at(index), value)
+            if failed:
+                continue
+            if number == 0 or value != last:
+                if self.write_count == self.write_room:
+                    self.writes = <Write *> larger(self.writes, self.write_room * 2 * sizeof(Write))
+                    self.write_room *= 2
+                number = self.write_count
+                self.write_count += 1
+                write = &self.writes[number]
+                memset(write, 0, sizeof(Write))
+                write.value = last = value
+                write.began = now
+                write.ended = OPEN
+                self.end(number, True, False)
+            self.add(index, number)
+        self.tick_()
 
     def settle_after_crash(self, data):
         cdef const uint8_t[::1] view = data

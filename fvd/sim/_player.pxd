@@ -22,12 +22,14 @@ cdef struct Guest:              # a request in flight
     uint64_t cookie
     uint64_t first_sector
     uint64_t sectors
-    uint64_t began              # reads and flushes
+    uint64_t began
     uint8_t *room               # to be freed
     uint8_t *buffer
     uint32_t write              # the oracle's number; 0: none
     uint8_t kind
     uint8_t fua
+    uint8_t no_hole
+    uint8_t alone               # nothing else was in flight when it was submitted
     uint8_t growable            # it was submitted when the storage had not its greatest size
     uint8_t active
 
@@ -38,9 +40,11 @@ cdef class Player:
     cdef readonly Dice dice
     cdef readonly uint64_t requests_done
     cdef public uint64_t failed_at  # from this moment no flush may succeed
+    cdef uint64_t changes_at_failure        # pending then; there may never be more
     cdef public bint errors_expected, exhausted, cancelled, has_base, promises_flush, every_write_durable
     cdef public object log          # a list that is told every event, or None
     cdef public object on_done      # called with (cookie, kind, error, data) instead of the oracle, or None
+    cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
     # what random requests look like
     cdef public uint32_t depth
@@ -59,6 +63,7 @@ cdef class Player:
     cdef int pump(self) except -1
     cdef bint turn(self) except -1
     cdef int take(self, Operation op) except -1
-    cdef int finished(self, uint64_t cookie, int32_t error) except -1
+    cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1
+    cdef int check_allocated(self, Guest *guest) except -1
     cdef int forget(self, Guest *guest) except -1
     cdef int random_request(self) except -1

@@ -7,11 +7,12 @@ disk is provisioned, recovered or found on its device.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 
 from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (
-    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Engine,
+    DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
+    REQUEST_ZERO, Engine, Extent,
 )
 from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, Operation, SimulatedDevice
 from fvd.sim._dice cimport Dice
@@ -55,9 +56,10 @@ cdef class Player:
         self.disk_sectors = geometry.virtual_size_bytes // SECTOR
         self.most_bytes = geometry.max_storage_size_bytes
         self.has_base = base_bytes is not None
+        self.trims = base_bytes is None or geometry.table_entries > 0
         self.promises_flush = cache_mode != "unsafe"
         self.every_write_durable = cache_mode in ("writethrough", "directsync")
-        self.failed_at = NEVER
+        self.failed_at = self.changes_at_failure = NEVER
         self.room = 64
         self.guests = <Guest *> calloc(self.room, sizeof(Guest))
         if self.guests == NULL:
@@ -85,7 +87,7 @@ cdef class Player:
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0:
         cdef uint32_t slot = self.free_hint
-        cdef uint64_t low, high
+        cdef uint64_t low, high, unit
         cdef Guest *guest
         while slot < self.room and self.guests[slot].active:
             slot += 1
@@ -106,6 +108,8 @@ cdef class Player:
         guest.cookie = self.serial << 20 | slot
         guest.kind = kind
         guest.fua = fua
+        guest.no_hole = no_hole
+        guest.alone = self.in_flight_count == 0
         guest.first_sector = first_sector
         guest.sectors = sectors
         guest.growable = self.device.size_bytes < self.most_bytes
@@ -125,12 +129,14 @@ cdef class Player:
         elif kind == KIND_ZERO:
             guest.write = self.oracle.begin(first_sector, sectors, True, False)
         elif kind == KIND_TRIM:
-            # Without a base whole blocks (the last one though it is short) are promised to read as zeros; the rest may be ignored.
-            low = (first_sector + self.block_sectors - 1) // self.block_sectors * self.block_sectors
+            # Whole blocks, over a base whole chunks (the last one though it is short), are promised to read as zeros; the rest keeps
+            # its data.
+            unit = self.chunk_sectors if self.has_base else self.block_sectors
+            low = (first_sector + unit - 1) // unit * unit
             high = first_sector + sectors
             if high < self.disk_sectors:
-                high = high // self.block_sectors * self.block_sectors
-            if not self.has_base and low < high:
+                high = high // unit * unit
+            if self.trims and low < high:
                 guest.write = self.oracle.begin(low, high - low, True, False)
             else:
                 guest.write = self.oracle.begin(first_sector, sectors, True, True)
@@ -138,6 +144,8 @@ cdef class Player:
             guest.began = self.oracle.flush_begun()
         else:
             self.cancelled = True   # a close ends the writes that wait for space
+        if guest.write:
+            guest.began = self.oracle.clock
         if self.log is not None:
             where = f" {first_sector}+{sectors}" if sectors else ""
             self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
@@ -150,6 +158,7 @@ cdef class Player:
         cdef uint32_t i
         cdef uint64_t cookie
         cdef int32_t error
+        cdef uint32_t flags
         cdef DeviceOp op
         cdef Operation added
         self.engine.tick(self.device.now_ns)
@@ -161,9 +170,9 @@ cdef class Player:
         self.engine.op_count = 0
         i = 0
         while i < self.engine.done_count:
-            cookie, error = self.engine.done[i].cookie, self.engine.done[i].error
+            cookie, error, flags = self.engine.done[i].cookie, self.engine.done[i].error, self.engine.done[i].flags
             i += 1
-            self.finished(cookie, error)
+            self.finished(cookie, error, flags)
         self.engine.done_count = 0
         return 0
 
@@ -190,6 +199,7 @@ cdef class Player:
 
     cdef int take(self, Operation op) except -1:
         cdef int category
+        cdef uint64_t changes
         if op is not None:
             if self.log is not None:
                 self.log.append(f"  device completes {op!r}")
@@ -199,6 +209,12 @@ cdef class Player:
                     # From the first flush or metadata write that failed no flush may succeed.
                     self.failed_at = min(self.failed_at, self.oracle.tick_())
             self.engine.complete(op.token, op.result)
+            if self.failed_at != NEVER:
+                changes = self.engine.open.words + self.engine.open.entries
+                if self.changes_at_failure == NEVER:
+                    self.changes_at_failure = changes
+                elif changes > self.changes_at_failure:
+                    raise Violation("a change that can never be committed became pending after a flush or metadata write had failed")
         return self.pump()
 
     cdef int forget(self, Guest *guest) except -1:
@@ -208,7 +224,7 @@ cdef class Player:
         self.in_flight_count -= 1
         return 0
 
-    cdef int finished(self, uint64_t cookie, int32_t error) except -1:
+    cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1:
         cdef uint32_t slot = cookie & 0xFFFFF
         cdef Guest *guest
         cdef bint expected, durable
@@ -229,6 +245,10 @@ cdef class Player:
             raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
         if guest.kind == KIND_READ:
             if error == 0:
+                # A server sends nothing but the length of such a read.
+                if flags & DONE_ALL_ZERO and guest.sectors and (
+                        guest.buffer[0] or memcmp(guest.buffer, guest.buffer + 1, guest.sectors * SECTOR - 1)):
+                    raise Violation(f"a read at sector {guest.first_sector} said that it shows zeros, and shows something else")
                 self.oracle.read_ended(guest.first_sector, guest.sectors, guest.began, guest.buffer)
             else:
                 self.oracle.read_dropped(guest.began)
@@ -237,10 +257,26 @@ cdef class Player:
                 if error == 0 and guest.began > self.failed_at:
                     raise Violation("a flush succeeded after the device had failed one")
                 self.oracle.flush_ended(guest.began, error == 0)
-        elif guest.kind != KIND_CLOSE:
+        elif guest.kind == KIND_CLOSE:
+            if self.engine.inflight_ops or self.engine.open_requests:
+                raise Violation("the disk is closed with operations or requests under way")
+        else:
             durable = self.every_write_durable or (guest.fua and self.promises_flush)
+            if durable and error == 0 and guest.began > self.failed_at:
+                raise Violation("a durable write succeeded after a flush or metadata write had failed")
+            if guest.no_hole and error == 0 and guest.alone and cookie >> 20 == self.serial:
+                self.check_allocated(guest)
             self.oracle.end(guest.write, error == 0, durable)
         return self.forget(guest)
+
+    cdef int check_allocated(self, Guest *guest) except -1:
+        """Zeros that were to be no hole are written; nothing else was under way that could have made one."""
+        cdef Extent extents[64]
+        cdef int i
+        for i in range(self.engine.extents(guest.first_sector * SECTOR, guest.sectors * SECTOR, extents, 64)):
+            if extents[i].state != EXTENT_DATA:
+                raise Violation(f"write-zeroes at sector {guest.first_sector} left a hole that it was not to leave")
+        return 0
 
     def abandon(self):
         """The disk is gone: nothing in flight will end."""

@@ -103,7 +103,9 @@ class ByteWorld(World):
     def reopen(self) -> None:
         self.open()
         self.check()
-        self._compare(bytes(self.read_all()), bytes(self.model), 0)
+        shown = self.read_all()
+        self._compare(bytes(shown), bytes(self.model), 0)
+        self._check_extents(shown)
 
     def _compare(self, shown: bytes, expected: bytes, start: int) -> None:
         if shown != expected:

@@ -39,7 +39,7 @@ class DeviceNode:
         self._device.flush_everything()
 
     def forget_cache(self) -> None:
-        """There is no cache above this device."""
+        self._device.forget_cache()
 
 
 class PowerFailure(Exception):

@@ -28,6 +28,9 @@ class Shape:
     cache_mode: str = "none"
     on_full: str = "wait"
     storage_chunks: int = 1
+    surplus_bytes: int = 0
+    """Storage beyond the last whole slot, and beyond what the disk can ever need: an extent or a file ends anywhere."""
+    bounce_limit_bytes: int = 64 << 20
     low_water_chunks: int = 0
     discard: bool = False
     windows: list[Area] | None = None
@@ -40,7 +43,11 @@ class Shape:
     depth: int = 1
     longest_round: int = 1
     slow_share: float = 0.0
+    slow_category: str = ""
+    """Of operations that often take very long; "": none. Slow map writes fill the journal."""
     stuck_share: float = 0.0
+    torn_share: float = 0.0
+    """Of operations whose blocks do not all take effect at once."""
     skew_share: float = 0.0
     """Of buffers that are not aligned."""
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -71,14 +78,25 @@ class Shape:
 def draw(dice: Dice) -> Shape:
     """A shape from the dice."""
     scale = dice.choice(("crowded", "crowded", "crowded", "plain", "plain", "plain", "wide", "busy"))
-    if dice.random() < 0.002:
+    rare = dice.random()
+    if rare < 0.002:
         return _draw_vast(dice)
+    if rare < 0.025:
+        return _draw_sparse(dice)
+    if rare < 0.06:
+        scale = "broad" if rare < 0.04 else "coarse"
     block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
     chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
     # On a crowded disk requests meet each other all the time; on a wide one much has never been written, committed or checkpointed.
-    virtual = dice.randint(8, {"crowded": 512, "wide": 32768, "busy": 1024}.get(scale, 4096)) * SECTOR_BYTES
+    virtual = dice.randint(8, {"crowded": 512, "wide": 32768, "busy": 1024, "coarse": 32768}.get(scale, 4096)) * SECTOR_BYTES
     if scale == "wide":
         block, chunk = min(block, 64 * KIB), 64 * KIB
+    elif scale == "broad":
+        # Enough to change at once that commits take several pages, the journal runs out of room, and a map has several pages.
+        block, chunk = min(block, 64 * KIB), 64 * KIB
+        virtual = dice.randint(80_000, 140_000) * SECTOR_BYTES
+    elif scale == "coarse":
+        chunk = dice.choice((2, 4)) << 20
     elif dice.random() < 0.3:
         virtual = dice.randint(1, max(1, virtual // chunk)) * chunk
     base = None
@@ -95,14 +113,15 @@ def draw(dice: Dice) -> Shape:
     shape = _draw_load(dice, geometry, scale)
     shape.base_bytes = base
     sectors = shape.sectors
-    if scale != "wide" and dice.random() < 0.4:
+    if scale not in ("wide", "broad") and dice.random() < 0.4:
         hot = min(sectors, dice.choice((16, 256, 1024)))
         shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]
     return shape
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
-    wide, small = scale == "wide", scale in ("crowded", "wide", "busy")
+    wide, small = scale == "wide", scale in ("crowded", "wide", "busy", "broad")
+    many = scale in ("busy", "broad")
     kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
     kinds["write"] = 3.0
     if wide:
@@ -118,14 +137,20 @@ def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
         cache_mode=dice.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
         on_full=dice.choice(("wait", "error")),
         storage_chunks=chunks if whole else dice.randint(1, chunks),
+        surplus_bytes=dice.choice((0, 0, 0, 4096, geometry.chunk_size_bytes - 4096, 2 * geometry.chunk_size_bytes + 4096)),
+        bounce_limit_bytes=dice.choice((1 << 16, 1 << 20, 64 << 20, 64 << 20)),
         low_water_chunks=dice.choice((0, 0, 2)),
         discard=dice.random() < 0.5,
         kinds=kinds,
         largest_sectors=dice.choice((8, 16) if small else (8, 32, 128, 512)),
-        depth={"busy": dice.choice((256, 1024, 4096)), "crowded": dice.choice((8, 16, 48))}.get(scale, dice.choice((1, 4, 16, 48))),
-        longest_round=dice.choice((200, 1000, 4000) if scale == "busy" else (10, 40, 40, 80, 200, 1000)),
+        depth={"busy": dice.choice((256, 1024, 4096)), "broad": dice.choice((1024, 4096)), "crowded": dice.choice((8, 16, 48))}.get(
+            scale, dice.choice((1, 4, 16, 48))
+        ),
+        longest_round=dice.choice((200, 1000, 4000) if many else (10, 40, 40, 80, 200, 1000)),
         slow_share=dice.choice((0.0, 0.05, 0.2, 0.2)),
+        slow_category=dice.choice(("",) * 6 + ("map", "map", "journal", "flush")),
         stuck_share=dice.choice((0.0, 0.0, 0.02)),
+        torn_share=dice.choice((0.0, 0.3)),
         skew_share=dice.choice((0.0, 0.1)),
         faults=faults if rate else {},
         fail_with=dice.choice((EIO, EIO, ENOSPC)),
@@ -155,6 +180,31 @@ def _draw_vast(dice: Dice) -> Shape:
     shape.base_bytes = dice.choice((None, virtual, virtual // 2 + 777, (1 << 41) + 513))
     shape.longest_round = 200
     shape.largest_sectors = dice.choice((8, 128))
+    shape.rot = False
+    return shape
+
+
+def _draw_sparse(dice: Dice) -> Shape:
+    """Places far apart on a disk of some gibibytes: dirty map pages have no dirty neighbours, so a checkpoint takes several turns."""
+    chunk = dice.choice((64, 64, 1024)) * KIB
+    block = dice.choice((4, 16, 64)) * KIB
+    virtual = dice.randint(4, 16) << (30 if chunk == 64 * KIB else 33)
+    geometry = Geometry(
+        virtual_size_bytes=virtual,
+        block_size_bytes=block if chunk == 64 * KIB else 64 * KIB,
+        chunk_size_bytes=chunk,
+        journal_size_bytes=64 * KIB,
+        grow_step_bytes=chunk,
+    )
+    shape = _draw_load(dice, geometry, "crowded")
+    window = chunk // SECTOR_BYTES * 2
+    step = shape.sectors // 8 // window * window
+    shape.windows = [(place * step, window) for place in range(8)]
+    shape.areas = shape.windows
+    shape.storage_chunks = dice.randint(1, 16)
+    shape.base_bytes = dice.choice((None, None, virtual, virtual // 2 + 777))
+    shape.crash_at = dice.choice(("", "map", "journal", "flush"))
+    shape.longest_round = dice.choice((80, 200, 1000))
     shape.rot = False
     return shape
 

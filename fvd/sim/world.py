@@ -17,6 +17,7 @@ from fvd.errors import FvdError
 from fvd.format.geometry import PAGE_BYTES
 from fvd.format.maps import MapKind, decode_pages, empty_bitmap, empty_table
 from fvd.format.superblock import BaseReference, Superblock
+from fvd.sim._base import base_content
 from fvd.sim._device import CATEGORIES, Operation, SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
@@ -29,11 +30,13 @@ from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.provision import write_disk
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
-WANT_GROWTH = 1
+WANT_GROWTH, WANT_EVENT = 1, 2
 SHAPE, EVENTS, ROUNDS, REQUESTS = range(1, 5)  # streams of a seed
 ROUNDS_OF_A_WORLD = 6
 UNTIL_REQUESTS = 60
-_ESHUTDOWN = 108
+_EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
+_READ, _WRITE, _TRIM, _ZERO = 0, 1, 3, 4  # RequestKind of fvd/engine/_engine.pxd
+_EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _JOURNAL_COUNTS = struct.Struct("<HHI")  # word_count, entry_count, flags; at byte 44 of a page
 _VAST_BYTES = 1 << 30
 NAME: VolumeName = parse_name("file:/simulated")
@@ -49,8 +52,11 @@ class World:
         self.dice = Dice(seed, EVENTS, events)
         geometry = self.geometry = self.shape.geometry
         initial_bytes = geometry.data_offset_bytes + self.shape.storage_chunks * geometry.chunk_size_bytes
+        self.greatest_bytes = min(geometry.max_storage_size_bytes, initial_bytes + _VAST_BYTES) + self.shape.surplus_bytes
+        whole = initial_bytes >= geometry.max_storage_size_bytes
+        initial_bytes += self.shape.surplus_bytes if whole else self.shape.surplus_bytes % geometry.chunk_size_bytes
         self.device = SimulatedDevice(
-            min(geometry.max_storage_size_bytes, initial_bytes + _VAST_BYTES),
+            self.greatest_bytes,
             self.shape.logical_block_bytes,
             self.dice,
             base_bytes=self.shape.base_bytes,
@@ -63,8 +69,10 @@ class World:
         write_disk(self.node(), self.superblock)
         self.oracle = Oracle(geometry.virtual_size_bytes, self.shape.base_bytes, self.shape.windows)
         self.requests_before = 0
+        self.killed = False  # the life before ended so
         self.overwritten: dict[int, bytes] = {}  # metadata pages: what they held before their last write
         self.device.inspect = self._inspect
+        self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
         self.engine: Any
         self.player: Player
         self.open()
@@ -107,6 +115,7 @@ class World:
             on_full=shape.on_full,
             low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
             discard=shape.discard,
+            bounce_limit_bytes=shape.bounce_limit_bytes,
         )
 
     def open(self, *, read_only: bool = False) -> None:
@@ -118,6 +127,8 @@ class World:
         self.device.fail_number = 0
         self.device.slow_share = self.shape.slow_share
         self.device.stuck_share = self.shape.stuck_share
+        self.device.torn_share = self.shape.torn_share
+        self.device.slow_category = self.shape.slow_category
         self.engine = self.make_engine(read_only=read_only)
         self.player = Player(
             self.engine,
@@ -190,10 +201,11 @@ class World:
 
     def grow(self) -> bool:
         """One more step of storage. False when there is no more."""
-        limit = min(self.geometry.max_storage_size_bytes, self.device.capacity_bytes)
+        limit = self.greatest_bytes
         if self.device.size_bytes >= limit:
             return False
         self.device.grow(min(self.device.size_bytes + self.geometry.grow_step_bytes, limit), self.filler)
+        self.engine.want &= ~WANT_GROWTH
         self.engine.set_storage_size(self.device.size_bytes)
         self.say(f"storage grows to {self.device.size_bytes}")
         return True
@@ -229,11 +241,41 @@ class World:
             player.drain()
             if not player.in_flight_count:
                 break
+            if self.engine.waiting_writes and self.engine.failed_errno:
+                raise Violation("writes wait for space that a disk which has failed can not use")
             if self.engine.waiting_writes == 0:
                 raise Violation(f"{player.in_flight_count} requests never end: {sorted(set(player.in_flight.values()))}")
+            self._check_wants()
             if not self.grow():
                 raise Violation("writes wait for space though the storage has its greatest size")
         self._check_leaks()
+        self._check_wants()
+        if not self.engine.failed_errno and self.dice.random() < 0.5:
+            self.engine.commit_soon()  # slots that were trimmed are free only then
+            player.drain()
+            self._check_slots()
+
+    def _check_wants(self) -> None:
+        """Whoever grows the storage and tells of failures does so only when asked."""
+        engine = self.engine
+        free_bytes = engine.free_slots * self.geometry.chunk_size_bytes
+        short = engine.waiting_writes or free_bytes < engine.low_water_bytes
+        if short and self.geometry.table_entries and engine.capacity_slots < self.geometry.chunks and not engine.want & WANT_GROWTH:
+            raise Violation(f"{engine.waiting_writes} writes wait, {engine.free_slots} slots are free, and no growth is asked for")
+        if engine.failed_errno and not engine.want & WANT_EVENT:
+            raise Violation("the engine has failed and does not say so")
+
+    def _check_slots(self) -> None:
+        """With nothing under way and nothing pending: slots in use are those that the table names."""
+        engine = self.engine
+        _, table = engine.snapshot_maps()
+        if table is None:
+            return
+        named = int(np.count_nonzero(table != 0xFFFFFFFF))
+        if named != engine.used_slots_count or engine.capacity_slots - named != engine.free_slots:
+            raise Violation(
+                f"{engine.used_slots_count} slots in use and {engine.free_slots} of {engine.capacity_slots} free, {named} in the table"
+            )
 
     def _check_leaks(self) -> None:
         if leaks := self.engine.leaks():
@@ -281,13 +323,16 @@ class World:
 
     def kill(self) -> None:
         """The process dies, another one opens the disk: what was acknowledged and not flushed is as it is seen now, or lost later."""
+        self.killed = True
         self.say("the process is killed")
         self.device.kill()
         self.player.abandon()
         self.oracle.survive_kill()
         self.open()
         self.check()
-        self.oracle.check_after_crash(self.read_all())
+        shown = self.read_all()
+        self.oracle.adopt_after_kill(shown)
+        self._check_extents(shown)
 
     def reopen(self) -> None:
         """Open after a crash: judge everything, and go on from there."""
@@ -295,18 +340,50 @@ class World:
             self._open_read_only()
         self.open()
         self.check()
-        self.oracle.settle_after_crash(self.read_all())
+        shown = self.read_all()
+        self.oracle.settle_after_crash(shown)
+        self._check_extents(shown)
+        self._check_refusals({_WRITE: _ENOSPC, _ZERO: _ENOSPC, _TRIM: _EINVAL, _READ: _EINVAL}, self.geometry.virtual_size_bytes - 512)
 
     def _open_read_only(self) -> None:
         """A read-only open shows what a writable one does, and writes nothing."""
         before = bytes(self.image)
         self.open(read_only=True)
         shown = self.read_all()
+        self._check_refusals({_WRITE: _EROFS, _ZERO: _EROFS, _TRIM: _EROFS}, 0)
         if self.image != before:
             raise Violation("a read-only open wrote to the disk")
         self.open()
         if self.read_all() != shown:
             raise Violation("read-only and writable opens show different data")
+
+    def _check_refusals(self, kinds: Mapping[int, int], start: int) -> None:
+        """Requests for the 1024 bytes at `start` that must be refused at once: {kind: errno}."""
+        memory = np.zeros(1024, np.uint8)
+        for kind, error in kinds.items():
+            self.engine.submit_request(kind, start, memory.size, memory.ctypes.data, kind)
+            ended = self.engine.take_done()
+            if ended != [(kind, -error)] or self.engine.take_operations():
+                raise Violation(f"request {kind} at byte {start} is not refused: {ended}")
+
+    def _check_extents(self, shown: bytearray) -> None:
+        """What block status calls zeros or the base must be that: `shown` is what the windows show, with nothing under way."""
+        view = np.frombuffer(shown, np.uint8)
+        at = 0
+        for first, count in self.shape.windows or [(0, self.shape.sectors)]:
+            start = first * SECTOR_BYTES
+            for length, state in self.engine.list_extents(start, count * SECTOR_BYTES):
+                part = view[at : at + length]
+                if state == _EXTENT_ZERO and part.any():
+                    raise Violation(f"block status calls {length} bytes at {start} zeros, and they are not")
+                if state == _EXTENT_BASE:
+                    base = base_content(self.shape.base_bytes or 0, start, length)
+                    if bytes(part) != base.ljust(length, b"\0"):
+                        raise Violation(f"block status calls {length} bytes at {start} those of the base, and they are not")
+                at += length
+                start += length
+            if start != (first + count) * SECTOR_BYTES:
+                raise Violation(f"block status ends at byte {start}")
 
     def read_all(self) -> bytearray:
         """All windows of the disk, one after the other, read while nothing else happens."""
@@ -321,11 +398,7 @@ class World:
             report = check_node(self.node(), NAME)
             if report.errors:
                 raise Violation(f"check: {'; '.join(report.errors)}")
-        _, table = self.engine.snapshot_maps()
-        if table is not None:
-            named = int(np.count_nonzero(table != 0xFFFFFFFF))
-            if named != self.engine.used_slots_count:
-                raise Violation(f"{self.engine.used_slots_count} slots in use, {named} in the table")
+        self._check_slots()
 
     def rot(self) -> bool:
         """Metadata is damaged, lost, or was written to the wrong place. True: the world ends.
@@ -424,7 +497,9 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
     world.say(f"round {number}")
     if shape.faulty and dice.random() < 0.7:
         world.start_faults(shape.faults, one=shape.fail_one)
-    requests = dice.randint(1, shape.longest_round)
+    # What a kill left is in danger only until the next flush.
+    requests = dice.randint(1, min(shape.longest_round, 12) if world.killed and dice.random() < 0.5 else shape.longest_round)
+    world.killed = False
     outcome.played[number] = requests
     _aim(world, dice)
     skip = None if kept is None else _Others(kept)
@@ -443,6 +518,8 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
         world.crash_while_closing()
     elif ending < 0.7:
         outcome.kills += 1
+        if shape.crash_at:
+            _play_until(world, shape.crash_at, number, kept)
         world.kill()
     elif ending < 0.82:
         outcome.closes += 1
