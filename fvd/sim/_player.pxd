@@ -47,7 +47,7 @@ cdef class Player:
     cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
     # what random requests look like
-    cdef public uint32_t depth
+    cdef public uint32_t depth, least_depth     # the queue drains to between the two after each request
     cdef uint64_t largest_sectors, unit_sectors, block_sectors, chunk_sectors, disk_sectors, most_bytes
     cdef double skew_share, side_share
     cdef double weights[8]

@@ -79,9 +79,11 @@ class Player:
         unit_sectors: int,
         skew_share: float,
         side_share: float,
+        least_depth: int = 1,
     ) -> None:
-        """What random requests look like: of which kinds, where (first sector, sectors), how large, how many at once, how often aligned to
-        units, how often with a badly aligned buffer, and after which share of them something else happens."""
+        """What random requests look like: of which kinds, where (first sector, sectors), how large, how often aligned to units, how often
+        with a badly aligned buffer, after which share of them something else happens; how many are in flight, at most, and at least while
+        there are more to come."""
 
     def play(
         self,

@@ -64,7 +64,7 @@ cdef class Player:
         self.guests = <Guest *> calloc(self.room, sizeof(Guest))
         if self.guests == NULL:
             raise MemoryError("player")
-        self.depth = 1
+        self.depth = self.least_depth = 1
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -329,7 +329,8 @@ cdef class Player:
 
     # --- random play --------------------------------------------------------------------------------------------------
 
-    def aim(self, *, weights, areas, uint64_t largest_sectors, uint32_t depth, uint64_t unit_sectors, double skew_share, double side_share):
+    def aim(self, *, weights, areas, uint64_t largest_sectors, uint32_t depth, uint64_t unit_sectors, double skew_share, double side_share,
+            uint32_t least_depth=1):
         """What random requests look like from now on; see _player.pyi."""
         cdef int i
         self.weight_sum = 0
@@ -343,6 +344,7 @@ cdef class Player:
             self.areas[2 * i], self.areas[2 * i + 1] = first, count
         self.largest_sectors = largest_sectors
         self.depth = depth
+        self.least_depth = min(least_depth, depth)
         self.unit_sectors = unit_sectors
         self.skew_share = skew_share
         self.side_share = side_share
@@ -366,7 +368,7 @@ cdef class Player:
             sent += 1
             if on_side is not None and self.request_dice.chance(self.side_share):
                 on_side(self.request_dice)
-            target = <uint32_t> self.request_dice.between(1, self.depth)
+            target = <uint32_t> self.request_dice.between(self.least_depth, self.depth)
             while self.in_flight_count >= target:
                 if not self.turn():
                     break
@@ -392,7 +394,8 @@ cdef class Player:
         elif (kind == KIND_TRIM or kind == KIND_ZERO) and dice.chance(0.6):
             per = self.block_sectors if dice.chance(0.5) else self.chunk_sectors
             # Whole blocks and chunks are those of the disk; of an area that begins inside one, what is left of it.
-            end = (first + at) // per * per + per * dice.between(1, 3)
+            # Now and then most of the disk.
+            end = (first + at) // per * per + per * (dice.between(1, 3) if not dice.chance(0.03) else dice.between(1, total // per + 1))
             at = (first + at) // per * per
             at = at - first if at > first else 0
             end = min(end - first, total) if end > first else total

@@ -41,6 +41,8 @@ class Shape:
     """Weights of KINDS, before a round switches some off."""
     largest_sectors: int = 8
     depth: int = 1
+    least_depth: int = 1
+    """As many stay in flight while there are more to come."""
     longest_round: int = 1
     slow_share: float = 0.0
     slow_category: str = ""
@@ -83,8 +85,8 @@ def draw(dice: Dice) -> Shape:
         return _draw_vast(dice)
     if rare < 0.025:
         return _draw_sparse(dice)
-    if rare < 0.06:
-        scale = "broad" if rare < 0.04 else "coarse"
+    if rare < 0.045:
+        scale = "broad" if rare < 0.033 else "coarse"
     block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
     chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
     # On a crowded disk requests meet each other all the time; on a wide one much has never been written, committed or checkpointed.
@@ -113,6 +115,14 @@ def draw(dice: Dice) -> Shape:
     shape = _draw_load(dice, geometry, scale)
     shape.base_bytes = base
     sectors = shape.sectors
+    if scale == "broad":
+        # Changes gather while a flush takes long and hardly anyone asks for another.
+        shape.kinds = dict(shape.kinds) | {"flush": 0.01, "fua": 0.0, "rewrite": 0.0, "trim": dice.choice((0.0, 0.5))}
+        shape.cache_mode = dice.choice(("none", "writeback"))
+        shape.slow_category = dice.choice(("flush", "flush", "flush", "journal", "map"))
+        shape.slow_share, shape.stuck_share, shape.depth, shape.longest_round = 0.0, 0.0, 256, 4000
+        shape.least_depth = dice.choice((1, 256, 256, 256))
+        shape.storage_chunks, shape.low_water_chunks = max(shape.storage_chunks, geometry.chunks // 2), 0
     if scale not in ("wide", "broad") and dice.random() < 0.4:
         hot = min(sectors, dice.choice((16, 256, 1024)))
         shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]

@@ -544,6 +544,7 @@ def _aim(world: World, dice: Dice, **changes: float) -> None:
         areas=shape.areas,
         largest_sectors=shape.largest_sectors,
         depth=shape.depth,
+        least_depth=shape.least_depth,
         unit_sectors=shape.logical_block_bytes // SECTOR_BYTES,
         skew_share=shape.skew_share,
         side_share=0.12,

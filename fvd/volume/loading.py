@@ -56,12 +56,13 @@ class LoadedDisk:
 def recover_disk(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
     """The disk as an open may use it. Read-only it writes nothing: replay is in memory. Raises as `load_disk`."""
     disk = load_disk(node)
-    if read_only or disk.journal_state.clean:
+    if read_only or (disk.journal_state.clean and node.direct):
         return disk
     make_durable(node)
     if node.direct:
         return disk
-    # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean.
+    # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean. A disk that was only
+    # overwritten before its process was killed has a clean journal too, so it does not tell.
     node.forget_cache()
     return load_disk(node)
 
