@@ -21,6 +21,23 @@ cdef extern from *:
     """
     const uint32_t EMPTY "FVD_EMPTY"
 
+# Seeded bugs prove the tester (docs/durability.md). Only the checked build has them: in a release BUG(n) is the constant 0, and what
+# depends on it is not compiled. The switch is here for all that is compiled above it; `seed_bug` of the engine turns it.
+cdef extern from *:
+    """
+    #ifdef FVD_SEEDED_BUGS
+    #define FVD_HAS_BUGS 1
+    #else
+    #define FVD_HAS_BUGS 0
+    #endif
+    """
+    bint HAS_BUGS "FVD_HAS_BUGS"
+
+cdef int seeded_bug     # 0: none
+
+cdef inline bint BUG(int number) noexcept nogil:
+    return HAS_BUGS and seeded_bug == number
+
 cdef packed struct JournalHeader:      # FORMAT.md section 6; asserted at import
     uint32_t page_magic
     uint32_t page_checksum

@@ -304,7 +304,7 @@ cdef bint cell_valid(const uint8_t *cell, uint32_t uuid_crc, uint64_t position_b
     cdef uint32_t used_bytes = used * item_bytes(kind)
     if header.cell_kind != kind or header.cell_reserved != 0 or header.cell_index != cell_index:
         return False
-    if header.cell_checksum != checksum(uuid_crc, position_bytes, cell, CELL_BYTES, 0):
+    if header.cell_checksum != checksum(uuid_crc, position_bytes, cell, CELL_BYTES, 0) and not BUG(19):
         return False
     return memcmp(cell + sizeof(CellHeader) + used_bytes, &ZEROS[0] if kind == KIND_BITMAP else &ONES[0],
                   CELL_PAYLOAD_BYTES - used_bytes) == 0
@@ -316,6 +316,15 @@ cdef void journal_seal(uint8_t *page, uint32_t uuid_crc, uint64_t position_bytes
     header.page_checksum = checksum(uuid_crc, position_bytes, page, PAGE_BYTES, JOURNAL_CHECKSUM_OFFSET)
 
 
+cdef inline uint64_t records_room(uint64_t position, uint64_t ring_pages) noexcept nogil:
+    """Bytes that the records of the page at this ring position may take."""
+    return (ring_pages - position) * PAGE_BYTES - JOURNAL_HEADER_BYTES if BUG(21) else JOURNAL_RECORDS_BYTES
+
+
+cdef inline bint records_fit(const JournalHeader *header, uint64_t room_bytes) noexcept nogil:
+    return <uint64_t>header.word_count * WORD_RECORD_BYTES + <uint64_t>header.entry_count * ENTRY_RECORD_BYTES <= room_bytes
+
+
 cdef bint journal_page_valid(const uint8_t *page, uint32_t uuid_crc, uint64_t journal_offset_bytes, uint64_t position,
                              uint64_t ring_pages) noexcept nogil:
     cdef const JournalHeader *header = <const JournalHeader *>page
@@ -323,9 +332,9 @@ cdef bint journal_page_valid(const uint8_t *page, uint32_t uuid_crc, uint64_t jo
         return False
     if header.part >= header.parts or header.sequence <= header.part:
         return False
-    if <uint32_t>header.word_count * WORD_RECORD_BYTES + <uint32_t>header.entry_count * ENTRY_RECORD_BYTES > JOURNAL_RECORDS_BYTES:
+    if not records_fit(header, records_room(position, ring_pages)):
         return False
-    return header.page_checksum == checksum(
+    return BUG(18) or header.page_checksum == checksum(
         uuid_crc, journal_offset_bytes + position * PAGE_BYTES, page, PAGE_BYTES, JOURNAL_CHECKSUM_OFFSET)
 
 
@@ -335,11 +344,11 @@ cdef inline uint32_t record_index(const uint8_t *record) noexcept nogil:
     return index
 
 
-cdef bint journal_page_in_range(const uint8_t *page, uint64_t words, uint64_t entries) noexcept nogil:
+cdef bint journal_page_in_range(const uint8_t *page, uint64_t room_bytes, uint64_t words, uint64_t entries) noexcept nogil:
     cdef const JournalHeader *header = <const JournalHeader *>page
     cdef const uint8_t *record = page + JOURNAL_HEADER_BYTES
     cdef uint32_t _i
-    if <uint32_t>header.word_count * WORD_RECORD_BYTES + <uint32_t>header.entry_count * ENTRY_RECORD_BYTES > JOURNAL_RECORDS_BYTES:
+    if not records_fit(header, room_bytes):
         return False
     for _i in range(header.word_count):
         if record_index(record) >= words:
@@ -746,7 +755,7 @@ def journal_apply(const uint8_t[::1] ring not None, const uint64_t[::1] position
             raise ValueError(f"ring position {positions[i]} of {pages}")
     with nogil:
         for i in range(count):
-            if not journal_page_in_range(&ring[positions[i] * PAGE_BYTES], words, entries):
+            if not journal_page_in_range(&ring[positions[i] * PAGE_BYTES], records_room(positions[i], pages), words, entries):
                 result = <int64_t>i
                 break
             journal_page_apply(&ring[positions[i] * PAGE_BYTES], word_data, entry_data, dirty_words, dirty_entries)

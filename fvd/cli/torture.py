@@ -131,7 +131,7 @@ def _report(tally: Tally, any_byte: bool) -> list[str]:
     last = tally.first_seed + max(0, tally.worlds - 1)
     lines.append(
         f"seeds {tally.first_seed} to {last}: {tally.worlds} worlds, {tally.requests} requests, {tally.crashes} crashes, "
-        f"{tally.kills} kills, {tally.closes} closes, {tally.refused} times damaged metadata"
+        f"{tally.kills} kills, {tally.closes} closes, {tally.damages} times damaged metadata"
     )
     lines.append(
         f"{tally.seconds:.0f} s; {tally.requests_per_cpu_second:.0f} requests a second on one core; "

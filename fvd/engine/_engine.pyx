@@ -16,10 +16,11 @@ import numpy as np
 
 from fvd.errors import Corrupt, InvalidArgument
 
+from fvd cimport _core
 from fvd._core cimport (
-    CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES, KIND_BITMAP,
-    KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill, bits_find,
-    bits_none, cell_seal, crc32c, entry_hash, journal_seal,
+    BUG, CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, HAS_BUGS, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES,
+    KIND_BITMAP, KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill,
+    bits_find, bits_none, cell_seal, crc32c, entry_hash, journal_seal,
 )
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
@@ -84,7 +85,7 @@ def seed_bug(int number):
     """Switch one seeded bug on (0: none). Raises RuntimeError in a release build, which contains none."""
     if not HAS_BUGS:
         raise RuntimeError("this build contains no seeded bugs")
-    set_bug(number)
+    _core.seeded_bug = number
 
 
 cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:

@@ -86,6 +86,14 @@ cdef int commit_next(Engine e) except -1 nogil:
 
 # --- the journal --------------------------------------------------------------------------------------------------
 
+cdef inline uint32_t record_index(Engine e, uint32_t kind, uint64_t index) noexcept nogil:
+    """What a record names its word or entry by."""
+    cdef uint32_t sector_shift = (e.block_shift + 6 if kind == KIND_BITMAP else e.chunk_shift) - 9
+    if BUG(20):
+        return <uint32_t> (index << sector_shift) >> sector_shift   # as if places were counted in sectors of 32 bits
+    return <uint32_t> index
+
+
 cdef uint32_t journal_records(Engine e) except 0 nogil:
     """Lay the frozen changes out in journal_buffer; returns the number of pages. Headers come when the sequence is known."""
     cdef uint32_t pages = 0, used = JOURNAL_RECORDS_BYTES
@@ -103,11 +111,11 @@ cdef uint32_t journal_records(Engine e) except 0 nogil:
             if used + size > JOURNAL_RECORDS_BYTES:
                 ensure(pages < e.max_commit_pages, "a commit is larger than its reserve")
                 page = e.journal_buffer + pages * PAGE_BYTES
-                memset(page, 0, PAGE_BYTES)
+                memset(page, 0, sizeof(JournalHeader) if BUG(22) else PAGE_BYTES)
                 header = <JournalHeader *> page
                 pages += 1
                 used = 0
-            put_u32(page + sizeof(JournalHeader) + used, <uint32_t> (c.key - 1))
+            put_u32(page + sizeof(JournalHeader) + used, record_index(e, pass_kind, (c.key - 1) & 0xFFFFFFFFFFFFFFULL))
             if pass_kind == KIND_BITMAP:
                 put_u64(page + sizeof(JournalHeader) + used + 4, c.frozen)
                 header.word_count += 1
@@ -346,7 +354,7 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
 cdef int checkpoint_wrote(Engine e, uint32_t staging, int32_t error) except -1 nogil:
     e.staging[staging].busy = 0
     e.staging_busy -= 1
-    if error:
+    if error and not BUG(23):
         return fail(e, error)
     return checkpoint_step(e)
 

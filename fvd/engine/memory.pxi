@@ -6,21 +6,8 @@ cdef extern from *:
     #include <stdlib.h>
     #include <string.h>
     static void *fvd_aligned(size_t size) { void *p = NULL; return posix_memalign(&p, 4096, size) ? NULL : p; }
-    #ifdef FVD_SEEDED_BUGS
-    static int fvd_bug = 0;
-    #define FVD_BUG(n) __builtin_expect(fvd_bug == (n), 0)
-    #define FVD_HAS_BUGS 1
-    static void fvd_set_bug(int n) { fvd_bug = n; }
-    #else
-    #define FVD_BUG(n) 0
-    #define FVD_HAS_BUGS 0
-    static void fvd_set_bug(int n) { (void)n; }
-    #endif
     """
     void *aligned "fvd_aligned"(size_t size) nogil
-    bint BUG "FVD_BUG"(int n) nogil
-    bint HAS_BUGS "FVD_HAS_BUGS"
-    void set_bug "fvd_set_bug"(int n)
 
 
 cdef int broken(const char *what) except -1 nogil:

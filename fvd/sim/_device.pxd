@@ -21,7 +21,7 @@ cdef struct Version:            # a content that a logical block has had; its by
 cdef class Operation:
     cdef readonly uint64_t number, token, offset_bytes, length_bytes
     cdef readonly int kind, target
-    cdef readonly bint durable, took_effect
+    cdef readonly bint durable, took_effect, overtook
     cdef public int32_t result
     cdef public uint64_t held_until
     cdef uint64_t submitted_at      # the moment: what had completed by then a flush covers
@@ -33,9 +33,8 @@ cdef class SimulatedDevice:
     cdef public Dice dice
     cdef public list pending
     cdef public object fault, inspect
-    cdef public double slow_share, stuck_share, torn_share
+    cdef public double stuck_share, torn_share, overtaking_share
     cdef public bint page_cache
-    cdef int slow_category_         # -1: none
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
@@ -46,6 +45,7 @@ cdef class SimulatedDevice:
     cdef uint8_t *image
     cdef uint64_t base_size, metadata_start, maps_start, data_start
     cdef double rates[7]
+    cdef double slow[7]
     cdef bint faulty
     cdef Version **newest           # of each logical block; NULL: what the image holds is on the medium
     cdef uint8_t *listed
@@ -59,6 +59,8 @@ cdef class SimulatedDevice:
     cdef int category_of(self, Operation op) noexcept
     cdef Operation add(self, uint64_t token, int kind, int target, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
                        bint durable)
+    cdef void hold(self, Operation op) noexcept
+    cdef void overtake(self, Operation op) noexcept
     cdef Operation event(self)
     cdef int begin(self, Operation op) except -1
     cdef int end(self, Operation op) except -1

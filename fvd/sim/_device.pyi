@@ -27,6 +27,8 @@ class Operation:
     length_bytes: int
     durable: bool
     took_effect: bool
+    overtook: bool
+    """It takes effect before an earlier one in the same place, and is told of after it."""
     result: int
     """0, or the negative errno with which it completes; settable until then."""
     held_until: int
@@ -52,14 +54,12 @@ class SimulatedDevice:
     """Asked when an operation takes effect; a negative errno makes it fail, and of a write each block may have been written."""
     inspect: Callable[[Operation], None] | None
     """Shown every write below the data when it takes effect."""
-    slow_share: float
-    """Share of operations that are held back for long, so that much else happens meanwhile."""
-    slow_category: str
-    """Operations of this category (CATEGORIES) often take very long; "": of none."""
     stuck_share: float
     """Share of operations that move only when nothing else can."""
     torn_share: float
     """Share of operations some of whose blocks take effect only when they complete."""
+    overtaking_share: float
+    """Share of operations that overtake those under way in the same place: reads and writes of one place are never all in order."""
     page_cache: bool
     """Writes go to a page cache, which after a failed flush may hold pages that the medium never gets."""
     fail_number: int
@@ -78,12 +78,19 @@ class SimulatedDevice:
     def image(self) -> memoryview:
         """What reads see; writable."""
 
+    @property
+    def volatile_blocks(self) -> int:
+        """How many blocks a crash now could leave with another content."""
+
     def grow(self, size_bytes: int, filler: bytes) -> None:
         """More storage at the end, holding what it held before. Raises ValueError beyond the capacity."""
 
     def set_faults(self, rates: Mapping[str, float]) -> None:
         """The share of operations of each category (CATEGORIES) that fails; what is not named does not."""
 
+    def set_slow(self, shares: Mapping[str, float]) -> None:
+        """The share of events, by category of operation, that are held back for long, so that much else happens meanwhile: an operation may
+        take effect late, and may be told of late."""
     def advance(self, by_ns: int) -> None: ...
     def submit(self, operations: Iterable[tuple[int, int, int, int, int, int, bool]]) -> None:
         """(token, kind, target, offset_bytes, length_bytes, buffer_address, durable), as Engine.take_operations gives them."""

@@ -26,6 +26,7 @@ KIND_NAMES = ("read", "write", "flush", "discard")
 cdef enum:
     DISCARDED = 0xDD
     GARBLED = 0xBD              # what a read that fails leaves in its buffer
+    LOOK_BACK = 64              # operations that one may overtake
 
 cdef uint64_t STUCK = <uint64_t> 1 << 60
 
@@ -76,7 +77,6 @@ cdef class SimulatedDevice:
             raise MemoryError("simulated device")
         self.pending = []
         self.lost = {}
-        self.slow_category_ = -1
         self.moment = 1
 
     def __dealloc__(self):
@@ -98,6 +98,14 @@ cdef class SimulatedDevice:
     def image(self):
         """What reads see, as a writable memoryview of the present size."""
         return memoryview(self.image_array)[: self.size_bytes]
+
+    @property
+    def volatile_blocks(self):
+        """How many blocks a crash now could leave with another content."""
+        cdef uint64_t i, count = 0
+        for i in range(self.touched_count):
+            count += self.newest[self.touched[i]] != NULL
+        return count
 
     def grow(self, uint64_t size_bytes, bytes filler):
         """More storage at the end, holding what it held before."""
@@ -121,13 +129,11 @@ cdef class SimulatedDevice:
             self.rates[i] = rates.get(name, 0.0)
         self.faulty = any(rates.values())
 
-    @property
-    def slow_category(self):
-        return "" if self.slow_category_ < 0 else CATEGORIES[self.slow_category_]
-
-    @slow_category.setter
-    def slow_category(self, str category):
-        self.slow_category_ = CATEGORIES.index(category) if category else -1
+    def set_slow(self, shares):
+        """The share of events, by category of operation, that are held back for long, as a dict."""
+        cdef int i
+        for i, name in enumerate(CATEGORIES):
+            self.slow[i] = shares.get(name, 0.0)
 
     def advance(self, uint64_t by_ns):
         """The clock moves."""
@@ -160,14 +166,36 @@ cdef class SimulatedDevice:
         op.durable = durable
         op.submitted_at = self.moment
         op.size_at_submission = self.size_bytes
-        if self.dice.chance(self.slow_share):
-            op.held_until = self.moment + self.dice.between(20, 600)
-        if self.slow_category_ >= 0 and self.category_of(op) == self.slow_category_ and self.dice.chance(0.5):
-            op.held_until = self.moment + self.dice.between(200, 3000)
+        self.hold(op)
         if self.dice.chance(self.stuck_share):
             op.held_until = STUCK
+        if self.overtaking_share and self.dice.chance(self.overtaking_share):
+            self.overtake(op)
         self.pending.append(op)
         return op
+
+    cdef void overtake(self, Operation op) noexcept:
+        """What is under way where this one goes, one of them a write, takes effect after it; and it is told of after that."""
+        cdef Py_ssize_t count = len(self.pending)
+        cdef Py_ssize_t i
+        cdef Operation other
+        if op.kind == OP_FLUSH or op.target != TARGET_STORAGE:
+            return
+        for i in range(max(0, count - LOOK_BACK), count):
+            other = <Operation> self.pending[i]
+            if (not other.took_effect and other.target == TARGET_STORAGE and other.kind != OP_FLUSH
+                    and (other.kind != OP_READ or op.kind != OP_READ)
+                    and other.offset_bytes < op.offset_bytes + op.length_bytes
+                    and op.offset_bytes < other.offset_bytes + other.length_bytes):
+                other.held_until = max(other.held_until, self.moment + self.dice.between(20, 100))
+                op.overtook = True
+
+    cdef void hold(self, Operation op) noexcept:
+        """Perhaps its next event is a long time off."""
+        if self.dice.chance(self.slow[self.category_of(op)]):
+            op.held_until = self.moment + (self.dice.between(20, 600) if not self.dice.chance(0.1) else self.dice.between(600, 3000))
+        if op.took_effect and op.overtook:
+            op.held_until = max(op.held_until, self.moment + self.dice.between(50, 300))
 
     def step(self):
         """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
@@ -187,6 +215,7 @@ cdef class SimulatedDevice:
             if self.torn_share and op.length_bytes > self.logical_block_bytes and self.dice.chance(self.torn_share):
                 op.late = self.dice.raw()
             self.begin(op)
+            self.hold(op)
             return None
         self.end(op)
         return op

@@ -367,16 +367,19 @@ cdef class Oracle:
                     only = entry
             if found == 0:
                 raise self.violation(index, value, floor, "a read showed")
-            if found == 1:
-                # What had ended before this read and was not shown came before what was: no later read may show it again.
-                for j in range(history.count):
-                    entry = &history.entries[j]
-                    if entry != only and self.writes[entry.write].ended < began and entry.outdated == OPEN:
-                        entry.outdated = now
-                    # What had been acknowledged when it was seen to come last is what a later flush makes durable.
-                    if (entry != only and self.writes[entry.write].ended < began and entry.replaced == OPEN
-                            and self.writes[only.write].succeeded and self.writes[only.write].ended < began):
-                        entry.replaced = now
+            # What had ended before this read and was not shown came before what was: no later read may show it again.
+            for j in range(history.count):
+                entry = &history.entries[j]
+                if self.writes[entry.write].ended >= began:
+                    continue
+                if entry == only if found == 1 else self.shows(entry.write, index, sector, value):
+                    continue
+                if entry.outdated == OPEN:
+                    entry.outdated = now
+                # What had been acknowledged when it was seen to come last is what a later flush makes durable.
+                if (found == 1 and entry.replaced == OPEN and self.writes[only.write].succeeded
+                        and self.writes[only.write].ended < began):
+                    entry.replaced = now
         return 0
 
     cdef int judge(self, const uint8_t *data, int64_t *out) except -1:

@@ -49,7 +49,8 @@ cdef class Player:
     # what random requests look like
     cdef public uint32_t depth, least_depth     # the queue drains to between the two after each request
     cdef uint64_t largest_sectors, unit_sectors, block_sectors, chunk_sectors, disk_sectors, most_bytes
-    cdef double skew_share, side_share
+    cdef double skew_share, verify_share, side_share
+    cdef list to_verify            # (first sector, sectors) of writes that have ended
     cdef double weights[8]
     cdef double weight_sum
     cdef uint64_t areas[16]         # pairs (first sector, sectors) where requests fall
@@ -65,5 +66,6 @@ cdef class Player:
     cdef int take(self, Operation op) except -1
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1
     cdef int check_allocated(self, Guest *guest) except -1
+    cdef int verify(self, Guest *guest) except -1
     cdef int forget(self, Guest *guest) except -1
     cdef int random_request(self) except -1

@@ -80,10 +80,11 @@ class Player:
         skew_share: float,
         side_share: float,
         least_depth: int = 1,
+        verify_share: float = 0.0,
     ) -> None:
         """What random requests look like: of which kinds, where (first sector, sectors), how large, how often aligned to units, how often
         with a badly aligned buffer, after which share of them something else happens; how many are in flight, at most, and at least while
-        there are more to come."""
+        there are more to come; which share of writes is read again at once, with what lies around it."""
 
     def play(
         self,

@@ -26,6 +26,7 @@ NEVER = 1 << 62
 cdef enum:
     SECTOR = 512
     PAGE = 4096
+    AROUND = 8                  # sectors that a verifying read takes in beside the write's own
     FOREVER = 5_000_000         # events without which anything must have ended
 
 cdef extern from *:
@@ -65,6 +66,7 @@ cdef class Player:
         if self.guests == NULL:
             raise MemoryError("player")
         self.depth = self.least_depth = 1
+        self.to_verify = []
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -161,6 +163,9 @@ cdef class Player:
         cdef uint32_t flags
         cdef DeviceOp op
         cdef Operation added
+        while self.to_verify:
+            first, sectors = self.to_verify.pop()
+            self.send(KIND_READ, first, sectors, False, False, 0)
         self.engine.tick(self.device.now_ns)
         for i in range(self.engine.op_count):
             op = self.engine.ops[i]
@@ -174,7 +179,7 @@ cdef class Player:
             i += 1
             self.finished(cookie, error, flags)
         self.engine.done_count = 0
-        return 0
+        return self.pump() if self.to_verify else 0
 
     def exchange(self):
         """Take what the engine wants done, and what it has done, without an event of the device."""
@@ -267,6 +272,8 @@ cdef class Player:
             if guest.no_hole and error == 0 and guest.alone and cookie >> 20 == self.serial:
                 self.check_allocated(guest)
             self.oracle.end(guest.write, error == 0, durable)
+            if guest.kind == KIND_WRITE and error == 0 and self.verify_share and self.dice.chance(self.verify_share):
+                self.verify(guest)
         return self.forget(guest)
 
     cdef int check_allocated(self, Guest *guest) except -1:
@@ -278,9 +285,22 @@ cdef class Player:
                 raise Violation(f"write-zeroes at sector {guest.first_sector} left a hole that it was not to leave")
         return 0
 
+    cdef int verify(self, Guest *guest) except -1:
+        """A guest that looks at once what it has written, and what lies around it."""
+        cdef uint32_t i
+        cdef uint64_t first, end
+        for i in range(self.area_count):
+            first, end = self.areas[2 * i], self.areas[2 * i] + self.areas[2 * i + 1]
+            if first <= guest.first_sector < end:
+                first = max(first, guest.first_sector - min(guest.first_sector, <uint64_t> AROUND))
+                end = min(end, guest.first_sector + guest.sectors + AROUND)
+                self.to_verify.append((first, end - first))
+        return 0
+
     def abandon(self):
         """The disk is gone: nothing in flight will end."""
         cdef uint32_t i
+        self.to_verify = []
         for i in range(self.room):
             if self.guests[i].active:
                 self.forget(&self.guests[i])
@@ -330,7 +350,7 @@ cdef class Player:
     # --- random play --------------------------------------------------------------------------------------------------
 
     def aim(self, *, weights, areas, uint64_t largest_sectors, uint32_t depth, uint64_t unit_sectors, double skew_share, double side_share,
-            uint32_t least_depth=1):
+            uint32_t least_depth=1, double verify_share=0.0):
         """What random requests look like from now on; see _player.pyi."""
         cdef int i
         self.weight_sum = 0
@@ -347,6 +367,7 @@ cdef class Player:
         self.least_depth = min(least_depth, depth)
         self.unit_sectors = unit_sectors
         self.skew_share = skew_share
+        self.verify_share = verify_share
         self.side_share = side_share
 
     def play(self, uint64_t requests, *, uint64_t seed, uint64_t stream, skip=None, on_side=None, awaited=None):

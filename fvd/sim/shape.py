@@ -14,6 +14,8 @@ SECTOR_BYTES = 512
 KIB = 1024
 EIO, ENOSPC = -5, -28
 STICKY = ("journal", "map", "flush")  # a failure there is remembered by the engine, and ends most of a life
+SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide", "busy")
+MOST_SECTORS = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
 
 Area = tuple[int, int]  # first sector, sectors
 
@@ -44,12 +46,15 @@ class Shape:
     least_depth: int = 1
     """As many stay in flight while there are more to come."""
     longest_round: int = 1
-    slow_share: float = 0.0
-    slow_category: str = ""
-    """Of operations that often take very long; "": none. Slow map writes fill the journal."""
+    slow: Mapping[str, float] = field(default_factory=dict)
+    """Share of events that come late, by category of the device's operations."""
     stuck_share: float = 0.0
     torn_share: float = 0.0
     """Of operations whose blocks do not all take effect at once."""
+    overtaking_share: float = 0.0
+    """Of the device's operations that take effect before those under way in the same place."""
+    verify_share: float = 0.0
+    """Of writes that are read again at once."""
     skew_share: float = 0.0
     """Of buffers that are not aligned."""
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -62,7 +67,7 @@ class Shape:
     crash_at: str = ""
     """The category of operation that crashes wait for; "": they wait for none."""
     rot: bool = False
-    """Metadata is damaged, lost or misplaced at the end."""
+    """Metadata is damaged, lost, misplaced and forged where power has failed."""
 
     def __post_init__(self) -> None:
         if not self.areas:
@@ -79,20 +84,21 @@ class Shape:
 
 def draw(dice: Dice) -> Shape:
     """A shape from the dice."""
-    scale = dice.choice(("crowded", "crowded", "crowded", "plain", "plain", "plain", "wide", "busy"))
+    scale = dice.choice(SCALES)
     rare = dice.random()
-    if rare < 0.002:
+    if rare < 0.06:
         return _draw_vast(dice)
-    if rare < 0.025:
+    if rare < 0.083:
         return _draw_sparse(dice)
-    if rare < 0.045:
-        scale = "broad" if rare < 0.033 else "coarse"
+    if rare < 0.1:
+        scale = "broad" if rare < 0.09 else "coarse"
     block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
     chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
-    # On a crowded disk requests meet each other all the time; on a wide one much has never been written, committed or checkpointed.
-    virtual = dice.randint(8, {"crowded": 512, "wide": 32768, "busy": 1024, "coarse": 32768}.get(scale, 4096)) * SECTOR_BYTES
-    if scale == "wide":
-        block, chunk = min(block, 64 * KIB), 64 * KIB
+    # On a crowded disk requests meet each other all the time, on a tight one in the same few blocks; on a scarce one the few slots go from
+    # chunk to chunk; on a wide one much has never been written, committed or checkpointed.
+    virtual = dice.randint(8, MOST_SECTORS[scale]) * SECTOR_BYTES
+    if scale in ("tight", "scarce", "wide"):
+        block, chunk = min(block, 4 * KIB if scale == "tight" else 64 * KIB), 64 * KIB
     elif scale == "broad":
         # Enough to change at once that commits take several pages, the journal runs out of room, and a map has several pages.
         block, chunk = min(block, 64 * KIB), 64 * KIB
@@ -102,15 +108,15 @@ def draw(dice: Dice) -> Shape:
     elif dice.random() < 0.3:
         virtual = dice.randint(1, max(1, virtual // chunk)) * chunk
     base = None
-    if dice.random() < 0.5:
+    if dice.random() < (0.2 if scale == "tight" else 0.5):
         base = dice.choice((virtual, virtual // 2, virtual + 12345, dice.randint(1, virtual), dice.randint(1, virtual // 512) * 512))
     geometry = Geometry(
         virtual_size_bytes=virtual,
         block_size_bytes=block,
         chunk_size_bytes=chunk,
-        journal_size_bytes=dice.choice((16, 16, 17, 23, 32)) * 4 * KIB,
+        journal_size_bytes=dice.choice((16, 16, 16, 17, 23, 32)) * 4 * KIB,
         grow_step_bytes=max(chunk, dice.choice((64, 256, 256, 1024)) * KIB),
-        layout=Layout.RAW if dice.random() < 0.2 else Layout.COMPACT,
+        layout=Layout.RAW if scale != "scarce" and dice.random() < 0.2 else Layout.COMPACT,
     )
     shape = _draw_load(dice, geometry, scale)
     shape.base_bytes = base
@@ -119,28 +125,38 @@ def draw(dice: Dice) -> Shape:
         # Changes gather while a flush takes long and hardly anyone asks for another.
         shape.kinds = dict(shape.kinds) | {"flush": 0.01, "fua": 0.0, "rewrite": 0.0, "trim": dice.choice((0.0, 0.5))}
         shape.cache_mode = dice.choice(("none", "writeback"))
-        shape.slow_category = dice.choice(("flush", "flush", "flush", "journal", "map"))
-        shape.slow_share, shape.stuck_share, shape.depth, shape.longest_round = 0.0, 0.0, 256, 4000
+        shape.slow = {dice.choice(("flush", "flush", "flush", "journal", "map")): 0.9}
+        shape.stuck_share, shape.verify_share, shape.depth, shape.longest_round = 0.0, 0.0, 256, 4000
         shape.least_depth = dice.choice((1, 256, 256, 256))
         shape.storage_chunks, shape.low_water_chunks = max(shape.storage_chunks, geometry.chunks // 2), 0
-    if scale not in ("wide", "broad") and dice.random() < 0.4:
-        hot = min(sectors, dice.choice((16, 256, 1024)))
+    if scale == "scarce":
+        shape.storage_chunks = min(geometry.chunks, dice.choice((1, 1, 2)))
+        shape.growth = dice.choice(("late", "never", "never"))
+    if scale == "tight" or (scale not in ("wide", "broad") and dice.random() < 0.4):
+        hot = min(sectors, dice.choice((16, 24, 32) if scale == "tight" else (16, 256, 1024)))
         shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]
     return shape
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
-    wide, small = scale == "wide", scale in ("crowded", "wide", "busy", "broad")
-    many = scale in ("busy", "broad")
+    wide, small = scale == "wide", scale not in ("plain", "coarse")
     kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
     kinds["write"] = 3.0
     if wide:
         kinds["flush"] = 2.0
+    elif scale == "tight":
+        # Mostly writes to what is there, and reads that see their order; what changes the maps comes in between.
+        kinds |= {"read": 3.0, "rewrite": 0.0, "trim": dice.choice((0.3, 0.5, 1.0))}
+        kinds |= {name: dice.choice((0.0, 0.0, 0.3)) for name in ("zero", "flush")}
+    elif scale == "scarce":
+        kinds |= {"read": 2.0, "trim": 2.0, "flush": dice.choice((0.0, 0.3, 1.0))}
     chunks = geometry.chunks
     whole = geometry.layout is Layout.RAW or dice.random() < 0.4
     rate = dice.choice((0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 0.9))
-    # What is remembered ends most of a life: rarer, or the rest would never be seen.
-    faults = {name: rate * (0.1 if name in STICKY else 1.0) for name in CATEGORIES if dice.random() < 0.4}
+    # What is remembered ends most of a life: rarer, or the rest would never be seen. Writes of maps are rare by themselves.
+    faults = {name: rate * (0.1 if name in ("journal", "flush") else 1.0) for name in CATEGORIES if dice.random() < 0.4}
+    if "map" in faults:
+        faults["map"] = max(rate, 0.3)
     return Shape(
         geometry=geometry,
         logical_block_bytes=dice.choice((512, 512, 4096)),
@@ -153,42 +169,50 @@ def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
         discard=dice.random() < 0.5,
         kinds=kinds,
         largest_sectors=dice.choice((8, 16) if small else (8, 32, 128, 512)),
-        depth={"busy": dice.choice((256, 1024, 4096)), "broad": dice.choice((1024, 4096)), "crowded": dice.choice((8, 16, 48))}.get(
-            scale, dice.choice((1, 4, 16, 48))
-        ),
-        longest_round=dice.choice((200, 1000, 4000) if many else (10, 40, 40, 80, 200, 1000)),
-        slow_share=dice.choice((0.0, 0.05, 0.2, 0.2)),
-        slow_category=dice.choice(("",) * 6 + ("map", "map", "journal", "flush")),
+        depth=dice.choice({"busy": (256, 1024, 4096), "crowded": (8, 16, 48), "tight": (4, 8, 16, 48)}.get(scale, (1, 4, 16, 48))),
+        longest_round=dice.choice({"busy": (200, 1000, 2000), "tight": (40, 80, 200, 400)}.get(scale, (10, 20, 40, 40, 80, 80, 200, 500))),
+        slow=_draw_slow(dice),
         stuck_share=dice.choice((0.0, 0.0, 0.02)),
         torn_share=dice.choice((0.0, 0.3)),
+        overtaking_share=dice.choice((0.0, 0.5)),
+        verify_share=dice.choice((0.0, 0.0, 0.5)) if scale != "tight" else 0.7,
         skew_share=dice.choice((0.0, 0.1)),
         faults=faults if rate else {},
         fail_with=dice.choice((EIO, EIO, ENOSPC)),
         fail_one=dice.random() < 0.1,
         growth=dice.choice(("ready", "ready", "late", "never")),
         crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *CATEGORIES)),
-        rot=dice.random() < 0.1,
+        rot=dice.random() < 0.4,
     )
+
+
+def _draw_slow(dice: Dice) -> dict[str, float]:
+    """All kinds of operations are slow now and then; in some worlds one kind mostly, so that everything else overtakes it."""
+    slow = dict.fromkeys(CATEGORIES, dice.choice((0.0, 0.05, 0.2)))
+    if dice.random() < 0.7:
+        slow[dice.choice(("read", "write", "map", "map", *CATEGORIES))] = dice.choice((0.5, 0.9))
+    return slow
 
 
 def _draw_vast(dice: Dice) -> Shape:
     """A disk beyond 2 TiB of which a few places are used: numbers that are cut short somewhere lead to the wrong one of them."""
-    virtual = dice.choice(((1 << 31) + 4096, (1 << 32) + 4096, (1 << 33) + 128)) * SECTOR_BYTES - dice.randint(0, 7) * SECTOR_BYTES
+    virtual = dice.choice(((1 << 31) + 4096, (1 << 32) + 4096, (1 << 33) + 128, (1 << 33) + 128)) * SECTOR_BYTES
+    virtual -= dice.randint(0, 7) * SECTOR_BYTES
     geometry = Geometry(
         virtual_size_bytes=virtual,
-        block_size_bytes=dice.choice((64, 256, 1024)) * KIB,
-        chunk_size_bytes=dice.choice((1, 2, 4)) << 20,
+        block_size_bytes=dice.choice((256, 1024, 1024)) * KIB,
+        chunk_size_bytes=4 << 20,
         journal_size_bytes=256 * KIB,
-        grow_step_bytes=64 << 20,
+        grow_step_bytes=4 << 20,
     )
     shape = _draw_load(dice, geometry, "plain")
     sectors = shape.sectors
-    window = geometry.chunk_size_bytes // SECTOR_BYTES * 2
+    window = 2048
     shape.windows = [(first, min(window, sectors - first)) for first in _corners(sectors, window)]
     shape.areas = shape.windows
-    shape.storage_chunks = dice.randint(1, 8)
+    shape.storage_chunks = dice.randint(1, 4)
     shape.base_bytes = dice.choice((None, virtual, virtual // 2 + 777, (1 << 41) + 513))
-    shape.longest_round = 200
+    shape.longest_round = dice.choice((20, 80))
     shape.largest_sectors = dice.choice((8, 128))
     shape.rot = False
     return shape
@@ -220,6 +244,6 @@ def _draw_sparse(dice: Dice) -> Shape:
 
 
 def _corners(sectors: int, window: int) -> list[int]:
-    """First sectors of windows that do not overlap: the beginning, around powers of two, the end; whole chunks."""
+    """First sectors of windows that do not overlap: the beginning, at powers of two, the end."""
     places = [0, *(1 << power for power in (22, 26, 31, 32)), sectors // window * window]
     return [place for place in sorted(set(places)) if place < sectors]

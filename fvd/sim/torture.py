@@ -35,7 +35,7 @@ class Tally:
     crashes: int = 0
     kills: int = 0
     closes: int = 0
-    refused: int = 0
+    damages: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     found: list[Found] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Tally:
         self.crashes += outcome.crashes
         self.kills += outcome.kills
         self.closes += outcome.closes
-        self.refused += outcome.refused
+        self.damages += outcome.damages
 
 
 Progress = Callable[[Tally], None]

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from fvd._core import checksum
 from fvd.engine._engine import Engine
 from fvd.errors import FvdError
-from fvd.format.geometry import PAGE_BYTES
-from fvd.format.maps import MapKind, decode_pages, empty_bitmap, empty_table
+from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL
+from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, PAGE_MAGIC, RECORDS_BYTES, WORD_RECORD
+from fvd.format.maps import Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
 from fvd.format.superblock import BaseReference, Superblock
 from fvd.sim._base import base_content
 from fvd.sim._device import CATEGORIES, Operation, SimulatedDevice
@@ -23,7 +25,7 @@ from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import Player
 from fvd.sim.device_node import DeviceNode
-from fvd.sim.shape import Shape, draw
+from fvd.sim.shape import STICKY, Shape, draw
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, recover_disk
 from fvd.volume.name import VolumeName, parse_name
@@ -38,6 +40,7 @@ _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _READ, _WRITE, _TRIM, _ZERO = 0, 1, 3, 4  # RequestKind of fvd/engine/_engine.pxd
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _JOURNAL_COUNTS = struct.Struct("<HHI")  # word_count, entry_count, flags; at byte 44 of a page
+_JOURNAL_SEQUENCE = struct.Struct("<4s4xQ")  # magic, sequence; at its beginning
 _VAST_BYTES = 1 << 30
 NAME: VolumeName = parse_name("file:/simulated")
 
@@ -71,6 +74,9 @@ class World:
         self.requests_before = 0
         self.killed = False  # the life before ended so
         self.overwritten: dict[int, bytes] = {}  # metadata pages: what they held before their last write
+        self.durable_tail = 0  # of the last commit that has ended
+        self.found: dict[MapKind, Bitmap | Table | None] = {}  # the maps as the disk was opened with them
+        self.committed: dict[tuple[MapKind, int], set[int]] = {}  # the values in commits since then
         self.device.inspect = self._inspect
         self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
         self.engine: Any
@@ -97,7 +103,14 @@ class World:
     def make_engine(self, *, read_only: bool = False) -> Any:
         """An engine on what the storage holds now, recovered as an open does. Raises FvdError."""
         disk: LoadedDisk = recover_disk(self.node(), read_only=read_only)
+        if not read_only and not disk.journal_state.clean and self.device.volatile_blocks:
+            raise Violation("a writable open goes on from what a crash may still take back (R13)")
         shape = self.shape
+        self.durable_tail = disk.journal_state.tail
+        self.committed = {}
+        # The engine takes the arrays. A vast disk's are not looked at.
+        if shape.windows is None:
+            self.found = {MapKind.BITMAP: disk.bitmap.copy(), MapKind.TABLE: None if disk.table is None else disk.table.copy()}
         return Engine(
             disk.geometry,
             uuid=disk.superblock.uuid,
@@ -120,16 +133,17 @@ class World:
 
     def open(self, *, read_only: bool = False) -> None:
         """A new life. Faults come with `start_faults`."""
+        engine = self.make_engine(read_only=read_only)
         if hasattr(self, "player"):
             self.requests_before += self.player.requests_done
         self.device.fault = None
         self.device.set_faults({})
         self.device.fail_number = 0
-        self.device.slow_share = self.shape.slow_share
+        self.device.set_slow(self.shape.slow)
         self.device.stuck_share = self.shape.stuck_share
         self.device.torn_share = self.shape.torn_share
-        self.device.slow_category = self.shape.slow_category
-        self.engine = self.make_engine(read_only=read_only)
+        self.device.overtaking_share = self.shape.overtaking_share
+        self.engine = engine
         self.player = Player(
             self.engine,
             self.device,
@@ -172,18 +186,43 @@ class World:
             if offset + len(content) > geometry.journal_offset_bytes + geometry.journal_size_bytes:
                 raise Violation(f"a commit crosses the end of the ring: {operation}")
             for start in range(0, len(content), PAGE_BYTES):
-                words, entries, _ = _JOURNAL_COUNTS.unpack_from(content, start + 44)
-                used = 64 + words * 12 + entries * 8
-                if used > PAGE_BYTES or any(content[start + 52 : start + 64]) or content[start + used : start + PAGE_BYTES].strip(b"\0"):
-                    raise Violation(f"a journal page has bytes that the format does not: {operation}")
-            return
+                self._inspect_commit(content[start : start + PAGE_BYTES], operation)
+        elif self.shape.windows is None:
+            self._inspect_map(offset, content, operation)
+
+    def _inspect_commit(self, page: bytes, operation: Operation) -> None:
+        """One page of it. Nothing that replay may still need is overwritten (R4)."""
+        header = np.frombuffer(page, PAGE_HEADER, 1)[0]
+        words_end = HEADER_BYTES + int(header["word_count"]) * WORD_RECORD.itemsize
+        entries_end = words_end + int(header["entry_count"]) * ENTRY_RECORD.itemsize
+        if entries_end > PAGE_BYTES or any(bytes(header["page_reserved"])) or page[entries_end:].strip(b"\0"):
+            raise Violation(f"a journal page has bytes that the format does not: {operation}")
+        if int(header["sequence"]) - self.geometry.journal_pages >= self.durable_tail:
+            raise Violation(f"a commit overwrites one that replay needs: {operation}, tail {self.durable_tail}")
+        if int(header["part"]) == int(header["parts"]) - 1:
+            self.durable_tail = int(header["tail"])  # before the next commit begins
+        for kind, records in (
+            (MapKind.BITMAP, np.frombuffer(page[HEADER_BYTES:words_end], WORD_RECORD)),
+            (MapKind.TABLE, np.frombuffer(page[words_end:entries_end], ENTRY_RECORD)),
+        ):
+            for index, value in records.tolist():
+                self.committed.setdefault((kind, index), set()).add(value)
+
+    def _inspect_map(self, offset: int, content: bytes, operation: Operation) -> None:
+        """Every value in it has been in a commit (R11), or was there when the disk was opened."""
+        geometry = self.geometry
         kind = MapKind.TABLE if geometry.table_entries and offset >= geometry.table_offset_bytes else MapKind.BITMAP
         items = empty_table(geometry) if kind is MapKind.TABLE else empty_bitmap(geometry)
-        start_bytes = geometry.table_offset_bytes if kind is MapKind.TABLE else geometry.bitmap_offset_bytes
-        if items is not None and geometry.virtual_size_bytes <= _VAST_BYTES:
-            decode_pages(
-                geometry, kind, np.frombuffer(content, np.uint8), self.superblock.uuid, items, (offset - start_bytes) // PAGE_BYTES
-            )
+        found = self.found[kind]
+        if items is None or found is None:
+            raise Violation(f"a write to a map that this disk does not have: {operation}")
+        first_page = (offset - map_offset_bytes(geometry, kind)) // PAGE_BYTES
+        decode_pages(geometry, kind, np.frombuffer(content, np.uint8), self.superblock.uuid, items, first_page)
+        per_page = CELLS_PER_PAGE * (ENTRIES_PER_CELL if kind is MapKind.TABLE else WORDS_PER_CELL)
+        first, end = first_page * per_page, (first_page + len(content) // PAGE_BYTES) * per_page
+        for index in (np.flatnonzero(items[first:end] != found[first:end]) + first).tolist():
+            if int(items[index]) not in self.committed.get((kind, index), ()):
+                raise Violation(f"a checkpoint writes what no commit holds, {kind.name.lower()} {index}: {operation}")
 
     # --- while it is open ---------------------------------------------------------------------------------------------
 
@@ -400,47 +439,116 @@ class World:
                 raise Violation(f"check: {'; '.join(report.errors)}")
         self._check_slots()
 
-    def rot(self) -> bool:
-        """Metadata is damaged, lost, or was written to the wrong place. True: the world ends.
+    # --- damaged metadata -----------------------------------------------------------------------------------------------
 
-        It does when the disk refuses to open, as it should, or has lost a commit that it may lose.
-        """
-        geometry = self.geometry
+    def rot(self) -> int:
+        """Power fails, and what it left is opened with a piece of metadata damaged; once more with another, and so on. Every damage is
+        undone, and the disk goes on from what was there. Returns how many there were."""
         self.cut_power()
-        start, end = 0, geometry.data_offset_bytes // PAGE_BYTES
-        dice = self.dice
-        kind = dice.choice(("flip", "flip", "lost", "misplaced"))
-        page = dice.choice((0, 128, dice.randint(geometry.journal_offset_bytes // PAGE_BYTES, end - 1))) if kind == "flip" else -1
-        if kind != "flip":
-            written = sorted(self.overwritten)
-            if not written:
-                kind, page = "flip", dice.randint(start, end - 1)
-            else:
-                page = dice.choice(written) // PAGE_BYTES
-        offset = page * PAGE_BYTES
-        content = bytes(self.image[offset : offset + PAGE_BYTES])
-        harmed = [offset]
-        if kind == "flip":
-            at = offset + dice.randint(0, PAGE_BYTES - 1)
-            self.image[at] ^= 1 << dice.randint(0, 7)
-        else:
-            self.image[offset : offset + PAGE_BYTES] = self.overwritten[offset]
-            if kind == "misplaced":
-                other = dice.randint(geometry.journal_offset_bytes // PAGE_BYTES, end - 1) * PAGE_BYTES
-                self.image[other : other + PAGE_BYTES] = content
-                harmed.append(other)
-        self.say(f"metadata: {kind} at {harmed}")
-        # A last commit that is damaged looks like one that was never finished: FORMAT.md's one exception.
-        excused = any(geometry.journal_offset_bytes <= place < geometry.bitmap_offset_bytes for place in harmed)
+        damages = self.dice.randint(1, 6)
+        for _ in range(damages):
+            before: dict[int, bytes] = {}
+            self.dice.choice((self._rot_superblock, self._rot_map, self._rot_map, self._rot_journal, self._rot_journal, self._misdirect))(
+                before
+            )
+            for offset, content in before.items():
+                self.image[offset : offset + PAGE_BYTES] = content
+        self.reopen()
+        return damages
+
+    def _replace(self, offset: int, content: bytes | bytearray, before: dict[int, bytes]) -> None:
+        """Another content for a page; `before` keeps the one that it had first."""
+        before.setdefault(offset, bytes(self.image[offset : offset + PAGE_BYTES]))
+        self.image[offset : offset + PAGE_BYTES] = content
+
+    def _flip(self, page: int, before: dict[int, bytes], within: int = PAGE_BYTES) -> int:
+        """Flip one bit of a page, rather near the beginning of a piece of `within` bytes: most of the rest is empty. Returns where."""
+        content = bytearray(self.image[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
+        at = self.dice.randint(0, PAGE_BYTES // within - 1 >> self.dice.randint(0, 3)) * within
+        at += self.dice.randint(0, within - 1 >> self.dice.randint(0, 5))
+        content[at] ^= 1 << self.dice.randint(0, 7)
+        self._replace(page * PAGE_BYTES, content, before)
+        self.say(f"a bit flips at {page * PAGE_BYTES + at}")
+        return page * PAGE_BYTES + at
+
+    def _open_damaged(self) -> bytearray | None:
+        """What a disk with damaged metadata shows; None: it refuses to open, as it may."""
         try:
             self.open()
         except FvdError as error:
             self.say(f"refused: {error}")
-            return True
-        shown = self.read_all()
-        if not excused:
-            self.oracle.settle_after_crash(shown)
-        return excused
+            return None
+        return self.read_all()
+
+    def _judge_damaged(self) -> None:
+        """Open and show what is allowed, or refuse."""
+        shown = self._open_damaged()
+        if shown is not None:
+            self.oracle.check_after_crash(shown)
+
+    def _rot_superblock(self, before: dict[int, bytes]) -> None:
+        self._flip(self.dice.choice((0, 128)), before)
+        self._judge_damaged()
+
+    def _rot_map(self, before: dict[int, bytes]) -> None:
+        """No bit of a map may change unnoticed, and `check` says where."""
+        geometry = self.geometry
+        start = geometry.bitmap_offset_bytes
+        pages = (geometry.bitmap_size_bytes + geometry.table_size_bytes) // PAGE_BYTES
+        at = self._flip(start // PAGE_BYTES + self.dice.randint(0, pages - 1), before, CELL_BYTES)
+        if self._open_damaged() is not None:
+            raise Violation(f"the disk opens though a bit of a map is wrong at byte {at}")
+        cell = at // CELL_BYTES * CELL_BYTES
+        errors = check_node(self.node(), NAME).errors
+        if not any(f" at byte {cell} " in error for error in errors):
+            raise Violation(f"check does not name the damaged cell at byte {cell}: {'; '.join(errors)}")
+
+    def _rot_journal(self, before: dict[int, bytes]) -> None:
+        """A page of the ring that is not valid is ignored: the disk is what it is without it."""
+        geometry, dice = self.geometry, self.dice
+        start = geometry.journal_offset_bytes // PAGE_BYTES
+        sequences: list[tuple[int, int]] = []
+        for page in range(start, start + geometry.journal_pages):
+            magic, sequence = _JOURNAL_SEQUENCE.unpack_from(self.image, page * PAGE_BYTES)
+            if magic == PAGE_MAGIC:
+                sequences.append((sequence, page))
+        page = max(sequences)[1] if dice.random() < 0.5 else dice.choice(sequences)[1]
+        if dice.random() < 0.5:
+            self._flip(page, before)
+        else:
+            self._forge_counts(page, before)
+        shown = self._open_damaged()
+        self._replace(page * PAGE_BYTES, bytes(PAGE_BYTES), before)
+        if shown != self._open_damaged():
+            raise Violation(f"the damaged journal page at byte {page * PAGE_BYTES} is not ignored")
+
+    def _forge_counts(self, page: int, before: dict[int, bytes]) -> None:
+        """More records than a page can have, under a checksum that holds."""
+        offset = page * PAGE_BYTES
+        content = bytearray(self.image[offset : offset + PAGE_BYTES])
+        words, entries, flags = _JOURNAL_COUNTS.unpack_from(content, 44)
+        words = self.dice.randint(RECORDS_BYTES // WORD_RECORD.itemsize + 1, 0xFFFF >> self.dice.randint(0, 7))
+        _JOURNAL_COUNTS.pack_into(content, 44, words, entries, flags)
+        content[4:8] = checksum(self.superblock.uuid, offset, content, 4).to_bytes(4, "little")
+        self._replace(offset, content, before)
+        self.say(f"the journal page at {offset} claims {words} words")
+
+    def _misdirect(self, before: dict[int, bytes]) -> None:
+        """A write of metadata was lost, or went to another place."""
+        geometry, dice = self.geometry, self.dice
+        if not self.overwritten:
+            return
+        offset = dice.choice(sorted(self.overwritten))
+        content = bytes(self.image[offset : offset + PAGE_BYTES])
+        self._replace(offset, self.overwritten[offset], before)
+        if dice.random() < 0.5:
+            last = geometry.data_offset_bytes // PAGE_BYTES - 1
+            self._replace(dice.randint(geometry.journal_offset_bytes // PAGE_BYTES, last) * PAGE_BYTES, content, before)
+        self.say(f"metadata was not written where it should: {sorted(before)}")
+        if any(geometry.journal_offset_bytes <= place < geometry.bitmap_offset_bytes for place in before):
+            self._open_damaged()  # a last commit that is lost looks like one that was never finished: FORMAT.md's one exception
+        else:
+            self._judge_damaged()
 
 
 @dataclass(slots=True)
@@ -453,7 +561,7 @@ class Outcome:
     crashes: int = 0
     kills: int = 0
     closes: int = 0
-    refused: int = 0
+    damages: int = 0
     played: dict[int, int] = field(default_factory=dict)
     """Round -> requests that it was to play."""
 
@@ -510,9 +618,9 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
         if shape.crash_at:
             _play_until(world, shape.crash_at, number, kept)
         if shape.rot and dice.random() < 0.5:
-            outcome.refused += 1
-            return not world.rot()
-        world.crash()
+            outcome.damages += world.rot()
+        else:
+            world.crash()
     elif ending < 0.6:
         outcome.crashes += 1
         world.crash_while_closing()
@@ -548,12 +656,14 @@ def _aim(world: World, dice: Dice, **changes: float) -> None:
         unit_sectors=shape.logical_block_bytes // SECTOR_BYTES,
         skew_share=shape.skew_share,
         side_share=0.12,
+        verify_share=shape.verify_share,
     )
 
 
 def _play_until(world: World, category: str, number: int, kept: Container[int] | None) -> None:
-    """Play, with many flushes, until such an operation has taken effect and not completed: the moment when a crash asks most."""
-    _aim(world, Dice(world.seed, ROUNDS, number), flush=3.0)
+    """Play until such an operation has taken effect and not completed: the moment when a crash asks most."""
+    # A flush brings a commit about, and a checkpoint; but what waits for neither may meet a crash that nothing went before.
+    _aim(world, Dice(world.seed, ROUNDS, number), **({"flush": 3.0} if category in STICKY else {}))
     stream = REQUESTS << 32 | 1 << 16 | number
     skip = None if kept is None else _Others(kept, UNTIL)
     world.player.play(UNTIL_REQUESTS, seed=world.seed, stream=stream, skip=skip, on_side=world.on_side, awaited=CATEGORIES.index(category))

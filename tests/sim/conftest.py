@@ -1,0 +1,6 @@
+"""The directed scenarios lie beside the engine's tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))

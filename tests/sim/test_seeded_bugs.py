@@ -1,0 +1,148 @@
+"""Each rule of docs/durability.md taken away, each fault of the original put back: random worlds must notice. A tester that misses one is
+broken.
+
+The compiled bugs exist in the checked build only, which `make test` builds and tests too; what is Python is taken away here.
+FVD_SIM_FIRST sets the first seed; each bug prints where it was found, so that it can be played again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from scenarios import DIRECTED
+
+from fvd.engine import _engine
+from fvd.errors import FvdError
+from fvd.format.maps import MapKind, check_maps, empty_bitmap, empty_table
+from fvd.sim import world
+from fvd.sim._oracle import Violation
+from fvd.sim.world import Outcome, run
+from fvd.volume import loading
+from fvd.volume.loading import LoadedDisk, RecoverablePages, read_map, recover_disk
+
+COMPILED = range(1, 24)
+MOST_REQUESTS = 200_000
+STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
+FAR = 1_000_000  # from one of them to the next: no world is played twice
+# What a tester may say. Anything else (TypeError, MemoryError) would be a fault of the test, not a bug that was found. The simulated device
+# asserts that nothing reaches beyond it.
+FINDINGS = (Violation, FvdError, RuntimeError, AssertionError)
+
+needs_bugs = pytest.mark.skipif(not _engine.SEEDED_BUGS, reason="a release build contains no seeded bugs; the checked build runs this")
+
+
+@contextmanager
+def read_only_opens_skip_replay() -> Iterator[None]:
+    def stale(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
+        disk = recover_disk(node, read_only=read_only)
+        if read_only and not disk.journal_state.clean:
+            geometry = disk.geometry
+            disk.bitmap, disk.table = empty_bitmap(geometry), empty_table(geometry)
+            read_map(node, disk.superblock, MapKind.BITMAP, disk.bitmap)
+            if disk.table is not None:
+                read_map(node, disk.superblock, MapKind.TABLE, disk.table)
+            disk.used_slots = check_maps(geometry, disk.bitmap, disk.table, disk.superblock.base is not None)
+        return disk
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "recover_disk", stale)
+        yield
+
+
+@contextmanager
+def recovery_flushes_nothing() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "make_durable", lambda node: None)
+        yield
+
+
+IN_PYTHON: dict[int, Callable[[], AbstractContextManager[None]]] = {24: read_only_opens_skip_replay, 25: recovery_flushes_nothing}
+
+
+@pytest.fixture(scope="module")
+def first_seed() -> int:
+    return int(os.environ.get("FVD_SIM_FIRST", time.time_ns() // 1000 % (1 << 40)))
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    yield
+    _engine.seed_bug(0)
+
+
+def hunt(first: int) -> tuple[int, int, Exception]:
+    """Plays worlds until one finds something: its seed, the requests of all of them, what it said."""
+    requests, seed = 0, first
+    while requests < MOST_REQUESTS:
+        outcome = Outcome(seed)
+        try:
+            run(seed, outcome=outcome)
+        except FINDINGS as found:
+            return seed, requests + outcome.requests, found
+        requests += outcome.requests
+        seed += 1
+    pytest.fail(f"went unnoticed in {requests} requests, seeds {first} to {seed - 1}")
+
+
+def report(bug: int, first: int) -> None:
+    for start in range(first, first + STARTS * FAR, FAR):
+        seed, requests, found = hunt(start)
+        print(f"bug {bug}: found after {requests} requests, seeds {start} to {seed}: {type(found).__name__}: {found}")
+        assert requests <= MOST_REQUESTS
+
+
+@needs_bugs
+@pytest.mark.parametrize("bug", COMPILED)
+def test_random_worlds_find(bug: int, first_seed: int, seeded: None) -> None:
+    _engine.seed_bug(bug)
+    report(bug, first_seed)
+
+
+@pytest.mark.parametrize("bug", IN_PYTHON)
+def test_random_worlds_find_what_is_missing_in_python(bug: int, first_seed: int) -> None:
+    with IN_PYTHON[bug]():
+        report(bug, first_seed)
+
+
+@needs_bugs
+@pytest.mark.parametrize("bug", DIRECTED)
+def test_directed_scenarios_find(bug: int, seeded: None) -> None:
+    _engine.seed_bug(bug)
+    with pytest.raises(FINDINGS, match=r"sector|journal|maps|flush|checkpoint|commit"):
+        DIRECTED[bug]()
+
+
+def test_without_a_bug_nothing_is_found(first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + 30):
+        run(seed)
+
+
+def test_every_rule_names_its_bugs() -> None:
+    """Every rule R1 to R13 has a bug, every bug is a rule's or a fault's, and the faults of the original that apply have theirs."""
+    text = (Path(__file__).parents[2] / "docs/durability.md").read_text()
+    rules = {name: numbers(cell) for name, cell in re.findall(r"^\| (R\d+) \|.*\| ([\d, ]+) \|$", text, re.MULTILINE)}
+    faults = {int(name): numbers(cell) for name, cell in re.findall(r"^\| fault (\d+) \|.*\| ([\d, ]+) \|$", text, re.MULTILINE)}
+    assert list(rules) == [f"R{number}" for number in range(1, 14)]
+    assert list(faults) == [1, 2, 3, 4, 6, 7, 10]
+    known = {*COMPILED, *IN_PYTHON}
+    assert sorted(number for bugs in rules.values() for number in bugs) == sorted(set().union(*rules.values()))
+    assert set().union(*rules.values(), *faults.values()) == known
+    assert all(rules.values()) and all(faults.values())
+
+
+def numbers(cell: str) -> set[int]:
+    return {int(number) for number in cell.split(",")}
+
+
+def test_release_has_no_bugs() -> None:
+    if _engine.SEEDED_BUGS:
+        _engine.seed_bug(0)
+    else:
+        with pytest.raises(RuntimeError, match="no seeded bugs"):
+            _engine.seed_bug(1)
