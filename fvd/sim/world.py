@@ -594,6 +594,7 @@ def run(seed: int, *, only: Kept | None = None, events: int = 0, log: list[str] 
                 break
     finally:
         outcome.requests = world.requests_done
+        world.device.inspect = None  # a circle of references that would keep the images of many worlds in memory
     return outcome
 
 
