@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -105,7 +106,7 @@ def torture(
         )
 
     batches = _batches(first_seed, worlds, jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_leave_interrupts_to_the_parent) as pool:
         running: dict[Future[tuple[list[tuple[Outcome, Found | None]], float]], range] = {}
         try:
             while not enough():
@@ -138,6 +139,10 @@ def torture(
     tally.found.sort(key=lambda found: found.seed)
     tally.seconds = time.monotonic() - began
     return tally
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _batches(first: int, worlds: int | None, jobs: int) -> Iterator[range]:
