@@ -6,6 +6,7 @@ watches them too. A finding ends the process with its input in the current folde
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     with atheris.instrument_imports(include=["fvd"], enable_loader_override=False):
         from targets import TARGETS
+
+        logging.getLogger("fvd").setLevel(logging.CRITICAL)  # the server says for each disk that blocking I/O was asked for
     # libFuzzer starts itself again, by a shell and with the options only, when it merges folders.
     name = os.environ.get(TARGET_VARIABLE) or sys.argv.pop(1)
     os.environ[TARGET_VARIABLE] = name

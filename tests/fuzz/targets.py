@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import os
 import select
 import socket
@@ -51,9 +50,6 @@ NAME = parse_name("file:/storage")
 MIB = 1 << 20
 ENGINE_REQUESTS = READ, WRITE, FLUSH, TRIM, ZERO, CLOSE = range(6)
 OP_READ, OP_WRITE = 0, 1
-
-
-logging.getLogger("fvd").setLevel(logging.CRITICAL)  # the server says for each disk that blocking I/O was asked for
 
 
 @cache

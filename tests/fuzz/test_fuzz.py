@@ -7,6 +7,7 @@ coverage of fvd's Python, and of its compiled modules if there is a fuzz build (
 from __future__ import annotations
 
 import importlib.util
+import logging
 import lzma
 import os
 import resource
@@ -69,6 +70,16 @@ def judge(target: str, data: bytes) -> None:
         error.add_note(f"{target}: {data.hex()}")
         raise
     assert time.monotonic() - began < SLOW_S, f"{target} is slow: {data.hex()}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    """The server says for each disk that blocking I/O was asked for."""
+    logger = logging.getLogger("fvd")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.mark.parametrize("target", TARGETS)
