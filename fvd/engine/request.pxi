@@ -26,6 +26,10 @@ cdef int request_release(Engine e, Request *r) except -1 nogil:
     r.pending -= 1
     if r.pending:
         return 0
+    # R10: a durable write that was under way when a flush failed may have been lost from the page cache with that flush, which took the
+    # only error that the kernel gives.
+    if r.flags & FLAG_FUA and e.failed_errno and r.error == 0 and not BUG(11):
+        r.error = -EIO
     if r.needs_commit and r.error == 0:
         r.needs_commit = 0
         if e.failed_errno:
