@@ -317,6 +317,7 @@ cdef class Oracle:
             # What was acknowledged and is not durable may be gone with the mapping that was not committed: old or new, as if it had failed.
             if self.writes[i].ended == OPEN:
                 self.writes[i].ended = now
+                self.writes[i].failed = 1   # one of its operations may have failed already
             if not self.writes[i].durable:
                 self.writes[i].succeeded = 0
         for i in range(self.touched_count):
