@@ -559,6 +559,7 @@ cdef class SimulatedDevice:
     def kill(self):
         """The process dies and the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
         cdef Operation op
+        cdef uint64_t number
         for op in self.pending:
             if op.kind == OP_DISCARD and not op.took_effect:
                 self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
@@ -572,3 +573,7 @@ cdef class SimulatedDevice:
                 # The kernel ends it, whoever is there to see: a later flush covers it.
                 self.completed_at[op.number] = self.moment
         self.pending.clear()
+        # What a failed write left is seen, and a later flush writes what is there, whoever was to hear of the failure.
+        for number in range(1, self.submitted + 1):
+            if self.completed_at[number] == 0:
+                self.completed_at[number] = self.moment
