@@ -180,12 +180,13 @@ class _Meter:
 
 
 def _one(arguments: argparse.Namespace, output: Output) -> int:
+    from fvd.sim.rounds import Outcome, run
     from fvd.sim.shrink import parse_kept
-    from fvd.sim.world import Outcome, World, run
+    from fvd.sim.world import World
 
     only = parse_kept(arguments.only) if arguments.only else None
     log: list[str] = []
-    outcome = Outcome(arguments.seed)
+    outcome = Outcome()
     error = None
     try:
         run(arguments.seed, only=only, events=arguments.events, log=log, outcome=outcome)
@@ -193,7 +194,7 @@ def _one(arguments: argparse.Namespace, output: Output) -> int:
         error = f"{type(raised).__name__}: {raised}"
     lines = [str(World(arguments.seed).shape), *log] if arguments.trace else []
     lines.append(f"seed {arguments.seed}: {outcome.requests} requests: {error or 'nothing found'}")
-    output.result(asdict(outcome) | {"error": error, "log": log if arguments.trace else None}, lines)
+    output.result({"seed": arguments.seed} | asdict(outcome) | {"error": error, "log": log if arguments.trace else None}, lines)
     return EXIT_FOUND if error else 0
 
 

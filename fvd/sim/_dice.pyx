@@ -4,7 +4,8 @@
 xoshiro256** by Blackman and Vigna (prng.di.unimi.it), seeded through splitmix64. It may not know what the numbers are for.
 """
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy
 
 
 cdef extern from *:
@@ -77,4 +78,11 @@ cdef class Dice:
         return items[self.below(len(items))]
 
     def randbytes(self, int count):
-        return b"".join([(<uint64_t> self.raw()).to_bytes(8, "little") for _ in range(count // 8 + 1)])[:count]
+        cdef bytearray room = bytearray((count // 8 + 1) * 8)
+        cdef uint8_t[::1] view = room
+        cdef uint64_t value
+        cdef int i
+        for i in range(count // 8 + 1):
+            value = self.raw()
+            memcpy(&view[i * 8], &value, 8)
+        return bytes(room[:count])

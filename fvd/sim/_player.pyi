@@ -10,6 +10,13 @@ from fvd.sim._oracle import Oracle
 
 KINDS: Final[tuple[str, ...]]
 """read, write, flush, trim, zero, close; for random play also fua and rewrite."""
+READ: Final[int]
+WRITE: Final[int]
+FLUSH: Final[int]
+TRIM: Final[int]
+ZERO: Final[int]
+CLOSE: Final[int]
+"""Kinds of requests as Engine.submit_request has them."""
 NEVER: Final[int]
 
 class Player:

@@ -21,6 +21,7 @@ from fvd.sim._oracle cimport Oracle
 from fvd.sim._oracle import Violation
 
 KINDS = ("read", "write", "flush", "trim", "zero", "close", "fua", "rewrite")
+READ, WRITE, FLUSH, TRIM, ZERO, CLOSE = REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE
 NEVER = 1 << 62
 
 cdef enum:

@@ -14,11 +14,11 @@ from fvd.format.geometry import Layout
 from fvd.sim._base import base_content
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
+from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE, ZERO
 from fvd.sim.shape import draw
 from fvd.sim.world import SHAPE, World
 from fvd.volume.loading import recover_disk
 
-READ, WRITE, FLUSH, TRIM, ZERO, CLOSE = range(6)  # RequestKind of fvd/engine/_engine.pxd
 FUA, NO_HOLE = 1, 2
 _PAGE = 4096
 _LARGEST_DISK_BYTES = 1 << 28

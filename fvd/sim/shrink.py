@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from fvd.errors import InvalidArgument
-from fvd.sim.world import UNTIL, UNTIL_REQUESTS, Outcome, run
+from fvd.sim.rounds import UNTIL, UNTIL_REQUESTS, Outcome, run
 
 Item = tuple[int, int]  # round, request
 
@@ -47,7 +47,7 @@ def shrink(
 
     Raises InvalidArgument if the world does not fail.
     """
-    outcome = Outcome(seed)
+    outcome = Outcome()
     try:
         run(seed, events=events, outcome=outcome)
     except Exception as error:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from fvd.sim import bytewise
-from fvd.sim.world import Outcome, run
+from fvd.sim.rounds import Counts, Outcome, run
 
-BATCH_SECONDS = 0.5
 STALL_SECONDS = 300.0  # a world takes milliseconds; what takes this long never ends
 
 
@@ -27,35 +26,18 @@ class Found:
 
 
 @dataclass(slots=True)
-class Tally:
+class Tally(Counts):
     """What was played so far."""
 
-    first_seed: int
+    first_seed: int = 0
     worlds: int = 0
-    requests: int = 0
-    crashes: int = 0
-    kills: int = 0
-    closes: int = 0
-    damages: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     found: list[Found] = field(default_factory=list)
 
     @property
-    def next_seed(self) -> int:
-        return self.first_seed + self.worlds
-
-    @property
     def requests_per_cpu_second(self) -> float:
         return self.requests / self.cpu_seconds if self.cpu_seconds else 0.0
-
-    def add(self, outcome: Outcome) -> None:
-        self.worlds += 1
-        self.requests += outcome.requests
-        self.crashes += outcome.crashes
-        self.kills += outcome.kills
-        self.closes += outcome.closes
-        self.damages += outcome.damages
 
 
 Progress = Callable[[Tally], None]
@@ -63,7 +45,7 @@ Progress = Callable[[Tally], None]
 
 def play_one(seed: int, *, any_byte: bool = False) -> tuple[Outcome, Found | None]:
     """One world; a failure is returned, not raised."""
-    outcome = Outcome(seed)
+    outcome = Outcome()
     try:
         if any_byte:
             outcome.requests = bytewise.run(seed)
@@ -94,7 +76,7 @@ def torture(
 
     A world that kills its process, or never ends, is found too. `any_byte`: the worlds of bytewise.
     """
-    tally = Tally(first_seed)
+    tally = Tally(first_seed=first_seed)
     began = time.monotonic()
 
     def enough() -> bool:
@@ -125,6 +107,7 @@ def torture(
                     del running[future]
                     tally.cpu_seconds += cpu_seconds
                     for outcome, found in outcomes:
+                        tally.worlds += 1
                         tally.add(outcome)
                         if found is not None:
                             tally.found.append(found)

@@ -19,10 +19,11 @@ from fvd.format.journal import JournalState
 from fvd.format.superblock import Superblock, decode
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import OpenBase, open_base
-from fvd.volume.loading import LoadedDisk, naming, recover_disk
+from fvd.volume.loading import naming, recover_disk
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
 from fvd.volume.provider import provider_for
+from fvd.volume.starting import engine_on
 from fvd.volume.superblocks import Pages, read_slots, write_superblock
 from fvd.volume.watching import watch_device
 
@@ -120,7 +121,17 @@ def open_volume(
         if not read_only:
             disk.superblock = renew_superblock(node, disk.superblock, notices)
         with naming(str(volume)):
-            engine = _make_engine(disk, node, base, read_only, cache, on_full, low_water, discard)
+            engine = engine_on(
+                disk,
+                base_size_bytes=None if base is None or disk.superblock.base is None else disk.superblock.base.size_bytes,
+                # Through the page cache any offset would do; sectors keep requests whole.
+                align_bytes=node.logical_block_bytes if node.direct else SECTOR_BYTES,
+                read_only=read_only,
+                cache_mode=cache,
+                on_full=on_full,
+                low_water_bytes=low_water,
+                discard=discard,
+            )
         allocator = None
         if not read_only:
             allocator = Allocator(
@@ -148,30 +159,6 @@ def open_volume(
             notices=notices,
             _resources=undo.pop_all(),
         )
-
-
-def _make_engine(
-    disk: LoadedDisk, node: Node, base: OpenBase | None, read_only: bool, cache: str, on_full: str, low_water_bytes: int, discard: bool
-) -> Engine:
-    return Engine(
-        disk.geometry,
-        uuid=disk.superblock.uuid,
-        bitmap=disk.bitmap,
-        table=disk.table,
-        used_slots=disk.used_slots,
-        journal_state=disk.journal_state,
-        dirty_bitmap_pages=disk.dirty_bitmap_pages,
-        dirty_table_pages=disk.dirty_table_pages,
-        storage_size_bytes=disk.storage_size_bytes,
-        base_size_bytes=None if base is None or disk.superblock.base is None else disk.superblock.base.size_bytes,
-        # Through the page cache any offset would do; sectors keep requests whole.
-        align_bytes=node.logical_block_bytes if node.direct else SECTOR_BYTES,
-        read_only=read_only,
-        cache_mode=cache,
-        on_full=on_full,
-        low_water_bytes=low_water_bytes,
-        discard=discard,
-    )
 
 
 def renew_superblock(node: Pages, superblock: Superblock, notices: list[str]) -> Superblock:

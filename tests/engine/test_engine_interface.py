@@ -7,11 +7,11 @@ import pytest
 
 from fvd.engine._engine import Engine
 from fvd.errors import Corrupt, InvalidArgument
-from fvd.sim.bytewise import CLOSE as REQUEST_CLOSE
-from fvd.sim.bytewise import FLUSH as REQUEST_FLUSH
-from fvd.sim.bytewise import READ as REQUEST_READ
-from fvd.sim.bytewise import TRIM as REQUEST_TRIM
-from fvd.sim.bytewise import WRITE as REQUEST_WRITE
+from fvd.sim._player import CLOSE as REQUEST_CLOSE
+from fvd.sim._player import FLUSH as REQUEST_FLUSH
+from fvd.sim._player import READ as REQUEST_READ
+from fvd.sim._player import TRIM as REQUEST_TRIM
+from fvd.sim._player import WRITE as REQUEST_WRITE
 from fvd.sim.bytewise import Memory
 from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
 from fvd.volume.loading import recover_disk

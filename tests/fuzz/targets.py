@@ -42,6 +42,7 @@ from fvd.volume.dump import _dump
 from fvd.volume.loading import LoadedDisk, load_disk
 from fvd.volume.map import extents
 from fvd.volume.name import parse_name
+from fvd.volume.starting import engine_on
 from fvd.volume.view import View
 
 REFUSALS = (NotFound, Corrupt, Unsupported)
@@ -201,20 +202,8 @@ def use(storage: Storage, disk: LoadedDisk) -> None:
     base = disk.superblock.base
     if geometry.virtual_size_bytes > 1 << 40:
         return  # only the extents' arithmetic is of interest there
-    engine = Engine(
-        geometry,
-        uuid=disk.superblock.uuid,
-        bitmap=disk.bitmap,
-        table=disk.table,
-        used_slots=disk.used_slots,
-        journal_state=disk.journal_state,
-        dirty_bitmap_pages=disk.dirty_bitmap_pages,
-        dirty_table_pages=disk.dirty_table_pages,
-        storage_size_bytes=disk.storage_size_bytes,
-        # The real one is compared with the file that is found, whose size fits in 63 bits.
-        base_size_bytes=None if base is None else min(base.size_bytes, (1 << 63) - 1),
-        on_full="error",
-    )
+    # The real base is compared with the file that is found, whose size fits in 63 bits.
+    engine = engine_on(disk, base_size_bytes=None if base is None else min(base.size_bytes, (1 << 63) - 1), on_full="error")
     buffer = ctypes.create_string_buffer(MIB)
     size = min(MIB, geometry.virtual_size_bytes)
     last = geometry.virtual_size_bytes - size

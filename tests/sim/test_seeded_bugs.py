@@ -22,7 +22,7 @@ from fvd.errors import FvdError
 from fvd.format.maps import MapKind, check_maps, empty_bitmap, empty_table
 from fvd.sim import world
 from fvd.sim._oracle import Violation
-from fvd.sim.world import Outcome, run
+from fvd.sim.rounds import Outcome, run
 from fvd.volume import loading
 from fvd.volume.loading import LoadedDisk, RecoverablePages, read_map, recover_disk
 
@@ -80,7 +80,7 @@ def hunt(first: int) -> tuple[int, int, Exception]:
     """Plays worlds until one finds something: its seed, the requests of all of them, what it said."""
     requests, seed = 0, first
     while requests < MOST_REQUESTS:
-        outcome = Outcome(seed)
+        outcome = Outcome()
         try:
             run(seed, outcome=outcome)
         except FINDINGS as found:

@@ -15,10 +15,11 @@ from fvd.errors import InvalidArgument
 from fvd.sim import torture as torture_module
 from fvd.sim._device import CATEGORIES
 from fvd.sim._dice import Dice
+from fvd.sim.rounds import Outcome, run
 from fvd.sim.shape import draw
 from fvd.sim.shrink import format_kept, parse_kept, shrink
 from fvd.sim.torture import play_one, torture
-from fvd.sim.world import SHAPE, Outcome, run
+from fvd.sim.world import SHAPE
 
 # Seeds that once found a fault, kept though a change of `draw` gives every seed another world; scenarios.py keeps the faults themselves.
 FOUND = (2, 11, 523, 1000021557, 1000048086, 1000002325)
@@ -100,7 +101,7 @@ def test_a_failure_is_found_and_shrinks() -> None:
     _engine.seed_bug(2)
     try:
         seed = next(seed for seed in range(10_000) if play_one(seed)[1] is not None)
-        outcome = Outcome(seed)
+        outcome = Outcome()
         with pytest.raises(Exception):  # noqa: B017 - whatever it finds
             run(seed, outcome=outcome)
         shrunk = shrink(seed)
@@ -127,7 +128,7 @@ def test_leaving_a_request_out_changes_no_other() -> None:
     whole: list[str] = []
     some: list[str] = []
     run(12, log=whole)
-    outcome = Outcome(12)
+    outcome = Outcome()
     run(12, outcome=outcome)
     kept = {number: frozenset(range(count)) - {0} for number, count in outcome.played.items()}
     run(12, only=kept, log=some)
@@ -148,7 +149,7 @@ def test_a_world_that_kills_its_process_is_found(monkeypatch: pytest.MonkeyPatch
 def die_at_seven(seeds: range, any_byte: bool) -> tuple[list[tuple[Outcome, None]], float]:
     if 7 in seeds:
         os._exit(9)
-    return [(Outcome(seed), None) for seed in seeds], 0.0
+    return [(Outcome(), None) for seed in seeds], 0.0
 
 
 def test_a_world_that_never_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

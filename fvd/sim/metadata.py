@@ -1,0 +1,89 @@
+"""What every write of metadata must look like: decoded as it passes, and held against what was committed. It may not know the engine."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fvd.format.geometry import CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL
+from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, WORD_RECORD
+from fvd.format.maps import Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
+from fvd.format.superblock import Superblock
+from fvd.sim._device import Operation, SimulatedDevice
+from fvd.sim._oracle import Violation
+from fvd.volume.loading import LoadedDisk
+
+
+class Metadata:
+    """`with_maps`: the maps are held against the commits too. `remembering`: what pages held before their last write is kept."""
+
+    def __init__(self, device: SimulatedDevice, superblock: Superblock, *, with_maps: bool, remembering: bool) -> None:
+        self._device = device
+        self._geometry = superblock.geometry
+        self._uuid = superblock.uuid
+        self._with_maps = with_maps
+        self._remembering = remembering
+        self.overwritten: dict[int, bytes] = {}  # page's offset -> what it held before its last write
+        self._durable_tail = 0  # of the last commit that has ended
+        self._found: dict[MapKind, Bitmap | Table | None] = {}  # the maps as the disk was opened with them
+        self._committed: dict[tuple[MapKind, int], set[int]] = {}  # the values in commits since then
+
+    def begin(self, disk: LoadedDisk) -> None:
+        """A life begins with this, whose arrays the engine takes."""
+        self._durable_tail = disk.journal_state.tail
+        self._committed = {}
+        if self._with_maps:
+            self._found = {MapKind.BITMAP: disk.bitmap.copy(), MapKind.TABLE: None if disk.table is None else disk.table.copy()}
+
+    def inspect(self, operation: Operation) -> None:
+        """Decodes metadata as it passes: it must be valid where it lies, with zeros where the format has nothing."""
+        content = operation.content
+        geometry = self._geometry
+        offset = operation.offset_bytes
+        if offset % PAGE_BYTES or len(content) % PAGE_BYTES:
+            raise Violation(f"metadata is not written in pages: {operation}")
+        if self._remembering:
+            for start in range(0, len(content), PAGE_BYTES):
+                self.overwritten[offset + start] = bytes(self._device.image[offset + start : offset + start + PAGE_BYTES])
+        if offset < geometry.journal_offset_bytes:
+            raise Violation(f"a superblock is overwritten: {operation}")
+        if offset < geometry.bitmap_offset_bytes:
+            if offset + len(content) > geometry.journal_offset_bytes + geometry.journal_size_bytes:
+                raise Violation(f"a commit crosses the end of the ring: {operation}")
+            for start in range(0, len(content), PAGE_BYTES):
+                self._commit(content[start : start + PAGE_BYTES], operation)
+        elif self._with_maps:
+            self._map(offset, content, operation)
+
+    def _commit(self, page: bytes, operation: Operation) -> None:
+        """One page of it. Nothing that replay may still need is overwritten (R4)."""
+        header = np.frombuffer(page, PAGE_HEADER, 1)[0]
+        words_end = HEADER_BYTES + int(header["word_count"]) * WORD_RECORD.itemsize
+        entries_end = words_end + int(header["entry_count"]) * ENTRY_RECORD.itemsize
+        if entries_end > PAGE_BYTES or any(bytes(header["page_reserved"])) or page[entries_end:].strip(b"\0"):
+            raise Violation(f"a journal page has bytes that the format does not: {operation}")
+        if int(header["sequence"]) - self._geometry.journal_pages >= self._durable_tail:
+            raise Violation(f"a commit overwrites one that replay needs: {operation}, tail {self._durable_tail}")
+        if int(header["part"]) == int(header["parts"]) - 1:
+            self._durable_tail = int(header["tail"])  # before the next commit begins
+        for kind, records in (
+            (MapKind.BITMAP, np.frombuffer(page[HEADER_BYTES:words_end], WORD_RECORD)),
+            (MapKind.TABLE, np.frombuffer(page[words_end:entries_end], ENTRY_RECORD)),
+        ):
+            for index, value in records.tolist():
+                self._committed.setdefault((kind, index), set()).add(value)
+
+    def _map(self, offset: int, content: bytes, operation: Operation) -> None:
+        """Every value in it has been in a commit (R11), or was there when the disk was opened."""
+        geometry = self._geometry
+        kind = MapKind.TABLE if geometry.table_entries and offset >= geometry.table_offset_bytes else MapKind.BITMAP
+        items = empty_table(geometry) if kind is MapKind.TABLE else empty_bitmap(geometry)
+        found = self._found[kind]
+        if items is None or found is None:
+            raise Violation(f"a write to a map that this disk does not have: {operation}")
+        first_page = (offset - map_offset_bytes(geometry, kind)) // PAGE_BYTES
+        decode_pages(geometry, kind, np.frombuffer(content, np.uint8), self._uuid, items, first_page)
+        per_page = CELLS_PER_PAGE * (ENTRIES_PER_CELL if kind is MapKind.TABLE else WORDS_PER_CELL)
+        first, end = first_page * per_page, (first_page + len(content) // PAGE_BYTES) * per_page
+        for index in (np.flatnonzero(items[first:end] != found[first:end]) + first).tolist():
+            if int(items[index]) not in self._committed.get((kind, index), ()):
+                raise Violation(f"a checkpoint writes what no commit holds, {kind.name.lower()} {index}: {operation}")
