@@ -110,7 +110,8 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.cli.progress": ({"clock"}, "draws a progress bar, a few times a second"),
     "fvd.cli.serve": ({"process"}, "SIGTERM and SIGINT end it"),
     "fvd.cli.torture": ({"clock", "dice", "process", "file"}, "fresh seeds; how long it has run; SIGTERM ends it; a folder for an image"),
-    "fvd.sim.foreign": ({"clock", "file", "process", "socket"}, "waits for an NBD server's answers; starts and kills qemu-nbd; its image"),
+    "fvd.sim.foreign": ({"clock", "socket"}, "waits for an NBD server's answers"),
+    "fvd.sim.qemu_nbd": ({"clock", "file", "process"}, "starts and kills qemu-nbd; its image"),
     "fvd.sim.torture": ({"process", "clock"}, "worlds on all processors, for so many seconds"),
 }
 

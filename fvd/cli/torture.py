@@ -218,7 +218,7 @@ def _shrink(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _foreign(arguments: argparse.Namespace, output: Output) -> int:
-    from fvd.sim import foreign
+    from fvd.sim import foreign, qemu_nbd
     from fvd.sim._oracle import Violation
 
     # qemu-nbd must not outlive us.
@@ -236,7 +236,7 @@ def _foreign(arguments: argparse.Namespace, output: Output) -> int:
             report = foreign.torture_uri(arguments.nbd, seed=seed, requests=requests, depth=DEPTH)
         else:
             with tempfile.TemporaryDirectory(prefix="fvd-torture-") as folder:
-                report = foreign.torture_qemu(
+                report = qemu_nbd.torture_qemu(
                     arguments.qemu,
                     seed=seed,
                     requests=requests,
@@ -258,12 +258,12 @@ def _foreign(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _console(arguments: argparse.Namespace, output: Output) -> int:
-    from fvd.sim import console
+    from fvd.sim import console, terminal
     from fvd.sim._oracle import Violation
 
     options = _disk(arguments.disk or [])
     if not arguments.script:
-        return console.interact(options)
+        return terminal.interact(options)
     try:
         result = console.run_script(arguments.script, options)
     except Violation as error:

@@ -8,7 +8,7 @@ from fvd.format.geometry import CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WO
 from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, WORD_RECORD
 from fvd.format.maps import Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
 from fvd.format.superblock import Superblock
-from fvd.sim._device import Operation, SimulatedDevice
+from fvd.sim._device import Operation
 from fvd.sim._oracle import Violation
 from fvd.volume.loading import LoadedDisk
 
@@ -16,8 +16,8 @@ from fvd.volume.loading import LoadedDisk
 class Metadata:
     """`with_maps`: the maps are held against the commits too. `remembering`: what pages held before their last write is kept."""
 
-    def __init__(self, device: SimulatedDevice, superblock: Superblock, *, with_maps: bool, remembering: bool) -> None:
-        self._device = device
+    def __init__(self, image: memoryview, superblock: Superblock, *, with_maps: bool, remembering: bool) -> None:
+        self._image = image  # and not the device, which has us inspect: a circle would keep the images of many worlds in memory
         self._geometry = superblock.geometry
         self._uuid = superblock.uuid
         self._with_maps = with_maps
@@ -43,7 +43,7 @@ class Metadata:
             raise Violation(f"metadata is not written in pages: {operation}")
         if self._remembering:
             for start in range(0, len(content), PAGE_BYTES):
-                self.overwritten[offset + start] = bytes(self._device.image[offset + start : offset + start + PAGE_BYTES])
+                self.overwritten[offset + start] = bytes(self._image[offset + start : offset + start + PAGE_BYTES])
         if offset < geometry.journal_offset_bytes:
             raise Violation(f"a superblock is overwritten: {operation}")
         if offset < geometry.bitmap_offset_bytes:

@@ -66,7 +66,6 @@ def run(seed: int, *, only: Kept | None = None, events: int = 0, log: list[str] 
             play_round(world, number, outcome, None if only is None else only[number])
     finally:
         outcome.requests = world.requests_done
-        world.device.inspect = None  # a circle of references that would keep the images of many worlds in memory
     return outcome
 
 

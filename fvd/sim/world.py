@@ -63,7 +63,7 @@ class World:
         self.requests_before = 0
         self.killed = False  # the life before ended so
         # A vast disk's maps are not looked at.
-        self.metadata = Metadata(self.device, self.superblock, with_maps=self.shape.windows is None, remembering=self.shape.rot)
+        self.metadata = Metadata(self.device.image, self.superblock, with_maps=self.shape.windows is None, remembering=self.shape.rot)
         self.device.inspect = self.metadata.inspect
         self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
         self.engine: Any

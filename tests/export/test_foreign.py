@@ -15,7 +15,8 @@ from nbd_running import Disks
 from fvd.errors import DeviceError, InvalidArgument, NotFound, ReadOnly, Unsupported
 from fvd.sim import foreign
 from fvd.sim._oracle import Violation
-from fvd.sim.foreign import HungUp, Player, stream, torture_qemu, torture_uri
+from fvd.sim.foreign import HungUp, Player, stream, torture_uri
+from fvd.sim.qemu_nbd import torture_qemu
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 pytestmark = pytest.mark.release_only

@@ -384,7 +384,7 @@ def test_completion() -> None:
 
 # --- a terminal -----------------------------------------------------------------------------------------------------------
 
-INTERACT = [sys.executable, "-c", "from fvd.sim import console; raise SystemExit(console.interact())"]
+INTERACT = [sys.executable, "-c", "from fvd.sim import terminal; raise SystemExit(terminal.interact())"]
 
 
 class Session:

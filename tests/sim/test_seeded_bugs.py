@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from bugs import needs_bugs, seeded
 from scenarios import DIRECTED
 
 from fvd.engine import _engine
@@ -33,8 +34,6 @@ FAR = 1_000_000  # from one of them to the next: no world is played twice
 # What a tester may say. Anything else (TypeError, MemoryError) would be a fault of the test, not a bug that was found. The simulated device
 # asserts that nothing reaches beyond it.
 FINDINGS = (Violation, FvdError, RuntimeError, AssertionError)
-
-needs_bugs = pytest.mark.skipif(not _engine.SEEDED_BUGS, reason="a release build contains no seeded bugs; the checked build runs this")
 
 
 @contextmanager
@@ -70,12 +69,6 @@ def first_seed() -> int:
     return int(os.environ.get("FVD_SIM_FIRST", time.time_ns() // 1000 % (1 << 40)))
 
 
-@pytest.fixture
-def seeded() -> Iterator[None]:
-    yield
-    _engine.seed_bug(0)
-
-
 def hunt(first: int) -> tuple[int, int, Exception]:
     """Plays worlds until one finds something: its seed, the requests of all of them, what it said."""
     requests, seed = 0, first
@@ -99,9 +92,9 @@ def report(bug: int, first: int) -> None:
 
 @needs_bugs
 @pytest.mark.parametrize("bug", COMPILED)
-def test_random_worlds_find(bug: int, first_seed: int, seeded: None) -> None:
-    _engine.seed_bug(bug)
-    report(bug, first_seed)
+def test_random_worlds_find(bug: int, first_seed: int) -> None:
+    with seeded(bug):
+        report(bug, first_seed)
 
 
 @pytest.mark.parametrize("bug", IN_PYTHON)
@@ -112,9 +105,8 @@ def test_random_worlds_find_what_is_missing_in_python(bug: int, first_seed: int)
 
 @needs_bugs
 @pytest.mark.parametrize("bug", DIRECTED)
-def test_directed_scenarios_find(bug: int, seeded: None) -> None:
-    _engine.seed_bug(bug)
-    with pytest.raises(FINDINGS, match=r"sector|journal|maps|flush|checkpoint|commit"):
+def test_directed_scenarios_find(bug: int) -> None:
+    with seeded(bug), pytest.raises(FINDINGS, match=r"sector|journal|maps|flush|checkpoint|commit"):
         DIRECTED[bug]()
 
 

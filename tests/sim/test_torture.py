@@ -9,6 +9,7 @@ import os
 import time
 
 import pytest
+from bugs import needs_bugs, seeded
 
 from fvd.engine import _engine
 from fvd.errors import InvalidArgument
@@ -25,8 +26,6 @@ from fvd.sim.world import SHAPE
 FOUND = (2, 11, 523, 1000021557, 1000048086, 1000002325)
 JOBS = os.cpu_count() or 1
 DICE = [2090645714713926465, 3990616506021403346, 3178928474216219528]
-
-needs_bugs = pytest.mark.skipif(not _engine.SEEDED_BUGS, reason="a release build contains no seeded bugs; the checked build runs this")
 
 
 def fresh_seed() -> int:
@@ -98,8 +97,7 @@ def test_shapes_differ() -> None:
 @needs_bugs
 def test_a_failure_is_found_and_shrinks() -> None:
     """With a rule taken away: the first failing seed, found by many processes or one, shrinks to a few requests that still fail."""
-    _engine.seed_bug(2)
-    try:
+    with seeded(2):
         seed = next(seed for seed in range(10_000) if play_one(seed)[1] is not None)
         outcome = Outcome()
         with pytest.raises(Exception):  # noqa: B017 - whatever it finds
@@ -109,8 +107,6 @@ def test_a_failure_is_found_and_shrinks() -> None:
         assert len(shrunk.kept) <= 12, shrunk
         with pytest.raises(Exception):  # noqa: B017
             run(seed, only=parse_kept(shrunk.only), events=shrunk.events)
-    finally:
-        _engine.seed_bug(0)
     with pytest.raises(InvalidArgument, match="nothing to shrink"):
         shrink(seed)
 
