@@ -9,7 +9,6 @@ cdef struct Write:              # what one request gives each of its sectors; ti
     uint8_t stamped             # a sector's value is `value` plus its number
     uint8_t succeeded
     uint8_t durable
-    uint8_t failed
     uint8_t advisory            # a trim that may be ignored: allowed, but supersedes nothing
 
 cdef struct Entry:              # a write in one sector's history

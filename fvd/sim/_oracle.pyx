@@ -237,7 +237,6 @@ cdef class Oracle:
             raise ValueError(f"write {write} is not under way")
         record.ended = self.tick_()
         record.succeeded = succeeded
-        record.failed = not succeeded
         record.durable = durable and succeeded
         if succeeded and not durable:
             if self.unflushed_count == self.unflushed_room:
@@ -317,7 +316,6 @@ cdef class Oracle:
             # What was acknowledged and is not durable may be gone with the mapping that was not committed: old or new, as if it had failed.
             if self.writes[i].ended == OPEN:
                 self.writes[i].ended = now
-                self.writes[i].failed = 1   # one of its operations may have failed already
             if not self.writes[i].durable:
                 self.writes[i].succeeded = 0
         for i in range(self.touched_count):
@@ -431,23 +429,13 @@ cdef class Oracle:
         cdef const uint8_t[::1] view = data
         cdef uint64_t i, index, now
         cdef int64_t value, last = 0
-        cdef uint32_t j, number = 0
-        cdef History *history
+        cdef uint32_t number = 0
         cdef Write *write
-        cdef bint failed
         self.check_after_crash(data)
         now = self.tick_()
         for i in range(self.touched_count):
             index = self.touched[i]
             value = self.value_of(&view[0] + index * SECTOR, self.sector_at(index))
-            # What a failed write left may be seen, and no flush need make it durable.
-            failed = False
-            history = &self.histories[index]
-            for j in range(history.count):
-                write = &self.writes[history.entries[j].write]
-                failed |= write.failed and self.shows(history.entries[j].write, index, self.sector_at(index), value)
-            if failed:
-                continue
             if number == 0 or value != last:
                 if self.write_count == self.write_room:
                     self.writes = <Write *> larger(self.writes, self.write_room * 2 * sizeof(Write))

@@ -129,6 +129,9 @@ def draw(dice: Dice) -> Shape:
         shape.stuck_share, shape.verify_share, shape.depth, shape.longest_round = 0.0, 0.0, 256, 4000
         shape.least_depth = dice.choice((1, 256, 256, 256))
         shape.storage_chunks, shape.low_water_chunks = max(shape.storage_chunks, geometry.chunks // 2), 0
+    if scale == "busy":
+        # Else the queue drains whenever the dice ask for a short one, and thousands are never in flight together.
+        shape.least_depth, shape.longest_round = dice.choice((1, shape.depth // 2, shape.depth)), 2 * shape.depth
     if scale == "scarce":
         shape.storage_chunks = min(geometry.chunks, dice.choice((1, 1, 2)))
         shape.growth = dice.choice(("late", "never", "never"))

@@ -152,11 +152,30 @@ def trim_behind_a_stream_of_small_writes() -> None:
     stage.settle()
 
 
+def durable_write_under_way_at_a_failed_flush() -> None:
+    """R10, in a page-cache mode: a write is in the cache when a flush fails; the kernel may drop its page with that flush, calls it clean,
+    and has no second error to give to the write."""
+    log: list[str] = []
+    stage = Stage(cache_mode="writethrough", log=log)
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.player.errors_expected = True
+    stage.submit("write", 0, 8)
+    (write,) = stage.pending()
+    stage.effect(write)
+    stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+    stage.submit("flush")
+    stage.finish_all(but=lambda op: op is write)
+    stage.finish(write)
+    if "done 2: write -5" not in log:
+        raise Violation(f"a durable write was acknowledged after a flush had failed: {log[-1]}")
+
+
 FAULTS_ONCE_FOUND = (
     write_into_a_chunk_being_trimmed,
     close_reaches_a_full_storage,
     slot_being_discarded_is_not_a_full_storage,
     trim_behind_a_stream_of_small_writes,
+    durable_write_under_way_at_a_failed_flush,
 )
 
 DIRECTED = {

@@ -227,6 +227,8 @@ def open_disk(storage: bytes) -> Disk:
         pages = ring.commit_before(before, first)
         first = before
         to_apply.append(pages)
+    if next_sequence - tail > len(ring.pages):
+        raise Refused("journal: fuller than its ring")
     for page in [page for commit in reversed(to_apply) for page in commit]:
         place = 64
         for _ in range(u(page, 44, 2)):
