@@ -227,7 +227,7 @@ def open_disk(storage: bytes) -> Disk:
         pages = ring.commit_before(before, first)
         first = before
         to_apply.append(pages)
-    if next_sequence - tail > len(ring.pages):
+    if next_sequence - tail > ring.count:
         raise Refused("journal: fuller than its ring")
     for page in [page for commit in reversed(to_apply) for page in commit]:
         place = 64
