@@ -2,4 +2,8 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 
+cdef inline uint64_t base_stamp(uint64_t sector) noexcept nogil:
+    """What the base holds in every word of a sector. Writes of the guest stay below it: see unstamp in _oracle.pyx."""
+    return (<uint64_t> 0xBA5E << 44) + sector + 1
+
 cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_bytes) noexcept nogil

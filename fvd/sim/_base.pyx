@@ -7,8 +7,6 @@ from libc.string cimport memcpy
 cdef enum:
     SECTOR_BYTES = 512
 
-cdef uint64_t BASE_STAMP = <uint64_t> 0xBA5E << 44
-
 
 def base_content(uint64_t base_size, uint64_t offset_bytes, uint64_t length_bytes):
     """What a base of that size holds there: another value in every sector. Cut off anywhere."""
@@ -23,7 +21,7 @@ def base_content(uint64_t base_size, uint64_t offset_bytes, uint64_t length_byte
 cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_bytes) noexcept nogil:
     cdef uint64_t at = offset_bytes, end = offset_bytes + length_bytes, value, word
     while at < end:
-        value = BASE_STAMP + at // SECTOR_BYTES + 1
+        value = base_stamp(at // SECTOR_BYTES)
         if at % 8 == 0 and end - at >= 8:
             memcpy(out, &value, 8)
             out += 8

@@ -8,6 +8,9 @@ SECTOR_BYTES: Final = 512
 class Violation(AssertionError):
     """The disk showed something that the contract does not allow, or did something that it must not do."""
 
+def unstamp(word: int) -> tuple[int, int] | None:
+    """(number of the write, sector) that a word stamps; number 0: the base. None: neither wrote it."""
+
 class Oracle:
     def __init__(self, virtual_size_bytes: int, base_bytes: int | None = None, windows: Sequence[tuple[int, int]] | None = None) -> None:
         """Knows the disk, or the `windows` (first sector, sectors) of it that are used. `base_bytes`: how large a base as in _base is."""

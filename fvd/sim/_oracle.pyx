@@ -13,6 +13,8 @@ import numpy as np
 
 from fvd.sim._base import base_content
 
+from fvd.sim._base cimport base_stamp
+
 SECTOR_BYTES = 512
 NEVER = <uint64_t> 1 << 62
 
@@ -21,7 +23,6 @@ cdef enum:
     STAMP_SHIFT = 40            # a sector's number fits below, the write's above
     PRUNE_AT = 24
 
-cdef int64_t BASE_STAMP = <int64_t> 0xBA5E << 44
 cdef int64_t TORN = -1, ODD = -2
 cdef uint64_t OPEN = <uint64_t> 1 << 62
 # Numbers from here on would look like the base.
@@ -30,6 +31,14 @@ cdef uint32_t MOST_WRITES = 0xBA5E0
 
 class Violation(AssertionError):
     """The disk showed something that the contract does not allow, or did something that it must not do."""
+
+
+def unstamp(word):
+    """See _oracle.pyi."""
+    if word // 2**44 == 0xBA5E:
+        return 0, word % 2**44 - 1
+    number, place = word // 2**40, word % 2**40 - 1     # not by STAMP_SHIFT: a power of a C integer is no integer
+    return (number, place) if 0 < number < MOST_WRITES and 0 <= place < 2**36 else None
 
 
 cdef void *larger(void *items, size_t bytes) except NULL:
@@ -85,7 +94,7 @@ cdef class Oracle:
         for index in range(self.sectors):
             sector = self.sector_at(index)
             if sector < base // SECTOR:
-                self.settled[index] = BASE_STAMP + <int64_t> sector + 1
+                self.settled[index] = <int64_t> base_stamp(sector)
             elif self.has_odd and sector == self.odd_sector:
                 self.settled[index] = ODD
         self.begin_life()
@@ -487,10 +496,9 @@ cdef class Oracle:
             return "zeros"
         if value in (TORN, ODD):
             return "a mixture" if value == TORN else "the end of the base"
-        number, place = value // 2**40, value % 2**40 - 1
-        if value // 2**44 == 0xBA5E:
-            number, place = None, value % 2**44 - 1
-        elif not 0 < number <= self.numbers or place > 2**36:
+        stamp = unstamp(value % 2**64)
+        if stamp is None or stamp[0] > self.numbers:
             return f"foreign bytes {value % 2**64:#x}"
-        what = "the base" if number is None else f"write {number}"
+        number, place = stamp
+        what = f"write {number}" if number else "the base"
         return what if place == sector else f"{what} of sector {place}"

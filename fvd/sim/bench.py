@@ -18,7 +18,7 @@ from fvd.errors import FvdError, InvalidArgument
 from fvd.format.geometry import PAGE_BYTES, Layout
 from fvd.sim._base import base_content
 from fvd.sim._device import WRITE, Operation
-from fvd.sim._oracle import SECTOR_BYTES, Violation
+from fvd.sim._oracle import SECTOR_BYTES, Violation, unstamp
 from fvd.sim.stage import Stage
 from fvd.sim.world import FOREIGN, NAME
 from fvd.units import format_size, parse_size
@@ -27,8 +27,6 @@ from fvd.volume.check import check_node
 LARGEST_BYTES = 256 << 20  # all of the disk is read for a drawing
 ERRORS = {"EIO": -errno.EIO, "ENOSPC": -errno.ENOSPC}
 _DATA, _BASE = 0, 1  # states of Engine.list_extents
-_STAMP_SHIFT, _BASE_SHIFT = 40, 44  # how the oracle stamps a sector: a write's number, or the base's, above its place + 1
-_BASE_MARK = 0xBA5E
 _TORN = -1
 _FOREIGN_WORD = int.from_bytes(FOREIGN, "little")
 _DONE = re.compile(r"done (\d+): \w+ (-?\d+)")
@@ -276,7 +274,7 @@ class Bench:
         """The requests whose stamps a write of data carries."""
         if tracked.category != "write":
             return []
-        numbers = set((words_of(tracked.content)[:, 0] >> np.uint64(_STAMP_SHIFT)).tolist())
+        numbers = {stamp[0] for word in set(words_of(tracked.content)[:, 0].tolist()) if (stamp := unstamp(word)) is not None}
         return [request for request in self._by_serial.values() if request.number and request.number in numbers]
 
     # --- ends of a life -------------------------------------------------------------------------------------------------
@@ -378,9 +376,9 @@ class Bench:
         if table is not None:
             chunk = next(iter(np.flatnonzero(table == slot).tolist()), None)
         for index, word in enumerate(words_of(content)[:, 0].tolist()):
-            if 0 < word >> _STAMP_SHIFT < _BASE_MARK << (_BASE_SHIFT - _STAMP_SHIFT):
-                sector = word % (1 << _STAMP_SHIFT) - 1 - index - first
-                chunk = sector * SECTOR_BYTES // geometry.chunk_size_bytes
+            stamp = unstamp(word)
+            if stamp is not None and stamp[0]:
+                chunk = (stamp[1] - index - first) * SECTOR_BYTES // geometry.chunk_size_bytes
                 break
         if chunk is None:
             return f"slot {slot}, sectors {span_of(first, count)} of it"
@@ -438,12 +436,10 @@ class Bench:
         """What a sector full of this word is: zeros, base, foreign (what the storage held before), or the request that wrote it."""
         if word in (0, _FOREIGN_WORD):
             return "foreign" if word else "zeros"
-        shift = _BASE_SHIFT if word >> _BASE_SHIFT == _BASE_MARK else _STAMP_SHIFT
-        number, place = word >> shift, word % (1 << shift) - 1
-        if shift == _BASE_SHIFT:
-            what = "base"
-        else:
-            what = next((request.name for request in self.requests.values() if request.number == number), f"unknown {word:#x}")
+        number, place = unstamp(word) or (-1, -1)
+        what = "base" if number == 0 else f"unknown {word:#x}"
+        if number > 0:
+            what = next((request.name for request in self.requests.values() if request.number == number), what)
         return what if sector is None or place == sector else f"{what} of sector {place}"
 
     def numbers(self) -> dict[str, int]:
