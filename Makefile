@@ -48,7 +48,7 @@ lint: setup ## ruff, mypy --strict, cython-lint
 
 # The release run is last: its summary closes the output. The checked run leaves out what is slow or about speed. The real LVM (in a
 # User-Mode Linux guest, one processor, slow at starting processes) has a run and a limit of its own.
-test: build checked fuzzed lint ## everything: both builds, the linters, all tests, real LVM included (half an hour)
+test: build checked fuzzed lint ## everything: both builds, the linters, all tests, real LVM included (40 minutes)
 	FVD_TEST_BUILD=checked $(LIMIT) $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
 	FVD_TEST_BUILD=release $(LVM_LIMIT) $(PY) -m pytest -q --durations=0 tests/lvm $(PYTEST_ARGS)
 	FVD_TEST_BUILD=release $(LIMIT) $(PY) -m pytest -q --durations=10 --ignore=tests/lvm $(PYTEST_ARGS)

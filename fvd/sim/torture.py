@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from fvd.sim import bytewise
 from fvd.sim.rounds import Counts, Outcome, run
 
+LISTEN_SECONDS = 0.2  # for Ctrl-C
 STALL_SECONDS = 300.0  # a world takes milliseconds; what takes this long never ends
 
 
@@ -88,7 +90,11 @@ def torture(
         )
 
     batches = _batches(first_seed, worlds, jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_leave_interrupts_to_the_parent) as pool:
+    heard = began
+    with (
+        _interrupts() as interrupted,
+        ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_leave_interrupts_to_the_parent) as pool,
+    ):
         running: dict[Future[tuple[list[tuple[Outcome, Found | None]], float]], range] = {}
         try:
             while not enough():
@@ -96,8 +102,13 @@ def torture(
                     running[pool.submit(_play_batch, seeds, any_byte)] = seeds
                 if not running:
                     break
-                done, _ = wait(running, STALL_SECONDS, return_when=FIRST_COMPLETED)
-                if not done:
+                done, _ = wait(running, LISTEN_SECONDS, return_when=FIRST_COMPLETED)
+                if interrupted():
+                    _end(pool)
+                    break
+                if done:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > STALL_SECONDS:
                     seeds = next(iter(running.values()))
                     tally.found.append(Found(seeds.start, f"one of the seeds {seeds.start} to {seeds.stop - 1} does not end"))
                     _end(pool)
@@ -115,13 +126,22 @@ def torture(
                     progress(tally)
         except BrokenProcessPool:
             tally.found += _who_died(sorted(running.values(), key=lambda seeds: seeds.start), any_byte)
-        except KeyboardInterrupt:
-            _end(pool)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     tally.found.sort(key=lambda found: found.seed)
     tally.seconds = time.monotonic() - began
     return tally
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C asked for an end. It breaks nothing off: a process that is just being started would be left half-made."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _leave_interrupts_to_the_parent() -> None:
