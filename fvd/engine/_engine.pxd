@@ -21,6 +21,8 @@ cdef enum DoneFlag:
 cdef enum Want:             # what the engine asks of its Python side; see Engine.want
     WANT_GROWTH = 1         # free slots are below the low-water mark, or writes wait for a slot
     WANT_EVENT = 2          # something to report (sticky error)
+    WANT_STEER = 4          # a quarter of a second has passed, and there is a plan to prefetch
+    WANT_BASE = 8           # the base began or ceased to fail, or is needed no longer
 
 cdef enum ExtentState:      # block status
     EXTENT_DATA = 0
@@ -41,6 +43,7 @@ cdef struct Extent:
 
 cdef struct Job                 # forward
 cdef struct Busy                # forward
+cdef struct Copy                # forward
 
 cdef struct Request:            # one guest request
     uint64_t cookie
@@ -53,8 +56,10 @@ cdef struct Request:            # one guest request
     uint32_t flags
     uint32_t pending            # operations and jobs under way, plus one while it walks or waits
     int32_t error
+    uint64_t begun_ns
     uint8_t needs_commit        # FUA that one durable write cannot give
     uint8_t touched_device
+    uint8_t met_prefetch        # prefetching was under way when it began
 
 cdef struct RequestList:
     Request *head
@@ -63,9 +68,11 @@ cdef struct RequestList:
 cdef struct Op:                 # one device operation handed out
     Request *request
     Job *job
+    Copy *copy
     Op *previous                # in-flight list of storage reads and writes
     Op *next
     uint8_t *bounce             # owned
+    uint8_t *buffer             # what the device fills or writes
     uint8_t *copy_to            # unaligned read: where the guest wants it
     uint64_t copy_skip
     uint64_t copy_bytes
@@ -76,6 +83,7 @@ cdef struct Op:                 # one device operation handed out
     uint32_t generation
     uint32_t slot               # of a discard
     uint8_t what                # What
+    uint8_t target              # OpTarget
     uint8_t is_write
     uint8_t listed
     uint8_t watched             # a Drain counts it
@@ -92,8 +100,9 @@ cdef struct Drain:              # waits for the storage operations that were in 
     uint8_t writes_only
     Drain *next
 
-cdef struct Job:                # a run of blocks being allocated, read-modified-written, or waiting to be trimmed
-    Request *request
+cdef struct Job:                # a run of blocks being allocated, read-modified-written, saved, or waiting to be trimmed
+    Request *request            # NULL: of a copy
+    Copy *copy
     Busy *busy
     Job *next                   # in its chunk
     uint64_t first_block        # locked: [first_block, end_block)
@@ -110,6 +119,33 @@ cdef struct Job:                # a run of blocks being allocated, read-modified
     int32_t error
     uint8_t kind                # JobKind
     uint8_t phase
+
+cdef struct Copy:               # a run of absent blocks of one chunk on its way from the base
+    Copy *next                  # in its bucket
+    uint64_t first_block        # [first_block, end_block)
+    uint64_t end_block
+    uint8_t *buffer             # owned
+    uint64_t buffer_bytes
+    uint64_t begun_ns
+    RequestList waiters         # guest reads of these blocks
+    uint32_t depth              # reads, then writes, of prefetching that were under way when this one began
+    uint32_t pending            # jobs that save parts of it
+    uint8_t phase               # CopyPhase
+    uint8_t prefetch
+
+cdef struct Retry:              # a base read that failed and is tried again
+    Retry *next
+    Request *request
+    Job *job
+    Copy *copy
+    uint8_t *buffer
+    uint64_t offset_bytes
+    uint64_t length_bytes
+    uint8_t what
+
+cdef struct Run:                # of blocks: [first, end)
+    uint64_t first
+    uint64_t end
 
 cdef struct Busy:               # a chunk in which jobs are under way
     uint64_t chunk
@@ -170,8 +206,12 @@ cdef class Engine:
     cdef uint32_t *table
     cdef Delta open
     cdef Delta frozen
+    cdef Delta soft                 # changes that a crash may take back: see R14 to R16
+    cdef uint64_t soft_since_ns
+    cdef bint soft_due
     cdef uint64_t reserved_bytes, limit_bytes, commit_bytes
-    cdef uint64_t open_since_ns, now_ns
+    cdef uint64_t open_since_ns
+    cdef uint64_t now_ns            # a driver may set it before it completes and submits: latencies are measured by it
     # slots
     cdef uint64_t *used
     cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
@@ -193,6 +233,26 @@ cdef class Engine:
     cdef uint8_t *zeros
     cdef uint8_t **spare_bounces
     cdef uint32_t spare_count
+    # copies from the base
+    cdef public bint copy_on_read
+    cdef readonly bint base_failing
+    cdef readonly bint base_released
+    cdef uint64_t base_blocks, base_absent, release_after, base_timeout_ns, retry_ns
+    cdef uint64_t copy_bytes, copy_limit, copy_most_blocks
+    cdef uint32_t copy_count
+    cdef Copy **copies              # by chunk
+    cdef Retry *retries
+    # prefetching
+    cdef public uint32_t prefetch_slots
+    cdef public uint64_t prefetch_rate_bytes, prefetch_idle_ns
+    cdef Run *plan
+    cdef uint64_t plan_count, plan_at, plan_cursor
+    cdef bint plan_again            # something of it was given up: once more from the start
+    cdef uint32_t prefetch_count, prefetch_reading, prefetch_saving
+    cdef uint64_t guest_last_ns, steer_ns, probe_ns, rate_ns, pass_ns
+    cdef int64_t rate_tokens
+    cdef Run *reads                 # what guests read from the base, in bytes, in order
+    cdef uint64_t reads_count, reads_room
     # commit
     cdef uint8_t commit_state
     cdef RequestList flush_next, flush_now
@@ -218,3 +278,6 @@ cdef class Engine:
     # counters
     cdef uint64_t stat_reads, stat_writes, stat_flushes, stat_trims, stat_device_reads, stat_device_writes, stat_device_flushes
     cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes
+    cdef uint64_t stat_quiet_requests, stat_quiet_ns, stat_busy_requests, stat_busy_ns, stat_prefetch_reads, stat_prefetch_read_bytes
+    cdef uint64_t stat_base_service_ns, stat_copy_writes, stat_copy_write_bytes, stat_copy_service_ns, stat_prefetched_bytes
+    cdef uint64_t stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot

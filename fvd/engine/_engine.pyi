@@ -1,5 +1,6 @@
 """The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +34,9 @@ class Engine:
         low_water_bytes: int = 0,
         discard: bool = True,
         bounce_limit_bytes: int = ...,
+        copy_on_read: bool = False,
+        copy_limit_bytes: int = ...,
+        base_timeout_ns: int = ...,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
@@ -41,7 +45,8 @@ class Engine:
 
         `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table`
         geometry.chunks entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base.
-        `align_bytes`: the device's logical block, 512 or 4096. Raises InvalidArgument, or Corrupt when the storage is too small for
+        `align_bytes`: the device's logical block, 512 or 4096. `copy_on_read`: blocks that guests read from the base are saved, with at
+        most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old. Raises InvalidArgument, or Corrupt when the storage is too small for
         what the maps name.
         """
 
@@ -120,3 +125,40 @@ class Engine:
 
     def list_extents(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
         """[(length_bytes, state)] covering the range; state is 0 data, 1 base, 2 zero."""
+
+    copy_on_read: bool
+    """Whether blocks that guests read from the base are saved. Settable at any time."""
+    prefetch_slots: int
+    """So many copies of prefetching are under way at once; 0 pauses it."""
+    prefetch_rate_bytes: int
+    """Prefetching reads no more than this per second; 0: no limit."""
+    prefetch_idle_ns: int
+    """Prefetching begins no copy while a guest's request is in flight or has been within this time; 0: it does not look."""
+    @property
+    def base_failing(self) -> bool:
+        """The last read of the base failed."""
+
+    @property
+    def base_released(self) -> bool:
+        """Every block that the base reaches is present and committed: it is never read again. False without a base."""
+
+    def prefetch_plan(self, extents: Sequence[tuple[int, int]]) -> None:
+        """What to copy from the base without being asked, in this order: (offset_bytes, length_bytes); none ends prefetching."""
+
+    @property
+    def prefetching(self) -> bool:
+        """Whether something of the plan is still to be copied or on its way."""
+
+    @property
+    def base_remaining_bytes(self) -> int:
+        """What would still be read from the base."""
+
+    @property
+    def waits_for_clock(self) -> bool:
+        """Whether a base read waits for the time of its next attempt."""
+
+    def read_profile(self) -> list[tuple[int, int]]:
+        """[(offset_bytes, length_bytes)] of what guests read from the base since the engine was made, in order."""
+
+    def copy_counters(self) -> dict[str, int]:
+        """Counters of copies and of what they compete with, since the engine was made; `now_ns` and `guest_last_ns` are its clock."""

@@ -4,13 +4,14 @@
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished
 requests comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady
 state makes no Python object. Its parts: memory.pxi (pools, the pending changes, slots), request.pxi (requests, reads), write.pxi (writes,
-trim, drains), commit.pxi (flush, journal, checkpoint, failure, close).
+trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi (flush, journal, checkpoint,
+failure, close).
 """
 
 from libc.errno cimport EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
@@ -28,6 +29,7 @@ cdef enum What:                 # what a completion means
     WHAT_PLAIN                  # guest buffer to storage, or storage or base to guest buffer
     WHAT_READ_COPY              # unaligned read through a bounce buffer
     WHAT_JOB
+    WHAT_COPY_READ              # base to the buffer of a copy
     WHAT_FLUSH
     WHAT_JOURNAL
     WHAT_MAP
@@ -38,6 +40,12 @@ cdef enum JobKind:
     JOB_ALLOCATE
     JOB_MODIFY
     JOB_PUNCH
+    JOB_SAVE                    # part of a copy to its slot
+    JOB_FILL                    # zeros to the slot of a chunk whose blocks were zeros by their bits
+
+cdef enum CopyPhase:
+    COPY_READING
+    COPY_SAVING
 
 cdef enum Phase:
     PHASE_DRAIN
@@ -69,12 +77,22 @@ cdef enum:
     BOUNCE_LIMIT_BYTES = 64 << 20
     STAGINGS = 4
     STAGING_PAGES = 64
+    COPY_BUCKETS = 256
+    COPY_LIMIT_BYTES = 8 << 20
+    COPY_MOST_BYTES = 1 << 20       # of one copy
+    READS_REMEMBERED = 1 << 20
 
 cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
+cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL # those that a crash may take back
+cdef uint64_t RETRY_AFTER_NS = 250000000ULL
+cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
+cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails
 
 include "memory.pxi"
 include "request.pxi"
 include "write.pxi"
+include "copy.pxi"
+include "prefetch.pxi"
 include "commit.pxi"
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -115,7 +133,8 @@ cdef class Engine:
 
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
-                 low_water_bytes=0, discard=True, bounce_limit_bytes=BOUNCE_LIMIT_BYTES):
+                 low_water_bytes=0, discard=True, bounce_limit_bytes=BOUNCE_LIMIT_BYTES, copy_on_read=False,
+                 copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -150,6 +169,10 @@ cdef class Engine:
         self.fail_when_full = on_full == "error"
         self.discard = discard
         self.bounce_limit = bounce_limit_bytes
+        self.copy_on_read = copy_on_read and self.has_base and not read_only
+        self.copy_limit = copy_limit_bytes
+        self.base_timeout_ns = base_timeout_ns
+        self.prefetch_idle_ns = 20_000_000
         self.uuid_crc = crc32c(0, &uuid_view[0], 16)
         self.uuid_seed = int.from_bytes(uuid[:8], "little")
 
@@ -167,6 +190,10 @@ cdef class Engine:
                 raise InvalidArgument("the table does not fit the geometry")
             self.table = &entries[0]
         self.mapped_slots = self.chunks if self.raw else bits_count(self.used, 0, self.chunks)
+        self.base_blocks = ((self.base_size - 1) >> self.block_shift) + 1 if self.base_size else 0
+        self.base_absent = self.base_blocks - bits_count(self.bitmap, 0, self.base_blocks)
+        self.base_released = self.has_base and self.base_absent == 0
+        self.copy_most_blocks = max(1, COPY_MOST_BYTES >> self.block_shift)
 
         self.next_sequence = journal_state.next_sequence
         self.previous = journal_state.previous
@@ -189,14 +216,17 @@ cdef class Engine:
         self.spare_bounces = <uint8_t **> calloc(SPARE_BOUNCES, sizeof(uint8_t *))
         self.zeros = <uint8_t *> aligned(ZEROS_BYTES)
         self.journal_buffer = <uint8_t *> aligned(self.max_commit_pages * PAGE_BYTES)
+        self.copies = <Copy **> calloc(COPY_BUCKETS, sizeof(Copy *))
         self.dirty_bitmap = <uint64_t *> calloc(self.bitmap_pages // 64 + 1, 8)
         self.dirty_table = <uint64_t *> calloc(self.table_pages // 64 + 1, 8)
         if (self.ops == NULL or self.done == NULL or self.buckets == NULL or self.spare_bounces == NULL or self.zeros == NULL
-                or self.journal_buffer == NULL or self.dirty_bitmap == NULL or self.dirty_table == NULL):
+                or self.journal_buffer == NULL or self.dirty_bitmap == NULL or self.dirty_table == NULL
+                or self.copies == NULL):
             raise MemoryError("fvd engine")
         memset(self.zeros, 0, ZEROS_BYTES)
         delta_resize(&self.open, 1024)
         delta_resize(&self.frozen, 1024)
+        delta_resize(&self.soft, 64)
         for page in np.flatnonzero(dirty_bitmap_pages):
             bits_fill(self.dirty_bitmap, page, page + 1, True)
             self.dirty_pages += 1
@@ -212,6 +242,8 @@ cdef class Engine:
         cdef Job *j
         cdef Drain *d
         cdef Request *r
+        cdef Copy *copy
+        cdef Retry *again
         for i in range(self.op_total // 256):
             free(self.slabs[i])
         free(self.slabs)
@@ -228,6 +260,21 @@ cdef class Engine:
         free(self.dirty_table)
         free(self.open.cells)
         free(self.frozen.cells)
+        free(self.soft.cells)
+        free(self.plan)
+        free(self.reads)
+        if self.copies != NULL:
+            for i in range(COPY_BUCKETS):
+                while self.copies[i] != NULL:
+                    copy = self.copies[i]
+                    self.copies[i] = copy.next
+                    free(copy.buffer)
+                    free(copy)
+        free(self.copies)
+        while self.retries != NULL:
+            again = self.retries
+            self.retries = again.next
+            free(again)
         if self.buckets != NULL:
             for i in range(BUCKETS):
                 while self.buckets[i] != NULL:
@@ -265,6 +312,8 @@ cdef class Engine:
         r.buffer = buffer
         r.flags = flags
         r.pending = 1
+        r.begun_ns = self.guest_last_ns = self.now_ns
+        r.met_prefetch = self.prefetch_count != 0
         if self.closing != NULL or self.closed:
             return request_fail(self, r, -ESHUTDOWN)
         if kind == REQUEST_FLUSH:
@@ -280,6 +329,7 @@ cdef class Engine:
             r.start = r.cursor = r.end = 0
             self.closing = r
             list_fail(self, &self.wait_slot, -ESHUTDOWN)
+            retries_run(self)
             return close_step(self)
         if kind > REQUEST_ZERO:
             return request_fail(self, r, -EINVAL)
@@ -324,6 +374,8 @@ cdef class Engine:
         self.inflight_ops -= 1
         if op.watched:
             drain_note(self, &op)   # first: a drain that what follows begins has not counted it
+        if op.target == TARGET_BASE and base_tried(self, &op, error):
+            return 0
         if op.what == WHAT_PLAIN:
             if error and op.request.error == 0:
                 op.request.error = error
@@ -334,6 +386,8 @@ cdef class Engine:
                 op.job.error = error
             if op.job.pending == 0:
                 job_continue(self, op.job)
+        elif op.what == WHAT_COPY_READ:
+            copy_read(self, op.copy, error)
         elif op.what == WHAT_READ_COPY:
             if error == 0:
                 memcpy(op.copy_to, op.bounce + op.copy_skip, op.copy_bytes)
@@ -359,10 +413,22 @@ cdef class Engine:
                 list_walk(self, &self.wait_slot)
         if self.closing != NULL:
             return close_step(self)
+        if self.plan_count and self.prefetch_count < self.prefetch_slots:
+            return prefetch_pump(self)
         return 0
 
     cdef int tick(self, uint64_t now_ns) except -1 nogil:
         self.now_ns = now_ns
+        if self.retries != NULL and now_ns - self.retry_ns >= RETRY_AFTER_NS:
+            retries_run(self)
+        if self.soft.words + self.soft.entries and not self.soft_due and now_ns - self.soft_since_ns > SOFT_COMMIT_AFTER_NS:
+            self.soft_due = True
+            commit_maybe(self)
+        if self.plan_count:
+            if now_ns - self.steer_ns >= STEER_AFTER_NS:
+                self.steer_ns = now_ns
+                self.want |= WANT_STEER
+            prefetch_pump(self)
         if (self.open.words + self.open.entries and not self.commit_due and self.commit_state == COMMIT_IDLE
                 and now_ns - self.open_since_ns > COMMIT_AFTER_NS):
             self.commit_due = True
@@ -452,8 +518,9 @@ cdef class Engine:
         return self.cancel_waiting(0, 0, -error_number)
 
     def commit_soon(self):
-        """Commit what is pending without waiting for the timer or a flush."""
+        """Commit what is pending without waiting for the timer or a flush, copies too."""
         self.commit_due = True
+        self.soft_due = self.soft.words + self.soft.entries > 0
         commit_maybe(self)
 
     def snapshot_maps(self):
@@ -514,6 +581,71 @@ cdef class Engine:
         """Map entries that differ from what is committed."""
         return self.open.words + self.open.entries + self.frozen.words + self.frozen.entries
 
+    # --- copies from the base -----------------------------------------------------------------------------------
+
+    def prefetch_plan(self, extents):
+        """What to copy from the base without being asked, in this order: [(offset_bytes, length_bytes)]; [] ends prefetching."""
+        cdef uint64_t i, count = len(extents)
+        cdef Run *plan = NULL
+        if count and (self.read_only or not self.has_base):
+            raise InvalidArgument("only a writable disk over a base can be prefetched")
+        if count:
+            plan = <Run *> calloc(count, sizeof(Run))
+            if plan == NULL:
+                raise MemoryError("fvd engine")
+        for i in range(count):
+            start, length = extents[i]
+            end = min(max(start, 0) + max(length, 0), self.base_size)
+            if start >= 0 and start < end:
+                plan[i].first = start >> self.block_shift
+                plan[i].end = ((end - 1) >> self.block_shift) + 1
+        free(self.plan)
+        self.plan = plan
+        self.plan_count = count
+        self.plan_at = 0
+        self.plan_cursor = plan[0].first if count else 0
+        self.plan_again = False
+        self.want &= ~<uint32_t> WANT_STEER
+
+    @property
+    def prefetching(self):
+        """Whether something of the plan is still to be copied or on its way."""
+        return self.plan_at < self.plan_count or self.plan_again or self.prefetch_count > 0
+
+    @property
+    def base_remaining_bytes(self):
+        """What would still be read from the base."""
+        if self.base_absent == 0:
+            return 0
+        total = self.base_absent << self.block_shift
+        if not bit_get(self.bitmap, self.base_blocks - 1):
+            total -= (self.base_blocks << self.block_shift) - self.base_size
+        return total
+
+    @property
+    def waits_for_clock(self):
+        """Whether a base read waits for the time of its next attempt."""
+        return self.retries != NULL
+
+    def read_profile(self):
+        """[(offset_bytes, length_bytes)] of what guests read from the base since the engine was made, in order."""
+        cdef uint64_t i
+        return [(self.reads[i].first, self.reads[i].end - self.reads[i].first) for i in range(self.reads_count)]
+
+    def copy_counters(self):
+        """Counters of copies and of what they compete with, since the engine was made; `now_ns` and `guest_last_ns` are its clock."""
+        return {
+            "now_ns": self.now_ns, "guest_last_ns": self.guest_last_ns,
+            "guest_quiet_requests": self.stat_quiet_requests, "guest_quiet_latency_ns": self.stat_quiet_ns,
+            "guest_busy_requests": self.stat_busy_requests, "guest_busy_latency_ns": self.stat_busy_ns,
+            "base_reads": self.stat_prefetch_reads, "base_read_bytes": self.stat_prefetch_read_bytes,
+            "base_service_ns": self.stat_base_service_ns, "copy_writes": self.stat_copy_writes,
+            "copy_write_bytes": self.stat_copy_write_bytes, "copy_service_ns": self.stat_copy_service_ns,
+            "prefetched_bytes": self.stat_prefetched_bytes, "copied_bytes": self.stat_copied_bytes, "zero_bytes": self.stat_zero_bytes,
+            "dropped_bytes": self.stat_dropped_bytes, "no_slot_copies": self.stat_no_slot,
+            "soft_changes": self.soft.words + self.soft.entries,
+        }
+
     def statistics(self):
         """Counters since the engine was made, as a dict of integers."""
         return {
@@ -529,6 +661,7 @@ cdef class Engine:
         held = {
             "operations": self.inflight_ops, "requests": self.open_requests, "busy_chunks": self.busy_count,
             "bounce_bytes": self.bounce_used, "reserved_journal_bytes": self.reserved_bytes, "drains": int(self.drains != NULL),
+            "copies": self.copy_count, "copy_bytes": self.copy_bytes, "retries": int(self.retries != NULL),
         }
         return {name: count for name, count in held.items() if count}
 

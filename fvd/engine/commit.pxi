@@ -3,7 +3,7 @@
 
 cdef bint commit_wanted(Engine e) noexcept nogil:
     cdef bint changed = e.open.words + e.open.entries > 0
-    if e.flush_next.head != NULL:
+    if e.flush_next.head != NULL or soft_wanted(e):
         return True
     if not changed:
         return False
@@ -21,7 +21,7 @@ cdef int commit_begin(Engine e) except -1 nogil:
     """Freeze what is pending, then flush. Requests that ask for a flush from here on share the next commit."""
     cdef Delta old
     cdef Change *c
-    cdef uint64_t i, index, count = e.open.words + e.open.entries
+    cdef uint64_t i, index, count
     cdef uint32_t kind
     ensure(e.frozen.words + e.frozen.entries == 0, "two commits at once")
     ensure(e.flush_now.head == NULL, "two groups of flushes at once")
@@ -29,6 +29,9 @@ cdef int commit_begin(Engine e) except -1 nogil:
     e.flush_next.head = NULL
     e.flush_next.tail = NULL
     e.commit_due = False
+    if soft_wanted(e):
+        soft_harden(e)
+    count = e.open.words + e.open.entries
     e.new_hash = e.map_hash
     if count:
         old = e.frozen
@@ -204,6 +207,10 @@ cdef int journal_written(Engine e, int32_t error) except -1 nogil:
     if e.frozen.mask > 4095:
         delta_resize(&e.frozen, 1024)      # a burst must not make every later commit walk a large table
     e.commit_state = COMMIT_IDLE
+    if e.release_after and e.durable_commits >= e.release_after:
+        e.release_after = 0
+        e.base_released = True
+        e.want |= WANT_BASE
     flushes_done(e)
     retired_check(e)
     if e.wait_slot.head != NULL:
@@ -266,7 +273,8 @@ cdef int map_page(Engine e, uint8_t *page, uint32_t kind, uint64_t number) excep
     cdef uint64_t words[62]
     cdef uint32_t entries[124]
     cdef uint64_t cell, index, total, count, i, position
-    cdef bint overlay = not BUG(3) and (e.open.words + e.open.entries + e.frozen.words + e.frozen.entries) > 0
+    cdef bint overlay = not BUG(3) and (e.open.words + e.open.entries + e.frozen.words + e.frozen.entries
+                                           + e.soft.words + e.soft.entries) > 0
     memset(page, 0, PAGE_BYTES)
     for cell in range(number * CELLS_PER_PAGE, (number + 1) * CELLS_PER_PAGE):
         position = (e.bitmap_offset if kind == KIND_BITMAP else e.table_offset) + cell * CELL_BYTES

@@ -128,6 +128,8 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     op.generation = generation + 1
     op.busy = 1
     op.what = what
+    op.target = target
+    op.buffer = buffer
     op.offset_bytes = offset_bytes
     op.length_bytes = length_bytes
     e.op_number += 1
@@ -259,26 +261,58 @@ cdef void delta_clear(Delta *d) noexcept nogil:
     d.entries = 0
 
 
-cdef int delta_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) except -1 nogil:
-    """Remember the value that an entry had before its first change since the last freeze."""
-    cdef Delta *d = &e.open
+cdef void delta_remove(Delta *d, Change *c) noexcept nogil:
+    """Linear probing: those behind it that could not be found any more move up."""
+    cdef uint64_t hole = c - d.cells
+    cdef uint64_t at = hole, home
+    if (c.key - 1) >> 56 == KIND_BITMAP:
+        d.words -= 1
+    else:
+        d.entries -= 1
+    while True:
+        at = (at + 1) & d.mask
+        if d.cells[at].key == 0:
+            break
+        home = scatter(d.cells[at].key) & d.mask
+        if ((at - home) & d.mask) >= ((at - hole) & d.mask):
+            d.cells[hole] = d.cells[at]
+            hole = at
+    d.cells[hole].key = 0
+
+
+cdef int delta_insert(Delta *d, uint32_t kind, uint64_t index, uint64_t committed) except -1 nogil:
+    """A key that is not in it."""
     cdef uint64_t key = change_key(kind, index)
     cdef uint64_t at
-    if delta_find(d, key) != NULL:
-        return 0
     if 2 * (d.words + d.entries + 1) > d.mask:
         delta_resize(d, 2 * (d.mask + 1))
-    if d.words + d.entries == 0:
-        e.open_since_ns = e.now_ns
     at = scatter(key) & d.mask
     while d.cells[at].key:
         at = (at + 1) & d.mask
     d.cells[at].key = key
-    d.cells[at].committed = value
+    d.cells[at].committed = committed
     if kind == KIND_BITMAP:
         d.words += 1
     else:
         d.entries += 1
+    return 0
+
+
+cdef int delta_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) except -1 nogil:
+    """Remember the value that an entry had before its first change since the last freeze. What was soft of it becomes hard."""
+    cdef uint64_t key = change_key(kind, index)
+    cdef Change *c
+    if delta_find(&e.open, key) != NULL:
+        return 0
+    c = delta_find(&e.soft, key)
+    if c != NULL:
+        value = c.committed
+        delta_remove(&e.soft, c)
+    if e.open.words + e.open.entries == 0:
+        e.open_since_ns = e.now_ns
+    delta_insert(&e.open, kind, index, value)
+    if kind == KIND_BITMAP and e.soft.entries:
+        word_hardened(e, index)
     return 0
 
 
@@ -292,6 +326,8 @@ cdef inline uint64_t committed_value(Engine e, uint32_t kind, uint64_t index, ui
     cdef Change *c = delta_find(&e.frozen, key)
     if c == NULL:
         c = delta_find(&e.open, key)
+    if c == NULL and not BUG(28):
+        c = delta_find(&e.soft, key)        # R16
     return now if c == NULL else c.committed
 
 
@@ -304,6 +340,8 @@ cdef inline uint32_t slot_of(Engine e, uint64_t chunk) noexcept nogil:
 cdef int map_bits(Engine e, uint64_t first, uint64_t end, bint value) except -1 nogil:
     """Change presence bits, remembering what was committed."""
     cdef uint64_t word
+    if e.base_absent:
+        base_covered(e, first, end)
     for word in range(first >> 6, ((end - 1) >> 6) + 1):
         delta_note(e, KIND_BITMAP, word, e.bitmap[word])
     bits_fill(e.bitmap, first, end, value)

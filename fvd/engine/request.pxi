@@ -16,6 +16,14 @@ cdef int done_push(Engine e, Request *r) except -1 nogil:
     out.flags = DONE_ALL_ZERO if r.kind == REQUEST_READ and not r.touched_device else 0
     e.done_count += 1
     e.open_requests -= 1
+    e.guest_last_ns = e.now_ns
+    if r.kind == REQUEST_READ or r.kind == REQUEST_WRITE:
+        if r.met_prefetch or e.prefetch_count:
+            e.stat_busy_requests += 1
+            e.stat_busy_ns += e.now_ns - r.begun_ns
+        else:
+            e.stat_quiet_requests += 1
+            e.stat_quiet_ns += e.now_ns - r.begun_ns
     r.next = e.free_requests
     e.free_requests = r
     return 0
@@ -116,6 +124,7 @@ cdef int read_absent(Engine e, Request *r, uint64_t start, uint64_t end, bint ze
     cdef uint8_t *buffer = r.buffer + (start - r.start)
     cdef Op *op
     if e.has_base and not zeros and start < e.base_size:
+        read_noted(e, start, end)
         base_end = end if end < e.base_size or BUG(12) else e.base_size
         r.touched_device = 1
         op = op_issue(e, WHAT_PLAIN, OP_READ, TARGET_BASE, start, base_end - start, buffer, False)
@@ -138,9 +147,14 @@ cdef int read_step(Engine e, Request *r) except -1 nogil:
     cdef uint64_t run = bits_find(e.bitmap, first, last, not present)
     cdef uint64_t device_offset, low, high
     cdef uint8_t *buffer = r.buffer + (start - r.start)
+    cdef int going
     cdef Op *op
     if run < last:
         end = run << e.block_shift
+    if not present and start < e.base_size and (e.copy_count or e.copy_on_read):
+        going = read_through_copy(e, r, chunk, slot, start, &end)
+        if going <= 1:
+            return going
     r.cursor = end
     if not present or slot == EMPTY:
         read_absent(e, r, start, end, present)

@@ -55,6 +55,8 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
         return allocate_begin(e, r, chunk, slot, b, start, end, first, last)
     if e.failed_errno and r.flags & FLAG_FUA:
         return give_up(r, -EIO)
+    if e.soft.words + e.soft.entries:
+        guest_hardens(e, chunk, first, last)
     if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) != 0:
         return modify_begin(e, r, chunk, slot, start, end)
     if r.flags & FLAG_FUA:
@@ -81,7 +83,8 @@ cdef Job *job_new(Engine e, Request *r, Busy *b, uint8_t kind, uint64_t first, u
     j.end_block = last
     j.next = b.jobs
     b.jobs = j
-    r.pending += 1
+    if r != NULL:
+        r.pending += 1
     return j
 
 
@@ -91,7 +94,7 @@ cdef inline uint64_t change_bytes(uint64_t first, uint64_t last) noexcept nogil:
 
 cdef inline bint has_room(Engine e, uint64_t need) noexcept nogil:
     """Whether the next commit can still take these changes."""
-    return delta_bytes(&e.open) + e.reserved_bytes + need <= e.limit_bytes
+    return delta_bytes(&e.open) + delta_bytes(&e.soft) + e.reserved_bytes + need <= e.limit_bytes
 
 
 cdef int no_slot(Engine e, Request *r) except -1 nogil:
@@ -340,6 +343,8 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
     cdef Request *r = j.request
     cdef Job **link = &b.jobs
     cdef RequestList waiters
+    cdef Copy *copy = NULL
+    cdef bint filled = False
     if j.kind != JOB_MODIFY and e.failed_errno and j.error == 0:
         j.error = -EIO      # R10: a mapping that can never be committed is not acknowledged
     if j.error == 0:
@@ -350,7 +355,9 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
                 r.needs_commit = 1
         elif j.kind == JOB_PUNCH:
             punch_map(e, b.chunk, b.slot, j.first_block, j.end_block)
-    elif r.error == 0:
+        elif j.kind != JOB_MODIFY:
+            copy_map(e, j)
+    elif r != NULL and r.error == 0:
         r.error = j.error
     e.reserved_bytes -= j.reserved_bytes
     while link[0] != j:
@@ -358,8 +365,12 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
     link[0] = j.next
     if j.bounce != NULL:
         bounce_give(e, j.bounce, j.bounce_bytes)
-    if j.kind != JOB_MODIFY:
+    if j.kind != JOB_MODIFY and j.kind != JOB_SAVE:
         b.exclusive = 0
+    if j.kind == JOB_SAVE or j.kind == JOB_FILL:
+        copy = j.copy
+        filled = j.kind == JOB_FILL and j.error == 0
+        copy.pending -= 1
     free(j)
     waiters = b.waiters
     b.waiters.head = NULL
@@ -375,7 +386,13 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
         list_walk(e, &e.wait_room)
     if e.wait_slot.head != NULL and e.free_count:
         list_walk(e, &e.wait_slot)
-    request_release(e, r)
+    if copy != NULL:
+        if filled:
+            copy_save(e, copy)      # those who waited for the chunk came first
+        elif copy.pending == 0:
+            copy_end(e, copy)
+    else:
+        request_release(e, r)
     return commit_maybe(e)
 
 

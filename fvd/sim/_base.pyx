@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The simulated base: another value in every sector, so that a wrong offset is seen. Computed, not stored: it may be of any size."""
+"""The simulated base: another value in every sector, so that a wrong offset is seen, and some zeros. Computed, not stored: of any size."""
 
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy

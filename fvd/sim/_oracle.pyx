@@ -85,7 +85,7 @@ cdef class Oracle:
         if self.histories == NULL:
             raise MemoryError("oracle")
         # A base that ends inside a sector: that sector has a value of its own.
-        self.has_odd = base % SECTOR != 0
+        self.has_odd = base % SECTOR != 0 and base_stamp(base // SECTOR) != 0
         self.odd_sector = base // SECTOR
         if self.has_odd:
             memset(self.odd, 0, SECTOR)

@@ -28,6 +28,7 @@ cdef enum:
     SECTOR = 512
     PAGE = 4096
     AROUND = 8                  # sectors that a verifying read takes in beside the write's own
+    RETRY_NS = 250_000_000
     FOREVER = 5_000_000         # events without which anything must have ended
 
 cdef extern from *:
@@ -193,6 +194,9 @@ cdef class Player:
     cdef bint turn(self) except -1:
         cdef Operation op
         self.pump()
+        if not self.device.pending and self.engine.retries != NULL:
+            self.device.advance(RETRY_NS)       # nothing else is to happen before the next attempt
+            self.pump()
         if not self.device.pending:
             return False
         op = self.device.event()
@@ -216,7 +220,8 @@ cdef class Player:
                     self.failed_at = min(self.failed_at, self.oracle.tick_())
             self.engine.complete(op.token, op.result)
             if self.failed_at != NEVER:
-                changes = self.engine.open.words + self.engine.open.entries
+                # What was copied may become the guest's, by a write to it; that makes no more of them.
+                changes = (self.engine.open.words + self.engine.open.entries + self.engine.soft.words + self.engine.soft.entries)
                 if self.changes_at_failure == NEVER:
                     self.changes_at_failure = changes
                 elif changes > self.changes_at_failure:
@@ -315,13 +320,17 @@ cdef class Player:
                 raise Violation(f"the device is never idle: {self.device.pending[:4]}")
 
     def read_now(self, uint64_t first_sector, uint64_t sectors):
-        """Reads, without asking the oracle, while nothing else is under way. Raises Violation when that fails."""
+        """Reads, without asking the oracle and without copying, while nothing else is under way. Raises Violation when that fails."""
         cdef Operation op
         cdef uint64_t count = 0
+        cdef bint copying = self.engine.copy_on_read
+        cdef uint32_t slots = self.engine.prefetch_slots
         room = bytearray(sectors * SECTOR)
         cdef uint8_t *buffer = <uint8_t *> aligned(sectors * SECTOR)
         if buffer == NULL:
             raise MemoryError("player")
+        self.engine.copy_on_read = False
+        self.engine.prefetch_slots = 0
         try:
             memset(buffer, 0xEE, sectors * SECTOR)
             self.engine.submit(REQUEST_READ, 0, first_sector * SECTOR, sectors * SECTOR, buffer, 0)
@@ -346,6 +355,8 @@ cdef class Player:
             room[:] = (<char *> buffer)[: sectors * SECTOR]
         finally:
             free(buffer)
+            self.engine.copy_on_read = copying
+            self.engine.prefetch_slots = slots
         return room
 
     # --- random play --------------------------------------------------------------------------------------------------

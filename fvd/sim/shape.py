@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fvd.format.geometry import Geometry, Layout
@@ -66,6 +66,10 @@ class Shape:
     """Storage that is asked for comes at once, some time later, or only when everything else has ended."""
     crash_at: str = ""
     """The category of operation that crashes wait for; "": they wait for none."""
+    copying: bool = False
+    """Copies are made of the base: by reads, by prefetching, or both, as the dice say while it runs."""
+    copy_limit_bytes: int = 8 << 20
+    base_timeout_ns: int = 0
     rot: bool = False
     """Metadata is damaged, lost, misplaced and forged where power has failed."""
 
@@ -139,6 +143,40 @@ def draw(dice: Dice) -> Shape:
         hot = min(sectors, dice.choice((16, 24, 32) if scale == "tight" else (16, 256, 1024)))
         shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]
     return shape
+
+
+def draw_copying(shape: Shape, dice: Dice) -> None:
+    """Whether and how the shape's disk is copied from its base. From dice of its own: it changes nothing else."""
+    if shape.base_bytes is None or dice.random() < 0.3:
+        return
+    shape.copying = True
+    shape.copy_limit_bytes = dice.choice((1 << 12, 1 << 16, 1 << 20, 8 << 20))
+    shape.base_timeout_ns = dice.choice((0, 0, 300_000_000, 2_000_000_000))
+    if dice.random() < 0.5:
+        shape.slow = dict(shape.slow) | {"base": dice.choice((0.2, 0.8, 0.95))}
+    if shape.windows is not None or dice.random() < 0.3:
+        return
+    # A larger disk, mostly read, with room for what is copied: else everything has been copied or written before anything can happen to it.
+    geometry = shape.geometry
+    sectors = dice.randint(2000, 12000)
+    block = dice.choice((4, 4, 8, 16, 64)) * KIB
+    shape.geometry = replace(
+        geometry,
+        virtual_size_bytes=sectors * SECTOR_BYTES,
+        block_size_bytes=block,
+        chunk_size_bytes=dice.choice((64, 64, 128, 1024)) * KIB,
+        grow_step_bytes=1 << 20,
+    )
+    shape.base_bytes = dice.choice((sectors * SECTOR_BYTES, sectors * SECTOR_BYTES + 4321, sectors * 256 + 77))
+    chunks = shape.geometry.chunks
+    whole = geometry.layout is Layout.RAW or dice.random() < 0.5
+    shape.storage_chunks = chunks if whole else dice.randint(1, chunks)
+    first = dice.randint(0, sectors - 600)
+    shape.areas = dice.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
+    shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": dice.choice((0.5, 2.0)), "flush": dice.choice((0.1, 0.2, 1.0))}
+    shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
+    shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
+    shape.rot = False
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

@@ -18,7 +18,7 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw
+from fvd.sim.shape import draw_copying, Shape, draw
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, recover_disk
 from fvd.volume.name import VolumeName, parse_name
@@ -27,11 +27,18 @@ from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 WANT_GROWTH, WANT_EVENT = 1, 2
-SHAPE, EVENTS, ROUNDS, REQUESTS = range(1, 5)  # streams of a seed
+SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING = range(1, 6)  # streams of a seed
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
 NAME: VolumeName = parse_name("file:/simulated")
+
+
+def shape_of(seed: int) -> Shape:
+    """The shape of a seed's world."""
+    shape = draw(Dice(seed, SHAPE))
+    draw_copying(shape, Dice(seed, COPYING))
+    return shape
 
 
 class World:
@@ -40,7 +47,7 @@ class World:
     def __init__(self, seed: int, shape: Shape | None = None, *, events: int = 0, log: list[str] | None = None) -> None:
         self.seed = seed
         self.log = log
-        self.shape = shape or draw(Dice(seed, SHAPE))
+        self.shape = shape or shape_of(seed)
         self.dice = Dice(seed, EVENTS, events)
         geometry = self.geometry = self.shape.geometry
         initial_bytes = geometry.data_offset_bytes + self.shape.storage_chunks * geometry.chunk_size_bytes
@@ -104,6 +111,9 @@ class World:
             low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
             discard=shape.discard,
             bounce_limit_bytes=shape.bounce_limit_bytes,
+            copy_on_read=shape.copying and not read_only and self.dice.random() < 0.7,
+            copy_limit_bytes=shape.copy_limit_bytes,
+            base_timeout_ns=shape.base_timeout_ns,
         )
 
     def open(self, *, read_only: bool = False) -> None:
@@ -129,6 +139,8 @@ class World:
             cache_mode=self.shape.cache_mode,
         )
         self.player.log = self.log
+        if self.shape.copying and not read_only and self.dice.random() < 0.5:
+            self._steer_copies(self.dice)
 
     def start_faults(self, rates: Mapping[str, float], *, one: bool = False) -> None:
         """From now on operations fail: by rate, and one that is chosen now."""
@@ -190,6 +202,29 @@ class World:
             self.engine.cancel_all_waiting(_ESHUTDOWN)
         else:
             self.engine.commit_soon()
+        if self.shape.copying and dice.random() < 0.3:
+            self._steer_copies(dice)
+
+    def _steer_copies(self, dice: Dice) -> None:
+        """Somebody switches copy-on-read, or wants something of the base prefetched, or no longer."""
+        engine = self.engine
+        pick = dice.random()
+        if pick < 0.2:
+            engine.copy_on_read = not engine.copy_on_read
+            self.say(f"copy-on-read is {'on' if engine.copy_on_read else 'off'}")
+        elif pick < 0.3:
+            engine.prefetch_plan([])
+            self.say("prefetching ends")
+        else:
+            engine.prefetch_idle_ns = dice.choice((0, 0, 0, 1_000_000, 20_000_000))
+            engine.prefetch_slots = dice.choice((0, 1, 2, 8))
+            engine.prefetch_rate_bytes = dice.choice((0, 0, 0, 100_000, 10_000_000))
+            plan = []
+            for first, count in dice.choice((self.shape.areas, self.shape.windows or self.shape.areas)):
+                start = dice.randint(0, count - 1)
+                plan.append(((first + start) * SECTOR_BYTES, dice.randint(1, count - start) * SECTOR_BYTES))
+            engine.prefetch_plan(plan)
+            self.say(f"prefetch {plan} with {engine.prefetch_slots} slots")
 
     def settle(self) -> None:
         """Faults stop; everything under way must end, and nothing may be left of it."""
