@@ -610,7 +610,7 @@ cdef class Engine:
     @property
     def prefetching(self):
         """Whether something of the plan is still to be copied or on its way."""
-        return self.plan_at < self.plan_count or self.plan_again or self.prefetch_count > 0
+        return self.prefetch_count > 0 or (self.base_absent > 0 and (self.plan_at < self.plan_count or self.plan_again))
 
     @property
     def base_remaining_bytes(self):

@@ -371,6 +371,9 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
         copy = j.copy
         filled = j.kind == JOB_FILL and j.error == 0
         copy.pending -= 1
+        if j.error:
+            e.stat_dropped_bytes += (j.end_block - j.first_block) << e.block_shift
+            e.plan_again |= copy.prefetch
     free(j)
     waiters = b.waiters
     b.waiters.head = NULL
