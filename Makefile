@@ -77,8 +77,9 @@ named = $(if $(filter command line,$(origin $(1))),$($(1)))
 
 # FIRST: a range of seeds that nobody has played.
 FIRST ?= 1000000000
-torture-long: build ## 50 million requests on the simulated disk; what was found, if anything, by seed
+torture-long: build ## 50 million requests on the simulated disk, then 5,000 combinations of features; what was found, by seed
 	$(PY) -m fvd.cli torture --seed $(FIRST) --requests 50000000 --keep-going
+	$(PY) -m fvd.cli torture --seed $(FIRST) --worlds 5000 --combinations --keep-going
 
 demo: build ## the main job on real input, narrated; a few minutes, some GB in $TMPDIR. VG=vg0: on that volume group
 	@$(PY) scripts/demo $(call named,VG) $(addprefix --spare ,$(call named,SPARE))

@@ -18,7 +18,7 @@ from fvd.cli.output import Output, terminal_width
 from fvd.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fvd.sim.torture import Found, Tally
+    from fvd.sim.torture import Found, Kind, Tally
 
 EXIT_FOUND = 1
 DEPTH = 64  # requests in flight to another server
@@ -46,6 +46,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     parser.add_argument("--bytes", action="store_true", help="requests of any byte, not only whole sectors, judged byte by byte")
+    parser.add_argument("--combinations", action="store_true", help="each world another combination of features, 2,000 requests")
     one = parser.add_argument_group("one world")
     one.add_argument("--trace", action="store_true", help="print every event of the world of --seed")
     one.add_argument("--only", metavar="REQUESTS", help="play only these requests of it, as --shrink prints them")
@@ -82,8 +83,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InvalidArgument(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     if (arguments.trace or arguments.only or arguments.shrink or arguments.events) and arguments.seed is None:
         raise InvalidArgument("--trace, --only, --events and --shrink are about one world: name it with --seed")
-    if arguments.bytes and (arguments.trace or arguments.only or arguments.shrink or arguments.events):
-        raise InvalidArgument("worlds of any byte (--bytes) cannot be traced or shrunk")
+    if arguments.bytes and arguments.combinations:
+        raise InvalidArgument("--bytes and --combinations exclude each other")
+    if (arguments.bytes or arguments.combinations) and (arguments.trace or arguments.only or arguments.shrink or arguments.events):
+        raise InvalidArgument("only random worlds can be traced or shrunk, not those of --bytes or --combinations")
     if (arguments.base or arguments.gentle) and not arguments.qemu:
         raise InvalidArgument("--base and --gentle are for --qemu")
     for name in ("worlds", "requests", "seconds", "jobs"):
@@ -105,6 +108,7 @@ def fresh_seed() -> int:
 def _many(arguments: argparse.Namespace, output: Output) -> int:
     from fvd.sim.torture import torture
 
+    kind: Kind = "bytes" if arguments.bytes else "combinations" if arguments.combinations else "worlds"
     seed = fresh_seed() if arguments.seed is None else arguments.seed
     meter = _Meter(arguments, enabled=not output.is_json)
     tally = torture(
@@ -113,21 +117,21 @@ def _many(arguments: argparse.Namespace, output: Output) -> int:
         requests=arguments.requests,
         seconds=arguments.seconds,
         jobs=arguments.jobs or os.cpu_count() or 1,
-        any_byte=arguments.bytes,
+        kind=kind,
         keep_going=arguments.keep_going,
         progress=meter,
     )
     meter.clear()
-    output.result(asdict(tally) | {"requests_per_cpu_second": round(tally.requests_per_cpu_second)}, _report(tally, arguments.bytes))
+    output.result(asdict(tally) | {"requests_per_cpu_second": round(tally.requests_per_cpu_second)}, _report(tally, kind))
     return EXIT_FOUND if tally.found else 0
 
 
-def _report(tally: Tally, any_byte: bool) -> list[str]:
+def _report(tally: Tally, kind: Kind) -> list[str]:
     lines = []
     for found in tally.found:
-        lines += [f"seed {found.seed}: {found.error}", f"  again: {_again(found, any_byte)}"]
-        if not any_byte:
-            lines.append(f"  smaller: {_again(found, any_byte, '--shrink')}")
+        lines += [f"seed {found.seed}: {found.error}", f"  again: {_again(found, kind)}"]
+        if kind == "worlds":
+            lines.append(f"  smaller: {_again(found, kind, '--shrink')}")
     last = tally.first_seed + max(0, tally.worlds - 1)
     lines.append(
         f"seeds {tally.first_seed} to {last}: {tally.worlds} worlds, {tally.requests} requests, {tally.crashes} crashes, "
@@ -140,14 +144,14 @@ def _report(tally: Tally, any_byte: bool) -> list[str]:
     return lines
 
 
-def _again(found: Found, any_byte: bool, *more: str) -> str:
+def _again(found: Found, kind: Kind, *more: str) -> str:
     words = [
         PROGRAM,
         "torture",
         "--seed",
         str(found.seed),
         *(["--worlds", "1"] if not more else []),
-        *(["--bytes"] if any_byte else []),
+        *([f"--{kind}"] if kind != "worlds" else []),
         *more,
     ]
     return shlex.join(words)

@@ -46,8 +46,8 @@ class Engine:
         `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table`
         geometry.chunks entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base.
         `align_bytes`: the device's logical block, 512 or 4096. `copy_on_read`: blocks that guests read from the base are saved, with at
-        most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old. Raises InvalidArgument, or Corrupt when the storage is too small for
-        what the maps name.
+        most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old.
+        Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
     want: int

@@ -68,6 +68,10 @@ class Shape:
     """The category of operation that crashes wait for; "": they wait for none."""
     copying: bool = False
     """Copies are made of the base: by reads, by prefetching, or both, as the dice say while it runs."""
+    copy_on_read: bool = False
+    """Always, whatever the dice say."""
+    prefetch: bool = False
+    """The whole base, always, whatever the guest does."""
     copy_limit_bytes: int = 8 << 20
     base_timeout_ns: int = 0
     rot: bool = False

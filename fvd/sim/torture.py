@@ -10,8 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from typing import Literal
 
-from fvd.sim import bytewise
+from fvd.sim import bytewise, combinations
 from fvd.sim.rounds import Counts, Outcome, run
 
 LISTEN_SECONDS = 0.2  # for Ctrl-C
@@ -43,14 +44,17 @@ class Tally(Counts):
 
 
 Progress = Callable[[Tally], None]
+Kind = Literal["worlds", "bytes", "combinations"]
 
 
-def play_one(seed: int, *, any_byte: bool = False) -> tuple[Outcome, Found | None]:
+def play_one(seed: int, *, kind: Kind = "worlds") -> tuple[Outcome, Found | None]:
     """One world; a failure is returned, not raised."""
     outcome = Outcome()
     try:
-        if any_byte:
+        if kind == "bytes":
             outcome.requests = bytewise.run(seed)
+        elif kind == "combinations":
+            combinations.play(combinations.drawn(seed), seed, outcome=outcome)
         else:
             run(seed, outcome=outcome)
     except Exception as error:
@@ -58,9 +62,9 @@ def play_one(seed: int, *, any_byte: bool = False) -> tuple[Outcome, Found | Non
     return outcome, None
 
 
-def _play_batch(seeds: range, any_byte: bool) -> tuple[list[tuple[Outcome, Found | None]], float]:
+def _play_batch(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, Found | None]], float]:
     began = time.process_time()
-    return [play_one(seed, any_byte=any_byte) for seed in seeds], time.process_time() - began
+    return [play_one(seed, kind=kind) for seed in seeds], time.process_time() - began
 
 
 def torture(
@@ -70,13 +74,13 @@ def torture(
     requests: int | None = None,
     seconds: float | None = None,
     jobs: int = 1,
-    any_byte: bool = False,
+    kind: Kind = "worlds",
     keep_going: bool = False,
     progress: Progress | None = None,
 ) -> Tally:
     """Plays worlds from `first_seed` on until one of the limits is reached, or something is found (unless `keep_going`).
 
-    A world that kills its process, or never ends, is found too. `any_byte`: the worlds of bytewise.
+    A world that kills its process, or never ends, is found too. `kind`: random worlds, those of bytewise, or combinations of features.
     """
     tally = Tally(first_seed=first_seed)
     began = time.monotonic()
@@ -99,7 +103,7 @@ def torture(
         try:
             while not enough():
                 while len(running) < jobs * 2 and (seeds := next(batches, None)) is not None:
-                    running[pool.submit(_play_batch, seeds, any_byte)] = seeds
+                    running[pool.submit(_play_batch, seeds, kind)] = seeds
                 if not running:
                     break
                 done, _ = wait(running, LISTEN_SECONDS, return_when=FIRST_COMPLETED)
@@ -125,7 +129,7 @@ def torture(
                 if progress is not None:
                     progress(tally)
         except BrokenProcessPool:
-            tally.found += _who_died(sorted(running.values(), key=lambda seeds: seeds.start), any_byte)
+            tally.found += _who_died(sorted(running.values(), key=lambda seeds: seeds.start), kind)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     tally.found.sort(key=lambda found: found.seed)
@@ -162,13 +166,13 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _who_died(lost: list[range], any_byte: bool) -> list[Found]:
+def _who_died(lost: list[range], kind: Kind) -> list[Found]:
     """Plays each world of the batches that were under way in a process of its own: the one that dies again is found."""
     for seeds in lost:
         for seed in seeds:
             with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
                 try:
-                    pool.submit(_play_batch, range(seed, seed + 1), any_byte).result()
+                    pool.submit(_play_batch, range(seed, seed + 1), kind).result()
                 except BrokenProcessPool:
                     return [Found(seed, "the world ended its process")]
     where = f"{lost[0].start} to {lost[-1].stop - 1}" if lost else "?"

@@ -18,7 +18,7 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import draw_copying, Shape, draw
+from fvd.sim.shape import Shape, draw, draw_copying
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, recover_disk
 from fvd.volume.name import VolumeName, parse_name
@@ -111,7 +111,7 @@ class World:
             low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
             discard=shape.discard,
             bounce_limit_bytes=shape.bounce_limit_bytes,
-            copy_on_read=shape.copying and not read_only and self.dice.random() < 0.7,
+            copy_on_read=shape.copy_on_read or (shape.copying and not read_only and self.dice.random() < 0.7),
             copy_limit_bytes=shape.copy_limit_bytes,
             base_timeout_ns=shape.base_timeout_ns,
         )
@@ -141,6 +141,9 @@ class World:
         self.player.log = self.log
         if self.shape.copying and not read_only and self.dice.random() < 0.5:
             self._steer_copies(self.dice)
+        if self.shape.prefetch and self.shape.base_bytes is not None and not read_only:
+            engine.prefetch_idle_ns, engine.prefetch_slots = 0, 4
+            engine.prefetch_plan([(0, self.shape.base_bytes)])
 
     def start_faults(self, rates: Mapping[str, float], *, one: bool = False) -> None:
         """From now on operations fail: by rate, and one that is chosen now."""

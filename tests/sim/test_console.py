@@ -338,7 +338,10 @@ def test_drawing() -> None:
     console = play("a: write 0 8", "run", "b: write 640 8", "process b", base="300K")
     shown = text(console, "show")
     assert "chunk 0  slot 0  [#bbb]" in shown
-    assert "  0-7       a\n  8-599     base\n  600-2047  zeros" in shown
+    assert (
+        "  0-7       a\n  8-127     base\n  128-255   zeros\n  256-383   base\n  384-415   zeros\n  416-599   base\n  600-2047  zeros"
+        in shown
+    )
     assert "volatile: 256 blocks" in shown
     volatile = text(console, "volatile")
     assert "sectors 0-7" in volatile and "foreign" in volatile

@@ -17,10 +17,9 @@ from fvd.sim import torture as torture_module
 from fvd.sim._device import CATEGORIES
 from fvd.sim._dice import Dice
 from fvd.sim.rounds import Outcome, run
-from fvd.sim.shape import draw
 from fvd.sim.shrink import format_kept, parse_kept, shrink
-from fvd.sim.torture import play_one, torture
-from fvd.sim.world import SHAPE
+from fvd.sim.torture import Kind, play_one, torture
+from fvd.sim.world import shape_of
 
 # Seeds that once found a fault, kept though a change of `draw` gives every seed another world; scenarios.py keeps the faults themselves.
 FOUND = (2, 11, 523, 1000021557, 1000048086, 1000002325)
@@ -39,13 +38,13 @@ def test_seed_that_once_failed(seed: int) -> None:
     assert outcome.requests > 0
 
 
-@pytest.mark.parametrize("any_byte", [False, True], ids=["sectors", "bytes"])
-def test_fresh_worlds(any_byte: bool) -> None:
+@pytest.mark.parametrize("kind", ["worlds", "bytes", "combinations"])
+def test_fresh_worlds(kind: Kind) -> None:
     seconds = float(os.environ.get("FVD_SIM_SECONDS", "20" if _engine.SEEDED_BUGS else "75"))
-    tally = torture(fresh_seed(), seconds=seconds / 5 if any_byte else seconds, jobs=JOBS, any_byte=any_byte)
+    tally = torture(fresh_seed(), seconds=seconds if kind == "worlds" else seconds / 5, jobs=JOBS, kind=kind)
     rate = tally.requests_per_cpu_second
     print(f"{tally.worlds} worlds from seed {tally.first_seed}: {tally.requests} requests, {rate:.0f} a second on one core")
-    option = " --bytes" if any_byte else ""
+    option = "" if kind == "worlds" else f" --{kind}"
     again = f"fvd-lv torture --seed {tally.found[0].seed} --worlds 1{option}" if tally.found else ""
     assert not tally.found, f"{tally.found[0]}\nagain: {again}"
     assert tally.worlds > 10 and tally.requests > 1000
@@ -80,7 +79,7 @@ def test_the_dice_are_the_same_everywhere() -> None:
 
 def test_shapes_differ() -> None:
     """Both layouts, all cache modes, with and without a base, faults of every category, sizes that are odd."""
-    shapes = [draw(Dice(seed, SHAPE)) for seed in range(3000)]
+    shapes = [shape_of(seed) for seed in range(3000)]
     assert {shape.geometry.layout.name for shape in shapes} == {"COMPACT", "RAW"}
     assert {shape.cache_mode for shape in shapes} == set(_engine.CACHE_MODES)
     assert {shape.base_bytes is None for shape in shapes} == {True, False}
@@ -91,6 +90,7 @@ def test_shapes_differ() -> None:
     assert max(rate for shape in shapes for rate in shape.faults.values()) >= 0.9
     assert max(shape.depth for shape in shapes) >= 1000
     assert any(shape.windows for shape in shapes)
+    assert {shape.copying for shape in shapes} == {True, False}
     assert {shape.logical_block_bytes for shape in shapes} == {512, 4096}
 
 
@@ -142,7 +142,7 @@ def test_a_world_that_kills_its_process_is_found(monkeypatch: pytest.MonkeyPatch
     assert "ended its process" in tally.found[0].error
 
 
-def die_at_seven(seeds: range, any_byte: bool) -> tuple[list[tuple[Outcome, None]], float]:
+def die_at_seven(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, None]], float]:
     if 7 in seeds:
         os._exit(9)
     return [(Outcome(), None) for seed in seeds], 0.0
@@ -155,6 +155,6 @@ def test_a_world_that_never_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert "does not end" in tally.found[0].error
 
 
-def sleep_for_ever(seeds: range, any_byte: bool) -> tuple[list[tuple[Outcome, None]], float]:
+def sleep_for_ever(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, None]], float]:
     time.sleep(1000)
     return [], 0.0
