@@ -83,7 +83,7 @@ cdef enum:
     READS_REMEMBERED = 1 << 20
 
 cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
-cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL # those that a crash may take back
+cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL  # those that a crash may take back
 cdef uint64_t RETRY_AFTER_NS = 250000000ULL
 cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
 cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails

@@ -273,8 +273,7 @@ cdef int map_page(Engine e, uint8_t *page, uint32_t kind, uint64_t number) excep
     cdef uint64_t words[62]
     cdef uint32_t entries[124]
     cdef uint64_t cell, index, total, count, i, position
-    cdef bint overlay = not BUG(3) and (e.open.words + e.open.entries + e.frozen.words + e.frozen.entries
-                                           + e.soft.words + e.soft.entries) > 0
+    cdef bint overlay = not BUG(3) and changes(&e.open) + changes(&e.frozen) + changes(&e.soft) > 0
     memset(page, 0, PAGE_BYTES)
     for cell in range(number * CELLS_PER_PAGE, (number + 1) * CELLS_PER_PAGE):
         position = (e.bitmap_offset if kind == KIND_BITMAP else e.table_offset) + cell * CELL_BYTES

@@ -1,12 +1,12 @@
-# Copies from the base, and the changes that a crash may take back (docs/base.md). A copy reads whole blocks of the base into a buffer of its
-# own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or journal room.
+# Copies from the base, and the changes that a crash may take back (docs/base.md). A copy reads whole blocks of the base into a buffer of
+# its own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or journal room.
 
 
 # --- soft changes -------------------------------------------------------------------------------------------------
 
 cdef inline bint soft_wanted(Engine e) noexcept nogil:
     """Whether the next commit takes the soft changes along."""
-    if e.soft.words + e.soft.entries == 0:
+    if changes(&e.soft) == 0:
         return False
     return e.soft_due or e.closing != NULL or e.wait_room.head != NULL or 4 * delta_bytes(&e.soft) >= e.limit_bytes
 
@@ -16,7 +16,7 @@ cdef int soft_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) exce
     cdef uint64_t key = change_key(kind, index)
     if delta_find(&e.open, key) != NULL or delta_find(&e.soft, key) != NULL:
         return 0
-    if e.soft.words + e.soft.entries == 0:
+    if changes(&e.soft) == 0:
         e.soft_since_ns = e.now_ns
     return delta_insert(&e.soft, kind, index, value)
 
@@ -25,7 +25,7 @@ cdef int soft_harden(Engine e) except -1 nogil:
     """All of them: they are committed now."""
     cdef uint64_t i
     cdef Change *c
-    if e.open.words + e.open.entries == 0:
+    if changes(&e.open) == 0:
         e.open_since_ns = e.now_ns
     for i in range(e.soft.mask + 1):
         c = &e.soft.cells[i]

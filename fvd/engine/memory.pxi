@@ -316,6 +316,10 @@ cdef int delta_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) exc
     return 0
 
 
+cdef inline uint64_t changes(Delta *d) noexcept nogil:
+    return d.words + d.entries
+
+
 cdef inline uint64_t delta_bytes(Delta *d) noexcept nogil:
     return d.words * WORD_RECORD_BYTES + d.entries * ENTRY_RECORD_BYTES
 

@@ -41,7 +41,7 @@ def test_seed_that_once_failed(seed: int) -> None:
 @pytest.mark.parametrize("kind", ["worlds", "bytes", "combinations"])
 def test_fresh_worlds(kind: Kind) -> None:
     seconds = float(os.environ.get("FVD_SIM_SECONDS", "20" if _engine.SEEDED_BUGS else "75"))
-    tally = torture(fresh_seed(), seconds=seconds if kind == "worlds" else seconds / 5, jobs=JOBS, kind=kind)
+    tally = torture(fresh_seed(), seconds=seconds if kind == "worlds" else seconds / 4, jobs=JOBS, kind=kind)
     rate = tally.requests_per_cpu_second
     print(f"{tally.worlds} worlds from seed {tally.first_seed}: {tally.requests} requests, {rate:.0f} a second on one core")
     option = "" if kind == "worlds" else f" --{kind}"
