@@ -43,7 +43,7 @@ if BUILD == "fuzz":
     COMPILE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-strict-aliasing", "-w", *SANITIZE]
 
 # liburing is linked statically so that a wheel runs where only the kernel has io_uring.
-LINK = {"fvd.device._queue": ["-l:liburing.a"]}
+LINK = {"fvd.device._queue": ["-l:liburing.a"], "fvd.device._remote": ["-lnbd"]}
 
 
 def extensions() -> list[Extension]:

@@ -20,8 +20,29 @@ from fvd.api.disk import Disk, open
 from fvd.api.events import Event, EventStream
 from fvd.api.following import events
 from fvd.api.listing import list_groups, list_volumes
+from fvd.api.prefetching import prefetch_start, prefetch_status, prefetch_stop, record_profile, set_copy_on_read
+from fvd.api.profile import read_profile
 from fvd.api.serving import Served, serve
-from fvd.api.types import Base, CacheMode, CheckReport, Export, Extended, Extent, Group, Info, Listed, Map, OnFull, Provisioned
+from fvd.api.types import (
+    Base,
+    BaseFormat,
+    CacheMode,
+    CheckReport,
+    Export,
+    Extended,
+    Extent,
+    Group,
+    Info,
+    Listed,
+    Map,
+    OnFull,
+    PrefetchOptions,
+    PrefetchState,
+    PrefetchStatus,
+    Profile,
+    Provisioned,
+    SavedProfile,
+)
 from fvd.api.verbs import check, dump, extend, info, map, provision, remove
 from fvd.errors import (
     Conflict,
@@ -43,6 +64,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttachInfo",
     "Base",
+    "BaseFormat",
     "CacheMode",
     "CheckReport",
     "Conflict",
@@ -65,8 +87,13 @@ __all__ = [
     "NotFound",
     "OnFull",
     "PermissionDenied",
+    "PrefetchOptions",
+    "PrefetchState",
+    "PrefetchStatus",
+    "Profile",
     "Provisioned",
     "ReadOnly",
+    "SavedProfile",
     "Served",
     "Timeout",
     "Unsupported",
@@ -80,7 +107,13 @@ __all__ = [
     "list_volumes",
     "map",
     "open",
+    "prefetch_start",
+    "prefetch_status",
+    "prefetch_stop",
     "provision",
+    "read_profile",
+    "record_profile",
     "remove",
     "serve",
+    "set_copy_on_read",
 ]

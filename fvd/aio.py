@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import fvd
 from fvd.api.disk import Disk
 from fvd.api.events import QUEUE_EVENTS, Event, EventStream
 from fvd.api.serving import Served
-from fvd.api.types import CheckReport, Export, Extended, Info, Map
+from fvd.api.types import CheckReport, Export, Extended, Info, Map, PrefetchStatus, SavedProfile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
@@ -44,9 +45,15 @@ __all__ = [
     "list_volumes",
     "map",
     "open",
+    "prefetch_start",
+    "prefetch_status",
+    "prefetch_stop",
     "provision",
+    "read_profile",
+    "record_profile",
     "remove",
     "serve",
+    "set_copy_on_read",
 ]
 
 P = ParamSpec("P")
@@ -74,6 +81,12 @@ check = _in_thread(fvd.check)
 dump = _in_thread(fvd.dump)
 remove = _in_thread(fvd.remove)
 list_volumes = _in_thread(fvd.list_volumes)
+prefetch_start = _in_thread(fvd.prefetch_start)
+prefetch_stop = _in_thread(fvd.prefetch_stop)
+prefetch_status = _in_thread(fvd.prefetch_status)
+set_copy_on_read = _in_thread(fvd.set_copy_on_read)
+record_profile = _in_thread(fvd.record_profile)
+read_profile = _in_thread(fvd.read_profile)
 
 
 # --- Disks that are served or open -------------------------------------------------------------------------------------------------
@@ -171,6 +184,34 @@ class AsyncServed:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
         return await asyncio.to_thread(self._served.extend, by, volume)
 
+    async def prefetch_start(
+        self,
+        volume: str | None = None,
+        *,
+        rate: int | str = 0,
+        delay_s: float = 0.0,
+        profile: str | os.PathLike[str] | None = None,
+    ) -> PrefetchStatus:
+        """Copy the rest of the base in the background. As `fvd.Served.prefetch_start`."""
+        start = functools.partial(self._served.prefetch_start, volume, rate=rate, delay_s=delay_s, profile=profile)
+        return await asyncio.to_thread(start)
+
+    async def prefetch_stop(self, volume: str | None = None) -> PrefetchStatus:
+        """Copy nothing more in the background; again is fine. Raises NotFound: not served here."""
+        return await asyncio.to_thread(self._served.prefetch_stop, volume)
+
+    async def prefetch_status(self, volume: str | None = None) -> PrefetchStatus:
+        """How far a disk is on its way from its base. Raises NotFound: not served here."""
+        return await asyncio.to_thread(self._served.prefetch_status, volume)
+
+    async def set_copy_on_read(self, on: bool, volume: str | None = None) -> PrefetchStatus:
+        """Whether what a guest reads from the base is copied from now on. As `fvd.Served.set_copy_on_read`."""
+        return await asyncio.to_thread(self._served.set_copy_on_read, on, volume)
+
+    async def record_profile(self, path: str | os.PathLike[str] | None = None, volume: str | None = None) -> SavedProfile:
+        """Save what was read from the base since serving began. As `fvd.Served.record_profile`."""
+        return await asyncio.to_thread(self._served.record_profile, path, volume)
+
     def events(self, history: bool = False, volume: str | None = None) -> AsyncEvents:
         """What happens to these disks from this call on. As `fvd.Served.events`."""
         found = self._served.events(history, volume)
@@ -240,6 +281,28 @@ class AsyncDisk:
     async def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
         return await asyncio.to_thread(self._disk.extend, by)
+
+    async def prefetch_start(
+        self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None
+    ) -> PrefetchStatus:
+        """Copy the rest of the base in the background. As `fvd.Disk.prefetch_start`."""
+        return await asyncio.to_thread(functools.partial(self._disk.prefetch_start, rate=rate, delay_s=delay_s, profile=profile))
+
+    async def prefetch_stop(self) -> PrefetchStatus:
+        """Copy nothing more in the background; again is fine."""
+        return await asyncio.to_thread(self._disk.prefetch_stop)
+
+    async def prefetch_status(self) -> PrefetchStatus:
+        """How far the disk is on its way from its base."""
+        return await asyncio.to_thread(self._disk.prefetch_status)
+
+    async def set_copy_on_read(self, on: bool) -> PrefetchStatus:
+        """Whether what is read from the base is copied from now on. As `fvd.Disk.set_copy_on_read`."""
+        return await asyncio.to_thread(self._disk.set_copy_on_read, on)
+
+    async def record_profile(self, path: str | os.PathLike[str] | None = None) -> SavedProfile:
+        """Save what was read from the base since the disk was opened. As `fvd.Disk.record_profile`."""
+        return await asyncio.to_thread(self._disk.record_profile, path)
 
     def events(self, history: bool = False) -> AsyncEvents:
         """What happens to the disk from this call on, until it is closed. As `fvd.Disk.events`."""

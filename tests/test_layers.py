@@ -38,7 +38,7 @@ OUTSIDE_MODULES = {
 OUTSIDE_HEADERS = {
     "clock": {"time.h", "sys/time.h"},
     "dice": {"sys/random.h"},
-    "socket": {"sys/socket.h", "netinet/in.h", "netinet/tcp.h", "sys/un.h"},
+    "socket": {"libnbd.h", "sys/socket.h", "netinet/in.h", "netinet/tcp.h", "sys/un.h"},
     "file": {
         "poll.h",
         "sys/epoll.h",
@@ -78,8 +78,15 @@ PATH_METHODS = words(
 # module -> (what it may touch, why it is the place for that)
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.device._queue": ({"file", "clock"}, "device operations: io_uring and the blocking queue; waits with a time limit"),
+    "fvd.device._remote": (
+        {"clock", "dice", "file", "process"},
+        "a base over libnbd: connections, their time limits, back-off; the helper's lock and wake-ups; where a server's program is",
+    ),
+    "fvd.device.libnbd": ({"socket"}, "declarations of libnbd, which opens the sockets of bases"),
     "fvd.device.node": ({"file"}, "opens, reads and writes files and devices"),
     "fvd.device.claim": ({"file", "clock"}, "ownership: locks, O_EXCL, what holds a device; readers take turns, for a moment"),
+    "fvd.device.holes": ({"file"}, "where the holes of a file are"),
+    "fvd.device.image_claim": ({"file"}, "a part of a claim's lock is given up"),
     "fvd.device.lengthen": ({"file"}, "makes a file longer"),
     "fvd.device.names": ({"file"}, "names of files: link, rename, remove"),
     "fvd.device.signature": ({"file", "process"}, "asks wipefs what else lives on a device; where that program is"),
@@ -90,6 +97,8 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.lvm.sharing": ({"file"}, "lock files"),
     "fvd.volume._driver": ({"clock", "file", "process"}, "the loop of a disk in this process: a thread, its wake-up, the engine's ticks"),
     "fvd.volume.allocator": ({"clock"}, "when a growth step began; injected in tests"),
+    "fvd.volume.base_images": ({"file", "process"}, "runs qemu-img with a time limit; where QEMU's programs are"),
+    "fvd.volume.opening": ({"clock", "dice"}, "gives copying its clock and its dice"),
     "fvd.volume.provision": ({"clock", "dice"}, "the UUID and the date of a new disk; injected in tests"),
     "fvd.export.server": ({"socket", "clock", "file"}, "the listening socket, handshakes with a time limit, the wake-up of the loop"),
     "fvd.export._server": ({"socket", "clock", "file"}, "the serving loop: the clients' sockets, the engine's ticks"),
@@ -108,11 +117,13 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.cli.notify": ({"socket"}, "tells systemd that a disk is ready"),
     "fvd.cli.output": ({"file"}, "the terminal's width; a reader that has gone"),
     "fvd.cli.progress": ({"clock"}, "draws a progress bar, a few times a second"),
+    "fvd.cli.prefetch": ({"clock"}, "sleeps between two looks at how far it is"),
+    "fvd.cli.profile": ({"clock"}, "waits before it records"),
     "fvd.cli.serve": ({"process"}, "SIGTERM and SIGINT end it"),
     "fvd.cli.torture": ({"clock", "dice", "process", "file"}, "fresh seeds; how long it has run; SIGTERM ends it; a folder for an image"),
     "fvd.sim.foreign": ({"clock", "socket"}, "waits for an NBD server's answers"),
     "fvd.sim.qemu_nbd": ({"clock", "file", "process"}, "starts and kills qemu-nbd; its image"),
-    "fvd.sim.torture": ({"process", "clock"}, "worlds on all processors, for so many seconds"),
+    "fvd.sim.torture": ({"process", "clock", "file"}, "worlds on all processors, for so many seconds; malloc_trim, by ctypes"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 
+from fvd.api.hints import how_to_serve, plain_name
 from fvd.api.types import Info
 from fvd.errors import InvalidArgument, NotFound
 
@@ -58,11 +59,7 @@ def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TA
 
     found = info(volume)
     if found.uri is None:
-        name = _plain(found.volume.rpartition("/")[2]) or "disk"
-        raise NotFound(
-            f"{found.volume} is not served; run fvd-lv serve {shlex.quote(found.volume)} --socket /run/fvd/{name}.nbd, "
-            f"or write VOLUME={shlex.quote(found.volume)} into /etc/fvd/{name}.conf and run systemctl start fvd@{name}"
-        )
+        raise NotFound(f"{found.volume} is not served; {how_to_serve(found.volume)}")
     return describe(found, iothread=iothread, target=target)
 
 
@@ -98,7 +95,7 @@ def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGE
         blockdev=blockdev,
         qmp=qmp,
         libvirt_xml=_libvirt_xml(export, server, found.read_only, iothread, target),
-        notes=_notes(server, iothread, target),
+        notes=_notes(found, server, iothread, target),
     )
 
 
@@ -123,7 +120,7 @@ def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
 def node_name(found: Info) -> str:
     """A name for the disk inside QEMU: always the same for one disk, and another for another disk of the same name."""
     tail = f"-{found.uuid[:8]}"
-    readable = _plain(found.volume.rpartition("/")[2])
+    readable = plain_name(found.volume.rpartition("/")[2])
     return f"fvd-{readable}"[: NODE_NAME_BYTES - len(tail)].rstrip("-._") + tail
 
 
@@ -183,7 +180,7 @@ def _quoted(text: str) -> str:
     return "'" + quoteattr(text, {"'": "&apos;", '"': "&quot;"})[1:-1] + "'"
 
 
-def _notes(server: dict[str, str], iothread: bool, target: str) -> list[str]:
+def _notes(found: Info, server: dict[str, str], iothread: bool, target: str) -> list[str]:
     notes = [
         "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
         "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
@@ -191,6 +188,11 @@ def _notes(server: dict[str, str], iothread: bool, target: str) -> list[str]:
         "A server that is killed (not one that is restarted) may lose writes that were acknowledged but not flushed, like a power "
         "cut, and QEMU does not send them again: serve with --cache writethrough where guests must outlive that.",
     ]
+    if found.base is not None and not found.base_released:
+        notes.append(
+            f"While data still come from {found.base.path}, a base that does not answer for serve --base-timeout pauses the machine; cont "
+            "(virsh resume) goes on when it is back. fvd-lv prefetch start makes the disk independent of it."
+        )
     if iothread:
         notes.append("libvirt: the domain needs <iothreads>1</iothreads>, or more.")
     if server["type"] == "unix":
@@ -198,8 +200,3 @@ def _notes(server: dict[str, str], iothread: bool, target: str) -> list[str]:
     elif server["host"] in ("0.0.0.0", "::"):
         notes.append(f"The server listens on every address: where QEMU runs on another host, write this host's name for {server['host']}.")
     return notes
-
-
-def _plain(text: str) -> str:
-    """What is left of a name for QEMU and systemd."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from fvd.api.copying import absolute, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
 from fvd.api.opened import OpenedVerbs, storage_failure
-from fvd.api.types import CacheMode, CheckReport, Extended, Info, Map, OnFull, from_json, info_from_json
+from fvd.api.types import (
+    CacheMode,
+    CheckReport,
+    Extended,
+    Info,
+    Map,
+    OnFull,
+    PrefetchOptions,
+    PrefetchStatus,
+    SavedProfile,
+    from_json,
+    info_from_json,
+)
 from fvd.api.verbs import map_from_json
 from fvd.errors import DeviceError
 from fvd.units import parse_size
@@ -28,11 +42,16 @@ def open(
     read_only: bool = False,
     cache: CacheMode = "none",
     on_full: OnFull = "error",
+    copy_on_read: bool | None = None,
+    prefetch: PrefetchOptions | bool | None = None,
+    base_timeout_s: float = 30.0,
     on_event: Callable[[Event], None] | None = None,
 ) -> Disk:
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
 
     ``on_full``: when storage has ended and cannot grow, a write that needs more raises NoSpace ("error") or waits until there is some.
+    ``copy_on_read``, ``prefetch``: copy what is read from the base; copy all of it in the background (None: as the disk was provisioned).
+    A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then it raises DeviceError.
     ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends nothing.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, DeviceError.
     """
@@ -42,8 +61,18 @@ def open(
 
     name = parse_name(volume)
     hub = Hub(str(name))
-    opened = open_volume(name, read_only=read_only, cache=cache, on_full=on_full, on_event=hub.tell)
+    opened = open_volume(
+        name,
+        read_only=read_only,
+        cache=cache,
+        on_full=on_full,
+        copy_on_read=copy_on_read,
+        prefetch=volume_options(prefetch),
+        base_timeout_s=base_timeout_s,
+        on_event=hub.tell,
+    )
     try:
+        hub.attach(opened)
         for notice in opened.notices:
             log.warning("%s", notice)
         deliveries = Deliveries([hub], on_event)
@@ -119,6 +148,30 @@ class Disk:
     def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
         return from_json(Extended, self._verbs.extend(None if by is None else parse_size(by)))
+
+    def prefetch_start(self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None) -> PrefetchStatus:
+        """Copy the rest of the base in the background, at most ``rate`` bytes a second (0: no limit), what ``profile`` (a file) names
+        first. Under way already, it goes on with these options. Raises InvalidArgument (no base, no such options), ReadOnly."""
+        options = prefetch_options(rate, delay_s, profile)
+        return from_json(PrefetchStatus, self._verbs.prefetch_start(**vars(options)))
+
+    def prefetch_stop(self) -> PrefetchStatus:
+        """Copy nothing more in the background; what was copied stays. Again is fine."""
+        return from_json(PrefetchStatus, self._verbs.prefetch_stop())
+
+    def prefetch_status(self) -> PrefetchStatus:
+        """How far the disk is on its way from its base; answers for every disk."""
+        return from_json(PrefetchStatus, self._verbs.prefetch_status())
+
+    def set_copy_on_read(self, on: bool) -> PrefetchStatus:
+        """Whether what is read from the base is copied from now on, until close. Raises InvalidArgument (no base), ReadOnly."""
+        return from_json(PrefetchStatus, self._verbs.copy_on_read(on))
+
+    def record_profile(self, path: str | os.PathLike[str] | None = None) -> SavedProfile:
+        """Save what was read from the base since the disk was opened, in order, for later disks to prefetch first (default:
+        IMAGE.fvd-profile beside the base). Raises InvalidArgument (no base; no path, and the base is no file), ReadOnly, PermissionDenied,
+        NoSpace."""
+        return from_json(SavedProfile, self._verbs.profile_record(absolute(path)))
 
     def events(self, history: bool = False) -> EventStream:
         """What happens to the disk from now on, or (``history``) since a while ago, until it is closed. See docs/events.md."""

@@ -23,6 +23,7 @@ from fvd.api.types import from_json
 if TYPE_CHECKING:
     from fvd.volume.opening import OpenVolume
     from fvd.volume.policy import GrowthEvent
+    from fvd.volume.prefetching import BaseEvent
 
 log = logging.getLogger("fvd.api")
 
@@ -43,6 +44,13 @@ EventKind = Literal[
     "group_low",
     "group_full",
     "storage_error",
+    "prefetch_started",
+    "prefetch_progress",
+    "prefetch_stopped",
+    "prefetch_done",
+    "base_released",
+    "base_lost",
+    "base_back",
     "closed",
     "server_gone",
 ]
@@ -54,6 +62,7 @@ _LEVELS = {
     "group_low": logging.WARNING,
     "group_full": logging.WARNING,
     "storage_error": logging.ERROR,
+    "base_lost": logging.WARNING,
 }
 
 
@@ -74,6 +83,9 @@ class Event:
     group_free_bytes: int | None = None
     message: str = ""  # for people
     lost: int = 0  # events that this listener missed before this one, for it was too slow
+    copied_bytes: int = 0  # of prefetching and of the base: what no longer comes from it
+    total_bytes: int = 0  # ... of so much
+    eta_seconds: float | None = None  # ... until the rest has come; None: nobody can tell
 
 
 def event_from_json(answer: dict[str, Any]) -> Event:
@@ -232,6 +244,8 @@ class Hub:
         self._subscriptions: list[Subscription] = []
         self._number = 0
         self._ended = False
+        self._disk: OpenVolume | None = None
+        self._early: list[BaseEvent] = []  # told while the disk was being opened
 
     def sizes(self) -> dict[str, int]:
         """Storage and free bytes at the latest event; 0 before the first."""
@@ -239,8 +253,22 @@ class Hub:
             latest = self._history[-1] if self._history else None
         return {"storage_size": latest.storage_size, "free_bytes": latest.free_bytes} if latest else {"storage_size": 0, "free_bytes": 0}
 
-    def tell(self, event: GrowthEvent) -> None:
-        """What the allocator reports: an `on_event` for `open_volume`."""
+    def attach(self, disk: OpenVolume) -> None:
+        """The disk is open: what it told of its base until now is published, and what it tells from now on at once. In its loop's thread,
+        or before that begins."""
+        with self._lock:
+            self._disk = disk
+            early, self._early = self._early, []
+            for event in early:
+                self._tell_of_base(event)
+
+    def tell(self, event: GrowthEvent | BaseEvent) -> None:
+        """What the allocator reports, and what copies from the base: an `on_event` for `open_volume`."""
+        from fvd.volume.policy import GrowthEvent
+
+        if not isinstance(event, GrowthEvent):
+            self._tell_of_base(event)
+            return
         self._publish(
             event.kind,
             event.storage_size_bytes,
@@ -253,10 +281,24 @@ class Hub:
             message=event.message[:MESSAGE_LIMIT],
         )
 
-    def publish(self, kind: EventKind, disk: OpenVolume, message: str = "") -> None:
+    def _tell_of_base(self, event: BaseEvent) -> None:
+        with self._lock:
+            if self._disk is None:
+                self._early.append(event)  # what is first told of a disk is that it is there
+                return
+            self.publish(
+                event.kind,
+                self._disk,
+                event.message,
+                copied_bytes=event.copied_bytes,
+                total_bytes=event.total_bytes,
+                eta_seconds=event.eta_seconds,
+            )
+
+    def publish(self, kind: EventKind, disk: OpenVolume, message: str = "", **details: Any) -> None:
         """Something about the disk as it is now. In its loop's thread, or when that has ended."""
         free_bytes = disk.engine.free_slots * disk.geometry.chunk_size_bytes
-        self._publish(kind, disk.engine.storage_size_bytes, free_bytes, message=message[:MESSAGE_LIMIT])
+        self._publish(kind, disk.engine.storage_size_bytes, free_bytes, message=message[:MESSAGE_LIMIT], **details)
 
     def end(self) -> None:
         """Nothing happens any more: every subscription ends after what it has. Again is fine."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fvd.api.types import Group, Info, Listed, info_from_json
+from fvd.api.verbs import closed_info
 from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied, Unsupported
 
 if TYPE_CHECKING:
@@ -132,7 +133,6 @@ def _look_at_groups(groups: tuple[str, ...] | list[str], served: dict[str, Liste
 
 
 def _look_at_volume(volume: LogicalVolume, pieces: dict[str, list[Piece]]) -> Listed:
-    from fvd.volume.info import info as info_of
     from fvd.volume.name import parse_name
     from fvd.volume.offline import OfflineVolume
     from fvd.volume.overcommit import is_disk
@@ -146,7 +146,7 @@ def _look_at_volume(volume: LogicalVolume, pieces: dict[str, list[Piece]]) -> Li
             if volume.uuid not in pieces:
                 return Listed(volume.full_name, "closed", None, "it is not linear, so it is read only when it is active")
             with OfflineVolume(name.path, pieces[volume.uuid]) as node:
-                return Listed(volume.full_name, "closed", info_from_json(info_of(view_of(name, node))))
+                return Listed(volume.full_name, "closed", closed_info(view_of(name, node)))
         return _look(name) or Listed(volume.full_name, "not_found", None, "it holds no disk: removed half-way; fvd-lv remove ends that")
     except FvdError as error:
         return Listed(volume.full_name, error.kind, None, str(error))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fvd.api import copying
+from fvd.api.types import PrefetchOptions
 from fvd.api.verbs import MAP_PIECE_EXTENTS, map_of, map_to_json
 from fvd.errors import InvalidArgument, ReadOnly
 
@@ -21,7 +23,7 @@ Call = Callable[[Callable[[], Any]], Any]
 
 
 class OpenedVerbs:
-    """info, map, check and extend of one open disk. Safe from threads."""
+    """info, map, check, extend, and copies from the base, of one open disk. Safe from threads."""
 
     def __init__(self, disk: OpenVolume, call: Call) -> None:
         self._disk = disk
@@ -30,7 +32,7 @@ class OpenedVerbs:
     def info(self, uri: str | None = None) -> dict[str, Any]:
         from fvd.volume.info import info
 
-        found: dict[str, Any] = self._call(lambda: info(self._disk))
+        found: dict[str, Any] = self._call(lambda: info(self._disk) | copying.info_of_open(self._disk))
         return {**found, "uri": uri, "failed": bool(found.get("failed_errno"))}
 
     def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
@@ -57,6 +59,26 @@ class OpenedVerbs:
         before_bytes = disk.engine.storage_size_bytes
         size_bytes = disk.allocator.extend_now(by_bytes).result()
         return {"volume": str(disk.name), "storage_size": size_bytes, "added_bytes": size_bytes - before_bytes}
+
+    def prefetch_start(self, delay_s: float = 0.0, rate_bytes: int = 0, profile: str | None = None) -> dict[str, Any]:
+        options = copying.checked_options(PrefetchOptions(delay_s, rate_bytes, profile))
+        return self._plain(lambda: copying.start(self._disk, options))
+
+    def prefetch_stop(self) -> dict[str, Any]:
+        return self._plain(lambda: copying.stop(self._disk))
+
+    def prefetch_status(self) -> dict[str, Any]:
+        return self._plain(lambda: copying.status(self._disk))
+
+    def copy_on_read(self, on: bool) -> dict[str, Any]:
+        return self._plain(lambda: copying.set_copy_on_read(self._disk, on))
+
+    def profile_record(self, path: str | None = None) -> dict[str, Any]:
+        return self._plain(lambda: copying.record_profile(self._disk, path))
+
+    def _plain(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = self._call(work)
+        return found
 
 
 def storage_failure(disk: OpenVolume) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fvd.api.hints import how_to_serve
+from fvd.errors import NotFound
+
 if TYPE_CHECKING:
     from fvd.volume.name import VolumeName
 
 # How long a verb may take. A server that says nothing for so long is stuck, most likely in storage that does not answer.
 TIMEOUT_SECONDS = {"info": 30.0, "map": 300.0, "check": 300.0, "extend": 120.0}
+# Verbs that only turn or read something in the loop; and a profile, which is written to a file.
+TIMEOUT_SECONDS |= dict.fromkeys(("prefetch_start", "prefetch_stop", "prefetch_status", "copy_on_read", "profile_record"), 30.0)
 
 
 class NotServed:
@@ -34,6 +39,17 @@ def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
         return NOT_SERVED  # the socket of a process that has died
     with client:
         return client.ask(verb, **arguments)
+
+
+def ask_served(name: VolumeName, verb: str, **arguments: Any) -> Any:
+    """As `ask`, of a verb that only a served disk has. Raises NotFound: no such volume, or nobody serves it."""
+    from fvd.api.verbs import info
+
+    answer = ask(name, verb, **arguments)
+    if answer is NOT_SERVED:
+        info(str(name))  # raises what is worse than not being served
+        raise NotFound(f"{name} is not served; {how_to_serve(str(name))}")
+    return answer
 
 
 def _is_its_device(name: VolumeName) -> bool:

@@ -12,9 +12,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.address import parse_listen
+from fvd.api.copying import absolute, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
 from fvd.api.opened import OpenedVerbs, storage_failure
-from fvd.api.types import CacheMode, Export, Extended, Info, OnFull, from_json, info_from_json
+from fvd.api.types import (
+    CacheMode,
+    Export,
+    Extended,
+    Info,
+    OnFull,
+    PrefetchOptions,
+    PrefetchStatus,
+    SavedProfile,
+    from_json,
+    info_from_json,
+)
 from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import parse_size
 
@@ -28,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
 # The engine's Want bits (fvd/engine/_engine.pxd).
-_WANT_GROWTH, _WANT_EVENT = 1, 2
+_WANT_GROWTH, _WANT_EVENT, _WANT_STEER, _WANT_BASE = 1, 2, 4, 8
 
 
 def serve(
@@ -40,13 +52,18 @@ def serve(
     on_full: OnFull = "wait",
     socket_mode: int = 0o600,
     socket_group: str | int | None = None,
+    copy_on_read: bool | None = None,
+    prefetch: PrefetchOptions | bool | None = None,
+    base_timeout_s: float = 30.0,
     on_end: Callable[[], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Served:
     """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP.
 
-    ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. ``on_event`` is called with each event of
-    these disks (docs/events.md), in a thread of its own; what it raises is logged and ends nothing. Notices (no io_uring here, no
+    ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
+    disk was provisioned). A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then the guest's request
+    fails. ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. ``on_event`` is called with each event
+    of these disks (docs/events.md), in a thread of its own; what it raises is logged and ends nothing. Notices (no io_uring here, no
     O_DIRECT...) and failed growth steps are logged as warnings of the logger "fvd".
     Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied.
     """
@@ -59,6 +76,9 @@ def serve(
         on_full=on_full,
         socket_mode=socket_mode,
         socket_group=socket_group,
+        copy_on_read=copy_on_read,
+        prefetch=prefetch,
+        base_timeout_s=base_timeout_s,
         on_end=on_end,
         on_event=on_event,
     )
@@ -80,6 +100,9 @@ class Served:
         on_full: OnFull,
         socket_mode: int,
         socket_group: str | int | None,
+        copy_on_read: bool | None,
+        prefetch: PrefetchOptions | bool | None,
+        base_timeout_s: float,
         on_end: Callable[[], None] | None,
         on_event: Callable[[Event], None] | None,
     ) -> None:
@@ -95,6 +118,9 @@ class Served:
         self._on_full = on_full
         self._socket_mode = socket_mode
         self._socket_group = socket_group
+        self._copy_on_read = copy_on_read
+        self._prefetch = volume_options(prefetch)
+        self._base_timeout_s = base_timeout_s
         self._on_end = on_end
         self._on_event = on_event
         self._server: NbdServer | None = None
@@ -104,6 +130,7 @@ class Served:
         self._controls: list[ControlServer] = []
         self._deliveries: Deliveries | None = None
         self._begun: set[str] = set()  # whose `served` is told and whose allocators are at work
+        self._failing_bases: set[str] = set()  # of disks without a `copying`: whose base_lost is told
         self._problems: dict[str, str] = {}  # of those that could not be closed cleanly: why
         self._resources = ExitStack()
         self._ready = threading.Event()
@@ -127,6 +154,34 @@ class Served:
     def extend(self, by: int | str | None = None, volume: str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
         return from_json(Extended, self._verbs[self._export(volume)].extend(None if by is None else parse_size(by)))
+
+    def prefetch_start(
+        self,
+        volume: str | None = None,
+        *,
+        rate: int | str = 0,
+        delay_s: float = 0.0,
+        profile: str | os.PathLike[str] | None = None,
+    ) -> PrefetchStatus:
+        """Copy the rest of the base in the background, out of the guest's way. As `Disk.prefetch_start`; raises NotFound too."""
+        options = prefetch_options(rate, delay_s, profile)
+        return from_json(PrefetchStatus, self._verbs[self._export(volume)].prefetch_start(**vars(options)))
+
+    def prefetch_stop(self, volume: str | None = None) -> PrefetchStatus:
+        """Copy nothing more in the background; what was copied stays. Again is fine. Raises NotFound: not served here."""
+        return from_json(PrefetchStatus, self._verbs[self._export(volume)].prefetch_stop())
+
+    def prefetch_status(self, volume: str | None = None) -> PrefetchStatus:
+        """How far a disk is on its way from its base; answers for every disk. Raises NotFound: not served here."""
+        return from_json(PrefetchStatus, self._verbs[self._export(volume)].prefetch_status())
+
+    def set_copy_on_read(self, on: bool, volume: str | None = None) -> PrefetchStatus:
+        """Whether what a guest reads from the base is copied until serving ends. As `Disk.set_copy_on_read`; raises NotFound too."""
+        return from_json(PrefetchStatus, self._verbs[self._export(volume)].copy_on_read(on))
+
+    def record_profile(self, path: str | os.PathLike[str] | None = None, volume: str | None = None) -> SavedProfile:
+        """Save what was read from the base since serving began, in order. As `Disk.record_profile`; raises NotFound too."""
+        return from_json(SavedProfile, self._verbs[self._export(volume)].profile_record(absolute(path)))
 
     def events(self, history: bool = False, volume: str | None = None) -> EventStream:
         """What happens to the disks that are served here, or to one of them, from now on or (``history``) since a while ago, until they
@@ -180,7 +235,16 @@ class Served:
             server = self._server = Server(self._address(), on_stop=self._close_exports)
             for export_name, name in zip(export_names(names), names, strict=True):
                 hub = Hub(str(name))
-                disk = open_volume(name, read_only=self._read_only, cache=self._cache, on_full=self._on_full, on_event=hub.tell)
+                disk = open_volume(
+                    name,
+                    read_only=self._read_only,
+                    cache=self._cache,
+                    on_full=self._on_full,
+                    copy_on_read=self._copy_on_read,
+                    prefetch=self._prefetch,
+                    base_timeout_s=self._base_timeout_s,
+                    on_event=hub.tell,
+                )
                 undo.callback(disk.close)
                 for notice in disk.notices:
                     log.warning("%s", notice)
@@ -191,13 +255,15 @@ class Served:
                     export_name,
                     disk.engine,
                     storage_fd=disk.node.fd,
-                    base_fd=-1 if disk.base_node is None else disk.base_node.fd,
+                    base_fd=-1 if disk.base is None else disk.base.fd,
+                    remote=None if disk.base is None else disk.base.remote,
                     size_bytes=disk.geometry.virtual_size_bytes,
                     read_only=self._read_only,
                     block_size_bytes=disk.geometry.block_size_bytes,
                     description=str(name),
                     on_want=partial(self._act_on_want, export_name),
                 )
+                disk.detach_base = partial(server.release_base, export_name)
             self._deliveries = Deliveries(list(self._hubs.values()), self._on_event)
             undo.callback(server.stop)
             for export_name, disk in self._disks.items():
@@ -242,6 +308,7 @@ class Served:
         self._begun.add(export_name)
         disk = self._disks[export_name]
         self._hubs[export_name].publish("served", disk, self._server.uri(export_name))
+        self._hubs[export_name].attach(disk)
         if disk.allocator is not None:
             disk.allocator.attach(disk.engine, self._post)
         return True
@@ -258,6 +325,33 @@ class Served:
             disk.engine.want &= ~_WANT_EVENT
             if failure := storage_failure(disk):
                 self._hubs[export_name].publish("storage_error", disk, failure)
+        if wants & (_WANT_STEER | _WANT_BASE):
+            disk.engine.want &= ~(_WANT_STEER | _WANT_BASE)
+            self._begin(export_name)
+            self._act_on_base(export_name, wants & (_WANT_STEER | _WANT_BASE))
+
+    def _act_on_base(self, export_name: str, wants: int) -> None:
+        """In the serving thread: prefetching is to be steered, or the base has failed, is back, or is not needed any more."""
+        disk = self._disks[export_name]
+        if disk.copying is not None:
+            disk.copying.on_want(wants)
+        elif wants & _WANT_BASE:
+            self._tell_of_base(export_name)
+
+    def _tell_of_base(self, export_name: str) -> None:
+        """Of a disk that is only read: where there are no copies, nobody else tells how its base does."""
+        disk = self._disks[export_name]
+        failing = disk.engine.base_failing
+        if failing == (export_name in self._failing_bases) or disk.superblock.base is None:
+            return
+        locator = disk.superblock.base.locator
+        if failing:
+            self._failing_bases.add(export_name)
+            message = f"{locator} cannot be read; guests' reads of it are tried again for {self._base_timeout_s:g} s, then they fail"
+        else:
+            self._failing_bases.discard(export_name)
+            message = f"{locator} can be read again"
+        self._hubs[export_name].publish("base_lost" if failing else "base_back", disk, message)
 
     def _post(self, work: Callable[[], None]) -> None:
         """Have the serving thread call ``work``; nothing happens when it has ended."""
@@ -324,6 +418,11 @@ class Served:
             "map": handler({"offset": int, "length": int}, verbs.map),
             "check": handler({}, verbs.check),
             "extend": handler({"by_bytes": int}, verbs.extend),
+            "prefetch_start": handler({"delay_s": float, "rate_bytes": int, "profile": str}, verbs.prefetch_start),
+            "prefetch_stop": handler({}, verbs.prefetch_stop),
+            "prefetch_status": handler({}, verbs.prefetch_status),
+            "copy_on_read": handler({"on": bool}, verbs.copy_on_read),
+            "profile_record": handler({"path": str}, verbs.profile_record),
         }
 
     def _stream_events(self, export_name: str, arguments: dict[str, Any], bell: Callable[[], None]) -> Stream:

@@ -12,6 +12,8 @@ Layout = Literal["compact", "raw"]
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 OnFull = Literal["wait", "error"]
 ExtentState = Literal["data", "base", "zero"]
+BaseFormat = Literal["raw", "nbd", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"]
+PrefetchState = Literal["off", "delayed", "running", "yielding", "paused", "full", "base-lost", "done"]
 T = TypeVar("T")
 
 
@@ -19,9 +21,58 @@ T = TypeVar("T")
 class Base:
     """The image under a disk, as it was fixed at provision."""
 
-    path: str
+    path: str  # of a file or block device; or a URI
     size: int
     format: str
+
+
+@dataclass(frozen=True)
+class PrefetchOptions:
+    """How a disk is to copy what it has not yet from its base."""
+
+    delay_s: float = 10.0  # begin so many seconds later
+    rate_bytes: int = 0  # per second; 0: as fast as it goes without being in the guest's way
+    profile: str | None = None  # a file that says what comes first; None: IMAGE.fvd-profile beside a base that is a file, if it is there
+
+
+@dataclass(frozen=True)
+class PrefetchStatus:
+    """How far a disk is on its way from its base, and what it does about it."""
+
+    volume: str
+    state: PrefetchState  # yielding: the guest is active; paused: prefetching was in somebody's way; full: storage is (nearly) full
+    reason: str  # of the state, for people
+    copy_on_read: bool  # what the guest reads is copied too
+    base_bytes: int  # what the disk could need of its base
+    copied_bytes: int  # what of it no longer comes from there
+    remaining_bytes: int
+    bytes_per_second: float = 0.0  # as measured
+    limit_bytes_per_second: int | None = None  # as asked for
+    eta_seconds: float | None = None  # None: nobody can tell
+    resume_seconds: float | None = None  # until a pause or the delay is over
+    profile: str | None = None  # the file in use
+    profile_remaining_bytes: int = 0
+    released: bool = False  # everything is in the disk: the base is closed, and not opened any more
+
+
+@dataclass(frozen=True)
+class SavedProfile:
+    """A profile that was written."""
+
+    volume: str
+    path: str
+    extents: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a guest read from a base, in order."""
+
+    path: str
+    base_size: int
+    bytes: int  # in all
+    extents: list[tuple[int, int]]  # (offset, length) in the base
 
 
 @dataclass(frozen=True)
@@ -56,6 +107,10 @@ class Info:
     failed: bool = False  # a flush or journal write failed: writes are refused until the disk is opened again
     growth: dict[str, Any] | None = None  # steps so far, how long they took, the last failure
     statistics: dict[str, int] | None = None  # since it was opened
+    copy_on_read: bool = False  # as it is now; of a closed disk: as it will be opened unless one says otherwise
+    prefetch_default: bool = False  # whether serving it begins prefetching unless one says otherwise
+    prefetch: PrefetchStatus | None = None  # of an open disk that was made over a base
+    base_released: bool = False  # everything is in the disk: the base is not needed any more
 
 
 @dataclass(frozen=True)
@@ -161,6 +216,11 @@ def from_json(kind: type[T], answer: dict[str, Any]) -> T:
 
 
 def info_from_json(answer: dict[str, Any]) -> Info:
-    """An Info with its base."""
+    """An Info with its base and how far it has been copied."""
     found: Info = from_json(Info, answer)
-    return found if answer.get("base") is None else replace(found, base=from_json(Base, answer["base"]))
+    base, prefetch = answer.get("base"), answer.get("prefetch")
+    return replace(
+        found,
+        base=None if base is None else from_json(Base, base),
+        prefetch=None if prefetch is None else from_json(PrefetchStatus, prefetch),
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fvd.api.types import CheckReport, Extended, Extent, Info, Layout, Map, Provisioned, from_json, info_from_json
+from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Provisioned, from_json, info_from_json
 from fvd.errors import InUse, InvalidArgument
 from fvd.units import parse_size
 
@@ -30,6 +30,9 @@ def provision(
     size: int | str,
     *,
     base: str | os.PathLike[str] | None = None,
+    base_format: BaseFormat | None = None,
+    copy_on_read: bool = False,
+    prefetch: bool = False,
     layout: Layout = "compact",
     block_size: int | str = "64K",
     chunk_size: int | str = "1M",
@@ -42,13 +45,15 @@ def provision(
 ) -> Provisioned:
     """Make a virtual disk of ``size`` in a volume. The same again is fine (``created`` is False then), interrupted or not.
 
-    ``max_overcommit``: refuse a disk with which the disks of its volume group, grown as far as they may, would need more than so many times
-    what the group can give. ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other
-    parameters, or something else is there), InUse, NoSpace, NotFound (no such group, device or base).
+    ``base``: what shows through where the disk has nothing of its own: the path of a raw file or block device, an NBD URI, or, with
+    ``base_format``, an image or URI that QEMU reads. ``copy_on_read`` and ``prefetch`` are what each open does that does not say otherwise:
+    copy what is read from the base; copy all of it in the background. ``max_overcommit``: refuse a disk with which the disks of its volume
+    group, grown as far as they may, would need more than so many times what the group can give. ``force`` overwrites foreign signatures and
+    contents, never a disk or a volume in use. Raises Conflict (other parameters, or something else is there), InUse, NoSpace, NotFound (no
+    such group, device or base).
     """
     from fvd.format.geometry import Layout as LayoutCode
     from fvd.format.geometry import Placement
-    from fvd.volume.info import info as info_of
     from fvd.volume.provision import provision as make
 
     made = make(
@@ -61,11 +66,14 @@ def provision(
         layout=_choice("layout", layout, LayoutCode),
         placement=_choice("placement", placement, Placement),
         base=base,
+        base_format=base_format,
+        copy_on_read=copy_on_read,
+        prefetch=prefetch,
         max_overcommit=max_overcommit,
         force=force,
         progress=progress,
     )
-    found = info(str(made.name)) if made.view is None else info_from_json(info_of(made.view))
+    found = info(str(made.name)) if made.view is None else closed_info(made.view)
     return Provisioned(**{**vars(found), "created": made.created})
 
 
@@ -92,12 +100,20 @@ def extend(volume: str, by: int | str | None = None) -> Extended:
 def info(volume: str) -> Info:
     """What a disk is and how full. Raises NotFound, InUse (someone has it open without serving it)."""
     from fvd.api import remote
-    from fvd.volume.info import info as info_of
     from fvd.volume.name import parse_name
+    from fvd.volume.view import look
 
     name = parse_name(volume)
     answer = remote.ask(name, "info")
-    return info_from_json(info_of(name) if answer is remote.NOT_SERVED else answer)
+    return closed_info(look(name)) if answer is remote.NOT_SERVED else info_from_json(answer)
+
+
+def closed_info(view: View) -> Info:
+    """What a closed disk is and how full."""
+    from fvd.api.copying import info_of_closed
+    from fvd.volume.info import info as info_of
+
+    return info_from_json(info_of(view) | info_of_closed(view))
 
 
 def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) -> Map:

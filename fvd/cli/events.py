@@ -15,7 +15,7 @@ from types import FrameType
 import fvd
 from fvd.cli.failure import EXIT_BROKEN_PIPE, PROGRAM
 from fvd.cli.options import VOLUME_HELP, Subparsers, add_command
-from fvd.cli.output import SCHEMA_VERSION
+from fvd.cli.output import SCHEMA_VERSION, duration
 from fvd.units import format_size
 
 EXAMPLES = """\
@@ -74,6 +74,10 @@ def describe_event(event: fvd.Event) -> str:
         details.append(f"the device stood still for {event.suspend_seconds * 1000:.0f} ms")
     if event.group_free_bytes is not None:
         details.append(f"{format_size(event.group_free_bytes)} left in {event.group or 'its group'}")
+    if event.total_bytes:
+        details.append(f"{format_size(event.copied_bytes)} of {format_size(event.total_bytes)} copied")
+    if event.eta_seconds is not None:
+        details.append(f"{duration(event.eta_seconds)} left")
     if event.message:
         details.append(" ".join(event.message.split()))
     if event.lost:

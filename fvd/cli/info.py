@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import fvd
 from fvd.cli.options import Subparsers, add_command, add_volume
 from fvd.cli.output import Output, share
+from fvd.cli.prefetch import progress_text
 from fvd.units import GIB, MIB, format_size
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def describe_info(found: Info) -> list[str]:
         ("layout", f"{found.layout}, blocks of {format_size(found.block_size)} in chunks of {format_size(found.chunk_size)}"),
         ("journal", format_size(found.journal_size)),
         ("base", f"{found.base.path} ({format_size(found.base.size)}, {found.base.format})" if found.base else "none"),
+        *(("" if number else "copies", line) for number, line in enumerate(describe_copies(found))),
         ("state", describe_state(found)),
         ("uuid", found.uuid),
         ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
@@ -66,6 +68,18 @@ def describe_growth(found: Info) -> str:
 def describe_state(found: Info) -> str:
     clean = "clean" if found.clean else "not clean: the next open replays its journal"
     return f"served at {found.uri}" if found.uri else clean
+
+
+def describe_copies(found: Info) -> list[str]:
+    """How the disk is becoming independent of its base."""
+    if found.base is None:
+        return []
+    if found.base_released:
+        return ["base: released; everything is in the disk"]
+    copy_on_read = f"copy-on-read {'on' if found.copy_on_read else 'off'}"
+    if found.prefetch is None:
+        return [f"{copy_on_read}, prefetching {'on' if found.prefetch_default else 'off'}, unless serve says otherwise"]
+    return [copy_on_read, f"prefetching: {progress_text(found.prefetch)}"]
 
 
 def describe_steps(found: Info) -> list[str]:

@@ -12,12 +12,45 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fvd import __version__
-from fvd.cli import attach_info, check, dump, events, extend, info, list_volumes, map_volume, output, provision, remove, serve, torture
+from fvd.cli import (
+    attach_info,
+    check,
+    copy_on_read,
+    dump,
+    events,
+    extend,
+    info,
+    list_volumes,
+    map_volume,
+    output,
+    prefetch,
+    profile,
+    provision,
+    remove,
+    serve,
+    torture,
+)
 from fvd.cli.failure import EXIT_BROKEN_PIPE, EXIT_USAGE, PROGRAM, error_line, error_object, exit_code_of, exit_code_table
 from fvd.cli.options import add_common
 from fvd.errors import FvdError, InvalidArgument
 
-COMMANDS = (provision, serve, extend, info, attach_info, events, map_volume, check, dump, list_volumes, remove, torture)
+COMMANDS = (
+    provision,
+    serve,
+    extend,
+    info,
+    attach_info,
+    events,
+    prefetch,
+    copy_on_read,
+    profile,
+    map_volume,
+    check,
+    dump,
+    list_volumes,
+    remove,
+    torture,
+)
 
 DESCRIPTION = """\
 Virtual disks that hold what was written and no more, served over NBD, that survive any crash.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fvd.api.address import parse_listen
@@ -11,6 +12,8 @@ from fvd.errors import InvalidArgument
 from fvd.units import parse_size
 
 VOLUME_HELP = "VG/LV, file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
+
+ON_OFF = ("on", "off")
 
 # How a command is registered: its parser, and what runs it.
 Run = Callable[[argparse.Namespace], int]
@@ -23,6 +26,17 @@ def size(text: str) -> int:
         return parse_size(text)
     except InvalidArgument as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a time in seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write seconds, for example 30")
+    return value
 
 
 def mode(text: str) -> int:
@@ -42,6 +56,14 @@ def host_and_port(text: str) -> tuple[str, int]:
         return parse_listen(text)
     except InvalidArgument as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def refuse_options(arguments: argparse.Namespace, refused: bool, names: Iterable[str], belongs_to: str) -> None:
+    """Options that would mean nothing here are a mistake. Raises InvalidArgument."""
+    for name in names:
+        value = getattr(arguments, name)
+        if refused and value is not None and value is not False:  # 0 was said too
+            raise InvalidArgument(f"--{name.replace('_', '-')} belongs to {belongs_to}")
 
 
 def add_command(subparsers: Subparsers, name: str, help_text: str, run: Run, examples: str) -> argparse.ArgumentParser:

@@ -65,6 +65,21 @@ def share(part: int, whole: int) -> str:
     return "< 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
 
 
+def drawn_bar(ratio: float, room: int) -> str:
+    """``[####....]`` with so many marks; full only when nothing is left."""
+    filled = int(ratio * room)
+    return f"[{'#' * filled}{'.' * (room - filled)}]"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 5 s``, ``2 h 10 min``, ``5 d 3 h``."""
+    whole = max(0, round(seconds))
+    for unit, unit_seconds, part, part_seconds in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= unit_seconds:
+            return f"{whole // unit_seconds} {unit} {whole % unit_seconds // part_seconds} {part}"
+    return f"{whole} s"
+
+
 def silence_stdout() -> None:
     """The reader is gone: let nothing that is still buffered complain about it at exit."""
     with contextlib.suppress(OSError, ValueError):

@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from fvd.cli.output import terminal_width
+from fvd.cli.output import drawn_bar, terminal_width
 from fvd.units import format_size
 
 _SILENT_SECONDS = 0.5  # what is done by then needs no bar
@@ -48,5 +48,4 @@ def bar(label: str, done_bytes: int, total_bytes: int, seconds: float, width: in
     room = width - len(label) - len(tail) - 5
     if room < 8:
         return f"{label} {100 * ratio:3.0f} %"[: max(0, width - 1)]
-    filled = int(ratio * room)
-    return f"{label} [{'#' * filled}{'.' * (room - filled)}]{tail}"
+    return f"{label} {drawn_bar(ratio, room)}{tail}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import get_args
 
 import fvd
 from fvd.cli.info import describe_info
-from fvd.cli.options import Subparsers, add_command, add_volume, size
+from fvd.cli.options import ON_OFF, Subparsers, add_command, add_volume, size
 from fvd.cli.output import Output
 from fvd.cli.progress import Progress
 
@@ -16,16 +17,27 @@ EXAMPLES = """\
   fvd-lv provision vg0/vm1 --size 100G --max-overcommit 3
   fvd-lv provision file:vm1.img --size 100G
   fvd-lv provision file:vm2.img --size 100G --base debian-12.raw
+  fvd-lv provision vg0/vm3 --size 100G --base nbd://images.example.com/debian-12 --prefetch on
+  fvd-lv provision vg0/vm4 --size 100G --base debian-12.qcow2 --base-format qcow2 --copy-on-read on
   fvd-lv provision /dev/sdb --size 500G --layout raw
 
 The same command again is fine and changes nothing; with other parameters it fails (exit code 4)."""
+
+
+BASE_HELP = """what shows through where nothing was written, and is never written itself: the path of a raw file or block device; an
+NBD URI (nbd://HOST/EXPORT, nbds://..., nbd+unix:///EXPORT?socket=PATH); or, with --base-format, an image or a URI that QEMU reads
+(rbd:..., ssh://..., https://...)"""
+BASE_FORMATS: tuple[str, ...] = get_args(fvd.BaseFormat)
 
 
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "provision", "make a virtual disk in a volume", run, EXAMPLES)
     add_volume(parser)
     parser.add_argument("--size", metavar="SIZE", type=size, required=True, help="size of the virtual disk, for example 100G")
-    parser.add_argument("--base", metavar="IMAGE", help="a raw image that shows through where nothing was written")
+    parser.add_argument("--base", metavar="IMAGE", help=BASE_HELP)
+    parser.add_argument("--base-format", choices=BASE_FORMATS, help="what the base is; default: raw, and of an NBD URI nbd")
+    parser.add_argument("--copy-on-read", choices=ON_OFF, default="off", help="keep what is read from the base; serve may say otherwise")
+    parser.add_argument("--prefetch", choices=ON_OFF, default="off", help="copy all of the base in the background; likewise")
     parser.add_argument(
         "--layout", choices=("compact", "raw"), default="compact", help="compact: storage on demand (default); raw: all of it now"
     )
@@ -50,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.volume,
             arguments.size,
             base=arguments.base,
+            base_format=arguments.base_format,
+            copy_on_read=arguments.copy_on_read == "on",
+            prefetch=arguments.prefetch == "on",
             layout=arguments.layout,
             block_size=arguments.block_size,
             chunk_size=arguments.chunk_size,

@@ -10,13 +10,14 @@ from types import FrameType
 
 import fvd
 from fvd.cli.notify import notify
-from fvd.cli.options import VOLUME_HELP, Subparsers, add_command, host_and_port, mode
+from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
 
 EXAMPLES = """\
   fvd-lv serve file:vm1.img --socket /run/vm1.sock
   fvd-lv serve file:vm1.img file:vm2.img --listen localhost:10809
   fvd-lv serve /dev/sdb --socket vm.sock --cache none --on-full error
+  fvd-lv serve vg0/vm1 --socket /run/vm1.sock --copy-on-read on --prefetch on --prefetch-rate 50M
 
 Prints one line for each volume when all are ready: its NBD URI. With one volume the empty export name is that volume too.
 Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, which loses nothing that was flushed."""
@@ -40,12 +41,29 @@ def register(subparsers: Subparsers) -> None:
         default="wait",
         help="when storage has ended, a write that needs more waits until there is some (default) or fails with ENOSPC",
     )
+    parser.add_argument("--copy-on-read", choices=ON_OFF, help="keep what guests read from the base; default: as the disk was provisioned")
+    parser.add_argument(
+        "--prefetch",
+        choices=ON_OFF,
+        help="copy all of the base in the background, not in the guests' way; default: as the disk was provisioned",
+    )
+    parser.add_argument("--prefetch-delay", metavar="S", type=seconds, help="--prefetch on: begin after so many seconds, default 10")
+    parser.add_argument("--prefetch-rate", metavar="SIZE", type=size, help="--prefetch on: at most so much a second; default: no limit")
+    parser.add_argument("--profile", metavar="FILE", help="--prefetch on: copy first what this names; default: the one beside the base")
+    parser.add_argument(
+        "--base-timeout",
+        metavar="S",
+        type=seconds,
+        default=30.0,
+        help="for so long reads of a base that does not answer are tried again; then they fail, default 30",
+    )
     parser.add_argument("--socket-mode", metavar="MODE", type=mode, default="0600", help="permissions of the unix socket, default 0600")
     parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket, by name or number")
 
 
 def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output)
+    refuse_options(arguments, arguments.prefetch != "on", ("prefetch_delay", "prefetch_rate", "profile"), "--prefetch on")
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -62,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         cache=arguments.cache,
         read_only=arguments.read_only,
         on_full=arguments.on_full,
+        copy_on_read=on_or_off(arguments.copy_on_read),
+        prefetch=prefetch_of(arguments),
+        base_timeout_s=arguments.base_timeout,
         socket_mode=arguments.socket_mode,
         socket_group=arguments.socket_group,
         on_end=stop.set,
@@ -72,3 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
         stop.wait()
         notify("STOPPING=1")
     return 0
+
+
+def prefetch_of(arguments: argparse.Namespace) -> fvd.PrefetchOptions | bool | None:
+    """What was said about prefetching; None: nothing, so it is as the disk was provisioned."""
+    if arguments.prefetch != "on":
+        return on_or_off(arguments.prefetch)
+    options = fvd.PrefetchOptions()
+    return fvd.PrefetchOptions(
+        delay_s=options.delay_s if arguments.prefetch_delay is None else arguments.prefetch_delay,
+        rate_bytes=arguments.prefetch_rate or 0,
+        profile=arguments.profile,
+    )
+
+
+def on_or_off(word: str | None) -> bool | None:
+    return None if word is None else word == "on"

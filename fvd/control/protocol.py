@@ -141,11 +141,12 @@ class Lines:
 
 
 def check_arguments(arguments: dict[str, Any], allowed: dict[str, type]) -> dict[str, Any]:
-    """The arguments, if each is known and of its type."""
+    """The arguments, if each is known and of its type; a float may be written as an integer, as JSON has only numbers."""
     for name, value in arguments.items():
         if name not in allowed:
             raise InvalidArgument(f"unknown argument {name!r}; known are: {', '.join(sorted(allowed)) or 'none'}")
-        if not isinstance(value, allowed[name]) or isinstance(value, bool) != (allowed[name] is bool):
+        kinds = (int, float) if allowed[name] is float else allowed[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) != (allowed[name] is bool):
             raise InvalidArgument(f"argument {name!r} must be of type {allowed[name].__name__}, not {type(value).__name__}")
     return arguments
 

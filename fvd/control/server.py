@@ -119,7 +119,7 @@ class ControlServer:
         thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # before anybody can see it: what has not been started cannot be joined
 
     def _accept_all(self) -> None:
         assert self._listener is not None

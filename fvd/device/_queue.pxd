@@ -1,5 +1,6 @@
 """The compiled interface of operation queues: device operations in, completions and socket readiness out. See _queue.pyx."""
 
+from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from fvd.device.op cimport DeviceOp
@@ -18,13 +19,32 @@ cdef struct Event:
 cdef struct Disk:
     int storage_fd
     int base_fd
+    PyObject *source        # a Source: base operations go there; borrowed from Queue.attached; NULL: to base_fd
+    uint64_t base_inflight  # operations of the base that have not ended
     uint32_t discard        # how storage discards: see DiscardHow
 
 cdef struct Watch:
     uint64_t key
+    PyObject *source        # the Source whose watch it is: told by Source.noted, not by an event; borrowed; NULL: the driver's
     int fd                  # -1: free
     uint32_t generation     # tells late answers to an earlier watch from those to this one
     uint8_t wants_write     # blocking queue: EPOLLOUT is armed
+
+cdef class Queue    # forward
+
+cdef class Source:
+    """A base that is no descriptor, as the queue sees it. Its operations end through Queue.source_ended, in the queue's thread."""
+    cdef uint32_t noted                 # what rang since turn() looked: keys of its watches, shifted left by WRITABLE_SHIFT for writable
+    cdef void note(self, uint32_t what) noexcept nogil
+    cdef int attach(self, Queue queue, uint32_t disk) except -1
+    # Everything that has not ended ends with an error.
+    cdef int detach(self) except -1
+    cdef int start(self, const DeviceOp *op) except -1 nogil
+    # Called when something rang, and every SUPERVISE_NS at the latest while operations are in flight.
+    cdef int turn(self, int64_t now_ns) except -1 nogil
+
+cdef enum:
+    WRITABLE_SHIFT = 8
 
 cdef class Queue:
     # --- What a driver uses -------------------------------------------------------------------------------------
@@ -35,8 +55,11 @@ cdef class Queue:
     cdef readonly uint64_t inflight     # operations started whose end turn() has not reported
     cdef readonly bint interrupted      # the last turn() was cut short by a signal
     # Descriptors stay the caller's, and must outlive what was started on them.
-    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd) except -1
+    # `source`: None, or a Source for the base instead of base_fd.
+    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=*) except -1
     cdef int detach(self, uint32_t disk) except -1
+    # The disk needs its base no longer. Raises RuntimeError, and changes nothing, while operations of the base are in flight.
+    cdef int release_base(self, uint32_t disk) except -1
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil
     # Returns a handle for the two below. Unwatch before closing the descriptor.
     cdef int watch(self, int fd, uint64_t key) except -1 nogil
@@ -55,5 +78,20 @@ cdef class Queue:
     cdef uint32_t watch_room
     cdef int add_event(self, uint32_t kind, uint64_t key, int64_t result, uint32_t disk) except -1 nogil
     cdef int new_watch(self, int fd, uint64_t key) except -1 nogil
+    cdef int tell(self, Watch *watch, uint32_t kind, int64_t result) except -1 nogil
+    # --- Sources ------------------------------------------------------------------------------------------------
+    cdef list attached                  # of Source, which `sources` borrows
+    cdef PyObject **sources
+    cdef uint32_t source_count, source_room
+    cdef uint64_t source_inflight       # of `inflight`
+    cdef bint source_rang
+    cdef int64_t next_look_ns
+    cdef int watch_for(self, Source source, int fd, uint64_t key) except -1
+    cdef int source_ended(self, uint32_t disk, uint64_t token, int64_t result) except -1 nogil
+    cdef int start_at_source(self, uint32_t disk, const DeviceOp *op) except -1 nogil
+    cdef int64_t patience(self, int64_t timeout_ns) noexcept nogil
+    cdef int look_at_sources(self) except -1 nogil
+    cdef int drop_source(self, Source source) except -1
+    cdef int drop_sources(self) except -1
 
 cpdef Queue open_queue(bint force_blocking=*, uint32_t entries=*)

@@ -1,11 +1,13 @@
 """Operation queues: run device operations and watch sockets, through io_uring or, where the kernel refuses that, blocking calls and epoll.
 
 A queue belongs to the thread that opened it. It finishes short transfers itself and answers 0 or a negative errno. It knows
-descriptors and bytes; it may not know the engine, the format, or what a watched socket speaks.
+descriptors, bytes, and sources (a base that is no descriptor: see _remote.pyx); it may not know the engine, the format, or what a
+watched socket speaks.
 """
 
 import os
 
+from cpython.ref cimport PyObject
 from libc.errno cimport (EAGAIN, EBUSY, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM, ETIME, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
@@ -140,6 +142,8 @@ cdef enum DiscardHow:
     DISCARD_PUNCH = 1       # regular file: a hole, same size
     DISCARD_DEVICE = 2      # block device
 
+cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations in flight looks whether one is overdue
+
 cdef enum:
     TRANSFER_BYTES = 1 << 30        # the kernel moves at most 2 GiB - 4 KiB at once
     NONE = 0xFFFFFFFF
@@ -152,18 +156,40 @@ cdef enum Owner:
     OWNER_NOBODY = 3
 
 
+cdef class Source:
+    """What the queue needs of a base that is no descriptor."""
+
+    cdef void note(self, uint32_t what) noexcept nogil:
+        self.noted |= what
+
+    cdef int attach(self, Queue queue, uint32_t disk) except -1:
+        raise NotImplementedError
+
+    cdef int detach(self) except -1:
+        raise NotImplementedError
+
+    cdef int start(self, const DeviceOp *op) except -1 nogil:
+        with gil:
+            raise NotImplementedError
+
+    cdef int turn(self, int64_t now_ns) except -1 nogil:
+        return 0
+
+
 cdef class Queue:
     """Base: the tables that both implementations share."""
 
     def __cinit__(self):
         self.kind = self.notice = ""
+        self.attached = []
 
     def __dealloc__(self):
         free(self.events)
         free(self.disks)
         free(self.watches)
+        free(self.sources)
 
-    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd) except -1:
+    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=None) except -1:
         cdef Disk *grown
         cdef uint32_t room = max(disk + 1, 2 * self.disk_room)
         if disk >= self.disk_room:
@@ -178,10 +204,98 @@ cdef class Queue:
         self.disks[disk].storage_fd = storage_fd
         self.disks[disk].base_fd = base_fd
         self.disks[disk].discard = DISCARD_DEVICE if block_device else DISCARD_PUNCH
+        self.disks[disk].source = NULL
+        self.disks[disk].base_inflight = 0
+        cdef PyObject **more
+        if source is not None:
+            if self.source_count == self.source_room:
+                more = <PyObject **>realloc(self.sources, (self.source_room + 16) * sizeof(PyObject *))
+                if more == NULL:
+                    raise MemoryError
+                self.sources = more
+                self.source_room += 16
+            source.attach(self, disk)
+            self.attached.append(source)
+            self.sources[self.source_count] = self.disks[disk].source = <PyObject *>source
+            self.source_count += 1
+            self.source_rang = True
         return 0
 
     cdef int detach(self, uint32_t disk) except -1:
-        self.disks[disk].storage_fd = self.disks[disk].base_fd = -1
+        self.release_base(disk)
+        self.disks[disk].storage_fd = -1
+        return 0
+
+    cdef int release_base(self, uint32_t disk) except -1:
+        if disk >= self.disk_room:
+            raise RuntimeError(f"disk {disk} is not attached")
+        if self.disks[disk].base_inflight:
+            raise RuntimeError(f"disk {disk}: {self.disks[disk].base_inflight} operations of its base are in flight")
+        if self.disks[disk].source != NULL:
+            self.drop_source(<Source>self.disks[disk].source)
+            self.disks[disk].source = NULL
+        self.disks[disk].base_fd = -1
+        return 0
+
+    cdef int drop_source(self, Source source) except -1:
+        cdef uint32_t i
+        source.detach()
+        self.attached.remove(source)
+        for i in range(self.source_count):
+            if self.sources[i] == <PyObject *>source:
+                self.source_count -= 1
+                self.sources[i] = self.sources[self.source_count]
+                break
+        return 0
+
+    cdef int drop_sources(self) except -1:
+        """For close(): what is in flight there ends now."""
+        cdef uint32_t disk
+        for source in list(self.attached):
+            for disk in range(self.disk_room):
+                if self.disks[disk].source == <PyObject *>source:
+                    self.disks[disk].source = NULL
+            self.drop_source(source)
+        return 0
+
+    cdef int watch_for(self, Source source, int fd, uint64_t key) except -1:
+        cdef int handle = self.watch(fd, key)
+        self.watches[handle].source = <PyObject *>source
+        return handle
+
+    cdef int source_ended(self, uint32_t disk, uint64_t token, int64_t result) except -1 nogil:
+        self.add_event(EVENT_OP, token, result, disk)
+        self.disks[disk].base_inflight -= 1
+        self.source_inflight -= 1
+        self.inflight -= 1
+        return 0
+
+    cdef int start_at_source(self, uint32_t disk, const DeviceOp *op) except -1 nogil:
+        self.disks[disk].base_inflight += 1
+        self.source_inflight += 1
+        self.inflight += 1
+        return (<Source>self.disks[disk].source).start(op)
+
+    cdef int64_t patience(self, int64_t timeout_ns) noexcept nogil:
+        """How long turn() may sleep."""
+        if self.event_count or self.source_rang:
+            return 0
+        return min(timeout_ns, SUPERVISE_NS) if self.source_inflight else timeout_ns
+
+    cdef int look_at_sources(self) except -1 nogil:
+        """Let the sources take what rang for them; theirs are the last events of a turn."""
+        cdef uint32_t i
+        cdef int64_t now_ns
+        if self.source_count == 0:
+            self.source_rang = False
+            return 0
+        now_ns = fvd_now_ns()
+        if not self.source_rang and now_ns < self.next_look_ns:
+            return 0
+        self.source_rang = False
+        self.next_look_ns = now_ns + SUPERVISE_NS
+        for i in range(self.source_count):
+            (<Source>self.sources[i]).turn(now_ns)
         return 0
 
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:
@@ -243,9 +357,17 @@ cdef class Queue:
         cdef Watch *watch = &self.watches[handle]
         watch.fd = fd
         watch.key = key
+        watch.source = NULL
         watch.generation = (watch.generation + 1) & 0xFFFFFF
         watch.wants_write = 0
         return <int>handle
+
+    cdef int tell(self, Watch *watch, uint32_t kind, int64_t result) except -1 nogil:
+        if watch.source == NULL:
+            return self.add_event(kind, watch.key, result, 0)
+        (<Source>watch.source).note(<uint32_t>watch.key << (WRITABLE_SHIFT if kind == EVENT_WRITABLE else 0))
+        self.source_rang = True
+        return 0
 
 
 cdef int64_t transfer_result(uint8_t kind, uint64_t moved, uint64_t length, int64_t result) noexcept nogil:
@@ -363,6 +485,11 @@ cdef class UringQueue(Queue):
         cdef uint32_t i, number, room
         cdef Pending *grown
         for i in range(count):
+            if ops[i].target == TARGET_BASE:
+                if self.disks[disk].source != NULL:
+                    self.start_at_source(disk, &ops[i])
+                    continue
+                self.disks[disk].base_inflight += 1
             if self.first_free == NONE:
                 room = max(256, 2 * self.pending_room)
                 grown = <Pending *>realloc(self.pending, room * sizeof(Pending))
@@ -431,6 +558,8 @@ cdef class UringQueue(Queue):
     cdef int finish(self, uint32_t number, int64_t result) except -1 nogil:
         cdef Pending *pending = &self.pending[number]
         self.add_event(EVENT_OP, pending.op.token, result, pending.disk)
+        if pending.op.target == TARGET_BASE:
+            self.disks[pending.disk].base_inflight -= 1
         pending.next_free = self.first_free
         self.first_free = number
         self.inflight -= 1
@@ -478,8 +607,8 @@ cdef class UringQueue(Queue):
             return 0
         if owner == OWNER_WRITE_WATCH:
             watch.wants_write = 0
-            return self.add_event(EVENT_WRITABLE, watch.key, result, 0)
-        self.add_event(EVENT_READABLE, watch.key, result, 0)
+            return self.tell(watch, EVENT_WRITABLE, result)
+        self.tell(watch, EVENT_READABLE, result)
         if not more and (result >= 0 or result == -ECANCELED):      # the kernel drops a multishot when its queue overflows
             return self.poll(handle, OWNER_READ_WATCH)
         return 0
@@ -490,6 +619,7 @@ cdef class UringQueue(Queue):
         cdef kernel_timespec wait
         cdef int64_t until
         self.interrupted = False
+        timeout_ns = self.patience(timeout_ns)
         if self.spill_count:
             self.unspill()
         cdef bint ready = self.event_count != 0 or io_uring_cq_ready(&self.ring) != 0
@@ -510,7 +640,8 @@ cdef class UringQueue(Queue):
             wait.tv_nsec = timeout_ns % 1000000000
             result = io_uring_submit_and_wait_timeout(&self.ring, &first, 1, &wait, NULL)
         self.check(result)
-        return self.reap()
+        self.reap()
+        return self.look_at_sources()
 
     cdef int reap(self) except -1 nogil:
         cdef io_uring_cq *cq = &self.ring.cq
@@ -548,6 +679,7 @@ cdef class UringQueue(Queue):
         cdef int64_t patience = fvd_now_ns() + 1000000000
         if not self.opened:
             return 0
+        self.drop_sources()
         with nogil:
             for handle in range(self.watch_room):
                 if self.watches[handle].fd >= 0:
@@ -585,6 +717,9 @@ cdef class BlockingQueue(Queue):
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:
         cdef uint32_t i
         for i in range(count):
+            if ops[i].target == TARGET_BASE and self.disks[disk].source != NULL:
+                self.start_at_source(disk, &ops[i])
+                continue
             self.add_event(EVENT_OP, ops[i].token, run_op(&self.disks[disk], &ops[i]), disk)
             self.inflight += 1
         return 0
@@ -620,8 +755,9 @@ cdef class BlockingQueue(Queue):
         cdef int i, count = 0, timeout_ms = 0
         cdef Watch *watch
         self.interrupted = False
-        self.inflight = 0       # all of them are in events
-        if self.event_count == 0 and timeout_ns > 0:
+        self.inflight = self.source_inflight    # all others are in events
+        timeout_ns = self.patience(timeout_ns)
+        if timeout_ns > 0:
             timeout_ms = <int>((timeout_ns + 999999) // 1000000)
             until = fvd_now_ns() + spin_ns
             while spin_ns > 0 and count == 0 and fvd_now_ns() < until:
@@ -641,12 +777,13 @@ cdef class BlockingQueue(Queue):
             if watch.wants_write and ready[i].events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 watch.wants_write = 0
                 self.control(EPOLL_CTL_MOD, handle)
-                self.add_event(EVENT_WRITABLE, watch.key, ready[i].events, 0)
+                self.tell(watch, EVENT_WRITABLE, ready[i].events)
             if ready[i].events & ~EPOLLOUT:
-                self.add_event(EVENT_READABLE, watch.key, ready[i].events & ~EPOLLOUT, 0)
-        return 0
+                self.tell(watch, EVENT_READABLE, ready[i].events & ~EPOLLOUT)
+        return self.look_at_sources()
 
     cpdef int close(self) except -1:
+        self.drop_sources()
         if self.epoll_fd >= 0:
             c_close(self.epoll_fd)
             self.epoll_fd = -1
@@ -724,12 +861,19 @@ cdef class Driver:
     def __init__(self, *, force_blocking=False, entries=1024):
         self.queue = open_queue(force_blocking, entries)
 
-    def attach(self, int storage_fd, int base_fd=-1):
-        self.queue.attach(0, storage_fd, base_fd)
+    def attach(self, int storage_fd, int base_fd=-1, Source remote=None, uint32_t disk=0):
+        self.queue.attach(disk, storage_fd, base_fd, remote)
 
-    def run(self, batch):
+    def release_base(self, uint32_t disk=0):
+        self.queue.release_base(disk)
+
+    def detach(self, uint32_t disk=0):
+        self.queue.detach(disk)
+
+    def run(self, batch, disks=None, meanwhile=None):
         """Run operations together. Each is ("read" or "read_base" or "discard", offset, length), ("write" or "write_durable", offset,
-        data) or ("flush",). Returns (result, data) in the same order: 0 or a negative errno, and what was read."""
+        data) or ("flush",). Returns (result, data) in the same order: 0 or a negative errno, and what was read. `disks`: whose each
+        is, instead of disk 0. `meanwhile()` is called when all have been started."""
         cdef uint32_t i, count = len(batch), ended = 0
         cdef uint64_t room = 0
         cdef DeviceOp *ops = <DeviceOp *>calloc(count + 1, sizeof(DeviceOp))
@@ -758,8 +902,14 @@ cdef class Driver:
                 ops[i].buffer = buffers + <uint64_t>ops[i].buffer
                 if ops[i].kind == OP_WRITE:
                     memcpy(ops[i].buffer, <const uint8_t *><bytes>batch[i][2], ops[i].length_bytes)
-            with nogil:
-                self.queue.start(0, ops, count)
+            if disks is None:
+                with nogil:
+                    self.queue.start(0, ops, count)
+            else:
+                for i in range(count):
+                    self.queue.start(disks[i], &ops[i], 1)
+            if meanwhile is not None:
+                meanwhile()
             while ended < count:
                 with nogil:
                     self.queue.turn(1000000000, 0)
@@ -794,6 +944,8 @@ cdef class Driver:
         names = {EVENT_READABLE: "readable", EVENT_WRITABLE: "writable"}
         events = []
         for i in range(self.queue.event_count):
+            if self.queue.events[i].kind not in names:
+                raise RuntimeError("an operation ended that nobody started")
             events.append((names[self.queue.events[i].kind], self.queue.events[i].key, self.queue.events[i].result))
         self.queue.event_count = 0
         return events

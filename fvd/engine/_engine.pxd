@@ -240,6 +240,7 @@ cdef class Engine:
     cdef uint64_t base_blocks, base_absent, release_after, base_timeout_ns, retry_ns
     cdef uint64_t copy_bytes, copy_limit, copy_most_blocks
     cdef uint32_t copy_count
+    cdef uint32_t base_inflight     # reads of it handed out and not completed
     cdef Copy **copies              # by chunk
     cdef Retry *retries
     # prefetching

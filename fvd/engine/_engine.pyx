@@ -374,8 +374,11 @@ cdef class Engine:
         self.inflight_ops -= 1
         if op.watched:
             drain_note(self, &op)   # first: a drain that what follows begins has not counted it
-        if op.target == TARGET_BASE and base_tried(self, &op, error):
-            return 0
+        if op.target == TARGET_BASE:
+            self.base_inflight -= 1
+            if base_tried(self, &op, error):
+                return 0
+            base_release(self)
         if op.what == WHAT_PLAIN:
             if error and op.request.error == 0:
                 op.request.error = error

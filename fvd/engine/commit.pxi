@@ -207,10 +207,7 @@ cdef int journal_written(Engine e, int32_t error) except -1 nogil:
     if e.frozen.mask > 4095:
         delta_resize(&e.frozen, 1024)      # a burst must not make every later commit walk a large table
     e.commit_state = COMMIT_IDLE
-    if e.release_after and e.durable_commits >= e.release_after:
-        e.release_after = 0
-        e.base_released = True
-        e.want |= WANT_BASE
+    base_release(e)
     flushes_done(e)
     retired_check(e)
     if e.wait_slot.head != NULL:

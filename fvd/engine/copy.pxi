@@ -1,5 +1,6 @@
 # Copies from the base, and the changes that a crash may take back (docs/base.md). A copy reads whole blocks of the base into a buffer
-# of its own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or journal room.
+# of its own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or
+# journal room.
 
 
 # --- soft changes -------------------------------------------------------------------------------------------------
@@ -88,6 +89,14 @@ cdef int base_covered(Engine e, uint64_t first, uint64_t end) except -1 nogil:
         e.soft_due = True
         e.release_after = e.commits + 1
     return 0
+
+
+cdef void base_release(Engine e) noexcept nogil:
+    """Every block is here for good, and nothing that was asked of the base before is still to come: nobody will ask it again."""
+    if e.release_after and e.durable_commits >= e.release_after and e.base_inflight == 0 and e.retries == NULL:
+        e.release_after = 0
+        e.base_released = True
+        e.want |= WANT_BASE
 
 
 # --- the base's answers -------------------------------------------------------------------------------------------

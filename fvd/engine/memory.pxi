@@ -153,6 +153,7 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     elif kind == OP_READ:
         if target == TARGET_BASE:
             e.stat_base_reads += 1
+            e.base_inflight += 1
         else:
             e.stat_device_reads += 1
     elif kind == OP_FLUSH:

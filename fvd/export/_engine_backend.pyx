@@ -20,6 +20,9 @@ cdef class EngineBackend(Backend):
     cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
         return self.engine.complete(token, result)
 
+    cdef void clock(self, uint64_t now_ns) noexcept nogil:
+        self.engine.now_ns = now_ns
+
     cdef int tick(self, uint64_t now_ns) except -1 nogil:
         return self.engine.tick(now_ns)
 

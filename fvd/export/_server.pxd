@@ -11,6 +11,7 @@ cdef class Backend:
     cdef int submit(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
                     uint64_t cookie) except -1 nogil
     cdef int complete(self, uint64_t token, int64_t result) except -1 nogil
+    cdef void clock(self, uint64_t now_ns) noexcept nogil      # Engine.now_ns: set before what a turn begins or ends
     cdef int tick(self, uint64_t now_ns) except -1 nogil
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil

@@ -12,7 +12,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
-from fvd.device._queue cimport EVENT_OP, EVENT_READABLE, Event, Queue, open_queue
+from fvd.device._queue cimport EVENT_OP, EVENT_READABLE, Event, Queue, Source, open_queue
 from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (DONE_ALL_ZERO, EXTENT_ZERO, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ,
                                  REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done, Extent)
@@ -109,6 +109,7 @@ cdef struct Export:
     uint64_t open_requests          # in the backend
     uint64_t open_ops               # in the queue
     uint32_t connections
+    int64_t clock_ns                # what the backend was last told
     uint8_t live
     uint8_t closing                 # REQUEST_CLOSE was submitted
     uint8_t touched
@@ -181,6 +182,9 @@ cdef class Backend:
     cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
         with gil:
             raise NotImplementedError
+
+    cdef void clock(self, uint64_t now_ns) noexcept nogil:
+        """What time it is, before anything else is asked in a turn."""
 
     cdef int tick(self, uint64_t now_ns) except -1 nogil:
         return 0
@@ -299,14 +303,14 @@ cdef class Server:
     def unwatch(self, int fd):
         self.queue.unwatch(self.watches.pop(fd))
 
-    def add_export(self, Backend backend not None, int storage_fd, int base_fd):
-        """Returns the export's number."""
+    def add_export(self, Backend backend not None, int storage_fd, int base_fd, Source remote=None):
+        """Returns the export's number. `remote`: the base, instead of base_fd."""
         cdef uint32_t number = 0
         cdef Export **grown
         cdef Export *export
         while number < self.export_count and self.exports[number].backend != NULL:
             number += 1
-        self.queue.attach(number, storage_fd, base_fd)
+        self.queue.attach(number, storage_fd, base_fd, remote)
         if number == self.export_count:
             grown = <Export **>realloc(self.exports, (number + 1) * sizeof(Export *))
             if grown != NULL:
@@ -336,6 +340,10 @@ cdef class Server:
         self.queue.detach(number)
         export.backend = NULL
         self.backends[number] = None
+
+    def release_base(self, uint32_t number):
+        """The export needs its base no longer. Raises RuntimeError while operations of the base are in flight."""
+        self.queue.release_base(number)
 
     def adopt(self, int fd, uint32_t export, uint64_t size_bytes, uint32_t minimum_block_bytes, bint read_only, bint structured,
               bint allocation, bytes received):
@@ -385,6 +393,7 @@ cdef class Server:
         """Serve until Python has something to do. Returns the watched descriptors that became ready."""
         cdef uint32_t number
         with nogil:
+            self.now_ns = fvd_monotonic_ns()            # Python may have taken its time
             for number in range(self.export_count):     # Python may have changed something in an engine
                 if self.exports[number].live:
                     self.touch(self.exports[number])
@@ -438,6 +447,7 @@ cdef class Server:
             return 0
         it.answered = 0
         it.closing = close
+        self.now_ns = fvd_monotonic_ns()
         with nogil:
             self.touch(it)
             (<Backend>it.backend).submit(REQUEST_CLOSE if close else REQUEST_FLUSH, 0, 0, 0, NULL, <uint64_t>INTERNAL << 32 | export)
@@ -583,6 +593,10 @@ cdef class Server:
         return 0
 
     cdef void touch(self, Export *export) noexcept nogil:
+        """Comes before every call of a backend that may begin or end something."""
+        if export.clock_ns != self.now_ns:
+            export.clock_ns = self.now_ns
+            (<Backend>export.backend).clock(<uint64_t>self.now_ns)
         if not export.touched:
             export.touched = 1
             export.next_touched = self.touched

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from fvd.device._queue import Source
 from fvd.engine._engine import Engine
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout
 from fvd.export import handshake
@@ -144,6 +145,7 @@ class NbdServer:
         *,
         storage_fd: int,
         base_fd: int = -1,
+        remote: Source | None = None,
         size_bytes: int,
         read_only: bool = False,
         block_size_bytes: int = 4096,
@@ -151,7 +153,8 @@ class NbdServer:
         description: str = "",
         on_want: Callable[[int], None] | None = None,
     ) -> None:
-        """Offer a disk. The descriptors stay the caller's and must outlive close_export(). `block_size_bytes` is what requests are
+        """Offer a disk. The descriptors, and `remote` (an open fvd.device._remote.Remote instead of `base_fd`), stay the caller's and
+        must outlive close_export(); those of the base, release_base(). `block_size_bytes` is what requests are
         preferably aligned to. `on_want` is called in the serving thread with the engine's Want bits, once until they are cleared."""
         for text in (name, description):
             if len(text.encode()) > handshake.MAXIMUM_NAME_BYTES or "\0" in text:
@@ -167,7 +170,7 @@ class NbdServer:
         def attach() -> None:
             if name in self._exports:
                 raise Conflict(f"an export named {name!r} is already served")
-            number = self._loop.add_export(backend, storage_fd, base_fd)
+            number = self._loop.add_export(backend, storage_fd, base_fd, remote)
             preferred = min(block_size_bytes, MAXIMUM_PAYLOAD_BYTES)
             export = handshake.Export(name, number, size_bytes, read_only, minimum_block_bytes, preferred, description)
             self._exports[name] = export
@@ -190,6 +193,20 @@ class NbdServer:
         self._on_want.pop(export.number, None)
         if result:
             raise DeviceError(f"closing {name!r}: {os.strerror(-result)}; what was not flushed may be lost")
+
+    def release_base(self, name: str) -> None:
+        """A disk needs its base no longer: the caller may close it. Raises Conflict while something is still read from it."""
+
+        def release() -> None:
+            export = self._exports.get(name)
+            if export is None:
+                raise NotFound(f"no export named {name!r} is served")
+            try:
+                self._loop.release_base(export.number)
+            except RuntimeError as error:
+                raise Conflict(f"the base of {name!r} is in use: {error}") from error
+
+        self.call(release)
 
     def uri(self, name: str = "") -> str:
         """The NBD URI of an export. For TCP with port 0, once the server runs."""

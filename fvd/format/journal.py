@@ -167,9 +167,12 @@ def encode_commit(
     return out
 
 
-def first_page(geometry: Geometry, uuid: bytes) -> bytes:
-    """The only page of a new disk's ring: sequence 1, so its place is ``page_offset_bytes(geometry, 1)``, the ring's second page."""
-    return encode_commit(geometry, uuid, sequence=1, previous=0, tail=1, map_hash=0, words=(), entries=(), clean=True).tobytes()
+def first_page(geometry: Geometry, uuid: bytes, map_hash: int = 0) -> bytes:
+    """The only page of a new disk's ring: sequence 1, so its place is ``page_offset_bytes(geometry, 1)``, the ring's second page.
+
+    `map_hash` is that of the maps as they are written at provision; 0: they are empty.
+    """
+    return encode_commit(geometry, uuid, sequence=1, previous=0, tail=1, map_hash=map_hash, words=(), entries=(), clean=True).tobytes()
 
 
 def _as_ring(geometry: Geometry, ring: Bytes | bytes) -> Bytes:

@@ -6,21 +6,25 @@ Pure: the caller reads and writes the pages. What comes from storage may be anyt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
+from fvd.format.locator import MAX_LOCATOR_BYTES as MAX_LOCATOR_BYTES
+from fvd.format.locator import BaseFormat as BaseFormat
+from fvd.format.locator import check_locator
 
 SUPERBLOCK_BYTES = PAGE_BYTES
 SLOT_OFFSETS_BYTES = (0, 524288)
 MAGIC = b"FVDISK\r\n"
 VERSION = 1
 UUID_BYTES = 16
-MAX_LOCATOR_BYTES = 3072
 KNOWN_INCOMPATIBLE_FEATURES = 0
+COPY_ON_READ = 1
+PREFETCH = 2
+KNOWN_COMPATIBLE_FEATURES = COPY_ON_READ | PREFETCH
 _U64_END = 1 << 64
 
 SUPERBLOCK = np.dtype(
@@ -75,12 +79,6 @@ if SUPERBLOCK.itemsize != SUPERBLOCK_BYTES:
     raise ImportError(f"the superblock has {SUPERBLOCK.itemsize} bytes, not {SUPERBLOCK_BYTES}")
 
 
-class BaseFormat(IntEnum):
-    """How the bytes of a base are stored. 0 in the superblock means that there is no base."""
-
-    RAW = 1
-
-
 @dataclass(frozen=True, slots=True)
 class BaseReference:
     """The image that absent blocks are read from. The size is fixed at provision. Raises InvalidArgument."""
@@ -90,18 +88,11 @@ class BaseReference:
     format: BaseFormat = BaseFormat.RAW
 
     def __post_init__(self) -> None:
-        try:
-            raw = self.locator.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"the base's path {self.locator!r} is not UTF-8") from error
-        if not self.locator.startswith("/") or b"\0" in raw:
-            raise InvalidArgument(f"the base's path {self.locator!r} must be absolute and without NUL")
-        if len(raw) > MAX_LOCATOR_BYTES:
-            raise InvalidArgument(f"the base's path has {len(raw)} bytes; at most {MAX_LOCATOR_BYTES} fit")
+        if not isinstance(self.format, BaseFormat) or self.format is BaseFormat.NONE:
+            raise InvalidArgument(f"a base of format {self.format!r} does not exist")
+        check_locator(self.locator, self.format)
         if not 0 <= self.size_bytes < _U64_END:
             raise InvalidArgument(f"the base's size {self.size_bytes} is not possible")
-        if self.format not in tuple(BaseFormat):
-            raise InvalidArgument(f"base format {self.format} does not exist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +116,16 @@ class Superblock:
         for name in ("created_seconds", *_FEATURES):
             if not 0 <= getattr(self, name) < _U64_END:
                 raise InvalidArgument(f"{name} {getattr(self, name)} does not fit in 64 bits")
+
+    @property
+    def copy_on_read(self) -> bool:
+        """Whether opens that do not say otherwise keep what the guest reads from the base."""
+        return bool(self.compatible_features & COPY_ON_READ)
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether opens that do not say otherwise copy the whole base in the background."""
+        return bool(self.compatible_features & PREFETCH)
 
     @property
     def slot(self) -> int:
@@ -181,6 +182,9 @@ def decode(page: bytes, slot: int) -> Superblock:
     unknown = int(row["incompatible_features"]) & ~KNOWN_INCOMPATIBLE_FEATURES
     if unknown:
         raise Unsupported(f"{where}: unknown incompatible features {unknown:#x}; a newer program wrote this disk")
+    # Before the rest: what a locator looks like is up to its format.
+    if int(row["base_format"]) not in tuple(BaseFormat):
+        raise Unsupported(f"{where}: unknown base format {int(row['base_format'])}; a newer program wrote this disk")
     try:
         return _interpret(row, uuid, slot)
     except InvalidArgument as error:
@@ -205,8 +209,8 @@ def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
         created_seconds=int(row["created_seconds"]),
         **{name: int(row[name]) for name in _FEATURES},
     )
-    # A feature that this program may ignore may also have given a meaning to reserved bytes.
-    if not superblock.compatible_features | superblock.autoclear_features:
+    # A feature that this program does not know may have given a meaning to reserved bytes.
+    if not superblock.compatible_features & ~KNOWN_COMPATIBLE_FEATURES | superblock.autoclear_features:
         for name in _RESERVED:
             if any(row[name].tobytes()):
                 raise InvalidArgument(f"{name} is not zero")
@@ -218,17 +222,16 @@ def _interpret_base(row: np.void) -> BaseReference | None:
     size = int(row["base_locator_size"])
     if size > MAX_LOCATOR_BYTES or any(padded[size:]):
         raise InvalidArgument(f"base_locator_size is {size}, which does not fit the locator")
-    if int(row["base_format"]) == 0:
+    base_format = BaseFormat(int(row["base_format"]))
+    if base_format is BaseFormat.NONE:
         if size or int(row["base_size_bytes"]):
-            raise InvalidArgument("a base's path or size without a base")
+            raise InvalidArgument("a base's name or size without a base")
         return None
-    if int(row["base_format"]) not in tuple(BaseFormat):
-        raise InvalidArgument(f"base format {int(row['base_format'])} does not exist")
     try:
         locator = padded[:size].decode()
     except UnicodeDecodeError as error:
-        raise InvalidArgument("the base's path is not UTF-8") from error
-    return BaseReference(locator, int(row["base_size_bytes"]), BaseFormat(int(row["base_format"])))
+        raise InvalidArgument("the base's name is not UTF-8") from error
+    return BaseReference(locator, int(row["base_size_bytes"]), base_format)
 
 
 def choose(page0: bytes, page1: bytes) -> Superblock:

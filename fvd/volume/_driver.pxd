@@ -39,6 +39,7 @@ cdef class Driver:
     cdef uint32_t call_count
     cdef int wake_fd
     cdef bint closing, dead, has_posted, stop
+    cdef bint has_copying       # volume.copying was there when we last looked
     cdef readonly str queue_kind
     cdef bint force_blocking
 

@@ -5,6 +5,7 @@ It may not know sockets, protocols, or how the disk was opened.
 """
 
 import collections
+import logging
 import os
 import threading
 from concurrent.futures import Future
@@ -61,8 +62,12 @@ cdef enum:
     PIECE_BYTES = 4 << 20           # a longer transfer goes in pieces: it bounds the copy that each caller holds
     PIECE_RANGE_BYTES = 1 << 30     # of trim and zero, which have no buffer
     TICK_NS = 1000000000            # a quiet disk still commits what is pending
+    COPYING_TICK_NS = 250000000     # copying is steered this often
+    WANT_STEER = 4
+    WANT_BASE = 8
 
 _WAKE_KEY = 0xFFFFFFFFFFFFFFFF
+log = logging.getLogger(__name__)
 
 
 cdef class Driver:
@@ -182,6 +187,13 @@ cdef class Driver:
                     raise self.gone() from None
         return future.result()
 
+    def release_base(self):
+        """The disk needs its base no longer: the caller may close it. Raises RuntimeError while something is still read from it."""
+        self.call(self._release_base)
+
+    def _release_base(self):
+        self.queue.release_base(0)
+
     def thread_ended(self, timeout_seconds=None):
         """Waits for the thread to end, as it does after `close` and after a bug of ours. Returns whether it has."""
         self.thread.join(timeout_seconds)
@@ -300,8 +312,12 @@ cdef class Driver:
         cdef Call *call
         try:
             self.queue = open_queue(self.force_blocking, 256)
-            base = self.volume.base_node
-            self.queue.attach(0, self.volume.node.fd, -1 if base is None else base.fd)
+            base = self.volume.base
+            remote = getattr(base, "remote", None)
+            base_fd = -1 if base is None or remote is not None else base.node.fd
+            self.queue.attach(0, self.volume.node.fd, base_fd, remote)
+            self.volume.detach_base = self._release_base
+            self.has_copying = getattr(self.volume, "copying", None) is not None
             self.queue.watch(self.wake_fd, _WAKE_KEY)
             self.queue_kind = self.queue.kind
             if self.queue.notice:
@@ -348,8 +364,9 @@ cdef class Driver:
     cdef int turn_once(self) except -1 nogil:
         cdef uint32_t i
         cdef bint busy = True
+        self.engine.now_ns = fvd_driver_now_ns()
         self.take_inbox()
-        self.engine.tick(fvd_driver_now_ns())
+        self.engine.tick(self.engine.now_ns)
         while busy:
             busy = False
             if self.engine.want or self.has_posted:
@@ -362,7 +379,8 @@ cdef class Driver:
                     self.finish(<Call *> self.engine.done[i].cookie, self.engine.done[i].error)
                 self.engine.done_count = 0
             busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
-        self.queue.turn(TICK_NS, 0)
+        self.queue.turn(COPYING_TICK_NS if self.has_copying else TICK_NS, 0)
+        self.engine.now_ns = fvd_driver_now_ns()
         for i in range(self.queue.event_count):
             if self.queue.events[i].kind == EVENT_OP:
                 self.engine.complete(self.queue.events[i].key, self.queue.events[i].result)
@@ -389,14 +407,24 @@ cdef class Driver:
         return 0
 
     cdef int attend(self) except -1 with gil:
-        """What needs Python: growth, and calls from other threads."""
-        if self.engine.want & WANT_GROWTH and self.volume.allocator is not None:
+        """What needs Python: growth, copying, and calls from other threads."""
+        cdef uint32_t wants = self.engine.want
+        self.engine.want = 0        # first: what is wanted meanwhile is another wish
+        if wants & WANT_GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
-        if self.engine.want & WANT_EVENT and self.engine.failed_errno and self.on_failure is not None:
+        if wants & WANT_EVENT and self.engine.failed_errno and self.on_failure is not None:
             told, self.on_failure = self.on_failure, None       # once: the failure is sticky
             told()
-        self.engine.want = 0
-        return self.run_posted()
+        if wants & (WANT_STEER | WANT_BASE):
+            copying = getattr(self.volume, "copying", None)
+            if copying is not None:
+                try:
+                    copying.on_want(wants & (WANT_STEER | WANT_BASE))
+                except Exception:   # the disk does without
+                    log.exception("%s: copying from the base could not be steered", self.volume.name)
+        result = self.run_posted()
+        self.has_copying = getattr(self.volume, "copying", None) is not None
+        return result
 
     cdef int run_posted(self) except -1:
         self.has_posted = False

@@ -16,7 +16,7 @@ from fvd.format.journal import replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
 from fvd.format.superblock import Superblock, decode
 from fvd.volume.base import open_base
-from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit
+from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.opening import OpenVolume
 from fvd.volume.provider import provider_for
@@ -38,6 +38,7 @@ class CheckReport:
     mapped_chunks: int = 0
     mapped_bytes: int = 0
     commits_replayed: int = 0
+    base_released: bool = False  # all that the base has is in the disk: it may be gone
 
 
 def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
@@ -56,7 +57,7 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
     ):
         held.check_covers(node)
         report = check_node(node, name, progress=progress)
-        return _check_base(node, report)
+        return report if report.base_released else _check_base(node, report)
 
 
 def _check_open(volume: OpenVolume) -> CheckReport:
@@ -184,6 +185,8 @@ def _count(view: View, report: CheckReport) -> None:
     geometry = view.geometry
     report.clean = view.clean
     report.mapped_chunks = view.mapped_chunks
+    # Of damaged maps nothing follows.
+    report.base_released = not report.errors and covers_base(view.superblock, view.bitmap)
     if view.table is None:
         report.mapped_bytes = min(view.present_blocks * geometry.block_size_bytes, geometry.virtual_size_bytes)
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fvd.format.locator import BaseFormat
+from fvd.volume.loading import covers_base
 from fvd.volume.name import VolumeKind
 from fvd.volume.opening import OpenVolume
 from fvd.volume.policy import default_low_water_bytes, limit_size_bytes
@@ -17,6 +19,8 @@ def info(target: Target | View) -> dict[str, Any]:
     """Sizes in bytes. Of an open volume: call it in its loop's thread. Raises as `look`.
 
     ``mapped_bytes``: storage taken by chunks (compact: slots in use; raw, where every chunk has its slot: present blocks).
+    ``base``: ``path`` is its path or URI, ``uri`` is the latter or None; ``copy_on_read`` and ``prefetch`` are what opens do by default;
+    ``released``: all of it is in the disk, and it is not opened any more.
     ``present_bytes``: what does not come from the base. ``free_bytes``: slots that the storage has and no chunk has taken.
     """
     view = target if isinstance(target, View) else look(target)
@@ -58,7 +62,17 @@ def info(target: Target | View) -> dict[str, Any]:
     }
     if superblock.base is not None:
         base = superblock.base
-        found["base"] = {"path": base.locator, "size": base.size_bytes, "format": base.format.name.lower()}
+        remote = not base.locator.startswith("/")
+        found["base"] = {
+            "path": base.locator,
+            "uri": base.locator if remote else None,
+            "size": base.size_bytes,
+            # Contents that are read as they are, by whatever protocol, are raw to a user.
+            "format": "raw" if base.format is BaseFormat.REMOTE_RAW else base.format.name.lower(),
+            "copy_on_read": superblock.copy_on_read,
+            "prefetch": superblock.prefetch,
+            "released": target.base_released if isinstance(target, OpenVolume) else covers_base(superblock, view.bitmap),
+        }
     if isinstance(target, OpenVolume):
         found |= _open_info(target, low_water_bytes)
     return found

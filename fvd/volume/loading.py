@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fvd import _core
 from fvd.device.node import aligned_buffer
 from fvd.errors import Corrupt, FvdError
-from fvd.format.geometry import PAGE_BYTES, Geometry
+from fvd.format.geometry import PAGE_BYTES, Geometry, ceil_div
 from fvd.format.journal import JournalState, replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
 from fvd.format.superblock import Superblock
@@ -65,6 +66,16 @@ def recover_disk(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
     # overwritten before its process was killed has a clean journal too, so it does not tell.
     node.forget_cache()
     return load_disk(node)
+
+
+def covers_base(superblock: Superblock, bitmap: Bitmap) -> bool:
+    """Whether every block that the base reaches is in the disk by this bitmap, a committed one: nothing will ever be read from the base
+    then. False without a base."""
+    geometry = superblock.geometry
+    if superblock.base is None:
+        return False
+    reach_bytes = min(superblock.base.size_bytes, geometry.virtual_size_bytes)
+    return _core.bitmap_all(bitmap, 0, ceil_div(reach_bytes, geometry.block_size_bytes))
 
 
 def make_durable(node: Pages) -> None:

@@ -1,13 +1,16 @@
 """Opens a disk for use: ownership, recovery, base, engine, allocator. What drives the engine afterwards is not known here.
 
 Order: claim, read and check everything, and only then (and only for a writable open) the first write: a damaged disk is not touched.
+A base that nothing will be read from any more is not opened: it may be gone.
 """
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fvd.device.claim import Ownership, claim
@@ -18,10 +21,11 @@ from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.superblock import Superblock, decode
 from fvd.volume.allocator import Allocator
-from fvd.volume.base import OpenBase, open_base
-from fvd.volume.loading import naming, recover_disk
+from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
+from fvd.volume.loading import covers_base, naming, recover_disk
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
+from fvd.volume.prefetching import BaseEvent, Copying, PrefetchOptions
 from fvd.volume.provider import provider_for
 from fvd.volume.starting import engine_on
 from fvd.volume.superblocks import Pages, read_slots, write_superblock
@@ -31,6 +35,7 @@ CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 DIRECT_CACHE_MODES = ("none", "directsync")
 ON_FULL = ("wait", "error")
 SECTOR_BYTES = 512
+MAX_TIMEOUT_S = 1e9
 KNOWN_AUTOCLEAR_FEATURES = 0
 
 
@@ -53,6 +58,10 @@ class OpenVolume:
     on_full: str
     notices: list[str]  # what is not as it was asked for: lines for the user
     _resources: ExitStack
+    base_released: bool = False  # nothing will ever be read from the base again, so it is not open
+    copying: Copying | None = None  # None: nothing is ever copied here (read-only, or no base)
+    # How who drives the engine lets go of the base's descriptor or connection, in the loop's thread.
+    detach_base: Callable[[], None] | None = field(default=None, repr=False)
 
     def __enter__(self) -> OpenVolume:
         return self
@@ -66,12 +75,25 @@ class OpenVolume:
 
     @property
     def base_node(self) -> Node | None:
+        """A base that is read here; None: there is none, or it is remote."""
         return self.base.node if self.base else None
 
     @property
     def was_clean(self) -> bool:
         """Whether the disk had been closed properly before this open."""
         return self.journal_state.clean
+
+    def release_base(self) -> None:
+        """Ends the use of the base, for the engine needs it no more: detached, then closed. In the loop's thread; again is fine."""
+        base, self.base = self.base, None
+        self.base_released = self.superblock.base is not None
+        if base is None:
+            return
+        try:
+            if self.detach_base is not None:
+                self.detach_base()
+        finally:
+            base.close()
 
     def close(self) -> None:
         """Stops growth, closes descriptors, gives the claim up; again is fine. Does not touch the engine: see the class."""
@@ -86,19 +108,26 @@ def open_volume(
     on_full: str = "wait",
     low_water_bytes: int | None = None,
     discard: bool = True,
-    on_event: Callable[[GrowthEvent], None] | None = None,
+    copy_on_read: bool | None = None,
+    base_timeout_s: float = TIMEOUT_S,
+    prefetch: PrefetchOptions | bool | None = None,
+    on_event: Callable[[GrowthEvent | BaseEvent], None] | None = None,
     allocator_options: dict[str, Any] | None = None,
 ) -> OpenVolume:
     """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory.
 
     `low_water_bytes`: growth begins when less than this is free (default: half a grow step). `on_event` is called in the loop's thread.
-    Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, DeviceError.
+    `copy_on_read`: keep what is read from the base; `prefetch`: copy all of it in the background; None: as the disk was made. A read-only
+    open does neither. `base_timeout_s`: how long the base may not answer before a request that needs it fails.
+    Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, Timeout, DeviceError.
     """
     volume = parse_name(name)
     if cache not in CACHE_MODES:
         raise InvalidArgument(f"cache mode {cache!r}: choose one of {', '.join(CACHE_MODES)}")
     if on_full not in ON_FULL:
         raise InvalidArgument(f"on_full {on_full!r}: choose one of {', '.join(ON_FULL)}")
+    if not (0 < base_timeout_s <= MAX_TIMEOUT_S):
+        raise InvalidArgument(f"base timeout {base_timeout_s} s: it must be more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
     with ExitStack() as undo:
         place = undo.enter_context(provider_for(volume).attach(volume))
         path = place.path
@@ -112,18 +141,24 @@ def open_volume(
             # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
             disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)
         low_water = check_low_water(disk.geometry, default_low_water_bytes(disk.geometry) if low_water_bytes is None else low_water_bytes)
+        reference = disk.superblock.base
         base = None
-        if disk.superblock.base is not None:
+        released = covers_base(disk.superblock, disk.bitmap)
+        if reference is not None and not released:
             with naming(str(volume)):
-                base = open_base(disk.superblock.base, node.identity)
+                base = open_base(reference, node.identity, base_timeout_s)
             undo.callback(base.close)
+        copies = base is not None and not read_only
         notices = [node.notice] if node.notice else []
         if not read_only:
             disk.superblock = renew_superblock(node, disk.superblock, notices)
         with naming(str(volume)):
             engine = engine_on(
                 disk,
-                base_size_bytes=None if base is None or disk.superblock.base is None else disk.superblock.base.size_bytes,
+                # Also of a base that is not open: blocks that are trimmed must not show it again.
+                base_size_bytes=None if reference is None else reference.size_bytes,
+                copy_on_read=copies and (disk.superblock.copy_on_read if copy_on_read is None else copy_on_read),
+                base_timeout_ns=int(base_timeout_s * 1e9),
                 # Through the page cache any offset would do; sectors keep requests whole.
                 align_bytes=node.logical_block_bytes if node.direct else SECTOR_BYTES,
                 read_only=read_only,
@@ -145,7 +180,7 @@ def open_volume(
             undo.callback(allocator.close)
             watch = watch_device(node, allocator)
             undo.callback(watch.close)
-        return OpenVolume(
+        opened = OpenVolume(
             name=volume,
             superblock=disk.superblock,
             node=node,
@@ -157,8 +192,41 @@ def open_volume(
             cache=cache,
             on_full=on_full,
             notices=notices,
-            _resources=undo.pop_all(),
+            _resources=undo,
+            base_released=released,
         )
+        if copies:
+            opened.copying = _copying(opened, on_event)
+            options = _prefetch_options(disk.superblock, prefetch)
+            if options is not None:
+                opened.copying.start(options)
+        opened._resources = undo.pop_all()
+        return opened
+
+
+def _copying(volume: OpenVolume, on_event: Callable[[GrowthEvent | BaseEvent], None] | None) -> Copying:
+    base = volume.superblock.base
+    if base is None:
+        raise InvalidArgument(f"{volume.name} has no base to copy from")
+    return Copying(
+        volume.engine,
+        volume_name=str(volume.name),
+        virtual_size_bytes=volume.geometry.virtual_size_bytes,
+        base_size_bytes=base.size_bytes,
+        base_locator=base.locator,
+        release=volume.release_base,
+        on_event=on_event,
+        clock_ns=time.monotonic_ns,
+        random=random.Random(),
+    )
+
+
+def _prefetch_options(superblock: Superblock, asked: PrefetchOptions | bool | None) -> PrefetchOptions | None:
+    """How to prefetch; None: not at all."""
+    if isinstance(asked, PrefetchOptions):
+        return asked
+    wanted = superblock.prefetch if asked is None else asked
+    return PrefetchOptions() if wanted else None
 
 
 def renew_superblock(node: Pages, superblock: Superblock, notices: list[str]) -> Superblock:

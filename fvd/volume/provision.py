@@ -12,21 +12,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fvd.device import names
-from fvd.device.node import Node, open_node
+from fvd.device.holes import punch_hole
+from fvd.device.node import Identity, Node, open_node
 from fvd.device.signature import find_signatures, wipe_signatures
 from fvd.device.udev import known_content, udev_is_running
 from fvd.errors import Conflict, Corrupt, FvdError, InvalidArgument, NoSpace, NotFound
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
 from fvd.format.journal import first_page, page_offset_bytes
-from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, map_offset_bytes, map_pages
-from fvd.format.superblock import BaseReference, Superblock
+from fvd.format.maps import Bitmap, MapKind, Table, empty_bitmap, empty_table, encode_pages, map_hash, map_offset_bytes, map_pages
+from fvd.format.superblock import COPY_ON_READ, PREFETCH, BaseReference, Superblock
 from fvd.units import GIB, KIB, MIB, format_size
-from fvd.volume.base import examine_base
+from fvd.volume.base import examine_base, open_base
 from fvd.volume.name import VolumeKind, VolumeName, parse_name
 from fvd.volume.overcommit import TAG_DISK, parse_limit
 from fvd.volume.policy import initial_size_bytes, least_size_bytes
 from fvd.volume.provider import provider_for
 from fvd.volume.seams import Contents, Plan, Presence
+from fvd.volume.sparse_base import Punch, punch_places, zero_blocks
 from fvd.volume.superblocks import Pages, holds_remains, state_of, write_superblock
 from fvd.volume.view import View, view_of
 
@@ -58,6 +60,9 @@ def provision(
     layout: Layout = Layout.COMPACT,
     placement: Placement = Placement.APPEND,
     base: str | os.PathLike[str] | None = None,
+    base_format: str | None = None,
+    copy_on_read: bool = False,
+    prefetch: bool = False,
     max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -68,8 +73,10 @@ def provision(
 
     `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
     `max_overcommit` refuses a disk that would take its volume group beyond that ratio (`overcommit.py`).
+    `base`: a path or URI, `base_format`: see `examine_base`; what the base is known to have no data in becomes zeros of the disk's own.
+    `copy_on_read` and `prefetch` are what opens of this disk do by default.
     Raises InvalidArgument, Conflict (naming what differs, or what is there), Corrupt, InUse, NoSpace, NotFound, PermissionDenied,
-    Unsupported (a base that is not raw), DeviceError.
+    Unsupported (a base that cannot be one), Timeout (its server does not answer), DeviceError.
     """
     volume = parse_name(name)
     geometry = Geometry(
@@ -90,6 +97,9 @@ def provision(
     )
     if plan.max_overcommit is not None and volume.kind is not VolumeKind.LVM:
         raise InvalidArgument(f"{volume} is in no volume group, so there is no over-commit to limit")
+    if base is None and (base_format is not None or copy_on_read or prefetch):
+        raise InvalidArgument(f"{volume}: a base format, copy-on-read and prefetching need a base; name one, or leave them out")
+    features = COPY_ON_READ * copy_on_read | PREFETCH * prefetch
     provider = provider_for(volume)
     presence = provider.presence(volume)
     replaces = False
@@ -97,17 +107,17 @@ def provision(
     if presence is Presence.PRESENT:
         with provider.attach(volume) as place, open_node(place.path, read_only=True) as node:
             # Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time.
-            reference = None if base is None else examine_base(base, node.identity)
+            reference = None if base is None else examine_base(base, base_format, node.identity)
             found = state_of(node)
             if isinstance(found, Superblock):
-                return _same_disk(volume, found, geometry, reference, node.size_bytes())
+                return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
             if not provider.in_place:
                 _refuse_contents(node, volume, found, force)
                 replaces = True
     elif provider.fixed_size:
         raise NotFound(f"{volume} does not exist; check the name")
     elif base is not None:
-        reference = examine_base(base)
+        reference = examine_base(base, base_format)
 
     building = provider.build(volume, plan)
     try:
@@ -117,7 +127,7 @@ def provision(
             found = state_of(node)
             if isinstance(found, Superblock):
                 if building.contents is Contents.OURS:
-                    return _same_disk(volume, found, geometry, reference, node.size_bytes())
+                    return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
                 raise Conflict(
                     f"{volume} holds an fvd disk, but is not marked as one; if it is yours, lvchange --addtag {TAG_DISK} {volume} takes it "
                     "back; if it is not, wipefs --all its device"
@@ -130,8 +140,9 @@ def provision(
             _check_room(node, volume, geometry)
             if force or building.contents is Contents.NOBODYS:
                 wipe_signatures(node)
-        superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()))
-        write_disk(node, superblock, progress=progress)
+        superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()), compatible_features=features)
+        zeros = None if reference is None else _zeros_of(reference, geometry, node.identity)
+        write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
         # Read back before anyone is told that it is there: what cannot be opened is no disk.
         view = view_of(volume, node)
         if view.superblock != superblock:
@@ -142,32 +153,49 @@ def provision(
         building.close()
 
 
-def write_disk(node: Pages, superblock: Superblock, *, progress: Progress | None = None) -> None:
+def _zeros_of(reference: BaseReference, geometry: Geometry, identity: Identity) -> Bitmap:
+    with open_base(reference, identity) as base:
+        return zero_blocks(geometry, reference.size_bytes, base.zero_extents())
+
+
+def write_disk(
+    node: Pages, superblock: Superblock, *, zeros: Bitmap | None = None, punch: Punch | None = None, progress: Progress | None = None
+) -> None:
     """Writes a whole new disk in the order of FORMAT.md section 8; the superblock given is its second generation.
 
+    `zeros`: blocks below the base's end that are zeros, so that the base need not be asked. In the raw layout their places are made zeros
+    by `punch`; without it, or where it says that it cannot, they are left to the base.
     Raises DeviceError, NoSpace; then the storage holds no disk, or the whole one.
     """
     geometry = superblock.geometry
     if superblock.generation != 2:
         raise InvalidArgument(f"a new disk's superblock is of generation 2, not {superblock.generation}")
+    if zeros is not None and superblock.base is None:
+        raise InvalidArgument("a disk without a base has no blocks to begin with")
     # The whole first megabyte: other programs' marks must not survive beside our superblocks and be found by them later.
     node.zero(0, HEADER_BYTES)
     node.flush()
+    bitmap = empty_bitmap(geometry) if zeros is None else zeros
+    if zeros is not None and geometry.layout is Layout.RAW:
+        bitmap = empty_bitmap(geometry) if punch is None else punch_places(geometry, zeros, punch)
+    table = empty_table(geometry)
     # In a new file this also takes the room: a journal that hits a full file system later would fail the disk, not one write.
     node.zero(geometry.journal_offset_bytes, geometry.journal_size_bytes)
-    _write_maps(node, superblock, progress)
-    node.pwrite(page_offset_bytes(geometry, 1), first_page(geometry, superblock.uuid))
+    _write_maps(node, superblock, bitmap, table, progress)
+    page = first_page(geometry, superblock.uuid, map_hash(superblock.uuid, bitmap, table))
+    node.pwrite(page_offset_bytes(geometry, 1), page)
     node.flush()
     write_superblock(node, replace(superblock, generation=1))
     write_superblock(node, superblock)
 
 
-def _write_maps(node: Pages, superblock: Superblock, progress: Progress | None) -> None:
-    """Every cell of both maps, valid and empty: no byte of what the storage held before can be taken for a map."""
+def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Table | None, progress: Progress | None) -> None:
+    """Every cell of both maps, valid: no byte of what the storage held before can be taken for a map."""
     geometry = superblock.geometry
     total_bytes = geometry.bitmap_size_bytes + geometry.table_size_bytes
     done_bytes = 0
-    for kind, items in ((MapKind.BITMAP, empty_bitmap(geometry)), (MapKind.TABLE, empty_table(geometry))):
+    maps: tuple[tuple[MapKind, Bitmap | Table | None], ...] = ((MapKind.BITMAP, bitmap), (MapKind.TABLE, table))
+    for kind, items in maps:
         if items is None:
             continue
         pages = map_pages(geometry, kind)
@@ -182,15 +210,17 @@ def _write_maps(node: Pages, superblock: Superblock, progress: Progress | None) 
 # --- What is there already ---------------------------------------------------------------------------------------------------------
 
 
-def _same_disk(volume: VolumeName, found: Superblock, geometry: Geometry, base: BaseReference | None, size_bytes: int) -> Provisioned:
-    differing = differences(found, geometry, base)
+def _same_disk(
+    volume: VolumeName, found: Superblock, geometry: Geometry, base: BaseReference | None, features: int, size_bytes: int
+) -> Provisioned:
+    differing = differences(found, geometry, base, features)
     if differing:
         raise Conflict(f"{volume} is an fvd disk with other parameters: {'; '.join(differing)}. Remove it first, or use another name")
     return Provisioned(volume, found, False, size_bytes)
 
 
-def differences(found: Superblock, geometry: Geometry, base: BaseReference | None) -> list[str]:
-    """What a disk has and what was asked for, where they differ: ``block_size is 65536, asked for 4096``."""
+def differences(found: Superblock, geometry: Geometry, base: BaseReference | None, features: int = 0) -> list[str]:
+    """What a disk has and what was asked for, where they differ: ``block_size is 65536, asked for 4096``. `features`: compatible ones."""
     there, asked = found.geometry, geometry
     pairs: list[tuple[str, object, object]] = [
         ("virtual_size", there.virtual_size_bytes, asked.virtual_size_bytes),
@@ -203,8 +233,17 @@ def differences(found: Superblock, geometry: Geometry, base: BaseReference | Non
         ("base", found.base and found.base.locator, base and base.locator),
     ]
     if found.base and base:
-        pairs += [("base_size", found.base.size_bytes, base.size_bytes), ("base_format", found.base.format.name, base.format.name)]
+        pairs += [
+            ("base_size", found.base.size_bytes, base.size_bytes),
+            ("base_format", found.base.format.name.lower(), base.format.name.lower()),
+            ("copy_on_read", _on_or_off(found.copy_on_read), _on_or_off(features & COPY_ON_READ)),
+            ("prefetch", _on_or_off(found.prefetch), _on_or_off(features & PREFETCH)),
+        ]
     return [f"{name} is {have or 'none'}, asked for {want or 'none'}" for name, have, want in pairs if have != want]
+
+
+def _on_or_off(feature: int) -> str:
+    return "on" if feature else "off"
 
 
 def _refuse_contents(node: Node, volume: VolumeName, found: FvdError, force: bool) -> None:

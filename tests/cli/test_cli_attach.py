@@ -21,7 +21,7 @@ from fvd_commands import Done, Server
 from qemu_running import export, running, storage_daemon
 
 from fvd.api.attach import NODE_NAME_BYTES, RECONNECT_DELAY_SECONDS, AttachInfo, describe, keyval, parse_uri
-from fvd.api.types import Info
+from fvd.api.types import Base, Info
 from fvd.errors import InvalidArgument
 
 FvdLv = Callable[..., Done]
@@ -46,7 +46,7 @@ def served(**changes: Any) -> Info:
     """A served disk, as far as attach-info is concerned."""
     numbers: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(Info) if field.default is dataclasses.MISSING}
     own = {"volume": "file:/srv/vm1", "uuid": "42db7f96-62ae-4cce-8ebc-094dd536eeeb", "uri": "nbd+unix:///vm1?socket=/run/vm1.nbd"}
-    return Info(**{**numbers, **own, **changes})
+    return Info(**{**numbers, "base": None, **own, **changes})
 
 
 def source(found: AttachInfo) -> ElementTree.Element:
@@ -106,6 +106,13 @@ def test_the_forms_say_the_same() -> None:
     reconnect = source(found).find("reconnect")
     assert reconnect is not None
     assert reconnect.attrib == {"delay": str(blockdev["reconnect-delay"])}
+
+
+def test_a_base_is_a_note_until_it_is_released() -> None:
+    base = Base("nbd://images/debian", MIB, "nbd")
+    over_a_base = describe(served(base=base))
+    assert [note for note in over_a_base.notes if "nbd://images/debian" in note and "--base-timeout" in note]
+    assert describe(served(base=base, base_released=True)).notes == describe(served()).notes
 
 
 def test_tcp_in_xml() -> None:

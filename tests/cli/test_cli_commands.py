@@ -48,6 +48,10 @@ INFO_TYPES: dict[str, tuple[type, ...]] = {
     "failed": (bool,),
     "growth": (dict, type(None)),
     "statistics": (dict, type(None)),
+    "copy_on_read": (bool,),
+    "prefetch_default": (bool,),
+    "prefetch": (dict, type(None)),
+    "base_released": (bool,),
 }
 
 

@@ -18,7 +18,10 @@ from fvd.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
-COMMANDS = ("provision", "serve", "extend", "info", "attach-info", "events", "map", "check", "dump", "list", "remove", "torture")
+COMMANDS = (
+    *("provision", "serve", "extend", "info", "attach-info", "events", "prefetch", "copy-on-read", "profile", "map", "check", "dump"),
+    *("list", "remove", "torture"),
+)
 
 pytestmark = pytest.mark.release_only
 
@@ -110,7 +113,8 @@ def test_bash_completes(tmp_path: Path) -> None:
     (tmp_path / "vm1.img").touch()
     (tmp_path / "disks").mkdir()
     assert set(complete("")) >= set(COMMANDS)
-    assert complete("pro") == ["provision"]
+    assert complete("pro") == ["provision", "profile"]
+    assert complete("prov") == ["provision"]
     assert complete("serve", "--ca") == ["--cache"]
     assert complete("serve", "file:x", "--cache", "w") == ["writeback", "writethrough"]
     assert complete("--output", "json", "info", "--verb") == ["--verbose"]
@@ -119,6 +123,15 @@ def test_bash_completes(tmp_path: Path) -> None:
     assert complete("info", "file", ":", "vm", cwd=tmp_path) == ["vm1.img"]
     assert complete("list", "d", cwd=tmp_path) == ["disks"]
     assert complete("extend", "file:x", "--by", "") == []
+    assert complete("prefetch", "sta") == ["start", "status"]
+    assert complete("prefetch", "start", "fi") == ["file:"]
+    assert complete("prefetch", "status", "--fo") == ["--follow"]
+    assert complete("copy-on-read", "") == ["on", "off"]
+    assert complete("serve", "file:x", "--prefetch", "") == ["on", "off"]
+    assert complete("provision", "file:x", "--base-format", "qc") == ["qcow2"]
+    (tmp_path / "debian.fvd-profile").touch()
+    assert complete("profile", "show", "deb", cwd=tmp_path) == ["debian.fvd-profile"]
+    assert complete("profile", "record", "fi") == ["file:"]
 
 
 def test_zsh_completion_parses() -> None:

@@ -80,3 +80,11 @@ def test_arguments_are_checked() -> None:
     for wrong in ({"bye": 5}, {"by": "5"}, {"by": True}):
         with pytest.raises(InvalidArgument):
             protocol.check_arguments(wrong, {"by": int})
+
+
+def test_a_float_may_be_written_as_an_integer() -> None:
+    assert protocol.check_arguments({"delay_s": 5}, {"delay_s": float}) == {"delay_s": 5}
+    assert protocol.check_arguments({"delay_s": 0.5}, {"delay_s": float}) == {"delay_s": 0.5}
+    for wrong in ({"delay_s": True}, {"delay_s": "5"}, {"delay_s": None}):
+        with pytest.raises(InvalidArgument, match="of type float"):
+            protocol.check_arguments(wrong, {"delay_s": float})

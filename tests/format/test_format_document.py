@@ -14,6 +14,7 @@ from fvd import _core
 from fvd.errors import InvalidArgument
 from fvd.format import geometry, journal, maps, superblock
 from fvd.format.geometry import Geometry, Layout
+from fvd.format.locator import NBD_SCHEMES, QEMU_SCHEMES, BaseFormat
 
 FORMAT = Path(geometry.__file__).resolve().parent.parent / "FORMAT.md"
 TEXT = FORMAT.read_text()
@@ -41,7 +42,7 @@ def of_dtype(dtype: np.dtype[np.void]) -> list[tuple[str, int, int]]:
 
 
 def test_superblock_fields() -> None:
-    (table,) = tables(4)
+    table, _ = tables(4)
     assert fields(table) == of_dtype(superblock.SUPERBLOCK)
     assert superblock.SUPERBLOCK.itemsize == 4096
     magic = re.search(r"`((?:[0-9A-F]{2} ?){8})`", table[0]["meaning"])
@@ -53,7 +54,39 @@ def test_enums_of_the_superblock() -> None:
     meaning = {row["field"]: row["meaning"] for row in tables(4)[0]}
     assert meaning["layout"] == ", ".join(f"{m.value} {m.name.lower()}" for m in Layout)
     assert meaning["placement"] == ", ".join(f"{m.value} {m.name.lower()}" for m in geometry.Placement)
-    assert meaning["base_format"].startswith("0 no base, 1 raw") and list(superblock.BaseFormat) == [superblock.BaseFormat.RAW]
+    assert meaning["base_format"] == ", ".join(f"{m.value} {m.name.lower()}" for m in BaseFormat)
+    assert meaning["compatible_features"].startswith(f"{superblock.COPY_ON_READ} copy_on_read, {superblock.PREFETCH} prefetch;")
+
+
+def test_locators_of_each_format() -> None:
+    """Each row names its schemes, or says that it is about paths; the code takes these and no others."""
+    _, table = tables(4)
+    seen = []
+    for row in table:
+        first, _, last = row["base_format"].partition(" to ")
+        schemes = set(re.findall(r"`([a-z+]+)`", row["base_locator"]))
+        for number in range(int(first), int(last or first) + 1):
+            seen.append(number)
+            accepted = {
+                scheme for scheme in (*NBD_SCHEMES, *QEMU_SCHEMES, "json", "file", "nbd+tcp") if accepts(SAMPLE_URIS[scheme], number)
+            }
+            assert accepted == schemes, row
+            assert accepts("/a/path", number) == row["base_locator"].startswith("the path")
+    assert seen == [m.value for m in BaseFormat if m is not BaseFormat.NONE]
+
+
+SAMPLE_URIS = {
+    scheme: f"{scheme}:///x?socket=/s" if scheme.endswith("+unix") else f"{scheme}:pool/image" if scheme == "rbd" else f"{scheme}://host/x"
+    for scheme in (*NBD_SCHEMES, *QEMU_SCHEMES, "json", "file", "nbd+tcp")
+}
+
+
+def accepts(text: str, number: int) -> bool:
+    try:
+        superblock.BaseReference(text, 1, BaseFormat(number))
+    except InvalidArgument:
+        return False
+    return True
 
 
 def test_cell_fields() -> None:

@@ -13,7 +13,9 @@ from fvd import _core
 from fvd.errors import Corrupt, FvdError, InvalidArgument, NotFound, Unsupported
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.superblock import (
+    COPY_ON_READ,
     MAGIC,
+    PREFETCH,
     SLOT_OFFSETS_BYTES,
     SUPERBLOCK,
     BaseFormat,
@@ -30,7 +32,7 @@ BASE = BaseReference("/images/größe.raw", 12345)
 PLAIN = Superblock(GEOMETRY, UUID, 1, BASE, 1_700_000_000)
 NO_PAGE = bytes(4096)
 
-ABSOLUTE_PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=500).map(lambda t: "/" + t)
+ABSOLUTE_PATHS = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=500).map(lambda t: "/" + t)
 
 
 def sealed(page: bytes | bytearray, slot: int) -> bytes:
@@ -112,6 +114,10 @@ def test_torn_page(cut: int) -> None:
         ("placement", 1),
         ("base_format", 0),
         ("base_format", 2),
+        ("base_format", 10),
+        ("base_locator", b"nbd://a/b/c/d/e/f/g"),
+        ("base_locator", b'json:{"driver":"x"}'),
+        ("base_locator", b"/images/\nhidden.ra"),
         ("base_locator_size", 0),
         ("base_locator_size", 1),
         ("base_locator_size", 3073),
@@ -142,9 +148,33 @@ def test_what_the_future_may_bring() -> None:
         decode(changed("incompatible_features", 0x8000), 1)
     with pytest.raises(Unsupported):
         encode(dataclasses.replace(PLAIN, incompatible_features=1))
+    for number in (11, 255):
+        with pytest.raises(Unsupported, match=f"unknown base format {number}"):
+            decode(changed("base_format", number), 1)
     known = dataclasses.replace(PLAIN, compatible_features=5, autoclear_features=2**63)
     assert decode(encode(known), 1) == known
     assert decode(changed("reserved_b", b"\1", known), 1) == known, "a compatible feature may use reserved bytes"
+
+
+@pytest.mark.parametrize("features", [0, COPY_ON_READ, PREFETCH, COPY_ON_READ | PREFETCH])
+def test_the_features_that_are_known_give_reserved_bytes_no_meaning(features: int) -> None:
+    sb = dataclasses.replace(PLAIN, compatible_features=features)
+    assert (sb.copy_on_read, sb.prefetch) == (bool(features & 1), bool(features & 2))
+    assert decode(encode(sb), 1) == sb
+    for field in ("reserved_a", "reserved_b", "reserved_c"):
+        with pytest.raises(Corrupt, match=field):
+            decode(changed(field, b"\1", sb), 1)
+        other = dataclasses.replace(sb, compatible_features=features | 4)
+        assert decode(changed(field, b"\1", other), 1) == other
+
+
+def test_a_newer_base_format_is_the_future_even_where_its_locator_makes_no_sense_here() -> None:
+    page = bytearray(changed("base_format", 11))
+    page[512:520] = b"\1\2\3\4\5\6\7\0"
+    with pytest.raises(Unsupported, match="base format"):
+        decode(sealed(page, 1), 1)
+    with pytest.raises(Unsupported, match="base format"):
+        choose(NO_PAGE, sealed(page, 1))
 
 
 def test_rot_in_the_version_is_damage_not_the_future() -> None:
@@ -209,8 +239,9 @@ def test_values_that_do_not_fit() -> None:
     for size in (-1, 2**64):
         with pytest.raises(InvalidArgument):
             BaseReference("/x", size)
-    with pytest.raises(InvalidArgument):
-        BaseReference("/x", 1, 2)  # type: ignore[arg-type]
+    for unknown in (0, 1, 2, 11, BaseFormat.NONE):
+        with pytest.raises(InvalidArgument):
+            BaseReference("/x", 1, unknown)  # type: ignore[arg-type]
     for change in ({"uuid": b"short"}, {"generation": 0}, {"generation": 2**64}, {"created_seconds": -1}, {"compatible_features": 2**64}):
         with pytest.raises(InvalidArgument):
             dataclasses.replace(PLAIN, **change)  # type: ignore[arg-type]

@@ -6,26 +6,30 @@ At every moment there is no disk, or a whole one; doing it again always succeeds
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fvd.errors import Corrupt, NotFound
-from fvd.format.geometry import Geometry
+from fvd.format.geometry import Geometry, Layout
 from fvd.format.journal import encode_commit, page_offset_bytes
 from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, map_offset_bytes, map_pages
-from fvd.format.superblock import Superblock
+from fvd.format.superblock import BaseReference, Superblock
 from fvd.sim._device import WRITE, SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.sim.device_node import Budget, DeviceNode, VolatileNode
 from fvd.sim.stage import Stage
 from fvd.sim.sweep import sweep
+from fvd.volume import provision as provision_module
 from fvd.volume import superblocks
 from fvd.volume.check import check_node
 from fvd.volume.loading import load_disk, recover_disk
 from fvd.volume.name import parse_name
 from fvd.volume.opening import renew_superblock
 from fvd.volume.provision import write_disk
+from fvd.volume.sparse_base import runs, zero_blocks
 from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock
 
 GEOMETRY = Geometry(
@@ -33,6 +37,12 @@ GEOMETRY = Geometry(
 )
 OURS = Superblock(GEOMETRY, b"o" * 16, 2, None, 0)
 THEIRS = Superblock(GEOMETRY, b"t" * 16, 2, None, 0)
+RAW_GEOMETRY = replace(GEOMETRY, layout=Layout.RAW)
+BASE = BaseReference("/base", (1 << 20) - 100)
+ZEROS = zero_blocks(GEOMETRY, BASE.size_bytes, [(0, 40960), (262144, 8192), ((1 << 20) - 8192, 8092)])
+OVER_HOLES = {
+    layout: replace(OURS, geometry=geometry, base=BASE) for layout, geometry in zip(Layout, (GEOMETRY, RAW_GEOMETRY), strict=True)
+}
 NAME = parse_name("file:/simulated")
 SIZE_BYTES = GEOMETRY.data_offset_bytes + 4 * GEOMETRY.chunk_size_bytes
 
@@ -40,15 +50,16 @@ SIZE_BYTES = GEOMETRY.data_offset_bytes + 4 * GEOMETRY.chunk_size_bytes
 class Scene:
     """A storage with something on it, and what may be found there: `allowed` superblocks (by UUID), or none."""
 
-    def __init__(self, before: Callable[[DeviceNode], None], logical_block_bytes: int) -> None:
+    def __init__(self, before: Callable[[DeviceNode], None], logical_block_bytes: int, size_bytes: int = SIZE_BYTES) -> None:
         self.budget = Budget()
-        self.device = SimulatedDevice(SIZE_BYTES + 65536, logical_block_bytes, Dice(1), regions=(1 << 20, 1 << 21, 1 << 22))
-        self.device.grow(SIZE_BYTES, b"\xf0FOREIGN")
+        self.device = SimulatedDevice(size_bytes + 65536, logical_block_bytes, Dice(1), regions=(1 << 20, 1 << 21, 1 << 22))
+        self.device.grow(size_bytes, b"\xf0FOREIGN")
         self.still = DeviceNode(self.device, direct=True)
         before(self.still)
         self.still.flush()
         self.may_be_absent = True
         self.allowed = {OURS.uuid}
+        self.ours = OURS
 
     @property
     def node(self) -> VolatileNode:
@@ -66,18 +77,39 @@ class Scene:
             if found.uuid == THEIRS.uuid:
                 return  # it was there, and still is: what it holds is its own affair
             disk = load_disk(node)
-            if disk.bitmap.any() or (disk.table is not None and (disk.table != 0xFFFFFFFF).any()):
+            zeros = disk.superblock.base is not None
+            if not np.array_equal(disk.bitmap, ZEROS if zeros else np.zeros_like(ZEROS)):
                 raise Violation("the disk has contents that nobody wrote")
+            if disk.table is not None and (disk.table != 0xFFFFFFFF).any():
+                raise Violation("the disk has chunks that nobody wrote")
+            if zeros and disk.table is None:
+                self._check_places(node)
             if errors := check_node(node, NAME).errors:
                 raise Violation(f"check: {errors}")
         image = bytes(self.device.image)
         wipe_superblocks(node)
         if not is_blank(node):
             raise Violation("removing does not end the disk")
-        write_disk(node, OURS)
-        if load_disk(node).superblock != OURS:
+        write_ours(node, self.ours)
+        if load_disk(node).superblock != self.ours:
             raise Violation("provisioning again does not make the disk")
         self.device.put_back(image)
+
+    @staticmethod
+    def _check_places(node: DeviceNode) -> None:
+        for first, end in runs(ZEROS, RAW_GEOMETRY.blocks):
+            if node.pread(RAW_GEOMETRY.data_offset_bytes + first * 4096, (end - first) * 4096).any():
+                raise Violation("blocks that are said to be zeros show what the storage held before")
+
+
+def write_ours(node: DeviceNode, superblock: Superblock) -> None:
+    """As provision() writes it, on storage that makes zeros when it is asked to."""
+
+    def punch(offset_bytes: int, length_bytes: int) -> bool:
+        node.zero(offset_bytes, length_bytes)
+        return True
+
+    write_disk(node, superblock, zeros=None if superblock.base is None else ZEROS, punch=punch)
 
 
 def nothing(node: DeviceNode) -> None:
@@ -117,6 +149,19 @@ def provision(scene: Scene) -> None:
     scene.may_be_absent = False
 
 
+def provision_over_holes(scene: Scene, layout: Layout = Layout.COMPACT) -> None:
+    """Over a base with holes the disk has contents from the beginning."""
+    scene.allowed |= {THEIRS.uuid}
+    scene.ours = OVER_HOLES[layout]
+    write_ours(scene.node, scene.ours)
+    scene.allowed = {OURS.uuid}
+    scene.may_be_absent = False
+
+
+def provision_raw_over_holes(scene: Scene) -> None:
+    provision_over_holes(scene, Layout.RAW)
+
+
 def remove(scene: Scene) -> None:
     wipe_superblocks(scene.node)
     scene.allowed = set()
@@ -152,6 +197,10 @@ def one_superblock(node: DeviceNode) -> None:
         (nothing, provision),
         (zeros, provision),
         (their_disk, provision),
+        (nothing, provision_over_holes),
+        (their_disk, provision_over_holes),
+        (nothing, provision_raw_over_holes),
+        (their_disk, provision_raw_over_holes),
         (our_disk, remove),
         (our_disk, extend),
         (one_superblock, open_with_one_superblock),
@@ -159,7 +208,8 @@ def one_superblock(node: DeviceNode) -> None:
     ids=lambda part: part.__name__,
 )
 def test_power_fails_everywhere(before: Callable[[DeviceNode], None], scenario: Callable[[Scene], None], logical_block_bytes: int) -> None:
-    count = sweep(lambda: Scene(before, logical_block_bytes), scenario)
+    size_bytes = RAW_GEOMETRY.max_storage_size_bytes if scenario is provision_raw_over_holes else SIZE_BYTES
+    count = sweep(lambda: Scene(before, logical_block_bytes, size_bytes), scenario)
     print(f"{scenario.__name__}: {count.images} images at {count.points} points, at most {count.most_volatile} volatile blocks")
     assert count.points >= 2
 
@@ -168,6 +218,28 @@ def test_a_superblock_before_the_maps_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(VolatileNode, "flush", lambda node: None)
     with pytest.raises((Violation, Corrupt)):
         sweep(lambda: Scene(their_disk, 4096), provision)
+
+
+def test_zeros_after_the_superblock_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The raw layout: places that are made zeros, but not durably, before the disk begins to be."""
+
+    def late(scene: Scene) -> None:
+        scene.ours = OVER_HOLES[Layout.RAW]
+        places: list[tuple[int, int]] = []
+        node = scene.node
+        write_disk(node, scene.ours, zeros=ZEROS, punch=lambda *place: not places.append(place))
+        for place in places:
+            node.zero(*place)
+        node.flush()
+
+    with pytest.raises(Violation, match="what the storage held before"):
+        sweep(lambda: Scene(nothing, 4096, RAW_GEOMETRY.max_storage_size_bytes), late)
+
+
+def test_a_hash_of_empty_maps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provision_module, "map_hash", lambda *_: 0)
+    with pytest.raises((Violation, Corrupt), match="hash"):
+        sweep(lambda: Scene(nothing, 4096), provision_over_holes)
 
 
 def test_the_order_of_a_provision_matters(monkeypatch: pytest.MonkeyPatch) -> None:

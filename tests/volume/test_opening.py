@@ -21,8 +21,9 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
-from fvd.volume import loading
+from fvd.volume import loading, opening
 from fvd.volume.opening import CACHE_MODES, open_volume
+from fvd.volume.prefetching import PrefetchOptions
 
 
 @pytest.fixture
@@ -338,6 +339,12 @@ def test_records_of_an_earlier_disk_on_the_same_storage(path: Path, tmp_path: Pa
 # --- Bases -------------------------------------------------------------------------------------------------------
 
 
+def full(path: Path, size_bytes: int = MIB) -> Path:
+    """A base without holes: one of nothing else is never opened."""
+    path.write_bytes(b"base" * (size_bytes // 4))
+    return path
+
+
 def test_a_base_shows_through(path: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.write_bytes(os.urandom(3 * MIB + 777))
@@ -354,7 +361,7 @@ def test_a_base_shows_through(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_is_shared_by_disks_but_not_with_a_writer(path: Path, tmp_path: Path) -> None:
-    base = sparse(tmp_path / "base", MIB)
+    base = full(tmp_path / "base")
     make(path, base=base)
     make(tmp_path / "second", base=base)
     with open_volume(volume(path)), open_volume(volume(tmp_path / "second")):
@@ -365,7 +372,7 @@ def test_a_base_is_shared_by_disks_but_not_with_a_writer(path: Path, tmp_path: P
 
 @pytest.mark.parametrize("size", [MIB - 1, MIB + 1, 0])
 def test_a_base_whose_size_has_changed(path: Path, tmp_path: Path, size: int) -> None:
-    base = sparse(tmp_path / "base", MIB)
+    base = full(tmp_path / "base")
     make(path, base=base)
     os.truncate(base, size)
     check_untouched(path, Conflict, f"has {size} bytes, but had {MIB}")
@@ -375,7 +382,7 @@ def test_a_base_whose_size_has_changed(path: Path, tmp_path: Path, size: int) ->
 
 
 def test_a_base_that_is_gone(path: Path, tmp_path: Path) -> None:
-    base = sparse(tmp_path / "base", MIB)
+    base = full(tmp_path / "base")
     make(path, base=base)
     base.unlink()
     check_untouched(path, NotFound, "base is missing")
@@ -383,7 +390,7 @@ def test_a_base_that_is_gone(path: Path, tmp_path: Path) -> None:
 
 def test_a_base_is_never_probed_again(path: Path, tmp_path: Path) -> None:
     """What a guest wrote there may look like another format with a file name in it; it stays raw."""
-    base = sparse(tmp_path / "base", MIB)
+    base = full(tmp_path / "base")
     make(path, base=base)
     patch(base, 0, b"QFI\xfb" + bytes(100))
     with driven(path) as driver:
@@ -391,7 +398,7 @@ def test_a_base_is_never_probed_again(path: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_stays_open_when_opening_fails(path: Path, tmp_path: Path) -> None:
-    base = sparse(tmp_path / "base", MIB)
+    base = full(tmp_path / "base")
     make(path, base=base)
     os.truncate(base, 1)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -402,6 +409,171 @@ def test_nothing_stays_open_when_opening_fails(path: Path, tmp_path: Path) -> No
     os.truncate(base, MIB)
     open_volume(volume(path)).close()
     assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+
+
+def cover(path: Path, base: Path) -> None:
+    """Every block that the base reaches is written."""
+    make(path, base=base, block_size_bytes=4096)
+    with driven(path) as driver:
+        driver.pwrite(0, b"mine" * (base.stat().st_size // 4))
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("layout", Layout)
+def test_a_base_that_nothing_is_read_from_any_more_may_be_gone(path: Path, tmp_path: Path, layout: Layout, read_only: bool) -> None:
+    base = full(tmp_path / "base", MIB + 4)
+    make(path, base=base, layout=layout, block_size_bytes=4096)
+    with driven(path) as driver:
+        driver.pwrite(0, b"mine" * (MIB // 4))
+        assert driver.volume.base is not None and not driver.volume.base_released
+    base.rename(tmp_path / "away")
+    with pytest.raises(NotFound, match="base is missing"):  # its last block still comes from there
+        open_volume(volume(path), read_only=read_only)
+    (tmp_path / "away").rename(base)
+    with driven(path) as driver:
+        driver.pwrite(MIB, b"mine")
+    base.unlink()
+    with driven(path, read_only=read_only) as driver:
+        assert driver.volume.base is None and driver.volume.base_node is None
+        assert driver.volume.base_released and driver.volume.copying is None
+        assert driver.pread(0, MIB + 12) == b"mine" * (MIB // 4 + 1) + b"\0" * 8
+
+
+def test_a_disk_that_ends_before_its_base_needs_no_more_of_it(path: Path, tmp_path: Path) -> None:
+    base = full(tmp_path / "base", 4 * MIB)
+    make(path, base=base, virtual_size_bytes=MIB + 512)
+    with driven(path) as driver:
+        driver.pwrite(0, b"mine" * (MIB // 4 + 128))
+    base.unlink()
+    with open_volume(volume(path)) as disk:
+        assert disk.base_released
+
+
+def test_what_is_trimmed_after_the_base_is_gone_is_zeros_for_good(path: Path, tmp_path: Path) -> None:
+    """The engine still knows that there was a base: with its bits gone, the block would be the base's again."""
+    base = full(tmp_path / "base")
+    cover(path, base)
+    base.rename(tmp_path / "away")
+    with driven(path) as driver:
+        driver.trim(0, MIB)
+        driver.flush()
+        assert driver.pread(0, MIB) == bytes(MIB)
+    (tmp_path / "away").rename(base)
+    with driven(path) as driver:
+        assert driver.volume.base_released
+        assert driver.pread(0, MIB) == bytes(MIB)
+
+
+def test_what_a_crash_takes_back_needs_the_base_again(path: Path, tmp_path: Path) -> None:
+    base = full(tmp_path / "base")
+    make(path, base=base)
+    driver = start(path, cache="unsafe")
+    driver.pwrite(0, b"mine" * (MIB // 4))
+    crash(driver)
+    with open_volume(volume(path)) as disk:
+        assert not disk.base_released and disk.base is not None
+
+
+def test_the_base_is_released(path: Path, tmp_path: Path) -> None:
+    make(path, base=full(tmp_path / "base"))
+    steps: list[str] = []
+    with open_volume(volume(path)) as disk:
+        base = disk.base
+        assert base is not None and base.fd >= 0
+        disk.detach_base = lambda: steps.append(f"detached while open: {base.fd >= 0}")
+        disk.release_base()
+        assert steps == ["detached while open: True"] and base.fd == -1
+        assert disk.base is None and disk.base_released
+        disk.release_base()
+        assert len(steps) == 1
+
+
+def test_a_disk_without_a_base_releases_none(path: Path) -> None:
+    make(path)
+    with open_volume(volume(path)) as disk:
+        assert not disk.base_released and disk.copying is None
+        disk.release_base()
+        assert not disk.base_released
+
+
+# --- Copying: what the engine and its glue are told ----------------------------------------------------------------
+
+
+class FakeCopying:
+    def __init__(self, engine: Any, **options: Any) -> None:
+        self.engine, self.options, self.started = engine, options, []
+
+    def start(self, options: PrefetchOptions) -> None:
+        self.started.append(options)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of the latest engine."""
+    options: dict[str, Any] = {}
+    real = opening.engine_on
+
+    def engine_on(disk: Any, **given: Any) -> Any:
+        options.clear()
+        options.update(given)
+        return real(disk, **given)
+
+    monkeypatch.setattr(opening, "engine_on", engine_on)
+    monkeypatch.setattr(opening, "Copying", FakeCopying)
+    return options
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_copy_on_read(path: Path, tmp_path: Path, told: dict[str, Any], default: bool, asked: bool | None, read_only: bool) -> None:
+    make(path, base=full(tmp_path / "base"), copy_on_read=default)
+    with open_volume(volume(path), copy_on_read=asked, read_only=read_only):
+        assert told["copy_on_read"] == ((default if asked is None else asked) and not read_only)
+
+
+SLOWLY = PrefetchOptions(delay_s=0.0, rate_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "wanted"), [(None, None), (False, []), (True, [PrefetchOptions()]), (SLOWLY, [SLOWLY])], ids=["None", "no", "yes", "slowly"]
+)
+def test_prefetch(path: Path, tmp_path: Path, told: dict[str, Any], default: bool, asked: Any, wanted: Any) -> None:
+    base = full(tmp_path / "base")
+    make(path, base=base, prefetch=default)
+    events: list[Any] = []
+    with open_volume(volume(path), prefetch=asked, on_event=events.append) as disk:
+        copying: Any = disk.copying
+        assert copying.engine is disk.engine
+        assert copying.started == ([PrefetchOptions()] * default if wanted is None else wanted)
+        given = copying.options
+        assert (given["base_size_bytes"], given["virtual_size_bytes"], given["base_locator"]) == (MIB, 64 * MIB, str(base))
+        assert given["volume_name"] == volume(path)
+        given["on_event"]("something")
+        assert events == ["something"]
+        given["release"]()
+        assert disk.base is None and disk.base_released
+    with open_volume(volume(path), prefetch=asked, read_only=True) as disk:
+        assert disk.copying is None and disk.base is not None
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
+def test_a_base_timeout_that_makes_no_sense(path: Path, timeout_s: float) -> None:
+    make(path)
+    with pytest.raises(InvalidArgument, match="base timeout"):
+        open_volume(volume(path), base_timeout_s=timeout_s)
+
+
+def test_the_base_timeout_reaches_base_and_engine(
+    path: Path, tmp_path: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(path, base=full(tmp_path / "base"))
+    seen: list[float] = []
+    real = opening.open_base
+    monkeypatch.setattr(opening, "open_base", lambda reference, node, timeout_s: (seen.append(timeout_s), real(reference, node))[1])
+    with open_volume(volume(path), base_timeout_s=1.5):
+        assert seen == [1.5] and told["base_timeout_ns"] == 1_500_000_000
 
 
 def test_a_copy_of_a_disk_opens(path: Path) -> None:

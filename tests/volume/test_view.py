@@ -17,6 +17,7 @@ from loops import sparse
 
 from fvd.errors import InUse, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry, Layout
+from fvd.format.locator import BaseFormat
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, BaseReference, Superblock
 from fvd.volume import map as map_module
@@ -88,8 +89,9 @@ def test_info_of_a_new_disk(path: Path, request: pytest.FixtureRequest) -> None:
 
 
 def test_info_of_an_open_disk(path: Path, tmp_path: Path) -> None:
-    base = sparse(tmp_path / "base", MIB + 1)
-    make(path, base=base)
+    base = tmp_path / "base"
+    base.write_bytes(b"x" * (MIB + 1))
+    make(path, base=base, prefetch=True)
     with driven(path, low_water_bytes=2 * MIB) as driver:
         driver.pwrite(0, b"x" * BLOCK * 3)
         driver.pwrite(10 * MIB, b"x")
@@ -98,11 +100,34 @@ def test_info_of_an_open_disk(path: Path, tmp_path: Path) -> None:
             info(volume(path))
     assert json.loads(json.dumps(found)) == found
     assert (found["mapped_bytes"], found["present_bytes"], found["free_bytes"]) == (2 * MIB, 4 * BLOCK, 12 * MIB)
-    assert found["base"] == {"path": str(base), "size": MIB + 1, "format": "raw"}
+    assert found["base"] == {
+        "path": str(base),
+        "uri": None,
+        "size": MIB + 1,
+        "format": "raw",
+        "copy_on_read": False,
+        "prefetch": True,
+        "released": False,
+    }
     assert (found["clean"], found["open"], found["low_water_bytes"]) == (False, True, 2 * MIB)
     assert found["growth"]["low_water"] == 2 * MIB and found["statistics"]["writes"] == 2
     closed = info(volume(path))
     assert closed["clean"] and closed["mapped_bytes"] == 2 * MIB
+
+
+def test_info_of_a_base(path: Path) -> None:
+    """Without opening it: what its name and format are called, and whether it is still needed."""
+    geometry = Geometry(virtual_size_bytes=MIB, journal_size_bytes=65536)
+    for reference, shown in (
+        (BaseReference("ssh://host/x", MIB, BaseFormat.REMOTE_RAW), ("ssh://host/x", "ssh://host/x", "raw")),
+        (BaseReference("nbd://host", MIB, BaseFormat.NBD), ("nbd://host", "nbd://host", "nbd")),
+        (BaseReference("/a/b", MIB, BaseFormat.QCOW2), ("/a/b", None, "qcow2")),
+    ):
+        for words, released in ((0, False), (0x7FFF, False), (0xFFFF, True)):
+            bitmap = np.array([words], np.uint64)
+            view = View(parse_name("file:/d"), Superblock(geometry, bytes(16), 2, reference, 0), MIB, bitmap, None, clean=True, open=False)
+            base = info(view)["base"]
+            assert (base["path"], base["uri"], base["format"], base["released"]) == (*shown, released)
 
 
 def test_info_of_a_raw_disk(path: Path) -> None:
@@ -143,8 +168,22 @@ def test_mapped_chunks_of_a_raw_disk(block: int) -> None:
 # --- map ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_check_of_a_disk_that_needs_its_base_no_more(path: Path, tmp_path: Path, missing: bool) -> None:
+    base = sparse(tmp_path / "base", MIB)
+    if not missing:
+        base.write_bytes(b"x" * MIB)
+    make(path, base=base)
+    base.unlink()
+    report = check(volume(path))
+    assert report.base_released == missing
+    assert report.errors == [] if missing else "base is missing" in report.errors[0]
+
+
 def test_map_of_a_disk_over_a_base(path: Path, tmp_path: Path) -> None:
-    make(path, base=sparse(tmp_path / "base", 3 * MIB + 1000))
+    base = tmp_path / "base"
+    base.write_bytes(b"x" * (3 * MIB + 1000))
+    make(path, base=base)
     with driven(path) as driver:
         driver.pwrite(MIB, b"x" * 2 * BLOCK)
         driver.pwrite(5 * MIB, b"x" * MIB)
@@ -302,7 +341,8 @@ def test_a_lost_region_does_not_fill_the_screen(path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["journal", "truncated", "superblocks", "base"])
 def test_other_damage(path: Path, tmp_path: Path, what: str) -> None:
-    base = sparse(tmp_path / "base", MIB)
+    base = tmp_path / "base"
+    base.write_bytes(b"x" * MIB)
     make(path, base=base)
     if what == "journal":
         spoil(path, MIB + 4096 + 60)

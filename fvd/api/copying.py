@@ -1,0 +1,165 @@
+"""Copy-on-read, prefetching and profiles of one open disk as plain values, whether it has something to copy or not.
+
+The disk's `copying` does the work where there is one; without it (no base, read-only, nothing left) these functions say so in its place.
+All of them run in the loop's thread. They may not know how a disk is driven.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from fvd.api.types import PrefetchOptions
+from fvd.errors import InvalidArgument, ReadOnly
+from fvd.units import parse_size
+
+if TYPE_CHECKING:
+    from fvd.volume.opening import OpenVolume
+    from fvd.volume.prefetching import PrefetchOptions as VolumeOptions
+    from fvd.volume.view import View
+
+# Superblock: compatible_features, what an open does that does not say otherwise (fvd/FORMAT.md).
+_COPY_ON_READ, _PREFETCH = 1, 2
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------------------
+
+
+def prefetch_options(rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None) -> PrefetchOptions:
+    """Options whose profile has an absolute path, for another process may have to read it. Raises InvalidArgument."""
+    return checked_options(PrefetchOptions(delay_s, parse_size(rate), absolute(profile)))
+
+
+def checked_options(options: PrefetchOptions) -> PrefetchOptions:
+    """The options, if they can work. Raises InvalidArgument."""
+    if not math.isfinite(options.delay_s) or options.delay_s < 0:
+        raise InvalidArgument(f"prefetching cannot begin after {options.delay_s} seconds; name a time of 0 or more")
+    if options.rate_bytes < 0:
+        raise InvalidArgument(f"prefetching cannot copy {options.rate_bytes} bytes a second; name a rate above 0, or 0 for no limit")
+    return options
+
+
+def volume_options(options: PrefetchOptions | bool | None) -> VolumeOptions | bool | None:
+    """As the floor below takes them. Raises InvalidArgument."""
+    return options if options is None or isinstance(options, bool) else _for_volume(options)
+
+
+def _for_volume(options: PrefetchOptions) -> VolumeOptions:
+    from fvd.volume.prefetching import PrefetchOptions as VolumeOptions
+
+    checked = checked_options(options)
+    return VolumeOptions(delay_s=checked.delay_s, rate_bytes=checked.rate_bytes, profile=absolute(checked.profile))
+
+
+def absolute(path: str | os.PathLike[str] | None) -> str | None:
+    """For a process that has another working directory."""
+    return None if path is None else os.path.abspath(os.fspath(path))  # noqa: PTH100 - links stay as the user named them
+
+
+# --- What an open disk does -------------------------------------------------------------------------------------------------------
+
+
+def status(disk: OpenVolume) -> dict[str, Any]:
+    """The keys of `PrefetchStatus`; answers for every disk."""
+    if disk.copying is not None:
+        return {"volume": str(disk.name), **disk.copying.status()}
+    base = disk.superblock.base
+    base_bytes = 0 if base is None else min(base.size_bytes, disk.geometry.virtual_size_bytes)
+    if base is None:
+        state, reason, remaining_bytes = "off", "the disk has no base", 0
+    elif _released(disk):
+        state, reason, remaining_bytes = "done", "everything is in the disk", 0
+    else:
+        state, reason, remaining_bytes = "off", "the disk is open read-only", disk.engine.base_remaining_bytes
+    return {
+        "volume": str(disk.name),
+        "state": state,
+        "reason": reason,
+        "copy_on_read": False,
+        "base_bytes": base_bytes,
+        "copied_bytes": base_bytes - remaining_bytes,
+        "remaining_bytes": remaining_bytes,
+        "released": _released(disk),
+    }
+
+
+def start(disk: OpenVolume, options: PrefetchOptions) -> dict[str, Any]:
+    """Raises InvalidArgument (no base), ReadOnly. A disk that has everything stays as it is."""
+    if not _released(disk):
+        _refuse_what_cannot_copy(disk, "prefetch")
+        assert disk.copying is not None
+        disk.copying.start(_for_volume(options))
+    return status(disk)
+
+
+def stop(disk: OpenVolume) -> dict[str, Any]:
+    """Where nothing runs nothing is done."""
+    if disk.copying is not None:
+        disk.copying.stop()
+    return status(disk)
+
+
+def set_copy_on_read(disk: OpenVolume, on: bool) -> dict[str, Any]:
+    """Raises, to switch it on, InvalidArgument (no base), ReadOnly. A disk that has everything stays as it is."""
+    if on and not _released(disk):
+        _refuse_what_cannot_copy(disk, "copy what is read")
+    if disk.copying is not None:
+        disk.copying.set_copy_on_read(on)
+    return status(disk)
+
+
+def record_profile(disk: OpenVolume, path: str | None) -> dict[str, Any]:
+    """The keys of `SavedProfile`. Raises InvalidArgument (nothing was ever read from a base), ReadOnly, and what writing raises."""
+    if disk.copying is None and disk.superblock.base is not None and _released(disk):
+        raise InvalidArgument(
+            f"{disk.name} did not need its base any more when it was opened, so nothing was read from it: there is no profile to record"
+        )
+    _refuse_what_cannot_copy(disk, "record a profile")
+    assert disk.copying is not None
+    return {"volume": str(disk.name), **disk.copying.record_profile(path)}
+
+
+def _released(disk: OpenVolume) -> bool:
+    """Whether the base is not needed any more: since before it was opened, or by now."""
+    if disk.copying is not None:
+        return bool(disk.copying.status()["released"])
+    return disk.base_released
+
+
+def _refuse_what_cannot_copy(disk: OpenVolume, what: str) -> None:
+    if disk.superblock.base is None:
+        raise InvalidArgument(f"{disk.name} has no base, so it cannot {what}; fvd-lv provision --base makes a disk over one")
+    if disk.read_only:
+        raise ReadOnly(f"{disk.name} is open read-only, so it cannot {what}; open or serve it for writing")
+
+
+# --- What info says of it ---------------------------------------------------------------------------------------------------------
+
+
+def info_of_open(disk: OpenVolume) -> dict[str, Any]:
+    """What `Info` says of copies from the base, of an open disk."""
+    found = None if disk.superblock.base is None else status(disk)
+    return {
+        "copy_on_read": found is not None and found["copy_on_read"],
+        "prefetch_default": found is not None and bool(disk.superblock.compatible_features & _PREFETCH),
+        "prefetch": found,
+        "base_released": _released(disk),
+    }
+
+
+def info_of_closed(view: View) -> dict[str, Any]:
+    """The same, of a closed one: from its maps and its superblock."""
+    from fvd import _core
+
+    base, geometry, features = view.superblock.base, view.geometry, view.superblock.compatible_features
+    released = False
+    if base is not None:
+        blocks = -(-min(base.size_bytes, geometry.virtual_size_bytes) // geometry.block_size_bytes)
+        released = _core.bitmap_count(view.bitmap, 0, blocks) == blocks
+    return {
+        "copy_on_read": base is not None and bool(features & _COPY_ON_READ),
+        "prefetch_default": base is not None and bool(features & _PREFETCH),
+        "prefetch": None,
+        "base_released": released,
+    }
