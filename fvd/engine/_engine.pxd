@@ -281,4 +281,4 @@ cdef class Engine:
     cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes
     cdef uint64_t stat_quiet_requests, stat_quiet_ns, stat_busy_requests, stat_busy_ns, stat_prefetch_reads, stat_prefetch_read_bytes
     cdef uint64_t stat_base_service_ns, stat_copy_writes, stat_copy_write_bytes, stat_copy_service_ns, stat_prefetched_bytes
-    cdef uint64_t stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot
+    cdef uint64_t stat_base_latency_ns, stat_copy_latency_ns, stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot

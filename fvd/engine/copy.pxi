@@ -273,6 +273,7 @@ cdef int copy_read(Engine e, Copy *c, int32_t error) except -1 nogil:
     if c.prefetch:
         e.stat_prefetch_reads += 1
         e.stat_prefetch_read_bytes += c.buffer_bytes
+        e.stat_base_latency_ns += e.now_ns - c.begun_ns
         e.stat_base_service_ns += (e.now_ns - c.begun_ns) / c.depth
     c.phase = COPY_SAVING
     c.depth = 0
@@ -464,5 +465,6 @@ cdef int copy_map(Engine e, Job *j) except -1 nogil:
         e.stat_prefetched_bytes += length_bytes
         e.stat_copy_writes += 1
         e.stat_copy_write_bytes += length_bytes
+        e.stat_copy_latency_ns += e.now_ns - j.copy.begun_ns
         e.stat_copy_service_ns += (e.now_ns - j.copy.begun_ns) / j.copy.depth
     return 0

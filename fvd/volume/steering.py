@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 SECOND_NS = 1_000_000_000
@@ -171,9 +171,18 @@ class Gauge:
         self._bad_in_row = 0
 
     def take(
-        self, now_ns: int, slots: int, copies: int, size_bytes: int, service_ns: int, latency_ns: int, zero_bytes: int, probing: bool
+        self,
+        now_ns: int,
+        slots: int,
+        widest: int,
+        copies: int,
+        size_bytes: int,
+        service_ns: int,
+        latency_ns: int,
+        zero_bytes: int,
+        probing: bool,
     ) -> Literal["", "good", "suspect", "bad"]:
-        """Counts copies that have ended, `slots` of which were allowed at once; judges when there are enough of them (else "").
+        """Counts copies that have ended, `slots` of which are allowed at once, and `widest` were; judges when there are enough (else "").
 
         `probing`: the first after a rest or a pause. One batch is enough then, for there was reason before, and a known limit is no excuse.
         """
@@ -187,7 +196,8 @@ class Gauge:
             self._zero_bytes += zero_bytes
         if self._batch_began_ns is None or (self._copies < BATCH_COPIES and now_ns - self._batch_began_ns < BATCH_LONGEST_NS):
             return ""
-        at_once = self._latency_ns / self._service_ns if self._latency_ns and self._service_ns else slots
+        told = self._latency_ns > 0 and self._service_ns > 0
+        at_once = self._latency_ns / self._service_ns if told else slots
         reading = Reading(self._service_ns / self._copies, max(1.0, self._bytes / self._copies), min(max(at_once, 1.0), float(MOST_SLOTS)))
         mostly_zeros = self._zero_bytes * 2 > self._bytes
         row = self._bad_in_row
@@ -197,7 +207,8 @@ class Gauge:
         self.last_expected_ns = reading.service_ns if best_ns is None else best_ns
         if best_ns is None or not _much_worse(reading.service_ns, best_ns):
             if not mostly_zeros:  # a hole is read in no time, which says nothing of what the rest may take
-                self._remember(reading)
+                # Where it is not told how many there were, the benefit of the doubt is the copies' now, and not of those that follow.
+                self._remember(reading if told else replace(reading, slots=float(widest)))
             self._contended_since_ns = None
             return "good"
         if self.limit is not None and not probing:
@@ -250,8 +261,7 @@ class Gauge:
             if now_ns - self._contended_since_ns >= CONTENTION_LONGEST_NS:
                 self._best, self._older, self._window_began_ns, self._contended_since_ns = {}, {}, now_ns, None
         elif now_ns - self._window_began_ns >= WINDOW_NS:
-            self._older = self._best if now_ns - self._window_began_ns < 2 * WINDOW_NS else {}
-            self._best, self._window_began_ns = {}, now_ns
+            self._older, self._best, self._window_began_ns = self._best, {}, now_ns
 
     def _remember(self, reading: Reading) -> None:
         self._quickest_ns = (min(self._quickest_ns[0], reading.latency_ns), self._quickest_ns[1])
@@ -317,7 +327,7 @@ class Steering:
         self._disk = Gauge()
         self._guest = GuestGauge()
         self._slots = 0  # what the last decision allowed
-        self._label = 0  # how many may have been under way: after a change for fewer, for a while still as many as before
+        self._label = 0  # how many may be under way: after a change for fewer, for a while still as many as before
         self._label_until_ns = 0
         self._wanted = 1
         self._doubling = True  # nothing has been in the way yet: find the depth that is useful quickly
@@ -383,13 +393,14 @@ class Steering:
         now = sample.now_ns
         if self._slots < self._label and now >= self._label_until_ns:
             self._label = self._slots
-        slots = max(1, self._label)
+        slots, widest = max(1, self._slots), max(1, self._label)
         if sample.no_slot_copies:
             self._pause(now, "full", "full", "the storage has no room left for copies; the guest's writes have the rest")
             return
         base = self._base.take(
             now,
             slots,
+            widest,
             sample.base_reads,
             sample.base_read_bytes,
             sample.base_service_ns,
@@ -400,6 +411,7 @@ class Steering:
         disk = self._disk.take(
             now,
             slots,
+            widest,
             sample.copy_writes,
             sample.copy_write_bytes,
             sample.copy_service_ns,
