@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 os.chdir(ROOT)
 
+import copying  # noqa: E402
 import growth  # noqa: E402
 import kernels  # noqa: E402
 import nbd_servers  # noqa: E402
 import opening  # noqa: E402
 from machine import CannotMeasure, facts  # noqa: E402
 
-SUITES = {"kernels": kernels, "opening": opening, "nbd_servers": nbd_servers, "growth": growth}
+SUITES = {"kernels": kernels, "opening": opening, "nbd_servers": nbd_servers, "growth": growth, "copying": copying}
 
 
 def main() -> int:

@@ -187,7 +187,8 @@ cdef class Engine:
                     uint64_t cookie) except -1 nogil
     cdef int complete(self, uint64_t token, int64_t result) except -1 nogil
     cdef int tick(self, uint64_t now_ns) except -1 nogil
-    # Requests still waiting for a slot (full storage) whose (cookie & mask) == value end with `error` (a negative errno); returns how many.
+    # Requests that wait for a slot (full storage) or for the next attempt to read the base, and whose (cookie & mask) == value, end with
+    # `error` (a negative errno); returns how many.
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil   # bytes of such requests
     # Fills at most `room` extents for [offset, offset+length); returns how many. Adjacent extents differ in state.

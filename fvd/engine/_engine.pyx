@@ -439,21 +439,12 @@ cdef class Engine:
         return 0
 
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
-        cdef Request *r = list_take(&self.wait_slot)
-        cdef Request *following
         cdef RequestList doomed
-        cdef int count = 0
+        cdef int count
         doomed.head = doomed.tail = NULL
-        while r != NULL:
-            following = r.next
-            if (r.cookie & mask) == value:
-                list_push(&doomed, r)
-                count += 1
-            else:
-                list_push(&self.wait_slot, r)
-            r = following
+        count = list_part(&self.wait_slot, &doomed, mask, value)
         list_fail(self, &doomed, error)
-        return count
+        return count + base_cancel(self, mask, value, error)
 
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
         cdef Request *r = self.wait_slot.head

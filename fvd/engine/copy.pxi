@@ -174,6 +174,66 @@ cdef int retries_run(Engine e) except -1 nogil:
     return 0
 
 
+cdef int base_cancel(Engine e, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
+    """Requests that wait for the base, and for no operation that may still touch their buffer, end. Returns how many."""
+    cdef RequestList doomed
+    cdef Retry *again = e.retries
+    cdef Retry *following
+    cdef Copy *c
+    cdef Request *r
+    cdef uint32_t i
+    cdef int count = 0
+    doomed.head = doomed.tail = NULL
+    if e.copy_count:
+        for i in range(COPY_BUCKETS):
+            c = e.copies[i]
+            while c != NULL:
+                count += list_part(&c.waiters, &doomed, mask, value)
+                c = c.next
+    e.retries = NULL
+    while again != NULL:
+        following = again.next
+        r = again.request if again.what == WHAT_PLAIN else NULL if again.what == WHAT_COPY_READ else again.job.request
+        if again.what == WHAT_COPY_READ and again.copy.waiters.head == NULL:
+            copy_read(e, again.copy, error)     # nobody wants it any more
+        elif r != NULL and (r.cookie & mask) == value:
+            count += 1
+            if again.what == WHAT_JOB:
+                again.job.pending -= 1
+                again.job.error = error
+                if again.job.pending == 0:
+                    job_continue(e, again.job)
+            else:
+                if r.error == 0:
+                    r.error = error
+                request_release(e, r)
+        else:
+            again.next = e.retries
+            e.retries = again
+            again = following
+            continue
+        free(again)
+        again = following
+    list_fail(e, &doomed, error)
+    return count
+
+
+cdef int list_part(RequestList *where, RequestList *doomed, uint64_t mask, uint64_t value) noexcept nogil:
+    """Moves the requests whose (cookie & mask) == value from one list to the other. Returns how many."""
+    cdef Request *r = list_take(where)
+    cdef Request *following
+    cdef int count = 0
+    while r != NULL:
+        following = r.next
+        if (r.cookie & mask) == value:
+            list_push(doomed, r)
+            count += 1
+        else:
+            list_push(where, r)
+        r = following
+    return count
+
+
 # --- a copy's life ------------------------------------------------------------------------------------------------
 
 cdef inline Copy *copy_find(Engine e, uint64_t chunk, uint64_t block, uint64_t *limit) noexcept nogil:

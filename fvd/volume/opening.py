@@ -214,6 +214,7 @@ def _copying(volume: OpenVolume, on_event: Callable[[GrowthEvent | BaseEvent], N
         virtual_size_bytes=volume.geometry.virtual_size_bytes,
         base_size_bytes=base.size_bytes,
         base_locator=base.locator,
+        block_size_bytes=volume.geometry.block_size_bytes,
         release=volume.release_base,
         on_event=on_event,
         clock_ns=time.monotonic_ns,

@@ -144,6 +144,7 @@ class _Run:
     counters: dict[str, int]  # at the last step
     prefetched_before_bytes: int
     percent_told: int
+    profile_bytes: int  # of the blocks that it names
     pass_remaining_bytes: int  # when the pass over the base began
     begun: bool = False
     decision: Decision | None = None
@@ -162,6 +163,7 @@ class Copying:
         virtual_size_bytes: int,
         base_size_bytes: int,
         base_locator: str,
+        block_size_bytes: int,
         release: Callable[[], None],
         on_event: Callable[[BaseEvent], None] | None = None,
         clock_ns: Callable[[], int],
@@ -172,6 +174,7 @@ class Copying:
         self._file_bytes = base_size_bytes  # as the profile's header says it
         self._base_bytes = min(base_size_bytes, virtual_size_bytes)  # what of it shows through
         self._locator = base_locator
+        self._block_bytes = block_size_bytes
         self._release_base = release
         self._on_event = on_event
         self._clock_ns = clock_ns
@@ -217,6 +220,7 @@ class Copying:
             counters,
             prefetched_before_bytes=counters["prefetched_bytes"],
             percent_told=self._percent(remaining) // PROGRESS_PERCENT * PROGRESS_PERCENT,
+            profile_bytes=self._block_bytes * self._count_blocks(found.extents),
             pass_remaining_bytes=remaining,
         )
         self._set(0, options.rate_bytes, self._idle_ns)
@@ -266,7 +270,7 @@ class Copying:
         profile_bytes = 0
         if run is not None:
             prefetched = self._engine.copy_counters()["prefetched_bytes"] - run.prefetched_before_bytes
-            profile_bytes = max(0, sum(length for _, length in self._clipped(run.found.extents)) - prefetched)
+            profile_bytes = max(0, run.profile_bytes - prefetched)
         return {
             "state": state,
             "reason": reason,
@@ -392,6 +396,15 @@ class Copying:
     def _clipped(self, extents: tuple[Extent, ...]) -> list[Extent]:
         end = self._base_bytes
         return [(offset, min(length, end - offset)) for offset, length in extents if offset < end]
+
+    def _count_blocks(self, extents: tuple[Extent, ...]) -> int:
+        """How many blocks the extents lie in, each counted once: copies are of whole blocks."""
+        count = counted_to = 0
+        for offset, length in sorted(self._clipped(extents)):
+            first, end = max(counted_to, offset // self._block_bytes), -(-(offset + length) // self._block_bytes)
+            count += max(0, end - first)
+            counted_to = max(counted_to, end)
+        return count
 
     def _percent(self, remaining: int) -> int:
         return 100 * (self._base_bytes - remaining) // self._base_bytes if self._base_bytes else 100

@@ -376,6 +376,27 @@ def test_prefetching_asks_a_failing_base_once_a_second() -> None:
     assert stage.engine.base_released and not stage.engine.base_failing
 
 
+@pytest.mark.parametrize("copy_on_read", [True, False])
+def test_what_waits_for_the_base_can_be_ended(copy_on_read: bool) -> None:
+    """A server that stops, or whose client has gone, does not wait as long as a guest would."""
+    log: list[str] = []
+    stage = Stage(base_bytes=MIB, base_timeout_ns=1000 * SECOND, log=log)
+    stage.engine.copy_on_read = copy_on_read
+    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.player.cancelled = True
+    stage.submit("read", 0, 8)
+    stage.submit("read", 8, 8)
+    stage.submit("write", 4 * BLOCK, 8)
+    stage.finish_all()
+    assert stage.engine.waits_for_clock
+    assert stage.engine.cancel_all_waiting(108) == 3
+    stage.finish_all()
+    assert not stage.in_flight and sum(line.endswith("-108") for line in log) == 3
+    assert stage.engine.leaks() == {}
+    stage.device.fault = None
+    stage.settle()
+
+
 def test_close_does_not_wait_for_a_base_that_fails() -> None:
     stage = Stage(base_bytes=MIB, base_timeout_ns=1000 * SECOND)
     stage.player.errors_expected = True

@@ -96,6 +96,7 @@ class Machine:
             virtual_size_bytes=BASE_BYTES,
             base_size_bytes=BASE_BYTES,
             base_locator="/model",
+            block_size_bytes=64 << 10,
             release=lambda: None,
             clock_ns=lambda: self.now_ns,
             random=random.Random(1),

@@ -16,6 +16,7 @@ MIB = 1 << 20
 MS = 1_000_000
 SECOND = 1_000_000_000
 BASE = 1024 * MIB
+BLOCK = 64 << 10
 STATUS_KEYS = {
     "state",
     "reason",
@@ -102,6 +103,7 @@ class Disk:
             virtual_size_bytes=virtual_size_bytes,
             base_size_bytes=BASE,
             base_locator=locator,
+            block_size_bytes=BLOCK,
             release=self.release,
             clock_ns=lambda: self.now_ns,
             random=random.Random(1),
@@ -493,3 +495,12 @@ def test_a_remote_base_has_no_place_of_its_own(disk: Disk, tmp_path: Path) -> No
     with pytest.raises(InvalidArgument, match=r"vg0/guest.*name a file"):
         disk.copying.record_profile()
     assert disk.copying.record_profile(str(tmp_path / "p"))["extents"] == 0
+
+
+def test_a_profile_costs_whole_blocks(tmp_path: Path) -> None:
+    """Of reads of 4 KiB here and there as much remains as must be copied for them, blocks that two of them share once."""
+    path = str(tmp_path / "p")
+    profile.save(path, BASE, [(10 * BLOCK, 4096), (10 * BLOCK + 8192, 4096), (3 * BLOCK - 4096, 8192), (0, 1)])
+    disk = Disk()
+    disk.copying.start(PrefetchOptions(delay_s=0, profile=path))
+    assert disk.status["profile_remaining_bytes"] == 4 * BLOCK

@@ -1,0 +1,75 @@
+"""The benchmark of copying runs and adds up: short runs on a real slow base. Nothing here says how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CANNOT = 77
+# In a process of its own: the benchmarks' modules have names that others have too.
+PREAMBLE = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
+import copying, app_start
+from machine import CannotMeasure
+try:
+    print(json.dumps(%s))
+except CannotMeasure as reason:
+    print(reason)
+    sys.exit({CANNOT})
+"""
+
+
+def evaluate(expression: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE % expression],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        check=False,
+    )
+    if done.returncode == CANNOT:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_start_twice() -> None:
+    found = evaluate('copying.start_twice("fvd", True, 256 << 20, 1, reads=100)')
+    assert len(found["seconds"]) == 2
+    assert found["written_bytes"] >= found["bytes"] > 0  # whole blocks
+    assert found["metadata_writes"] == 0
+
+
+@pytest.mark.parametrize("kind", ["fvd", "qemu"])
+def test_a_turn_with_the_base_being_copied(kind: str) -> None:
+    [turn] = evaluate(f'copying.take_turns("{kind}", True, False, 512 << 20, 1, 1.0, 1)')
+    assert turn["idle_copied_bytes"] > 0
+    assert turn["latencies"]["all"]["requests"] == turn["latencies"]["own"]["requests"] + turn["latencies"]["base"]["requests"]
+
+
+def test_the_report_says_what_was_missed() -> None:
+    starts = [
+        {"server": server, "copy_on_read": copy, "seconds": [4.0, 1.0], "metadata_writes": 1, "written_bytes": 20, "bytes": 10}
+        for server, copy in (("fvd", True), ("fvd", False), ("qemu", True))
+    ]
+    slow, quick = ({"all": {"p99": p99}, "own": {"p99": p99}} for p99 in (2.0, 1.0))
+    turns = [
+        {"server": server, "fill": fill, "pauses": pauses, "latencies": slow if fill else quick}
+        | {"idle_copied_bytes": 10 << 20, "busy_copied_bytes": 0, "idle_cpu_seconds": 0.1}
+        for server, pauses in (("fvd", False), ("fvd", True), ("qemu", False))
+        for fill in (False, True)
+    ]
+    result = {"starts": starts, "turns": turns, "turn_seconds": 1.0, "application": {"not_measured": "no guest"}}
+    rows = evaluate(f"copying.report(json.loads({json.dumps(result)!r}))")
+    assert [row["reached"] for row in rows if row["goal"]] == [False] * 8  # of each kind of goal, and nothing of qemu's
+    assert rows[-1]["value"] == "no guest"
