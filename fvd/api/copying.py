@@ -1,13 +1,15 @@
 """Copy-on-read, prefetching and profiles of one open disk as plain values, whether it has something to copy or not.
 
 The disk's `copying` does the work where there is one; without it (no base, read-only, nothing left) these functions say so in its place.
-All of them run in the loop's thread. They may not know how a disk is driven.
+All of them run in the loop's thread, but for `find_profile` and what `profile_writer` returns, which deal with files. They may not know
+how a disk is driven.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.types import PrefetchOptions
@@ -16,6 +18,7 @@ from fvd.units import parse_size
 
 if TYPE_CHECKING:
     from fvd.volume.opening import OpenVolume
+    from fvd.volume.prefetching import FoundProfile
     from fvd.volume.prefetching import PrefetchOptions as VolumeOptions
     from fvd.volume.view import View
 
@@ -31,12 +34,21 @@ def prefetch_options(rate: int | str = 0, delay_s: float = 0.0, profile: str | o
     return checked_options(PrefetchOptions(delay_s, parse_size(rate), absolute(profile)))
 
 
+# As far as the engine's integers go, with much to spare.
+LONGEST_DELAY_S = 10 * 365 * 86400.0
+MOST_RATE_BYTES = 1 << 60
+
+
 def checked_options(options: PrefetchOptions) -> PrefetchOptions:
     """The options, if they can work. Raises InvalidArgument."""
     if not math.isfinite(options.delay_s) or options.delay_s < 0:
         raise InvalidArgument(f"prefetching cannot begin after {options.delay_s} seconds; name a time of 0 or more")
-    if options.rate_bytes < 0:
+    if options.delay_s > LONGEST_DELAY_S:
+        raise InvalidArgument(f"prefetching cannot begin after {options.delay_s:g} seconds; at most {LONGEST_DELAY_S:g} (ten years)")
+    if not 0 <= options.rate_bytes <= MOST_RATE_BYTES:
         raise InvalidArgument(f"prefetching cannot copy {options.rate_bytes} bytes a second; name a rate above 0, or 0 for no limit")
+    if options.profile is not None and "\0" in str(options.profile):
+        raise InvalidArgument("the name of a profile has a zero byte in it")
     return options
 
 
@@ -84,12 +96,17 @@ def status(disk: OpenVolume) -> dict[str, Any]:
     }
 
 
-def start(disk: OpenVolume, options: PrefetchOptions) -> dict[str, Any]:
+def find_profile(disk: OpenVolume, options: PrefetchOptions) -> FoundProfile | None:
+    """The profile that `start` will use: reads a file, so not in the loop's thread. None: nothing will be prefetched."""
+    return None if disk.copying is None else disk.copying.find_profile(_for_volume(options))
+
+
+def start(disk: OpenVolume, options: PrefetchOptions, found: FoundProfile | None) -> dict[str, Any]:
     """Raises InvalidArgument (no base), ReadOnly. A disk that has everything stays as it is."""
     if not _released(disk):
         _refuse_what_cannot_copy(disk, "prefetch")
         assert disk.copying is not None
-        disk.copying.start(_for_volume(options))
+        disk.copying.start(_for_volume(options), found)
     return status(disk)
 
 
@@ -109,15 +126,21 @@ def set_copy_on_read(disk: OpenVolume, on: bool) -> dict[str, Any]:
     return status(disk)
 
 
-def record_profile(disk: OpenVolume, path: str | None) -> dict[str, Any]:
-    """The keys of `SavedProfile`. Raises InvalidArgument (nothing was ever read from a base), ReadOnly, and what writing raises."""
+def profile_writer(disk: OpenVolume, path: str | None) -> Callable[[], dict[str, Any]]:
+    """What writes the profile, outside the loop's thread, and returns the keys of `SavedProfile`.
+
+    Raises InvalidArgument (nothing was ever read from a base), ReadOnly; the call that it returns, what writing raises.
+    """
+    if path is not None and "\0" in path:
+        raise InvalidArgument("the name of a profile has a zero byte in it")
     if disk.copying is None and disk.superblock.base is not None and _released(disk):
         raise InvalidArgument(
             f"{disk.name} did not need its base any more when it was opened, so nothing was read from it: there is no profile to record"
         )
     _refuse_what_cannot_copy(disk, "record a profile")
     assert disk.copying is not None
-    return {"volume": str(disk.name), **disk.copying.record_profile(path)}
+    write = disk.copying.profile_writer(path)
+    return lambda: {"volume": str(disk.name), **write()}
 
 
 def _released(disk: OpenVolume) -> bool:

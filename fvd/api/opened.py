@@ -62,7 +62,9 @@ class OpenedVerbs:
 
     def prefetch_start(self, delay_s: float = 0.0, rate_bytes: int = 0, profile: str | None = None) -> dict[str, Any]:
         options = copying.checked_options(PrefetchOptions(delay_s, rate_bytes, profile))
-        return self._plain(lambda: copying.start(self._disk, options))
+        # A profile may be large, and its file system slow: guests do not wait for it.
+        found = copying.find_profile(self._disk, options)
+        return self._plain(lambda: copying.start(self._disk, options, found))
 
     def prefetch_stop(self) -> dict[str, Any]:
         return self._plain(lambda: copying.stop(self._disk))
@@ -74,7 +76,8 @@ class OpenedVerbs:
         return self._plain(lambda: copying.set_copy_on_read(self._disk, on))
 
     def profile_record(self, path: str | None = None) -> dict[str, Any]:
-        return self._plain(lambda: copying.record_profile(self._disk, path))
+        write: Callable[[], dict[str, Any]] = self._call(lambda: copying.profile_writer(self._disk, path))
+        return write()
 
     def _plain(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = self._call(work)

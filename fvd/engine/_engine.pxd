@@ -56,6 +56,7 @@ cdef struct Request:            # one guest request
     uint32_t flags
     uint32_t pending            # operations and jobs under way, plus one while it walks or waits
     int32_t error
+    uint64_t noted_bytes        # a read: everything before it is in the profile, where it is the base's
     uint64_t begun_ns
     uint8_t needs_commit        # FUA that one durable write cannot give
     uint8_t touched_device
@@ -251,7 +252,7 @@ cdef class Engine:
     cdef uint64_t plan_count, plan_at, plan_cursor
     cdef bint plan_again            # something of it was given up: once more from the start
     cdef uint32_t prefetch_count, prefetch_reading, prefetch_saving
-    cdef uint64_t guest_last_ns, steer_ns, probe_ns, rate_ns, pass_ns
+    cdef uint64_t guest_last_ns, steer_ns, probe_ns, rate_ns, pass_ns, no_slot_until_ns
     cdef int64_t rate_tokens
     cdef Run *reads                 # what guests read from the base, in bytes, in order
     cdef uint64_t reads_count, reads_room

@@ -115,6 +115,7 @@ cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:
     if not e.raw and bits_find(e.used, capacity, e.chunks, True) < e.chunks:
         raise Corrupt("the storage is smaller than a chunk that is in use needs")
     e.storage_size = size_bytes
+    e.no_slot_until_ns = 0
     e.capacity = capacity
     e.free_count = 0 if e.raw else capacity - bits_count(e.used, 0, capacity)
     if e.slot_cursor >= capacity:
@@ -587,12 +588,16 @@ cdef class Engine:
             plan = <Run *> calloc(count, sizeof(Run))
             if plan == NULL:
                 raise MemoryError("fvd engine")
-        for i in range(count):
-            start, length = extents[i]
-            end = min(max(start, 0) + max(length, 0), self.base_size)
-            if start >= 0 and start < end:
-                plan[i].first = start >> self.block_shift
-                plan[i].end = ((end - 1) >> self.block_shift) + 1
+        try:
+            for i in range(count):
+                start, length = extents[i]
+                end = min(max(start, 0) + max(length, 0), self.base_size)
+                if start >= 0 and start < end:
+                    plan[i].first = start >> self.block_shift
+                    plan[i].end = ((end - 1) >> self.block_shift) + 1
+        except BaseException:
+            free(plan)
+            raise
         free(self.plan)
         self.plan = plan
         self.plan_count = count
@@ -604,7 +609,9 @@ cdef class Engine:
     @property
     def prefetching(self):
         """Whether something of the plan is still to be copied or on its way."""
-        return self.prefetch_count > 0 or (self.base_absent > 0 and (self.plan_at < self.plan_count or self.plan_again))
+        if self.prefetch_count > 0:
+            return True
+        return self.base_absent > 0 and self.plan_count > 0 and (self.plan_at < self.plan_count or self.plan_again)
 
     @property
     def base_remaining_bytes(self):

@@ -101,9 +101,13 @@ cdef void base_release(Engine e) noexcept nogil:
 
 # --- the base's answers -------------------------------------------------------------------------------------------
 
-cdef int read_noted(Engine e, uint64_t start, uint64_t end) except -1 nogil:
-    """A guest needs this of the base: part of the profile."""
+cdef int read_noted(Engine e, Request *r, uint64_t start, uint64_t end) except -1 nogil:
+    """A guest needs this of the base: part of the profile. Once, though it waits for a copy in between."""
     cdef Run *grown
+    start = max(start, r.noted_bytes)
+    if start >= end:
+        return 0
+    r.noted_bytes = end
     if e.reads_count and e.reads[e.reads_count - 1].end == start:
         e.reads[e.reads_count - 1].end = end
         return 0
@@ -136,7 +140,7 @@ cdef bint base_tried(Engine e, Op *op, int32_t error) except -1 nogil:
     if op.what == WHAT_COPY_READ:
         if op.copy.waiters.head == NULL:
             return False            # nobody asked for it
-        begun_ns = op.copy.begun_ns
+        begun_ns = op.copy.waiters.head.begun_ns      # the first to give up: the others ask again
     else:
         begun_ns = op.request.begun_ns if op.what == WHAT_PLAIN else op.job.request.begun_ns
     if e.closing != NULL or e.now_ns - begun_ns >= e.base_timeout_ns:
@@ -215,6 +219,7 @@ cdef int base_cancel(Engine e, uint64_t mask, uint64_t value, int32_t error) exc
         free(again)
         again = following
     list_fail(e, &doomed, error)
+    base_release(e)
     return count
 
 
@@ -254,6 +259,12 @@ cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:
     if slot_of(e, chunk) != EMPTY:
         return True
     return e.free_count > (e.low_water_slots / 2 if e.capacity < e.chunks else 0)
+
+
+cdef inline void no_slot_for_copy(Engine e) noexcept nogil:
+    """What was read has been read in vain: prefetching reads no more before something may have changed."""
+    e.stat_no_slot += 1
+    e.no_slot_until_ns = e.now_ns + RETRY_AFTER_NS
 
 
 cdef Copy *copy_begin(Engine e, uint64_t chunk, uint64_t first, uint64_t end, bint prefetch) except NULL nogil:
@@ -356,12 +367,12 @@ cdef int read_through_copy(Engine e, Request *r, uint64_t chunk, uint32_t slot, 
                 or (e.copy_bytes and e.copy_bytes + ((limit - first) << e.block_shift) > e.copy_limit)):
             end[0] = stop           # what follows may be in a copy
             return 2
-        read_noted(e, start, min(end[0], limit << e.block_shift))
+        read_noted(e, r, start, min(end[0], limit << e.block_shift))
         c = copy_begin(e, chunk, first, limit, False)
         list_push(&c.waiters, r)
         return 0
     stop = min(end[0], c.end_block << e.block_shift)
-    read_noted(e, start, stop)
+    read_noted(e, r, start, stop)
     if c.phase == COPY_READING:
         list_push(&c.waiters, r)
         return 0
@@ -455,11 +466,11 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
         if not slot_for_copy(e, chunk):
             if e.capacity < e.chunks:
                 e.want |= WANT_GROWTH
-            e.stat_no_slot += 1
+            no_slot_for_copy(e)
             return 0
         slot = slot_take(e)
         if slot == EMPTY:
-            e.stat_no_slot += 1
+            no_slot_for_copy(e)
             return 0
         b = busy_get(e, chunk)
         b.slot = slot

@@ -3,10 +3,14 @@
 
 cdef enum:
     RATE_BURST_NS = 250000000       # of the rate that may be used at once after a pause
+    PREFETCH_MOST = 16              # copies at once, each with a buffer of 1 MiB or one block, whatever is asked for
 
 
 cdef bint prefetch_may_begin(Engine e) noexcept nogil:
-    if e.prefetch_count >= e.prefetch_slots or e.closing != NULL or e.closed or e.failed_errno or e.base_absent == 0:
+    cdef double burst, fresh
+    if e.prefetch_count >= min(e.prefetch_slots, PREFETCH_MOST) or e.closing != NULL or e.closed or e.failed_errno or e.base_absent == 0:
+        return False
+    if e.now_ns < e.no_slot_until_ns:
         return False
     if e.prefetch_idle_ns and (e.open_requests or e.now_ns - e.guest_last_ns < e.prefetch_idle_ns):
         return False
@@ -16,8 +20,10 @@ cdef bint prefetch_may_begin(Engine e) noexcept nogil:
             return False
         e.probe_ns = e.now_ns
     if e.prefetch_rate_bytes:
-        e.rate_tokens += <int64_t> (<double> min(e.now_ns - e.rate_ns, 60 * 1000000000ULL) * <double> e.prefetch_rate_bytes / 1e9)
-        e.rate_tokens = min(e.rate_tokens, <int64_t> (e.prefetch_rate_bytes / (1000000000 / RATE_BURST_NS) + 1))
+        # In floating point: time by rate may be more than any integer holds.
+        burst = <double> (e.prefetch_rate_bytes / (1000000000 / RATE_BURST_NS) + 1)
+        fresh = <double> (e.now_ns - e.rate_ns) * <double> e.prefetch_rate_bytes / 1e9
+        e.rate_tokens = <int64_t> min(<double> e.rate_tokens + fresh, burst)
         e.rate_ns = e.now_ns
         return e.rate_tokens > 0
     return True

@@ -124,7 +124,7 @@ cdef int read_absent(Engine e, Request *r, uint64_t start, uint64_t end, bint ze
     cdef uint8_t *buffer = r.buffer + (start - r.start)
     cdef Op *op
     if e.has_base and not zeros and start < e.base_size:
-        read_noted(e, start, end)
+        read_noted(e, r, start, end)
         base_end = end if end < e.base_size or BUG(12) else e.base_size
         r.touched_device = 1
         op = op_issue(e, WHAT_PLAIN, OP_READ, TARGET_BASE, start, base_end - start, buffer, False)

@@ -331,6 +331,8 @@ cdef int allocate_map(Engine e, Job *j) except -1 nogil:
     """R1: the data are written; now the change becomes pending."""
     ensure(slot_of(e, j.busy.chunk) == (EMPTY if j.busy.reserved else j.busy.slot), "the slot of a chunk changed under a job")
     map_bits(e, j.first_block, j.end_block, True)
+    if e.soft.entries and not BUG(32):
+        entry_harden(e, j.busy.chunk)       # R15: a copy may have mapped the slot since the word became hard
     if j.busy.reserved:
         map_slot(e, j.busy.chunk, j.busy.slot)
         j.busy.reserved = 0

@@ -46,6 +46,8 @@ IMAGE_FORMATS = frozenset(
         BaseFormat.PARALLELS,
     }
 )
+# They can name other files, which a server far away could have us open here: it may serve another image each time it is asked.
+_NAMES_FILES = frozenset({BaseFormat.QCOW2, BaseFormat.QED, BaseFormat.VMDK})
 NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 QEMU_SCHEMES = ("rbd", "ssh", "https", "http", "iscsi", "nfs")
 
@@ -56,7 +58,9 @@ _URI = re.compile(
 )
 _SOCKET = re.compile(r"[?&]socket=(/|%2[Ff])[^&]")
 _RBD_NAME = r"[A-Za-z0-9_.+-]+"
-_RBD = re.compile(rf"rbd:{_RBD_NAME}(/{_RBD_NAME}){{1,2}}(@{_RBD_NAME})?(:id={_RBD_NAME})?(:conf=/[A-Za-z0-9_.+/-]+)?")
+_RBD = re.compile(rf"rbd:{_RBD_NAME}(/{_RBD_NAME}){{1,2}}(@{_RBD_NAME})?(:id={_RBD_NAME})?(:conf=/etc/ceph/{_RBD_NAME})?")
+# Others would switch checks off, or have files read that nobody meant.
+_NBD_OPTIONS = frozenset({"socket", "tls-certificates", "tls-psk-file", "tls-username"})
 
 
 def scheme_of(locator: str) -> str | None:
@@ -73,6 +77,8 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
         raise InvalidArgument(f"the base {locator!r} is not UTF-8") from error
     if len(raw) > MAX_LOCATOR_BYTES:
         raise InvalidArgument(f"the base's name has {len(raw)} bytes; at most {MAX_LOCATOR_BYTES} fit")
+    if base_format is BaseFormat.NONE:
+        raise InvalidArgument(f"the base {locator} has no format")
     if any(ord(letter) < 0x20 or 0x7F <= ord(letter) < 0xA0 for letter in locator):
         raise InvalidArgument(f"the base {locator!r} has a control character in its name; use another name for it, a link perhaps")
     if locator.startswith("/"):
@@ -89,6 +95,11 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
     elif scheme in QEMU_SCHEMES:
         if base_format is not BaseFormat.REMOTE_RAW and not base_format.is_image:
             raise InvalidArgument(f"the base {locator} is read through QEMU, so its format cannot be {_name(base_format)}")
+        if base_format in _NAMES_FILES:
+            raise InvalidArgument(
+                f"the base {locator}: a {_name(base_format)} image can name other files, which a remote server could have opened on this "
+                "host; have qemu-nbd or nbdkit serve it where it lies, and name that as an NBD base"
+            )
         _check_qemu(locator, scheme)
     else:
         raise InvalidArgument(
@@ -98,6 +109,9 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
 
 def _check_nbd(locator: str, scheme: str) -> None:
     authority, query = _uri(locator)
+    unknown = {word.partition("=")[0] for word in query.lstrip("?").split("&") if word} - _NBD_OPTIONS
+    if unknown:
+        raise InvalidArgument(f"the base {locator} has an option that fvd does not take: {', '.join(sorted(unknown))}")
     if scheme.endswith("+unix"):
         if authority.rpartition("@")[2]:
             raise InvalidArgument(
@@ -112,11 +126,13 @@ def _check_nbd(locator: str, scheme: str) -> None:
 def _check_qemu(locator: str, scheme: str) -> None:
     if scheme == "rbd":
         if not _RBD.fullmatch(locator):
-            raise InvalidArgument(f"the base {locator!r} must be rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:id=USER][:conf=/PATH]")
+            raise InvalidArgument(f"the base {locator!r} must be rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:id=USER][:conf=/etc/ceph/FILE]")
         return
-    authority, _ = _uri(locator)
+    authority, query = _uri(locator)
     if not authority.rpartition("@")[2]:
         raise InvalidArgument(f"the base {locator} names no host")
+    if query and scheme not in ("http", "https"):
+        raise InvalidArgument(f"the base {locator} has options, which fvd does not take for {scheme}:")
     if locator.endswith(":"):
         raise InvalidArgument(f"the base {locator} ends with a colon, which QEMU takes for an option")
 

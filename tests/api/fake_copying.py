@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +28,17 @@ class FakeEngine:
 class FakeCopying:
     started: list[Any] = field(default_factory=list)  # options
     wants: list[int] = field(default_factory=list)
+    found_in: list[int] = field(default_factory=list)  # threads that dealt with files
     state: str = "running"
     on: bool = False
     released: bool = False
 
-    def start(self, options: Any) -> None:
+    def find_profile(self, options: Any) -> str:
+        self.found_in.append(threading.get_ident())
+        return f"found for {options.profile}"
+
+    def start(self, options: Any, found: Any) -> None:
+        assert found == f"found for {options.profile}"
         self.started.append(options)
 
     def stop(self) -> None:
@@ -42,8 +50,12 @@ class FakeCopying:
     def on_want(self, wants: int) -> None:
         self.wants.append(wants)
 
-    def record_profile(self, path: str | None) -> dict[str, Any]:
-        return {"path": path or "/srv/base.fvd-profile", "extents": 3, "bytes": 12288}
+    def profile_writer(self, path: str | None) -> Callable[[], dict[str, Any]]:
+        def write() -> dict[str, Any]:
+            self.found_in.append(threading.get_ident())
+            return {"path": path or "/srv/base.fvd-profile", "extents": 3, "bytes": 12288}
+
+        return write
 
     def status(self) -> dict[str, Any]:
         return {
