@@ -178,6 +178,10 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
     first = dice.randint(0, sectors - 600)
     shape.areas = dice.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
     shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": dice.choice((0.5, 2.0)), "flush": dice.choice((0.1, 0.2, 1.0))}
+    if dice.random() < 0.3:
+        # What was copied is then written and flushed, and nothing else in its word; or zeroed by its bits in between.
+        shape.kinds = {"read": 1.0, "write": 1.0, "flush": 0.7, "zero": dice.choice((0.0, 0.5, 1.0))}
+        shape.longest_round = min(shape.longest_round, 40)
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
     shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False

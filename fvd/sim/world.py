@@ -139,7 +139,7 @@ class World:
             cache_mode=self.shape.cache_mode,
         )
         self.player.log = self.log
-        if self.shape.copying and not read_only and self.dice.random() < 0.5:
+        if self.shape.copying and not read_only and self.dice.random() < 0.8:
             self._steer_copies(self.dice)
         if self.shape.prefetch and self.shape.base_bytes is not None and not read_only:
             engine.prefetch_idle_ns, engine.prefetch_slots = 0, 4
@@ -223,9 +223,10 @@ class World:
             engine.prefetch_slots = dice.choice((0, 1, 2, 8))
             engine.prefetch_rate_bytes = dice.choice((0, 0, 0, 100_000, 10_000_000))
             plan = []
-            for first, count in dice.choice((self.shape.areas, self.shape.windows or self.shape.areas)):
-                start = dice.randint(0, count - 1)
-                plan.append(((first + start) * SECTOR_BYTES, dice.randint(1, count - start) * SECTOR_BYTES))
+            whole = dice.random() < 0.4
+            for first, count in self.shape.areas:
+                start = 0 if whole else dice.randint(0, count - 1)
+                plan.append(((first + start) * SECTOR_BYTES, (count if whole else dice.randint(1, count - start)) * SECTOR_BYTES))
             engine.prefetch_plan(plan)
             self.say(f"prefetch {plan} with {engine.prefetch_slots} slots")
 

@@ -23,14 +23,22 @@ GOOD = [
     ("nbds+unix://alice@/x?tls-psk-file=/a&socket=%2Frun%2Fx", BaseFormat.NBD),
     ("nbd+vsock://2:10809/x", BaseFormat.NBD),
     ("rbd:pool/image", BaseFormat.REMOTE_RAW),
-    ("rbd:pool/space/image@snap:id=user:conf=/etc/ceph/other.conf", BaseFormat.QCOW2),
-    ("ssh://user@host:22/images/a.qcow2?host_key_check=yes", BaseFormat.QCOW2),
-    ("https://host/a/b.vmdk?x=y&z=(1)", BaseFormat.VMDK),
+    ("rbd:pool/space/image@snap:id=user:conf=/etc/ceph/other.conf", BaseFormat.VPC),
+    ("ssh://user@host:22/images/a.vdi", BaseFormat.VDI),
+    ("https://host/a/b.raw?x=y&z=(1)", BaseFormat.REMOTE_RAW),
     ("http://host/raw", BaseFormat.REMOTE_RAW),
     ("iscsi://host/iqn.2001-04.com.example:disk/1", BaseFormat.REMOTE_RAW),
-    ("nfs://host/export/image?uid=0", BaseFormat.VHDX),
+    ("nfs://host/export/image", BaseFormat.VHDX),
 ]
 BAD = [
+    ("/path", BaseFormat.NONE),
+    ("https://host/a.qcow2", BaseFormat.QCOW2),
+    ("ssh://host/a.vmdk", BaseFormat.VMDK),
+    ("ssh://host/a?host_key_check=no", BaseFormat.REMOTE_RAW),
+    ("nfs://host/export/image?uid=0", BaseFormat.REMOTE_RAW),
+    ("nbds://host/x?tls-verify-peer=false", BaseFormat.NBD),
+    ("rbd:pool/image:conf=/home/eve/ceph.conf", BaseFormat.REMOTE_RAW),
+    ("rbd:pool/image:conf=/etc/ceph/../../home/eve/ceph.conf", BaseFormat.REMOTE_RAW),
     ("", BaseFormat.RAW),
     ("relative/path", BaseFormat.RAW),
     ("../up", BaseFormat.QCOW2),
@@ -93,7 +101,8 @@ def test_what_may_not(locator: str, base_format: BaseFormat) -> None:
 def test_which_format_goes_with_what(base_format: BaseFormat) -> None:
     samples = {"/path": base_format is BaseFormat.RAW or base_format in IMAGE_FORMATS}
     samples["nbd://host"] = base_format is BaseFormat.NBD
-    samples["ssh://host/x"] = base_format is BaseFormat.REMOTE_RAW or base_format in IMAGE_FORMATS
+    names_files = base_format in (BaseFormat.QCOW2, BaseFormat.QED, BaseFormat.VMDK)
+    samples["ssh://host/x"] = base_format is BaseFormat.REMOTE_RAW or (base_format in IMAGE_FORMATS and not names_files)
     for locator, fine in samples.items():
         if fine:
             check_locator(locator, base_format)

@@ -256,7 +256,7 @@ def test_what_qemu_img_tells_of_other_files(
     path = image(tmp_path / "image", "qcow2")
     reference = BaseReference(str(path), MIB, BaseFormat.QCOW2)
     told["json"] = said
-    for call in (lambda: examine_base(path, "qcow2"), lambda: open_base(reference, NOBODY), lambda: examine_base("ssh://host/x", "qcow2")):
+    for call in (lambda: examine_base(path, "qcow2"), lambda: open_base(reference, NOBODY), lambda: examine_base("ssh://host/x", "vhdx")):
         with pytest.raises(Unsupported, match=words):
             call()
     assert remotes == []
@@ -320,7 +320,7 @@ def test_the_commands(tmp_path: Path, remotes: list[FakeRemote], told: dict[str,
         "file": {"driver": "file", "filename": path},
     }
     assert remote.opened and remote.closed
-    for stated, driver in (("raw", "raw"), ("vmdk", "vmdk")):
+    for stated, driver in (("raw", "raw"), ("vhdx", "vhdx")):
         examine_base("https://host/x", stated)
         assert remotes[-1].command == [*words, f"--format={driver}", "--", "https://host/x"]
 
@@ -338,11 +338,11 @@ def test_a_program_that_is_missing(tmp_path: Path, program: str, remotes: list[F
     monkeypatch.setattr(
         base_images.shutil, "which", lambda name, **options: None if name == program else real(name, **options) or "/bin/true"
     )
-    monkeypatch.setattr(base_images, "_run", lambda *_: b'{"format": "qcow2"}')
+    monkeypatch.setattr(base_images, "_run", lambda words, *_: json.dumps({"format": words[3].partition("=")[2]}).encode())
     with pytest.raises(Unsupported, match=f"{program} is not installed.*apt install qemu-utils"):
         examine_base(image(tmp_path / "image", "qcow2"), "qcow2")
     with pytest.raises(Unsupported, match="apt install qemu-utils"):
-        examine_base("ssh://host/x", "qcow2")
+        examine_base("ssh://host/x", "vhdx")
 
 
 def test_programs_are_not_looked_for_in_the_users_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
