@@ -459,7 +459,9 @@ cdef class Remote(Source):
                 break
             if not self.wanted:
                 continue
-            if self.opened.is_set() and not self.rest(min(_LONGEST_DELAY_S, self.random.uniform(1, 2) * _FIRST_DELAY_S * 2**failures)):
+            # Within the time that a request waits, a server that is back is to be found.
+            delay_s = min(_LONGEST_DELAY_S, self.timeout_s / 6, self.random.uniform(1, 2) * _FIRST_DELAY_S * 2**failures)
+            if self.opened.is_set() and not self.rest(delay_s):
                 continue            # rung: look again at what is wanted
             try:
                 line = self.connect()

@@ -32,6 +32,9 @@ cdef class EngineBackend(Backend):
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
         return self.engine.waiting_bytes(mask, value)
 
+    cdef void give_up_base(self) noexcept nogil:
+        self.engine.base_timeout_ns = 0
+
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
         return self.engine.extents(offset_bytes, length_bytes, out, room)
 

@@ -195,6 +195,9 @@ cdef class Backend:
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
         return 0
 
+    cdef void give_up_base(self) noexcept nogil:
+        """Nobody waits any longer for reads of a base that fails."""
+
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
         out[0].length_bytes = length_bytes
         out[0].state = 0
@@ -422,7 +425,7 @@ cdef class Server:
     def drain(self, int64_t timeout_ns, int64_t export=ALL):
         """Read nothing more from the clients (of one export, or all), answer what is under way, hang up. Writes that wait for
         storage get no answer: a client that reconnects sends them again, and its guest sees no error. Clients that do not take their
-        replies in time are dropped."""
+        replies in time are dropped, and those whose requests wait for a base that fails: neither get they an answer."""
         cdef uint32_t i
         cdef int64_t until = fvd_monotonic_ns() + timeout_ns
         cdef Connection *connection
@@ -435,6 +438,9 @@ cdef class Server:
         while self.count_connections(export):
             if fvd_monotonic_ns() > until:
                 self.drop_all(export)
+                for i in range(self.export_count):
+                    if self.exports[i].live and export in (ALL, i):
+                        (<Backend>self.exports[i].backend).give_up_base()
                 until = fvd_monotonic_ns() + timeout_ns
             with nogil:
                 self.turn(TICK_NS // 10)

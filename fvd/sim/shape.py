@@ -70,6 +70,8 @@ class Shape:
     """Copies are made of the base: by reads, by prefetching, or both, as the dice say while it runs."""
     copy_on_read: bool = False
     """Always, whatever the dice say."""
+    eager: bool = False
+    """Whatever requests fall on is prefetched from the first moment on."""
     prefetch: bool = False
     """The whole base, always, whatever the guest does."""
     copy_limit_bytes: int = 8 << 20
@@ -94,12 +96,12 @@ def draw(dice: Dice) -> Shape:
     """A shape from the dice."""
     scale = dice.choice(SCALES)
     rare = dice.random()
-    if rare < 0.06:
-        return _draw_vast(dice)
-    if rare < 0.083:
-        return _draw_sparse(dice)
     if rare < 0.1:
-        scale = "broad" if rare < 0.09 else "coarse"
+        return _draw_vast(dice)
+    if rare < 0.123:
+        return _draw_sparse(dice)
+    if rare < 0.14:
+        scale = "broad" if rare < 0.13 else "coarse"
     block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
     chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
     # On a crowded disk requests meet each other all the time, on a tight one in the same few blocks; on a scarce one the few slots go from
@@ -178,10 +180,23 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
     first = dice.randint(0, sectors - 600)
     shape.areas = dice.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
     shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": dice.choice((0.5, 2.0)), "flush": dice.choice((0.1, 0.2, 1.0))}
-    if dice.random() < 0.3:
-        # What was copied is then written and flushed, and nothing else in its word; or zeroed by its bits in between.
-        shape.kinds = {"read": 1.0, "write": 1.0, "flush": 0.7, "zero": dice.choice((0.0, 0.5, 1.0))}
-        shape.longest_round = min(shape.longest_round, 40)
+    rare = dice.random()
+    if rare < 0.4:
+        # What was copied, all of it, is then written here and there and flushed.
+        shape.eager = True
+        shape.areas = [(first, 600)]
+        shape.kinds = {"read": 0.5, "write": 1.0, "flush": 1.0}
+        shape.longest_round, shape.largest_sectors = min(shape.longest_round, 40), 8
+    elif rare < 0.7:
+        # Some blocks of a chunk are zeros by their bits, some are copied, some are written, and then there is a flush.
+        shape.geometry = replace(shape.geometry, block_size_bytes=4 * KIB, chunk_size_bytes=64 * KIB, layout=Layout.COMPACT)
+        shape.storage_chunks = shape.geometry.chunks
+        shape.copy_on_read = True
+        shape.areas = [(first - first % 128, 512)]
+        shape.kinds = {"read": 2.0, "write": 2.0, "zero": 1.0, "flush": 1.0}
+        shape.longest_round, shape.largest_sectors = 40, 8
+        shape.depth = shape.least_depth = dice.choice((8, 16, 24))
+        shape.slow = dict(shape.slow) | {"write": 0.7, "flush": 0.1, "journal": 0.1, "base": 0.1}
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
     shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False

@@ -141,6 +141,9 @@ class World:
         self.player.log = self.log
         if self.shape.copying and not read_only and self.dice.random() < 0.8:
             self._steer_copies(self.dice)
+        if self.shape.eager and not read_only:
+            engine.prefetch_idle_ns, engine.prefetch_slots, engine.prefetch_rate_bytes = 0, 8, 0
+            engine.prefetch_plan([(first * SECTOR_BYTES, count * SECTOR_BYTES) for first, count in self.shape.areas])
         if self.shape.prefetch and self.shape.base_bytes is not None and not read_only:
             engine.prefetch_idle_ns, engine.prefetch_slots = 0, 4
             engine.prefetch_plan([(0, self.shape.base_bytes)])

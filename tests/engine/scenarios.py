@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fvd.sim._device import DISCARD, FLUSH, READ, WRITE
+from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE
 from fvd.sim._oracle import Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
@@ -170,6 +170,26 @@ def durable_write_under_way_at_a_failed_flush() -> None:
         raise Violation(f"a durable write was acknowledged after a flush had failed: {log[-1]}")
 
 
+def guest_write_beside_a_copy_in_a_pending_word() -> None:
+    """R15: zeros by their bits have made a word pending; a copy maps the slot of their chunk softly and is still being saved when a guest's
+    write to another block of that word is done, and a flush. The bits of the write never reach the journal without their slot."""
+    stage = Stage(base_bytes=1 << 20)
+    stage.engine.copy_on_read = True
+    stage.now("zero", 2 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.submit("read", 0, 8)
+    stage.finish(*stage.pending(lambda op: op.target == BASE))
+    (fill,) = stage.pending()
+    write = stage.submit("write", 3 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.finish(fill)
+    save = min(stage.pending(lambda op: op.kind == WRITE), key=lambda op: op.offset_bytes)
+    stage.finish_all(but=lambda op: op is save)
+    flush = stage.submit("flush")
+    stage.finish_all(but=lambda op: op is save)
+    if write in stage.in_flight or flush in stage.in_flight:
+        raise RuntimeError("the scenario no longer fits the engine")
+    stage.crash()
+
+
 FAULTS_ONCE_FOUND = (
     write_into_a_chunk_being_trimmed,
     close_reaches_a_full_storage,
@@ -184,4 +204,5 @@ DIRECTED = {
     11: failed_flush_is_remembered,
     15: trim_under_a_write,
     16: ring_full_behind_a_slow_checkpoint,
+    32: guest_write_beside_a_copy_in_a_pending_word,
 }

@@ -27,7 +27,10 @@ from fvd.sim.rounds import Outcome, run
 from fvd.volume import loading
 from fvd.volume.loading import LoadedDisk, RecoverablePages, read_map, recover_disk
 
-COMPILED = (*range(1, 24), *range(26, 33))
+COMPILED = (*range(1, 24), *range(26, 32))
+BY_SCENARIO_ONLY = (
+    32,
+)  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write and a flush, and a crash
 MOST_REQUESTS = 200_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
 FAR = 1_000_000  # from one of them to the next: no world is played twice
@@ -122,7 +125,8 @@ def test_every_rule_names_its_bugs() -> None:
     faults = {int(name): numbers(cell) for name, cell in re.findall(r"^\| fault (\d+) \|.*\| ([\d, ]+) \|$", text, re.MULTILINE)}
     assert list(rules) == [f"R{number}" for number in range(1, 18)]
     assert list(faults) == [1, 2, 3, 4, 6, 7, 10]
-    known = {*COMPILED, *IN_PYTHON}
+    known = {*COMPILED, *IN_PYTHON, *BY_SCENARIO_ONLY}
+    assert set(BY_SCENARIO_ONLY) <= set(DIRECTED)
     assert sorted(number for bugs in rules.values() for number in bugs) == sorted(set().union(*rules.values()))
     assert set().union(*rules.values(), *faults.values()) == known
     assert all(rules.values()) and all(faults.values())

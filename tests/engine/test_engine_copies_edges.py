@@ -27,23 +27,6 @@ def saving(op: Operation) -> bool:
     return op.target == STORAGE and op.kind == WRITE
 
 
-def test_a_guest_write_beside_zeros_that_are_pending_takes_a_slot_from_a_copy_along() -> None:
-    stage = copying()
-    stage.now("zero", 2 * BLOCK, BLOCK)  # the word is pending
-    stage.submit("read", 0, 8)
-    stage.finish(*stage.pending(of_base))
-    (fill,) = stage.pending(saving)
-    write = stage.submit("write", 3 * BLOCK, BLOCK)
-    stage.finish(fill)  # the slot is mapped by the copy
-    save = min(stage.pending(saving), key=lambda op: op.offset_bytes)
-    stage.finish_all(but=lambda op: op is save)
-    assert write not in stage.in_flight
-    flush = stage.submit("flush")
-    stage.finish_all(but=lambda op: op is save)
-    assert flush not in stage.in_flight
-    stage.crash()
-
-
 def test_the_profile_has_each_read_once() -> None:
     stage = copying()
     for block in (5, 0, 9):
