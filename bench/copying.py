@@ -213,10 +213,3 @@ def is_fill(turn: dict[str, Any], server: str) -> bool:
 def report(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = report_starts(result["starts"]) + report_turns(result["turns"], result["turn_seconds"])
     return rows + app_start.report(result["application"])
-
-
-if __name__ == "__main__":
-    import run
-
-    sys.argv.insert(1, "copying")
-    sys.exit(run.main())

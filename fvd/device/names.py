@@ -53,6 +53,19 @@ def publish(path: str, target: str) -> None:
     sync_directory(Path(target).parent)
 
 
+def write_new(path: str, content: bytes, *, mode: int) -> None:
+    """Makes a file of this name with this content, which is durable; the name is when `replace` has given it a better one.
+
+    Nothing is followed: who may write in its directory cannot lead it elsewhere. Raises NoSpace, PermissionDenied, NotFound, DeviceError.
+    """
+    with typed_errors("writing", path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+
+
 def replace(path: str, target: str) -> None:
     """As `publish`, in place of what has the name `target` now: at every moment one of the two has it."""
     with typed_errors("naming", target):

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fvd.device import names
-from fvd.device.node import create_file, open_node
+from fvd.device.node import open_node
 from fvd.errors import Conflict, InvalidArgument
 from fvd.units import format_size
 
@@ -91,10 +91,7 @@ def save(path: str, base_size_bytes: int, reads: Iterable[Extent]) -> list[Exten
     fresh = f"{target}.new-{os.getpid()}-{next(_serial)}"
     names.remove(fresh)  # of a dead process with our number
     try:
-        create_file(fresh, 0, mode=0o644)
-        with open_node(fresh, direct=False) as node:
-            node.pwrite(0, text)
-            node.flush()
+        names.write_new(fresh, text, mode=0o644)
         names.replace(fresh, target)
     except BaseException:
         names.remove(fresh)

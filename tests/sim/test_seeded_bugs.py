@@ -28,9 +28,8 @@ from fvd.volume import loading
 from fvd.volume.loading import LoadedDisk, RecoverablePages, read_map, recover_disk
 
 COMPILED = (*range(1, 24), *range(26, 32))
-BY_SCENARIO_ONLY = (
-    32,
-)  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write and a flush, and a crash
+# Random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash.
+BY_SCENARIO_ONLY = (32,)
 MOST_REQUESTS = 200_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
 FAR = 1_000_000  # from one of them to the next: no world is played twice

@@ -137,11 +137,20 @@ def test_the_old_profile_stays_where_the_new_one_cannot_be_written(path: str, mo
 
 def test_data_are_durable_before_the_name_is(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
-    flush, replace = profile.open_node.__globals__["Node"].flush, profile.names.replace
-    monkeypatch.setattr(profile.open_node.__globals__["Node"], "flush", lambda node: (done.append("flush"), flush(node)))
+    fsync, replace = os.fsync, profile.names.replace
+    monkeypatch.setattr(profile.names.os, "fsync", lambda descriptor: (done.append("flush"), fsync(descriptor)))
     monkeypatch.setattr(profile.names, "replace", lambda *names: (done.append("replace"), replace(*names)))
     save(path, BASE, [])
-    assert done == ["flush", "replace"]
+    assert done[:2] == ["flush", "replace"]
+
+
+def test_nobody_can_lead_a_new_profile_elsewhere(path: str, tmp_path: Path) -> None:
+    """What is made anew is made where nothing is: neither a file nor a link of that name is followed or taken."""
+    victim = tmp_path / "victim"
+    Path(path).symlink_to(victim)
+    with pytest.raises(FvdError):
+        profile.names.write_new(path, b"x", mode=0o644)
+    assert not victim.exists()
 
 
 def test_no_more_than_a_million_are_saved(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
