@@ -153,14 +153,15 @@ def draw(dice: Dice) -> Shape:
 
 def draw_copying(shape: Shape, dice: Dice) -> None:
     """Whether and how the shape's disk is copied from its base. From dice of its own: it changes nothing else."""
-    if shape.base_bytes is None or dice.random() < 0.3:
+    small = shape.windows is None
+    if dice.random() < 0.2 if shape.base_bytes is not None else dice.random() < 0.7 or not small:
         return
     shape.copying = True
     shape.copy_limit_bytes = dice.choice((1 << 12, 1 << 16, 1 << 20, 8 << 20))
     shape.base_timeout_ns = dice.choice((0, 0, 300_000_000, 2_000_000_000))
     if dice.random() < 0.5:
         shape.slow = dict(shape.slow) | {"base": dice.choice((0.2, 0.8, 0.95))}
-    if shape.windows is not None or dice.random() < 0.3:
+    if not small or (shape.base_bytes is not None and dice.random() < 0.2):
         return
     # A larger disk, mostly read, with room for what is copied: else everything has been copied or written before anything can happen to it.
     geometry = shape.geometry
@@ -181,22 +182,21 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
     shape.areas = dice.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
     shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": dice.choice((0.5, 2.0)), "flush": dice.choice((0.1, 0.2, 1.0))}
     rare = dice.random()
-    if rare < 0.4:
+    if rare < 0.35:
         # What was copied, all of it, is then written here and there and flushed.
         shape.eager = True
         shape.areas = [(first, 600)]
         shape.kinds = {"read": 0.5, "write": 1.0, "flush": 1.0}
         shape.longest_round, shape.largest_sectors = min(shape.longest_round, 40), 8
-    elif rare < 0.7:
-        # Some blocks of a chunk are zeros by their bits, some are copied, some are written, and then there is a flush.
+    elif rare < 0.75:
+        # Some blocks of a chunk are zeros by their bits when others are copied; they are read then, and seldom written.
         shape.geometry = replace(shape.geometry, block_size_bytes=4 * KIB, chunk_size_bytes=64 * KIB, layout=Layout.COMPACT)
         shape.storage_chunks = shape.geometry.chunks
         shape.copy_on_read = True
-        shape.areas = [(first - first % 128, 512)]
-        shape.kinds = {"read": 2.0, "write": 2.0, "zero": 1.0, "flush": 1.0}
-        shape.longest_round, shape.largest_sectors = 40, 8
-        shape.depth = shape.least_depth = dice.choice((8, 16, 24))
-        shape.slow = dict(shape.slow) | {"write": 0.7, "flush": 0.1, "journal": 0.1, "base": 0.1}
+        shape.areas = [(0, 1920)]
+        shape.kinds = {"read": 4.0, "write": dice.choice((0.2, 1.0)), "zero": 1.0, "flush": 0.3}
+        shape.longest_round, shape.largest_sectors = max(40, min(shape.longest_round, 200)), 16
+        shape.depth = dice.choice((4, 16))
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
     shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False
