@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 # Python without a .py in its name.
 SCRIPTS := scripts/demo scripts/make-completions scripts/uml
 # A test that hangs must not hold CI for ever: each run of pytest is ended after this.
-LIMIT := timeout --foreground --kill-after=10 25m
+LIMIT := timeout --foreground --kill-after=10 30m
 LVM_LIMIT := timeout --foreground --kill-after=10 30m
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp

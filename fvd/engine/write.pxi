@@ -177,7 +177,8 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     j.device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (run_start - (chunk << e.chunk_shift))
     j.device_length = run_end - run_start
     # R8: over a base an EMPTY chunk may hold blocks that read as zeros; they must be zeros in the slot before it is mapped.
-    if fresh and e.has_base and not BUG(13) and (not bits_none(e.bitmap, chunk_first, first) or not bits_none(e.bitmap, last, chunk_end)):
+    # Also those that this job writes itself: another job of the chunk may end first, and map the slot before they are there.
+    if fresh and e.has_base and not BUG(13) and not bits_none(e.bitmap, chunk_first, chunk_end):
         b.exclusive = 1
     r.touched_device = 1
     if whole:

@@ -190,7 +190,24 @@ def guest_write_beside_a_copy_in_a_pending_word() -> None:
     stage.crash()
 
 
+def write_over_zeros_beside_another_write() -> None:
+    """R8: a block is zeros by its bit, in a chunk without a slot. A write to it is under way when another block of the chunk has been written
+    and flushed; then power fails. The block is zeros still, and no read shows anything else meanwhile."""
+    stage = Stage(base_bytes=1 << 20)
+    stage.now("zero", 2 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.now("flush")
+    stage.submit("write", 2 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    (slow,) = stage.pending()
+    stage.submit("write", 0, SECTORS_PER_BLOCK)
+    stage.finish_all(but=lambda op: op is slow)
+    stage.submit("flush")
+    stage.submit("read", 2 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.finish_all(but=lambda op: op is slow)
+    stage.crash()
+
+
 FAULTS_ONCE_FOUND = (
+    write_over_zeros_beside_another_write,
     write_into_a_chunk_being_trimmed,
     close_reaches_a_full_storage,
     slot_being_discarded_is_not_a_full_storage,
