@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import threading
@@ -64,7 +65,11 @@ def register(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output)
     refuse_options(arguments, arguments.prefetch != "on", ("prefetch_delay", "prefetch_rate", "profile"), "--prefetch on")
-    stop = threading.Event()
+    with contextlib.closing(_Stop()) as stop:
+        return _serve(arguments, output, stop)
+
+
+def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop) -> int:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # Whoever asks twice is not kept waiting by storage that does not answer.
@@ -93,6 +98,34 @@ def run(arguments: argparse.Namespace) -> int:
         stop.wait()
         notify("STOPPING=1")
     return 0
+
+
+class _Stop:
+    """Something that is waited for until it is set, by any thread or a signal.
+
+    A signal that comes just before a thread goes to sleep on a lock is seen when the lock is given, that is never; and another thread may
+    get it. A pipe holds what was written to it.
+    """
+
+    def __init__(self) -> None:
+        self._set = threading.Event()
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+
+    def set(self) -> None:
+        self._set.set()
+        with contextlib.suppress(BlockingIOError):  # full: there is enough to wake anybody
+            os.write(self._write_end, b"\0")
+
+    def wait(self) -> None:
+        while not self._set.is_set():
+            os.read(self._read_end, 64)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._read_end)
+        os.close(self._write_end)
 
 
 def prefetch_of(arguments: argparse.Namespace) -> fvd.PrefetchOptions | bool | None:

@@ -191,8 +191,8 @@ def guest_write_beside_a_copy_in_a_pending_word() -> None:
 
 
 def write_over_zeros_beside_another_write() -> None:
-    """R8: a block is zeros by its bit, in a chunk without a slot. A write to it is under way when another block of the chunk has been written
-    and flushed; then power fails. The block is zeros still, and no read shows anything else meanwhile."""
+    """R8: a block is zeros by its bit, in a chunk without a slot. A write to it is under way when another block of the chunk has been
+    written and flushed; then power fails. The block is zeros still, and no read shows anything else meanwhile."""
     stage = Stage(base_bytes=1 << 20)
     stage.now("zero", 2 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
     stage.now("flush")
