@@ -313,11 +313,9 @@ cdef class Driver:
         try:
             self.queue = open_queue(self.force_blocking, 256)
             base = self.volume.base
-            remote = getattr(base, "remote", None)
-            base_fd = -1 if base is None or remote is not None else base.node.fd
-            self.queue.attach(0, self.volume.node.fd, base_fd, remote)
+            self.queue.attach(0, self.volume.node.fd, -1 if base is None else base.fd, None if base is None else base.remote)
             self.volume.detach_base = self._release_base
-            self.has_copying = getattr(self.volume, "copying", None) is not None
+            self.has_copying = self.volume.copying is not None
             self.queue.watch(self.wake_fd, _WAKE_KEY)
             self.queue_kind = self.queue.kind
             if self.queue.notice:
@@ -416,14 +414,13 @@ cdef class Driver:
             told, self.on_failure = self.on_failure, None       # once: the failure is sticky
             told()
         if wants & (WANT_STEER | WANT_BASE):
-            copying = getattr(self.volume, "copying", None)
-            if copying is not None:
+            if self.volume.copying is not None:
                 try:
-                    copying.on_want(wants & (WANT_STEER | WANT_BASE))
+                    self.volume.copying.on_want(wants & (WANT_STEER | WANT_BASE))
                 except Exception:   # the disk does without
                     log.exception("%s: copying from the base could not be steered", self.volume.name)
         result = self.run_posted()
-        self.has_copying = getattr(self.volume, "copying", None) is not None
+        self.has_copying = self.volume.copying is not None
         return result
 
     cdef int run_posted(self) except -1:

@@ -100,9 +100,19 @@ def save(path: str, base_size_bytes: int, reads: Iterable[Extent]) -> list[Exten
 
 
 def load(path: str, base_size_bytes: int) -> list[Extent]:
-    """The extents of a profile of a base of this size.
+    """The extents of a profile of a base of this size. Raises as `read`, and Conflict: it is of a base of another size."""
+    recorded_bytes, extents = read(path)
+    if recorded_bytes != base_size_bytes:
+        raise Conflict(
+            f"the profile {path} was recorded of a base of {recorded_bytes} bytes, and this base has {base_size_bytes}; record it again"
+        )
+    return extents
 
-    Raises InvalidArgument (no profile, damaged, too large), Conflict (of a base of another size), NotFound, PermissionDenied, DeviceError.
+
+def read(path: str) -> tuple[int, list[Extent]]:
+    """The size of the base that a profile is of, and its extents.
+
+    Raises InvalidArgument (no profile, damaged, too large), NotFound, PermissionDenied, DeviceError.
     """
     with open_node(path, read_only=True, direct=False) as node:
         size_bytes = node.size_bytes()
@@ -112,11 +122,7 @@ def load(path: str, base_size_bytes: int) -> list[Extent]:
             raise _unusable(path, f"it has {format_size(size_bytes)}, and {format_size(MOST_BYTES)} is the most")
         data = node.pread(0, size_bytes).tobytes()
     lines = data.split(b"\n")
-    recorded_bytes = _header_size_bytes(path, lines[0])
-    if recorded_bytes != base_size_bytes:
-        raise Conflict(
-            f"the profile {path} was recorded of a base of {recorded_bytes} bytes, and this base has {base_size_bytes}; record it again"
-        )
+    base_size_bytes = _header_size_bytes(path, lines[0])
     if lines[-1]:
         raise _unusable(path, "it ends in the middle of a line")
     if len(lines) - 2 > MOST_EXTENTS:
@@ -130,7 +136,7 @@ def load(path: str, base_size_bytes: int) -> list[Extent]:
         if length == 0 or offset + length > base_size_bytes:
             raise _unusable(path, f"line {number}: {length} bytes at {offset} are not in the base, which has {base_size_bytes}")
         extents.append((offset, length))
-    return extents
+    return base_size_bytes, extents
 
 
 def _header_size_bytes(path: str, line: bytes) -> int:

@@ -323,7 +323,7 @@ def test_verbs_through_the_control_socket(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_read_profile(tmp_path: Path) -> None:
     path = tmp_path / "p"
-    path.write_text(json.dumps({"base_size_bytes": MIB}) + "\n[4096, 512]\n[0, 1024]\n")
+    path.write_text(json.dumps({"fvd_profile": 1, "base_size_bytes": MIB}) + "\n[4096, 512]\n[0, 1024]\n")
     assert fvd.read_profile(path) == fvd.Profile(str(path), MIB, 1536, [(4096, 512), (0, 1024)])
 
 
@@ -334,14 +334,14 @@ def test_read_profile(tmp_path: Path) -> None:
         "[]\n",
         "{}\n",
         "\0\n",
-        '{"base_size_bytes": 0}\n',
-        '{"base_size_bytes": true}\n',
-        '{"base_size_bytes": 4096}\n[0]\n',
-        '{"base_size_bytes": 4096}\n[0, 0]\n',
-        '{"base_size_bytes": 4096}\n[-1, 5]\n',
-        '{"base_size_bytes": 4096}\n[4000, 97]\n',
-        '{"base_size_bytes": 4096}\n[1.5, 1]\n',
-        '{"base_size_bytes": 4096}\n[0, 512',
+        '{"fvd_profile": 1, "base_size_bytes": 0}\n',
+        '{"fvd_profile": 1, "base_size_bytes": true}\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[0]\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[0, 0]\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[-1, 5]\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[4000, 97]\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[1.5, 1]\n',
+        '{"fvd_profile": 1, "base_size_bytes": 4096}\n[0, 512',
         "[" * 100_000,
     ],
 )
@@ -355,11 +355,11 @@ def test_what_is_no_profile(tmp_path: Path, text: str) -> None:
 def test_a_profile_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFound):
         fvd.read_profile(tmp_path / "absent")
-    with pytest.raises(fvd.DeviceError):
+    with pytest.raises(fvd.Unsupported, match="is a directory"):
         fvd.read_profile(tmp_path)
-    monkeypatch.setattr("fvd.api.profile.LIMIT_BYTES", 10)
+    monkeypatch.setattr("fvd.volume.profile.MOST_BYTES", 10)
     (tmp_path / "p").write_bytes(bytes(11))
-    with pytest.raises(Corrupt, match="larger than any profile"):
+    with pytest.raises(Corrupt, match="is the most"):
         fvd.read_profile(tmp_path / "p")
 
 

@@ -12,11 +12,9 @@ import pytest
 
 import fvd
 import fvd.aio
-from fvd.engine._engine import Engine
 
 nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 
-pytestmark = pytest.mark.skipif(not hasattr(Engine, "copy_on_read"), reason="this engine does not copy from its base yet")
 
 MIB = 1 << 20
 WAIT_SECONDS = 60.0

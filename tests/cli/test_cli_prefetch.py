@@ -19,7 +19,6 @@ from fvd_commands import Done, Server
 import fvd
 from fvd.cli import events, info, output, prefetch, profile, serve
 from fvd.cli.main import build_parser
-from fvd.engine._engine import Engine
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -27,7 +26,6 @@ GIB = 1 << 30
 FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
 
-merged = pytest.mark.skipif(not hasattr(Engine, "copy_on_read"), reason="this engine does not copy from its base yet")
 
 RUNNING = fvd.PrefetchStatus(
     "vg0/vm1",
@@ -248,15 +246,14 @@ def test_a_disk_without_a_base(fvd_lv: FvdLv, serving: Serving) -> None:
 
 
 def test_show_a_profile(fvd_lv: FvdLv, workdir: Path) -> None:
-    (workdir / "p").write_text('{"base_size_bytes": 1048576}\n[0, 4096]\n')
+    (workdir / "p").write_text('{"fvd_profile": 1, "base_size_bytes": 1048576}\n[0, 4096]\n')
     assert "1 reads, 4.0 KiB, of a base of 1.0 MiB" in fvd_lv("profile", "show", "p").out
     assert fvd_lv("profile", "show", "p", "--output", "json").json["extents"] == [[0, 4096]]
     assert fvd_lv("profile", "show", "absent", code=3).out == ""
     (workdir / "p").write_text("rubbish\n")
-    assert "record the profile again" in fvd_lv("profile", "show", "p", code=7).err
+    assert "record it again" in fvd_lv("profile", "show", "p", code=7).err
 
 
-@merged
 def test_a_disk_leaves_its_base(fvd_lv: FvdLv, serving: Serving, workdir: Path) -> None:
     """Provisioned over a base, served, read, prefetched to the end; then the base is gone, and nobody notices."""
     nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")

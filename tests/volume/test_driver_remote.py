@@ -57,7 +57,7 @@ class Copying:
 def open_over(path: Path, remote: Remote) -> OpenVolume:
     """A disk that was made over a local base, with the same contents behind NBD in its place."""
     make(path / "disk.img", base=str(path / "base.img"))
-    opened = open_volume(volume(path / "disk.img"))
+    opened = open_volume(volume(path / "disk.img"), base_timeout_s=2)
     replaced: Any = SimpleNamespace(remote=remote, node=None, fd=-1)
     opened.base = replaced
     return opened
