@@ -52,10 +52,15 @@ def test_combination(number: int) -> None:
     assert outcome.requests >= 2000 and outcome.crashes + outcome.closes + outcome.kills > 0
 
 
+# With copies in play and changes that a crash can take: where rules of copies bite.
+COPYING = [c for c in COVER if c.base != "none" and (c.copy_on_read or c.prefetch) and c.cache_mode != "unsafe"]
+PASSES = 20  # bug 26 shows in about one of two hundred plays: one pass would miss it once in two or three runs
+
+
 @needs_bugs
 @pytest.mark.parametrize("bug", [7, 26, 29, 30, 31])
 def test_the_cover_is_not_blind(bug: int) -> None:
     """Without a rule of copies, one of the combinations fails."""
     with seeded(bug), pytest.raises((Violation, RuntimeError)):
-        for number, combination in enumerate(COVER):
-            play(combination, FIRST + number)
+        for number in range(PASSES * len(COPYING)):
+            play(COPYING[number % len(COPYING)], FIRST + number)
