@@ -13,6 +13,8 @@ made with `missing`, with the reason. Knows no suite and no report.
 
 from __future__ import annotations
 
+import math
+import operator
 import statistics
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
@@ -41,10 +43,12 @@ class Row(TypedDict):
 
     what: str
     value: str  # median (smallest-largest), with its unit
-    goal: str  # ">= 1.8", or ""
+    goal: str  # ">= 1.8", "<= 0.35", "> 0", "< 50", or ""
     reached: bool | None  # None: there is no goal, or it was not measured
     values: NotRequired[list[float]]
     note: NotRequired[str]  # the absolute figures behind a ratio, or a cause
+    against: NotRequired[str]  # the peer that a ratio compares fvd with: "qemu raw". `loses` judges such rows
+    better: NotRequired[Literal["more", "less"]]  # which direction of the value is good for fvd
 
 
 class Series(TypedDict):
@@ -56,7 +60,8 @@ class Series(TypedDict):
 
 class Plot(TypedDict):
     """A picture. `bars`: a group for each category, in it a bar (median) and a whisker (smallest, largest) for each series. `lines`: x is
-    numeric. `distribution`: each series has one point, all samples; the share of samples below a value is drawn over the value."""
+    numeric; drawn with equal steps for equal factors if it spans many. `distribution`: each series has one point, all samples; the share of
+    samples below a value is drawn over the value. `logarithmic` says how values are drawn; of a distribution they are so anyway."""
 
     name: str  # a file name without its ending: "random-4k"
     title: str
@@ -71,8 +76,23 @@ class Plot(TypedDict):
     caption: NotRequired[str]
 
 
-def row(what: str, values: list[float], *, unit: str = "", goal: str = "", note: str = "", digits: int = 2) -> Row:
-    """A figure for each round. `goal`: ">= 1.8" or "<= 0.35", compared with the median."""
+SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def row(
+    what: str,
+    values: list[float],
+    *,
+    unit: str = "",
+    goal: str = "",
+    note: str = "",
+    digits: int = 2,
+    against: str = "",
+    better: Literal["more", "less"] | None = None,
+) -> Row:
+    """A figure for each round. `goal`: ">= 1.8" or "<= 0.35", compared with the median. `against` and `better`: for a ratio fvd / peer."""
+    if not values:
+        return missing(what, note or "no round gave this", goal)
     middle = statistics.median(values)
     written = f"{middle:.{digits}f}"
     if len(values) > 1:
@@ -82,13 +102,30 @@ def row(what: str, values: list[float], *, unit: str = "", goal: str = "", note:
     reached = None
     if goal:
         sign, bound = goal.split()
-        reached = {">=": middle >= float(bound), "<=": middle <= float(bound)}[sign]
-    return {"what": what, "value": written, "goal": goal, "reached": reached, "values": values, "note": note}
+        reached = None if math.isnan(middle) else SIGNS[sign](middle, float(bound))
+    made: Row = {"what": what, "value": written, "goal": goal, "reached": reached, "values": values, "note": note}
+    if against:
+        made["against"] = against
+    if better:
+        made["better"] = better
+    return made
 
 
 def missing(what: str, reason: str, goal: str = "") -> Row:
     """What was not measured, and why."""
     return {"what": what, "value": "not measured", "goal": goal, "reached": None, "note": reason}
+
+
+LOSS = 0.1  # what fvd must be worse by, before it is called worse
+
+
+def loses(row: Row) -> bool:
+    """Whether this row is a ratio fvd / peer by which fvd is worse, by more than what rounds differ by anyway."""
+    values = [value for value in row.get("values", []) if isinstance(value, int | float) and math.isfinite(value)]
+    if not row.get("against") or "better" not in row or not values:
+        return False
+    middle = statistics.median(values)
+    return middle < 1 - LOSS if row["better"] == "more" else middle > 1 + LOSS
 
 
 def ratio(samples: list[dict[str, Any]], field: str, one: dict[str, Any], other: dict[str, Any]) -> list[float]:
@@ -98,4 +135,4 @@ def ratio(samples: list[dict[str, Any]], field: str, one: dict[str, Any], other:
         return {s["round"]: s[field] for s in samples if all(s.get(key) == value for key, value in wanted.items())}
 
     ours, theirs = by_round(one), by_round(other)
-    return [ours[number] / theirs[number] for number in sorted(ours) if number in theirs and theirs[number]]
+    return [ours[number] / theirs[number] for number in sorted(ours) if theirs.get(number)]

@@ -20,7 +20,7 @@ _fvd_lv() {
         provision:--chunk-size) :; return ;;
         provision:--journal-size) :; return ;;
         provision:--grow-step) :; return ;;
-        provision:--placement) COMPREPLY=($(compgen -W "append" -- "$current")); return ;;
+        provision:--placement) COMPREPLY=($(compgen -W "append spread" -- "$current")); return ;;
         provision:--max-overcommit) :; return ;;
         serve:--socket) _fvd_lv_files -f; return ;;
         serve:--listen) :; return ;;

@@ -67,6 +67,7 @@ cdef inline bint bit_get(const uint64_t *words, uint64_t bit) noexcept nogil:
 cdef bint bits_all(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil      # all 1 (an empty range: true)
 cdef bint bits_none(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil     # all 0
 cdef uint64_t bits_find(const uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil  # first bit == value, or end
+cdef uint64_t bits_find_last(const uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil  # last such bit, or end
 cdef uint64_t bits_count(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil  # how many are 1
 cdef void bits_fill(uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil
 

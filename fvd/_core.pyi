@@ -38,6 +38,9 @@ def bitmap_count(bitmap: _Words, first: int, end: int) -> int:
 def bitmap_find(bitmap: _Words, first: int, end: int, value: bool) -> int:
     """The first bit that equals `value`, or `end`."""
 
+def bitmap_find_last(bitmap: _Words, first: int, end: int, value: bool) -> int:
+    """The last bit that equals `value`, or `end`."""
+
 def bitmap_all(bitmap: _Words, first: int, end: int) -> bool:
     """Whether every bit is 1 (an empty range: True)."""
 

@@ -145,6 +145,7 @@ cdef extern from *:
 
     #define FVD_ALL_ONES UINT64_C(0xFFFFFFFFFFFFFFFF)
     static int fvd_lowest_bit(uint64_t v) { return __builtin_ctzll(v); }
+    static int fvd_highest_bit(uint64_t v) { return 63 - __builtin_clzll(v); }
     static int fvd_popcount(uint64_t v) { return __builtin_popcountll(v); }
     """
     const uint64_t ALL_ONES "FVD_ALL_ONES"
@@ -155,6 +156,7 @@ cdef extern from *:
     uint64_t fvd_count_words(const uint64_t *w, size_t n) noexcept nogil
     size_t fvd_skip_words(const uint64_t *w, size_t i, size_t n, uint64_t pattern) noexcept nogil
     int fvd_lowest_bit(uint64_t v) noexcept nogil
+    int fvd_highest_bit(uint64_t v) noexcept nogil
     int fvd_popcount(uint64_t v) noexcept nogil
 
 cdef enum:
@@ -234,6 +236,22 @@ cdef uint64_t bits_find(const uint64_t *words, uint64_t first, uint64_t end, bin
         word = words[index] ^ skipped
     bit = (index << 6) + <uint64_t>fvd_lowest_bit(word)
     return bit if bit < end else end
+
+
+cdef uint64_t bits_find_last(const uint64_t *words, uint64_t first, uint64_t end, bint value) noexcept nogil:
+    cdef uint64_t skipped = 0 if value else ALL_ONES
+    cdef uint64_t index, word, bit
+    if first >= end:
+        return end
+    index = (end - 1) >> 6
+    word = (words[index] ^ skipped) & (ALL_ONES >> (63 - ((end - 1) & 63)))
+    while word == 0:
+        if index == first >> 6:
+            return end
+        index -= 1
+        word = words[index] ^ skipped
+    bit = (index << 6) + <uint64_t>fvd_highest_bit(word)
+    return bit if bit >= first else end
 
 
 cdef uint64_t bits_count(const uint64_t *words, uint64_t first, uint64_t end) noexcept nogil:
@@ -444,6 +462,16 @@ def bitmap_find(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t en
     if first < end:
         with nogil:
             result = bits_find(&bitmap[0], first, end, value)
+    return result
+
+
+def bitmap_find_last(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, bint value):
+    """The last bit of [first, end) that equals `value`, or `end`."""
+    cdef uint64_t result = end
+    check_range(bitmap, first, end)
+    if first < end:
+        with nogil:
+            result = bits_find_last(&bitmap[0], first, end, value)
     return result
 
 

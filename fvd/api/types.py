@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 Layout = Literal["compact", "raw"]
+Placement = Literal["append", "spread"]
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 OnFull = Literal["wait", "error"]
 ExtentState = Literal["data", "base", "zero"]
@@ -95,7 +96,7 @@ class Info:
     journal_size: int
     grow_step: int
     layout: Layout
-    placement: str
+    placement: Placement
     base: Base | None
     clean: bool  # closed cleanly; False while it is open for writing
     created_seconds: int  # Unix time

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Provisioned, from_json, info_from_json
+from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Placement, Provisioned, from_json, info_from_json
 from fvd.errors import InUse, InvalidArgument
 from fvd.units import parse_size
 
@@ -38,7 +38,7 @@ def provision(
     chunk_size: int | str = "1M",
     journal_size: int | str = "16M",
     grow_step: int | str = "5G",
-    placement: str = "append",
+    placement: Placement = "append",
     max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -47,13 +47,14 @@ def provision(
 
     ``base``: what shows through where the disk has nothing of its own: the path of a raw file or block device, an NBD URI, or, with
     ``base_format``, an image or URI that QEMU reads. ``copy_on_read`` and ``prefetch`` are what each open does that does not say otherwise:
-    copy what is read from the base; copy all of it in the background. ``max_overcommit``: refuse a disk with which the disks of its volume
-    group, grown as far as they may, would need more than so many times what the group can give. ``force`` overwrites foreign signatures and
-    contents, never a disk or a volume in use. Raises Conflict (other parameters, or something else is there), InUse, NoSpace, NotFound (no
-    such group, device or base).
+    copy what is read from the base; copy all of it in the background. ``placement``: where new chunks go; ``append``: after the others;
+    ``spread``: as in a raw disk, as far as the present storage allows (the raw layout has no choice). ``max_overcommit``: refuse a disk
+    with which the disks of its volume group, grown as far as they may, would need more than so many times what the group can give.
+    ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
+    else is there), InUse, NoSpace, NotFound (no such group, device or base).
     """
     from fvd.format.geometry import Layout as LayoutCode
-    from fvd.format.geometry import Placement
+    from fvd.format.geometry import Placement as PlacementCode
     from fvd.volume.provision import provision as make
 
     made = make(
@@ -64,7 +65,7 @@ def provision(
         journal_size_bytes=parse_size(journal_size),
         grow_step_bytes=parse_size(grow_step),
         layout=_choice("layout", layout, LayoutCode),
-        placement=_choice("placement", placement, Placement),
+        placement=_choice("placement", placement, PlacementCode),
         base=base,
         base_format=base_format,
         copy_on_read=copy_on_read,

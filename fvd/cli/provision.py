@@ -45,7 +45,12 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--chunk-size", metavar="SIZE", type=size, default="1M", help="unit of allocation: 64K to 256M, default 1M")
     parser.add_argument("--journal-size", metavar="SIZE", type=size, default="16M", help="64K to 1G, default 16M")
     parser.add_argument("--grow-step", metavar="SIZE", type=size, default="5G", help="storage at first and at each growth, default 5G")
-    parser.add_argument("--placement", choices=("append",), default="append", help="where new chunks go; append: after the others")
+    parser.add_argument(
+        "--placement",
+        choices=("append", "spread"),
+        default="append",
+        help="where new chunks go; append: after the others (default); spread: as in a raw disk, as far as storage allows",
+    )
     parser.add_argument(
         "--max-overcommit",
         metavar="RATIO",

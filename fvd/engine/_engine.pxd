@@ -201,7 +201,7 @@ cdef class Engine:
     cdef uint64_t data_offset, bitmap_offset, table_offset, journal_offset, journal_pages, words, bitmap_pages, table_pages
     cdef uint32_t block_shift, chunk_shift, uuid_crc
     cdef uint64_t uuid_seed
-    cdef bint raw, has_base, read_only, unsafe, write_through, fail_when_full, discard
+    cdef bint raw, spread, has_base, read_only, unsafe, write_through, fail_when_full, discard
     # maps: what the guest sees now; `open` and `frozen` know what differs from storage
     cdef object bitmap_array, table_array, used_array
     cdef uint64_t *bitmap

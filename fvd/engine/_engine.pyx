@@ -3,7 +3,7 @@
 
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished
 requests comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady
-state makes no Python object. Its parts: memory.pxi (pools, the pending changes, slots), request.pxi (requests, reads), write.pxi (writes,
+state makes no Python object. Its parts: memory.pxi (pools, the pending changes), slots.pxi (which slot a chunk gets), request.pxi (requests, reads), write.pxi (writes,
 trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi (flush, journal, checkpoint,
 failure, close).
 """
@@ -16,12 +16,13 @@ from libc.string cimport memcmp, memcpy, memset
 import numpy as np
 
 from fvd.errors import Corrupt, InvalidArgument
+from fvd.format.geometry import Placement
 
 from fvd cimport _core
 from fvd._core cimport (
     BUG, CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, HAS_BUGS, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES,
     KIND_BITMAP, KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill,
-    bits_find, bits_none, cell_seal, crc32c, entry_hash, journal_seal,
+    bits_find, bits_find_last, bits_none, cell_seal, crc32c, entry_hash, journal_seal,
 )
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
@@ -89,6 +90,7 @@ cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: n
 cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails
 
 include "memory.pxi"
+include "slots.pxi"
 include "request.pxi"
 include "write.pxi"
 include "copy.pxi"
@@ -150,6 +152,7 @@ cdef class Engine:
         self.has_base = base_size_bytes is not None
         self.base_size = min(base_size_bytes, self.virtual_size) if self.has_base else 0
         self.raw = geometry.table_cells == 0
+        self.spread = geometry.placement == Placement.SPREAD and not self.raw
         self.blocks = geometry.blocks
         self.chunks = geometry.chunks
         self.blocks_per_chunk = geometry.blocks_per_chunk

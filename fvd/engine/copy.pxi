@@ -468,7 +468,7 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
                 e.want |= WANT_GROWTH
             no_slot_for_copy(e)
             return 0
-        slot = slot_take(e)
+        slot = slot_take(e, chunk)
         if slot == EMPTY:
             no_slot_for_copy(e)
             return 0

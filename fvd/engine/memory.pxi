@@ -373,33 +373,3 @@ cdef bint is_committed(Engine e, uint64_t chunk, uint64_t first, uint64_t end) n
         if delta_find(&e.frozen, change_key(KIND_BITMAP, word)) != NULL:
             return False
     return True
-
-
-# --- slots --------------------------------------------------------------------------------------------------------
-
-cdef uint32_t slot_take(Engine e) noexcept nogil:
-    """Reserve a free slot in memory, or EMPTY. Placement `append`: the next one upwards, from the start again at the end."""
-    cdef uint64_t slot
-    if e.free_count == 0:
-        return EMPTY
-    slot = bits_find(e.used, e.slot_cursor, e.capacity, False)
-    if slot == e.capacity:
-        slot = bits_find(e.used, 0, e.capacity, False)
-        if slot == e.capacity:
-            return EMPTY
-    bits_fill(e.used, slot, slot + 1, True)
-    e.free_count -= 1
-    e.slot_cursor = slot + 1
-    if e.slot_cursor >= e.capacity:
-        e.slot_cursor = 0
-    if e.free_count < e.low_water_slots and e.capacity < e.chunks:
-        e.want |= WANT_GROWTH
-    return <uint32_t> slot
-
-
-cdef int slot_give(Engine e, uint32_t slot) except -1 nogil:
-    ensure(bit_get(e.used, slot), "a free slot was freed")
-    bits_fill(e.used, slot, <uint64_t> slot + 1, False)
-    if slot < e.capacity:
-        e.free_count += 1
-    return 0

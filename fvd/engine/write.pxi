@@ -158,7 +158,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
             ensure(b.reserved, "an unmapped chunk is busy without a slot")
             slot = b.slot
         else:
-            slot = slot_take(e)
+            slot = slot_take(e, chunk)
             if slot == EMPTY:
                 return no_slot(e, r)
             b = busy_get(e, chunk)

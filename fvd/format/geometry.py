@@ -46,6 +46,7 @@ class Placement(IntEnum):
     """Which free slot a new chunk gets."""
 
     APPEND = 0
+    SPREAD = 1
 
 
 def ceil_div(value: int, unit: int) -> int:

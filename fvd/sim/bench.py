@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fvd.errors import FvdError, InvalidArgument
-from fvd.format.geometry import PAGE_BYTES, Layout
+from fvd.format.geometry import PAGE_BYTES, Layout, Placement
 from fvd.sim._base import base_content
 from fvd.sim._device import WRITE, Operation
 from fvd.sim._oracle import SECTOR_BYTES, Violation, unstamp
@@ -76,6 +76,7 @@ OPTIONS: dict[str, Option] = {
     "storage": Option("storage_chunks", int, "chunks that there is storage for at the beginning (all)"),
     "base": Option("base_bytes", _base_size, "the size of a base image, or none (none)", ("none",)),
     "layout": _choice("layout", "how a chunk finds its place (compact)", {layout.name.lower(): layout for layout in Layout}),
+    "placement": _choice("placement", "where new chunks go (append)", {placement.name.lower(): placement for placement in Placement}),
     "lbs": _choice("logical_block_bytes", "what the device writes whole or not at all (512)", {"512": 512, "4096": 4096}),
     "cache": _choice("cache_mode", "the cache mode (none)", _same("none", "writeback", "writethrough", "directsync", "unsafe")),
     "on-full": _choice("on_full", "what a write does when storage cannot grow (wait)", _same("wait", "error")),

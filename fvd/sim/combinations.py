@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fvd.format.geometry import Geometry, Layout
+from fvd.format.geometry import Geometry, Layout, Placement
 from fvd.sim._dice import Dice
 from fvd.sim.rounds import Outcome, play_round
 from fvd.sim.shape import SECTOR_BYTES, Shape
@@ -24,7 +24,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "cache_mode": ("none", "writeback", "writethrough", "directsync", "unsafe"),
     "block_size_bytes": (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB),
     "chunk_size_bytes": (64 * KIB, 256 * KIB, MIB, 4 * MIB),
-    "placement": ("append",),
+    "placement": ("append", "spread"),
     "discard": (True, False),
     "on_full": ("wait", "error"),
 }
@@ -75,6 +75,7 @@ def shape_of(combination: Combination) -> Shape:
         journal_size_bytes=64 * KIB,
         grow_step_bytes=max(chunk, MIB),
         layout=Layout[combination.layout.upper()],
+        placement=Placement[combination.placement.upper()],
     )
     chunks = geometry.chunks
     return Shape(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fvd.format.geometry import Geometry, Layout
+from fvd.format.geometry import Geometry, Layout, Placement
 from fvd.sim._device import CATEGORIES
 from fvd.sim._dice import Dice
 
@@ -200,6 +200,11 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
     shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False
+
+
+def draw_placement(shape: Shape, dice: Dice) -> None:
+    """Where the disk's new chunks go. From dice of its own: it changes nothing else."""
+    shape.geometry = replace(shape.geometry, placement=dice.choice((Placement.APPEND, Placement.SPREAD)))
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

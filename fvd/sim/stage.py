@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fvd.format.geometry import Geometry, Layout
+from fvd.format.geometry import Geometry, Layout, Placement
 from fvd.sim._device import Operation
 from fvd.sim._oracle import Violation
 from fvd.sim.shape import Shape
@@ -25,6 +25,7 @@ def shape(**changes: Any) -> Shape:
         journal_size_bytes=changes.pop("journal_size_bytes", 1 << 16),
         grow_step_bytes=changes.pop("grow_step_bytes", 1 << 18),
         layout=changes.pop("layout", Layout.COMPACT),
+        placement=changes.pop("placement", Placement.APPEND),
     )
     values: dict[str, Any] = {"geometry": geometry, "storage_chunks": geometry.chunks}
     return Shape(**(values | changes))

@@ -18,7 +18,7 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_copying
+from fvd.sim.shape import Shape, draw, draw_copying, draw_placement
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, recover_disk
 from fvd.volume.name import VolumeName, parse_name
@@ -27,7 +27,7 @@ from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 WANT_GROWTH, WANT_EVENT = 1, 2
-SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING = range(1, 6)  # streams of a seed
+SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT = range(1, 7)  # streams of a seed
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
@@ -38,6 +38,7 @@ def shape_of(seed: int) -> Shape:
     """The shape of a seed's world."""
     shape = draw(Dice(seed, SHAPE))
     draw_copying(shape, Dice(seed, COPYING))
+    draw_placement(shape, Dice(seed, PLACEMENT))
     return shape
 
 

@@ -104,7 +104,7 @@ def test_provision_does_not_overwrite_a_file(fvd_lv: FvdLv, workdir: Path) -> No
 
 def test_provision_with_everything(fvd_lv: FvdLv, workdir: Path) -> None:
     (workdir / "base").write_bytes(os.urandom(3 * MIB))
-    options = "--block-size 4K --chunk-size 64K --journal-size 64K --grow-step 1M --placement append --base base --size 8M"
+    options = "--block-size 4K --chunk-size 64K --journal-size 64K --grow-step 1M --placement spread --base base --size 8M"
     for layout in ("compact", "raw"):
         answer = fvd_lv("provision", f"file:{layout}", "--layout", layout, *options.split(), "--output", "json").json
         assert (answer["block_size"], answer["chunk_size"], answer["journal_size"]) == (4096, 65536, 65536)

@@ -45,6 +45,7 @@ def test_find(sample: tuple[Words, int, int], value: bool) -> None:
     words, first, end = sample
     bits = bits_of(words)
     assert _core.bitmap_find(words, first, end, value) == next((i for i in range(first, end) if bits[i] == value), end)
+    assert _core.bitmap_find_last(words, first, end, value) == next((i for i in reversed(range(first, end)) if bits[i] == value), end)
 
 
 @given(ranges(), st.booleans())

@@ -55,7 +55,7 @@ def test_edges_inside(good: dict[str, int]) -> None:
         ({"virtual_size_bytes": MAX_CHUNKS * 65536 + 512, "chunk_size_bytes": 65536}, "at most 268435456"),
         ({"virtual_size_bytes": MAX_BLOCKS * 4096 + 512, "block_size_bytes": 4096}, "at most 8589934592"),
         ({"virtual_size_bytes": GIB, "layout": 2}, "does not exist"),
-        ({"virtual_size_bytes": GIB, "placement": 1}, "does not exist"),
+        ({"virtual_size_bytes": GIB, "placement": 2}, "does not exist"),
     ],
 )
 def test_edges_outside(bad: dict[str, int], said: str) -> None:

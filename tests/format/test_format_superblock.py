@@ -111,7 +111,7 @@ def test_torn_page(cut: int) -> None:
         ("max_storage_size_bytes", 2**64 - 1),
         ("layout", 1),
         ("layout", 2),
-        ("placement", 1),
+        ("placement", 2),
         ("base_format", 0),
         ("base_format", 2),
         ("base_format", 10),
