@@ -3,7 +3,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked fuzzed lint test test-lvm test-quick torture-long fuzz demo demo-lvm bench bench-quick wheel clean
+.PHONY: help setup build checked fuzzed lint test test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
+.PHONY: bench bench-quick bench-full bench-report bench-publish
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -87,11 +88,20 @@ demo: build ## the main job on real input, narrated; a few minutes, some GB in $
 demo-lvm: build ## the same on real lvm2 in a User-Mode Linux guest, no root needed; two minutes, 1 GB in $TMPDIR
 	@$(PY) scripts/demo --uml
 
-bench: build ## every benchmark; results in results/
+bench: build ## benchmarks against what would be used instead, 15 minutes; tables, and results/report.html
 	$(PY) bench/run.py
 
-bench-quick: build ## a few minutes of benchmarks
-	$(PY) bench/run.py --quick
+bench-quick: build ## the same in 2 minutes: fewer and shorter rounds
+	$(PY) bench/run.py --mode quick
+
+bench-full: build ## the whole matrix, hours
+	$(PY) bench/run.py --mode full
+
+bench-report: build ## results/report.html again, from the results that are there
+	$(PY) bench/run.py --report
+
+bench-publish: build ## docs/benchmarks.md and its pictures, from the results that are there
+	$(PY) bench/run.py --report --publish
 
 wheel: setup ## a wheel in dist/
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

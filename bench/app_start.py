@@ -2,29 +2,28 @@
 
 A User-Mode Linux guest (a kernel of its own, with its file system, page cache and read-ahead) mounts the disk and starts Python with what
 is installed here from it. It sees the disk as virtio-blk: qemu-storage-daemon passes its requests on to the NBD server. What a start has
-read is what the guest's kernel counts; what of it came from the base is what the server remembers. The base is an ext4 image that nbdkit
-serves with a delay of 5 ms and 50 MB/s.
+read is what the guest's kernel counts; what of it came from the base is what the server remembers. Its time is kept, and compared with
+nothing. The base is an ext4 image that nbdkit serves with a delay of 5 ms and 50 MB/s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from disks import RATE_BYTES, READ_DELAY
-from machine import CannotMeasure, loop_device, median, need, output, server, spread
+from machine import loop_device, need, output, server
+from suite import Plot, Row, missing, row
+from uml_guest import PROGRAMS, exported, nbd_node, run_guest, until
 
 import fvd
 
@@ -34,6 +33,12 @@ GUEST_TIMEOUT_SECONDS = 120
 COPY_RATE_BYTES = 20_000_000  # slow enough to be stopped where it shall end
 FREE_BYTES = 64 * MIB  # in the file system
 HOW = {"nothing": 0.0, "profile": 1.0, "half": 0.5, "sequence": 1.0}  # what is prefetched, and how much of what the profile comes to
+NAMES = {
+    "nothing": "share that is local, nothing prefetched",
+    "profile": "share that is local, its profile prefetched",
+    "half": "the same, the first half of its profile",
+    "sequence": "the same, as much as the profile in sequence",
+}
 # The application: what of this is installed is imported, and something done with it.
 APPLICATION = r"""
 import argparse, asyncio, ctypes, decimal, email.mime.text, hashlib, http.client, importlib, json, logging.config, sqlite3, ssl, zipfile
@@ -51,21 +56,11 @@ table = sqlite3.connect(":memory:")
 table.execute("create table t (a, b)")
 print(len(sys.modules), json.dumps(hashlib.sha256(b"x").hexdigest())[:9])
 """
-INIT = r"""#!/bin/sh
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-folder=@FOLDER@
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t tmpfs tmpfs /run
-mkdir -p /run/modules/lib/modules /run/disk
-ln -s "/usr/lib/uml/modules/$(uname -r)" /run/modules/lib/modules/
-modprobe -d /run/modules virtio_blk
+SCRIPT = r"""
 read -r begun _ </proc/uptime
-mount -t ext4 -o ro,noload /dev/vda /run/disk &&
-    PYTHONPATH=/packages PYTHONDONTWRITEBYTECODE=1 chroot /run/disk @PYTHON@ /application >$folder/printed 2>&1
-echo "$? $begun $(cut -d' ' -f1 /proc/uptime) $(cat /sys/block/vda/stat)" >$folder/ended
-sync
-halt -f
+mount -t ext4 -o ro,noload /dev/vda /run/disk || exit 1
+PYTHONPATH=/packages PYTHONDONTWRITEBYTECODE=1 chroot /run/disk @PYTHON@ /application || exit 1
+echo "$begun $(cut -d' ' -f1 /proc/uptime) $(cat /sys/block/vda/stat)" >"$folder/measured"
 """
 
 
@@ -117,7 +112,7 @@ def copy(source: Path, target: Path) -> None:
 
 def make_image(folder: Path) -> tuple[Path, Path]:
     """An ext4 image with the application; the image, and the interpreter's path in it."""
-    need("mke2fs", "nbdkit", "qemu-storage-daemon", "linux.uml")
+    need("mke2fs", "nbdkit", *PROGRAMS)
     tree, image = folder / "tree", folder / "base.ext4"
     tree.mkdir()
     python = stage(tree)
@@ -146,47 +141,11 @@ def served(folder: Path, image: Path) -> Iterator[tuple[str, Path]]:
 
 def start(folder: Path, path: Path, python: Path) -> dict[str, float]:
     """The application's start in a guest on the disk: bytes read by its kernel, and seconds (of a guest's clock: a hint, not more)."""
-    vhost = folder / "vhost.sock"
-    vhost.unlink(missing_ok=True)
-    for name in ("ended", "printed"):
-        (folder / name).unlink(missing_ok=True)
-    init = folder / "init"
-    init.write_text(INIT.replace("@FOLDER@", str(folder)).replace("@PYTHON@", str(python)))
-    init.chmod(0o755)
-    command = ["qemu-storage-daemon", "--blockdev", f"driver=nbd,node-name=disk,read-only=on,server.type=unix,server.path={path}"]
-    command += ["--export", f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={vhost}"]
-    words = ["linux.uml", f"mem={GUEST_MEMORY}", f"init={init}", "root=hostfs", "rootfstype=hostfs", "rootflags=/", "rw", "quiet"]
-    words += ["con=null", "con0=fd:0,fd:1", f"virtio_uml.device={vhost}:2", f"uml_dir={folder}/", "umid=guest"]
-    environment = {**os.environ, "TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else None
-    daemon = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        until(vhost.exists, 20, "qemu-storage-daemon does not export vhost-user-blk")
-        with (folder / "kernel.log").open("wb") as log:
-            guest = subprocess.Popen(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
-            try:
-                guest.wait(GUEST_TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass  # said below, by what is missing
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(guest.pid, signal.SIGKILL)  # its processes outlive its kernel
-                guest.wait()
-    finally:
-        daemon.terminate()
-        daemon.wait()
-    ended = (folder / "ended").read_text().split() if (folder / "ended").exists() else []
-    if not ended or ended[0] != "0":
-        last = [path.read_text(errors="replace")[-800:] for path in (folder / "printed", folder / "kernel.log") if path.exists()]
-        raise CannotMeasure("the application did not start in the guest: " + " ".join(last))
-    return {"seconds": float(ended[2]) - float(ended[1]), "read_bytes": int(ended[5]) * 512}
-
-
-def until(what: Any, seconds: float, otherwise: str) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            raise CannotMeasure(otherwise)
-        time.sleep(0.01)
+    vhost, measured = folder / "vhost.sock", folder / "measured"
+    with exported([nbd_node(path, ",read-only=on")], vhost, writable=False):
+        run_guest(folder, vhost, SCRIPT.replace("@PYTHON@", str(python)), memory=GUEST_MEMORY, timeout_seconds=GUEST_TIMEOUT_SECONDS)
+    found = measured.read_text().split()
+    return {"seconds": float(found[1]) - float(found[0]), "read_bytes": int(found[4]) * 512}
 
 
 def whole_blocks(profile: Path, block_bytes: int) -> int:
@@ -208,7 +167,7 @@ def prefetch(volume: str, wanted_bytes: int, profile: Path | None) -> int:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    need("mke2fs", "nbdkit", "qemu-storage-daemon", "linux.uml")
+    need("mke2fs", "nbdkit", *PROGRAMS)
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fvd-bench-") as name:
         folder = Path(name)
@@ -227,39 +186,43 @@ def measure(rounds: int) -> dict[str, Any]:
         return {"samples": samples, "image_bytes": image.stat().st_size, "kernel": output("linux.uml", "--version")}
 
 
-def report(result: dict[str, Any]) -> list[dict[str, Any]]:
+def taken(result: dict[str, Any], how: str) -> list[dict[str, Any]]:
+    return [sample for sample in result["samples"] if sample["how"] == how]
+
+
+def local_shares(result: dict[str, Any]) -> dict[str, list[float]]:
+    return {how: [1 - sample["base_bytes"] / sample["read_bytes"] for sample in taken(result, how)] for how in HOW}
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
     if "not_measured" in result:
-        return [{"what": "an application's start: not measured", "value": result["not_measured"], "goal": "", "reached": None}]
+        return [missing("application's start: share with profile - share in sequence", result["not_measured"], goal="> 0")]
 
-    def taken(how: str) -> list[dict[str, Any]]:
-        return [sample for sample in result["samples"] if sample["how"] == how]
+    def line(what: str, values: list[float], **more: Any) -> Row:
+        return row(f"application's start: {what}", values, **more)
 
-    def row(what: str, values: list[float], goal: str = "", reached: bool | None = None) -> dict[str, Any]:
-        return {"what": f"application's start: {what}", "value": spread(values), "goal": goal, "reached": reached}
+    shares, nothing = local_shares(result), taken(result, "nothing")
+    gained = [a - b for a, b in zip(shares["profile"], shares["sequence"], strict=True)]
+    found = [line(what, shares[how]) for how, what in NAMES.items()]
+    found.append(line("share with profile - share in sequence", gained, goal="> 0"))
+    found.append(line("read", [sample["read_bytes"] / MIB for sample in nothing], unit="MiB"))
+    found.append(line("prefetched by its profile", [sample["prefetched_bytes"] / MIB for sample in taken(result, "profile")], unit="MiB"))
+    found.append(line("the base", [result["image_bytes"] / MIB], unit="MiB"))
+    return found
 
-    rows = []
-    shares = {how: [1 - s["base_bytes"] / s["read_bytes"] for s in taken(how)] for how in HOW}
-    names = {
-        "nothing": "share that is local, nothing prefetched",
-        "profile": "share that is local, its profile prefetched",
-        "half": "the same, the first half of its profile",
-        "sequence": "the same, as much as the profile in sequence",
-    }
-    for how, what in names.items():
-        rows.append(row(what, shares[how]))
-    better = median(shares["profile"]) > median(shares["sequence"])
-    rows.append(
-        row(
-            "share with profile - share in sequence",
-            [a - b for a, b in zip(shares["profile"], shares["sequence"], strict=True)],
-            "> 0",
-            better,
-        )
-    )
-    for how in ("profile", "sequence"):
-        values = [a["seconds"] / b["seconds"] for a, b in zip(taken(how), taken("nothing"), strict=True)]
-        rows.append(row(f"seconds, {how} / nothing prefetched", values))
-    rows.append(row("MiB read", [s["read_bytes"] / MIB for s in taken("nothing")]))
-    rows.append(row("MiB prefetched by its profile", [s["prefetched_bytes"] / MIB for s in taken("profile")]))
-    rows.append(row("MiB of the base", [result["image_bytes"] / MIB]))
-    return rows
+
+def plots(result: dict[str, Any]) -> list[Plot]:
+    if "not_measured" in result:
+        return []
+    shares = {how: [100 * share for share in found] for how, found in local_shares(result).items()}
+    return [
+        {
+            "name": "application",
+            "title": "An application's start: what is already local",
+            "kind": "bars",
+            "unit": "% of what it reads",
+            "x": ["nothing prefetched", "its profile", "half its profile", "as much in sequence"],
+            "better": "more",
+            "series": [{"name": "fvd", "points": [shares[how] for how in ("nothing", "profile", "half", "sequence")]}],
+        }
+    ]

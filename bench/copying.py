@@ -20,8 +20,10 @@ if __name__ == "__main__":
 
 import app_start
 from disks import BURST_SECONDS, MAKERS, RATE_BYTES, READ_DELAY, Disk, served_disk
-from machine import CannotMeasure, median, output, spread
+from machine import CannotMeasure, median, output
+from suite import Plan, Plot, Row, row
 
+TITLE = "A slow base: what do copy-on-read, prefetching and a profile bring, and what does the guest feel of it?"
 MIB = 1 << 20
 GUEST = Path(__file__).resolve().parent / "guest.py"
 READS = 3000
@@ -94,7 +96,8 @@ def take_turns(kind: str, fill: bool, pauses: bool, base_bytes: int, turns: int,
     return found
 
 
-def measure(rounds: int, seconds: float) -> dict[str, Any]:
+def measure(plan: Plan) -> dict[str, Any]:
+    rounds, seconds = plan.rounds, plan.seconds
     python_with_libnbd()
     kinds = [kind for kind in MAKERS if kind != "qemu" or shutil.which("qemu-storage-daemon")]
     starts: list[dict[str, Any]] = []
@@ -130,79 +133,76 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def row(what: str, values: list[float], goal: str = "", limit: float | None = None, least: float | None = None) -> dict[str, Any]:
-    """One line of the table: at most `limit`, or at least `least`."""
-    reached = None
-    if limit is not None:
-        reached = median(values) <= limit
-    elif least is not None:
-        reached = median(values) >= least
-    return {"what": what, "value": spread(values), "goal": goal, "reached": reached}
-
-
-def report_starts(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of_starts(starts: list[dict[str, Any]]) -> list[Row]:
     def taken(server: str, copy_on_read: bool) -> list[dict[str, Any]]:
         return [start for start in starts if (start["server"], start["copy_on_read"]) == (server, copy_on_read)]
 
     def faster(found: list[dict[str, Any]]) -> list[float]:
         return [start["seconds"][0] / start["seconds"][1] for start in found]
 
+    def seconds(found: list[dict[str, Any]], start: int) -> list[float]:
+        return [one["seconds"][start] for one in found]
+
+    def each(ours: list[float], theirs: list[float]) -> list[float]:
+        return [a / b for a, b in zip(ours, theirs, strict=True)]
+
     fvd, control, qemu = taken("fvd", True), taken("fvd", False), taken("qemu", True)
     rows = [
-        row("second start, copy-on-read: times faster than the first", faster(fvd), ">= 10", least=10),
+        row("second start, copy-on-read: times faster than the first", faster(fvd), goal=">= 10"),
         row("second start, without copy-on-read (control)", faster(control)),
-        row("first start: with copy-on-read / without, s", [a["seconds"][0] / b["seconds"][0] for a, b in zip(fvd, control, strict=True)]),
-        row("metadata writes (journal, maps) by two starts with flushes", [start["metadata_writes"] for start in fvd], "0", limit=0),
-        row("written to storage / read by the guest", [start["written_bytes"] / start["bytes"] for start in fvd]),
+        row("first start: with copy-on-read / without, s", each(seconds(fvd, 0), seconds(control, 0))),
+        row("metadata writes (journal, maps) by two starts with flushes", [one["metadata_writes"] for one in fvd], goal="<= 0", digits=0),
+        row("written to storage / read by the guest", [one["written_bytes"] / one["bytes"] for one in fvd]),
     ]
     if qemu:
+        peer: dict[str, Any] = {"against": "qemu", "better": "less"}
         rows += [
             row("qemu: second start, copy-on-read: times faster", faster(qemu)),
-            row("first start: fvd / qemu, s", [a["seconds"][0] / b["seconds"][0] for a, b in zip(fvd, qemu, strict=True)]),
-            row("second start: fvd / qemu, s", [a["seconds"][1] / b["seconds"][1] for a, b in zip(fvd, qemu, strict=True)]),
-            row("qemu: written to storage / read by the guest", [start["written_bytes"] / start["bytes"] for start in qemu]),
+            row("first start: fvd / qemu, s", each(seconds(fvd, 0), seconds(qemu, 0)), **peer),
+            row("second start: fvd / qemu, s", each(seconds(fvd, 1), seconds(qemu, 1)), **peer),
+            row("qemu: written to storage / read by the guest", [one["written_bytes"] / one["bytes"] for one in qemu]),
         ]
     for name, found in (("fvd", fvd), ("fvd without copy-on-read", control), ("qemu", qemu)):
         if found:
-            value = " and ".join(f"{median([start['seconds'][index] for start in found]):.2f}" for index in (0, 1))
-            rows.append({"what": f"first and second start, {name}, s", "value": value, "goal": "", "reached": None})
+            rows += [row(f"{which} start, {name}", seconds(found, index), unit="s") for index, which in enumerate(("first", "second"))]
     return rows
 
 
-def report_turns(turns: list[dict[str, Any]], turn_seconds: float) -> list[dict[str, Any]]:
-    rows = []
+def rows_of_turns(turns: list[dict[str, Any]], turn_seconds: float) -> list[Row]:
+    rows: list[Row] = []
     for server, pauses in (("fvd", False), ("fvd", True), ("qemu", False)):
         mine = [turn for turn in turns if (turn["server"], turn["pauses"]) == (server, pauses)]
         quiet, filled = [turn for turn in mine if not turn["fill"]], [turn for turn in mine if turn["fill"]]
         if not mine:
             continue
         name = f"{server}{', bursts and pauses' if pauses else ''}"
-        goal = {"goal": "<= 1.25", "limit": 1.25} if server == "fvd" else {}
+        goal = "<= 1.25" if server == "fvd" else ""
         for what, label in (("all", "all requests"), ("own", "of what is local")):
             values = [
                 with_fill["latencies"][what]["p99"] / without["latencies"][what]["p99"]
                 for without, with_fill in zip(quiet, filled, strict=True)
             ]
-            rows.append(row(f"{name}: p99 while busy, prefetching / not, {label}", values, **goal))
+            rows.append(row(f"{name}: p99 while busy, prefetching / not, {label}", values, goal=goal))
         share = [turn["idle_copied_bytes"] / (RATE_BYTES * turn_seconds) for turn in filled]
-        goal = {"goal": ">= 0.8", "least": 0.8} if server == "fvd" else {}
-        rows.append(row(f"{name}: prefetched while idle / what the base's rate lets", share, **goal))
+        goal = ">= 0.8" if server == "fvd" else ""
+        rows.append(row(f"{name}: prefetched while idle / what the base's rate lets", share, goal=goal))
         rows.append(
             row(f"{name}: prefetched while busy / the same", [turn["busy_copied_bytes"] / (RATE_BYTES * turn_seconds) for turn in filled])
         )
         cost = [turn["idle_cpu_seconds"] * 1000 / (turn["idle_copied_bytes"] / MIB) for turn in filled if turn["idle_copied_bytes"]]
         if cost:
-            rows.append(row(f"{name}: server CPU per copied MiB, ms", cost))
+            rows.append(row(f"{name}: server CPU per copied MiB", cost, unit="ms"))
         for label, found in (("", quiet), (", prefetching", filled)):
-            value = f"{median([turn['latencies']['own']['p99'] * 1000 for turn in found]):.2f} local"
-            value += f", {median([turn['latencies']['all']['p99'] * 1000 for turn in found]):.2f} all"
-            rows.append({"what": f"{name}: p99 while busy{label}, ms", "value": value, "goal": "", "reached": None})
+            local = median([turn["latencies"]["own"]["p99"] * 1000 for turn in found])
+            everything = [turn["latencies"]["all"]["p99"] * 1000 for turn in found]
+            rows.append(row(f"{name}: p99 while busy{label}", everything, unit="ms", note=f"of what is local: {local:.2f} ms"))
     cpu = {
         server: [turn["idle_cpu_seconds"] / turn["idle_copied_bytes"] for turn in turns if is_fill(turn, server)]
         for server in ("fvd", "qemu")
     }
     if cpu["fvd"] and cpu["qemu"]:
-        rows.append(row("server CPU per copied MiB: fvd / qemu", [a / b for a, b in zip(cpu["fvd"], cpu["qemu"], strict=True)]))
+        ratios = [a / b for a, b in zip(cpu["fvd"], cpu["qemu"], strict=True)]
+        rows.append(row("server CPU per copied MiB: fvd / qemu", ratios, against="qemu", better="less"))
     return rows
 
 
@@ -210,6 +210,36 @@ def is_fill(turn: dict[str, Any], server: str) -> bool:
     return bool(turn["server"] == server and turn["fill"] and not turn["pauses"] and turn["idle_copied_bytes"])
 
 
-def report(result: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = report_starts(result["starts"]) + report_turns(result["turns"], result["turn_seconds"])
-    return rows + app_start.report(result["application"])
+def rows(result: dict[str, Any]) -> list[Row]:
+    return rows_of_starts(result["starts"]) + rows_of_turns(result["turns"], result["turn_seconds"]) + app_start.rows(result["application"])
+
+
+def plots(result: dict[str, Any]) -> list[Plot]:
+    kinds = {"fvd": ("fvd", True), "fvd without copy-on-read": ("fvd", False), "qemu": ("qemu", True)}
+
+    def starts(wanted: tuple[str, bool], index: int) -> list[float]:
+        return [one["seconds"][index] for one in result["starts"] if (one["server"], one["copy_on_read"]) == wanted]
+
+    def p99(server: str, fill: bool) -> list[float]:
+        mine = [turn for turn in result["turns"] if (turn["server"], turn["fill"], turn["pauses"]) == (server, fill, False)]
+        return [turn["latencies"]["all"]["p99"] * 1000 for turn in mine]
+
+    starting: Plot = {
+        "name": "starts",
+        "title": "The same start twice, from a slow base",
+        "kind": "bars",
+        "unit": "s",
+        "x": ["first start", "second start"],
+        "better": "less",
+        "series": [{"name": name, "points": [starts(wanted, index) for index in (0, 1)]} for name, wanted in kinds.items()],
+    }
+    busy: Plot = {
+        "name": "busy",
+        "title": "What a busy guest feels of prefetching: 99 of 100 requests are faster than",
+        "kind": "bars",
+        "unit": "ms",
+        "x": ["not prefetching", "prefetching"],
+        "better": "less",
+        "series": [{"name": name, "points": [p99(name, fill) for fill in (False, True)]} for name in ("fvd", "qemu")],
+    }
+    return [starting, busy, *app_start.plots(result["application"])]

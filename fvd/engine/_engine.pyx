@@ -75,6 +75,7 @@ cdef enum:
     ZEROS_BYTES = 1 << 20
     SPARE_BOUNCE_BYTES = 1 << 16
     SPARE_BOUNCES = 64
+    UNCUT_BYTES = 1 << 18
     BOUNCE_LIMIT_BYTES = 64 << 20
     STAGINGS = 4
     STAGING_PAGES = 64

@@ -2,7 +2,9 @@
 # guest that reads in sequence stay in sequence on the device.
 
 cdef enum:
-    NEIGHBOURS = 128            # how far a chunk looks for mapped ones beside it
+    # How far a chunk looks for a mapped one below it: over a block group of ext4, 128 MiB, and more. Not above it: a file system writes
+    # upwards, and what lies above is often another group's beginning. Traces of guests showed 1.06 of raw's travel so, 1.25 with both.
+    NEIGHBOURS = 256
     BEGUN_NEIGHBOURS = 8        # and for those that have a slot but are not mapped yet: a guest that writes in sequence, many at once
     NEARBY_SLOTS = 1 << 16      # how far from its wish: 8 KiB of the map of slots, each way
 
@@ -25,21 +27,14 @@ cdef inline uint32_t slot_held(Engine e, uint64_t chunk, bint begun) noexcept no
 
 
 cdef uint64_t slot_wish(Engine e, uint64_t chunk) noexcept nogil:
-    """Where a raw layout would have it beside the nearest chunk that has a slot; with none nearby, as far into the present storage as the
-    chunk is into the disk."""
+    """Where a raw layout would have it after the nearest chunk below it that has a slot; with none nearby, as far into the present storage
+    as the chunk is into the disk."""
     cdef uint64_t distance
     cdef uint32_t slot
-    cdef bint begun
-    for distance in range(1, NEIGHBOURS + 1):
-        begun = e.busy_count and distance <= BEGUN_NEIGHBOURS
-        if distance <= chunk:
-            slot = slot_held(e, chunk - distance, begun)
-            if slot != EMPTY and slot + distance < e.capacity:
-                return slot + distance
-        if chunk + distance < e.chunks:
-            slot = slot_held(e, chunk + distance, begun)
-            if slot != EMPTY and slot >= distance:
-                return slot - distance
+    for distance in range(1, min(<uint64_t> NEIGHBOURS, chunk) + 1):
+        slot = slot_held(e, chunk - distance, e.busy_count and distance <= BEGUN_NEIGHBOURS)
+        if slot != EMPTY and slot + distance < e.capacity:
+            return slot + distance
     # Both are below 2^28: the product fits.
     return chunk * e.capacity / e.chunks
 

@@ -136,8 +136,9 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         return give_up(r, -EIO)
     run_start = first << e.block_shift
     run_end = last << e.block_shift
-    # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy.
-    if (last - first > 1 and run_end - run_start > SPARE_BOUNCE_BYTES
+    # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy. A short run is copied: that
+    # costs less than two more device writes.
+    if (last - first > 1 and run_end - run_start > UNCUT_BYTES
             and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask)):
         if start != run_start:
             last = first + 1

@@ -70,6 +70,11 @@ def test_the_report_says_what_was_missed() -> None:
         for fill in (False, True)
     ]
     result = {"starts": starts, "turns": turns, "turn_seconds": 1.0, "application": {"not_measured": "no guest"}}
-    rows = evaluate(f"copying.report(json.loads({json.dumps(result)!r}))")
-    assert [row["reached"] for row in rows if row["goal"]] == [False] * 8  # of each kind of goal, and nothing of qemu's
-    assert rows[-1]["value"] == "no guest"
+    rows = evaluate(f"copying.rows(json.loads({json.dumps(result)!r}))")
+    # Of each kind of goal, and nothing of qemu's; the guest's is open.
+    assert [row["reached"] for row in rows if row["goal"]] == [False] * 8 + [None]
+    assert (rows[-1]["value"], rows[-1]["note"]) == ("not measured", "no guest")
+    assert {row["against"] for row in rows if "against" in row} == {"qemu"}
+    plots = evaluate(f"copying.plots(json.loads({json.dumps(result)!r}))")
+    assert [plot["name"] for plot in plots] == ["starts", "busy"]
+    assert plots[1]["series"][0]["points"] == [[1000.0], [2000.0]]

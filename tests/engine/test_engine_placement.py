@@ -46,10 +46,10 @@ def test_the_first_chunk_of_a_region_lies_as_far_into_the_storage_as_into_the_di
 
 
 def test_a_chunk_lies_beside_its_neighbours_as_in_a_raw_layout() -> None:
-    stage = disk(2000, 500)
-    for chunk in (1000, 1010, 993, 1001):
+    stage = disk(2000, 1000)
+    for chunk in (1000, 1010, 1001, 1256, 1520, 900):
         touch(stage, chunk)
-    assert slots(stage) == {993: 243, 1000: 250, 1001: 251, 1010: 260}
+    assert slots(stage) == {900: 450, 1000: 500, 1001: 501, 1010: 510, 1256: 756, 1520: 760}
 
 
 def test_chunks_written_in_sequence_lie_in_sequence_with_many_under_way() -> None:

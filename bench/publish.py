@@ -1,0 +1,136 @@
+"""Makes docs/benchmarks.md and its pictures of results/*.json, wholly: text that is not a figure is in benchmarks.md.in.
+
+Nothing in a result is taken for markup. Knows no suite.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from string import Template
+
+from results import (
+    Entry,
+    commit,
+    differing,
+    goals,
+    how_long,
+    is_missing,
+    losses,
+    machine_line,
+    newest,
+    read_all,
+    unmeasured,
+    verdict,
+)
+from suite import Plot, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = ROOT / "bench" / "benchmarks.md.in"
+SIGNS = {"reached": "✅ reached", "missed": "❌ missed", "not measured": "not measured", None: ""}
+
+
+def text(value: object) -> str:
+    """Neither HTML nor Markdown, in a cell of a table or elsewhere; no path of the machine that measured."""
+    words = " ".join(str(value).replace(f"{ROOT}/", "").split())
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(words, quote=False))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def what(row: Row) -> str:
+    return text(row["what"]) + (f"<br><sub>{text(row['note'])}</sub>" if row.get("note") else "")
+
+
+def file_name(entry: Entry, plot: Plot, taken: Collection[str]) -> str:
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{entry.suite}-{plot['name']}".lower()).strip("-")
+    numbered = (f"{stem}{'' if number == 1 else f'-{number}'}.svg" for number in itertools.count(1))
+    return next(name for name in numbered if name not in taken)
+
+
+def pictures(entry: Entry, folder: Path) -> list[str]:
+    """Draws them; the lines that show them."""
+    import plots
+
+    shown: list[str] = []
+    for plot in entry.plots:
+        try:
+            drawn = plots.svg(plot, in_page=False)
+        except Exception as error:  # as in the report
+            shown.append(f"No picture of {text(plot.get('title') or plot['name'])}: {text(plots.why_not(error))}")
+            continue
+        name = file_name(entry, plot, {path.name for path in folder.iterdir()})
+        (folder / name).write_text(drawn)
+        shown.append(f"![{text(plots.described(plot))}]({folder.name}/{name})")
+        if plot.get("caption"):
+            shown.append(f"<sub>{text(plot['caption'])}</sub>")
+    return shown
+
+
+def section(entry: Entry, folder: Path) -> str:
+    plan = entry.data.get("plan") or {}
+    how = f"Mode {entry.data.get('mode', '?')}, {plan.get('rounds', '?')} rounds of {plan.get('seconds', '?')} s a run"
+    how += f", took {how_long(entry.data.get('took_seconds'))}, commit {commit(entry)}."
+    parts = [f"## {text(entry.suite)}", text(entry.title), text(how), *pictures(entry, folder)]
+    measured = [row for row in entry.rows if not is_missing(row)]
+    if measured:
+        cells = [(what(row), text(row.get("value", "")), text(row.get("goal", "")), SIGNS[verdict(row)]) for row in measured]
+        parts.append(table(("what", "median (smallest-largest)", "goal", ""), cells))
+    unknown = unmeasured(entry)
+    if unknown:
+        parts.append("Not measured:\n\n" + "\n".join(f"- {text(why)}: {text('; '.join(names))}" for why, names in unknown.items()))
+    return "\n\n".join(parts)
+
+
+def circumstances(entries: Sequence[Entry], last: Entry) -> str:
+    facts = [
+        ("machine", machine_line(last.machine)),
+        ("commit", ", ".join(dict.fromkeys(commit(entry) for entry in entries if entry.machine))),
+        ("mode", ", ".join(differing(entries, "mode"))),
+        ("measured", ", ".join(sorted({when[:10] for when in differing(entries, "when")}))),
+    ]
+    versions = last.machine.get("versions")
+    if isinstance(versions, dict):
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return table(("", ""), [(name, text(value)) for name, value in facts])
+
+
+def document(entries: Sequence[Entry], folder: Path) -> str:
+    """The page; its pictures are drawn into `folder`, which stands beside it."""
+    last = newest(entries)
+    if last is None:
+        raise ValueError("there are no results to publish")
+    found, worse = goals(entries), losses(entries)
+    said = [word for _, _, word in found]
+    counts = ", ".join(f"{said.count(word)} {word}" for word in ("reached", "missed", "not measured"))
+    goal_rows = [(text(e.suite), text(r["what"]), text(r.get("value", "")), text(r["goal"]), SIGNS[word]) for e, r, word in found]
+    loss_rows = [(text(e.suite), what(r), text(r.get("value", "")), f"{r.get('better')} is better") for e, r in worse]
+    commits = {commit(entry) for entry in entries if entry.machine}
+    return (
+        Template(TEMPLATE.read_text())
+        .substitute(
+            circumstances=circumstances(entries, last),
+            mixed="The suites come from different runs; each says which." if len(commits) > 1 else "",
+            counts=f"Of {len(said)} goals: {counts}.",
+            goals=table(("suite", "what", "measured", "goal", ""), goal_rows) if goal_rows else "No result has a goal.",
+            losses=table(("suite", "what", "measured", ""), loss_rows) if loss_rows else "Nowhere in these results.",
+            suites="\n\n".join(section(entry, folder) for entry in entries),
+        )
+        .replace("\n\n\n\n", "\n\n")
+    )
+
+
+def write(results: Path, docs: Path, order: Sequence[str]) -> Path:
+    folder = docs / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    path = docs / "benchmarks.md"
+    path.write_text(document(read_all(results, order), folder))
+    return path
