@@ -1,4 +1,7 @@
-"""Does a write ever wait for growth? New places are written as fast as the device takes them, while each step takes a second and a half.
+"""Does a write ever wait for growth? New places are written as fast as the device takes them, while steps take from 0.2 to 6 seconds.
+
+That is what users of others report of `lvextend`. Beside it stand the same writes to the device itself, and growth that begins too late:
+when the storage has ended, as where a guest is stopped until somebody has extended its disk.
 
 The device is a loop device over tmpfs, and plays a logical volume: everything is real but the commands of lvm2, which are played by
 `SlowGroup` at the place where they would leave the process. Its `lvextend` sleeps, then makes the device larger. The data are never read
@@ -21,7 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from machine import CannotMeasure, median, need, output, spread
+from machine import CannotMeasure, need, output
+from suite import Plan, Plot, Row, Series, missing, row
 
 from fvd.lvm import runner
 from fvd.lvm.commands import Lvm
@@ -34,12 +38,17 @@ from fvd.volume.opening import open_volume
 from fvd.volume.policy import GrowthEvent, default_low_water_bytes
 from fvd.volume.provision import provision
 
+TITLE = "What a writer sees while storage grows five times"
 MIB = 1 << 20
 GIB = 1 << 30
 STEP_SECONDS = 1.5  # what a slow lvextend takes
+DELAYS_SECONDS = (0.2, 0.8, 1.5, 3.0, 6.0)  # what lvextend takes on busy hosts
 WRITE_BYTES = MIB
 THREADS = 8
 BEHIND_BYTES = 64 * MIB  # kept behind the write front
+STEP_UNIT_BYTES = 64 * MIB
+BUCKET_SECONDS = 0.1
+KEPT_LATENCIES = 1000
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
@@ -89,22 +98,24 @@ def sparse_loop_device(size_bytes: int) -> Iterator[Backing]:
 
 
 class SlowGroup:
-    """Stands in for `fvd.lvm.runner.run_command`: a group with one volume, the loop device, and an `lvextend` that takes its time."""
+    """Stands in for `fvd.lvm.runner.run_command`: a group with one volume, the loop device, and an `lvextend` that takes its time.
+
+    `step_seconds`: of each step; after the last of them each takes as long as that."""
 
     NAME, VOLUME = "vg0", "vm1"
 
     EXTENT_BYTES = 4 * MIB
 
-    def __init__(self, backing: Backing, step_seconds: float) -> None:
+    def __init__(self, backing: Backing, step_seconds: Sequence[float]) -> None:
         self._backing = backing
-        self._step_seconds = step_seconds
+        self._step_seconds = itertools.chain(step_seconds, itertools.repeat(step_seconds[-1]))
         self.free_bytes = 1 << 40
 
     def run_command(self, words: Sequence[str], timeout_seconds: float) -> Finished:
         begun = time.monotonic()
         if words[0] == "lvextend":
             size_bytes = -(-int(words[words.index("--size") + 1].removesuffix("b")) // self.EXTENT_BYTES) * self.EXTENT_BYTES
-            time.sleep(self._step_seconds)
+            time.sleep(next(self._step_seconds))
             self.free_bytes -= size_bytes - os.path.getsize(self._backing.path)  # noqa: PTH202
             self._backing.enlarge(size_bytes)
             printed, said = "", "  Loading table for x (7:0).\n  Suspending x (7:0) with device flush\n"  # without it nothing is believed
@@ -158,6 +169,7 @@ class Written:
     bytes_written: int = 0
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)  # of each write, in seconds
+    ended_seconds: list[float] = field(default_factory=list)  # when each ended, after the first began
 
     @property
     def bytes_per_second(self) -> float:
@@ -181,6 +193,7 @@ class Grown(Written):
     longest_step_seconds: float = 0.0
     begun_with_bytes: list[int] = field(default_factory=list)  # what was free when each step began
     asked_bytes: list[int] = field(default_factory=list)  # by how much each step was to grow
+    step_times: list[tuple[float, float]] = field(default_factory=list)  # when each began and ended, after the first write began
     waited: int = 0  # writes that had to wait for growth
     waited_by_step: list[int] = field(default_factory=list)  # of those, until the end of each step
     low_water_bytes: int = 0  # in the end
@@ -198,16 +211,19 @@ def write_everywhere(
     found, front, errors = Written(), [0] * threads, []
 
     def work(number: int) -> None:
-        latencies = []
+        latencies, ended = [], []
         try:
             while (place := next(places)) + WRITE_BYTES <= most_bytes and go_on(place):
                 front[number] = place
-                begun = time.perf_counter()
+                asked = time.perf_counter()
                 write(place)
-                latencies.append(time.perf_counter() - begun)
+                answered = time.perf_counter()
+                latencies.append(answered - asked)
+                ended.append(answered - begun)
         except BaseException as error:
             errors.append(error)
         found.latencies += latencies
+        found.ended_seconds += ended
 
     running = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
     begun = time.perf_counter()
@@ -242,7 +258,7 @@ def grow_under_load(
     steps: int,
     *,
     step_bytes: int = 5 * GIB,
-    step_seconds: float = STEP_SECONDS,
+    step_seconds: float | Sequence[float] = STEP_SECONDS,
     low_water_bytes: int | None = None,
     adaptive: bool = True,
     threads: int = THREADS,
@@ -252,15 +268,15 @@ def grow_under_load(
     grown = Grown(step_bytes=step_bytes)
     with contextlib.ExitStack() as stack:
         backing = stack.enter_context(sparse_loop_device(step_bytes))
-        group = SlowGroup(backing, step_seconds)
+        group = SlowGroup(backing, (step_seconds,) if isinstance(step_seconds, int | float) else step_seconds)
         stack.enter_context(group.played())
         provision(backing.device, virtual_size_bytes=virtual_bytes, grow_step_bytes=step_bytes)
         volume = open_volume(backing.device)
-        events: list[GrowthEvent] = []
+        events: list[tuple[float, GrowthEvent]] = []  # with the time
         waited: list[int] = []  # so far, when each step had ended
 
         def on_event(event: GrowthEvent) -> None:
-            events.append(event)
+            events.append((time.perf_counter(), event))
             if event.kind == "extend_done":
                 waited.append(volume.engine.statistics()["waited_for_space"])
 
@@ -282,56 +298,180 @@ def grow_under_load(
             def go_on(place: int) -> bool:
                 return place < steps * step_bytes or len(waited) < steps
 
+            begun = time.perf_counter()
             written = write_everywhere(lambda place: driver.pwrite(place, data), backing, first, virtual_bytes, go_on, threads)
             grown.waited = driver.call(volume.engine.statistics)["waited_for_space"]
             figures = allocator.figures()
             grown.group_free_bytes = figures["group_free_bytes"]
-    grown.bytes_written, grown.seconds, grown.latencies = written.bytes_written, written.seconds, written.latencies
+    grown.bytes_written, grown.seconds = written.bytes_written, written.seconds
+    grown.latencies, grown.ended_seconds = written.latencies, written.ended_seconds
     grown.steps, grown.longest_step_seconds = figures["extend_steps"], figures["longest_extend_seconds"] or 0.0
     grown.low_water_bytes = figures["low_water"]
     grown.waited_by_step = waited
-    grown.begun_with_bytes = [event.free_bytes for event in events if event.kind == "extend_started"]
-    grown.asked_bytes = [event.target_bytes - event.storage_size_bytes for event in events if event.kind == "extend_started"]
+    started = [(at - begun, event) for at, event in events if event.kind == "extend_started"]
+    grown.begun_with_bytes = [event.free_bytes for _, event in started]
+    grown.asked_bytes = [event.target_bytes - event.storage_size_bytes for _, event in started]
+    ended = [at - begun for at, event in events if event.kind == "extend_done"]
+    grown.step_times = [(at, end) for (at, _), end in zip(started, ended, strict=False)]  # the last may be under way
     return grown
 
 
-def measure(rounds: int, seconds: float) -> dict[str, Any]:
+# --- The suite ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    delays = plan.of((0.3, 0.8), DELAYS_SECONDS, DELAYS_SECONDS)
     samples = []
-    for _ in range(max(1, rounds // 3)):
-        alone = device_alone(8 * GIB)
-        grown = grow_under_load(5)
-        samples.append(
-            {
-                "device_bytes_per_second": alone.bytes_per_second,
-                "bytes_per_second": grown.bytes_per_second,
-                "bytes_written": grown.bytes_written,
-                "waited": grown.waited,
-                "longest_write_seconds": grown.longest_write_seconds,
-                "device_longest_write_seconds": alone.longest_write_seconds,
-                "p99_write_seconds": grown.p99_write_seconds,
-                "longest_step_seconds": grown.longest_step_seconds,
-                "begun_with_bytes": grown.begun_with_bytes,
-                "low_water_bytes": grown.low_water_bytes,
-            }
-        )
-    return {"samples": samples, "step_seconds": STEP_SECONDS, "threads": THREADS}
+    for number in range(plan.of(1, 1, max(1, plan.rounds // 3))):
+        sample: dict[str, Any] = {"round": number}
+        alone = device_alone(plan.of(GIB, 2 * GIB, 8 * GIB))
+        sample["device"] = figures_of(alone)
+        step_bytes = 5 * GIB if plan.mode == "full" else step_of(alone.bytes_per_second, plan.of(1, 4, 4))
+        sample["step_bytes"] = step_bytes
+        sample["fvd"] = figures_of(grow_under_load(len(delays), step_bytes=step_bytes, step_seconds=delays))
+        if plan.mode != "quick":
+            sample["late"] = figures_of(too_late(2, GIB, (0.8, 1.5)))
+        if plan.mode == "full":
+            sample["steady"] = figures_of(grow_under_load(5))
+        samples.append(sample)
+    return {"mode": plan.mode, "samples": samples, "delays_seconds": delays, "threads": THREADS}
 
 
-def report(result: dict[str, Any]) -> list[dict[str, Any]]:
+def step_of(bytes_per_second: float, seconds: float) -> int:
+    """A grow step that the device takes so long to be written to, so that slower machines do not take longer; the usual one at most."""
+    return max(GIB // 2, min(5 * GIB, int(bytes_per_second * seconds) // STEP_UNIT_BYTES * STEP_UNIT_BYTES))
+
+
+def too_late(steps: int, step_bytes: int, step_seconds: Sequence[float]) -> Grown:
+    """Growth that begins when the storage has ended, and learns nothing from that."""
+    return grow_under_load(steps, step_bytes=step_bytes, step_seconds=step_seconds, low_water_bytes=MIB, adaptive=False)
+
+
+def figures_of(written: Written) -> dict[str, Any]:
+    """What is kept of a run."""
+    latencies = sorted(written.latencies)
+    most = min(KEPT_LATENCIES, len(latencies)) - 1
+    found: dict[str, Any] = {
+        "bytes_written": written.bytes_written,
+        "bytes_per_second": written.bytes_per_second,
+        "longest_write_seconds": written.longest_write_seconds,
+        "p99_write_seconds": written.p99_write_seconds,
+        "latencies_ms": [round(latencies[(len(latencies) - 1) * at // most] * 1000, 3) for at in range(most + 1)] if most else [],
+        "mb_per_bucket": rate_over_time(written.ended_seconds),
+    }
+    if isinstance(written, Grown):
+        found |= {
+            "waited": written.waited,
+            "longest_step_seconds": written.longest_step_seconds,
+            "begun_with_bytes": written.begun_with_bytes,
+            "asked_bytes": written.asked_bytes,
+            "low_water_bytes": written.low_water_bytes,
+            "step_times": written.step_times,
+        }
+    return found
+
+
+def rate_over_time(ended_seconds: Sequence[float]) -> list[float]:
+    """Megabytes a second in each whole bucket of time."""
+    buckets = [0] * int(max(ended_seconds) / BUCKET_SECONDS)
+    for at in ended_seconds:
+        if (number := int(at / BUCKET_SECONDS)) < len(buckets):
+            buckets[number] += WRITE_BYTES
+    return [count / 1e6 / BUCKET_SECONDS for count in buckets]
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
     samples = result["samples"]
-    waited = sum(sample["waited"] for sample in samples)
 
-    def row(what: str, values: list[float], goal: str = "", reached: bool | None = None) -> dict[str, Any]:
-        return {"what": what, "value": spread(values), "goal": goal, "reached": reached}
+    def of(run: str, field: str, factor: float = 1.0) -> list[float]:
+        return [sample[run][field] * factor for sample in samples if run in sample]
 
+    def pairs(one: str, other: str, field: str) -> list[float]:
+        return [sample[one][field] / sample[other][field] for sample in samples if one in sample and other in sample]
+
+    delays = ", ".join(f"{seconds:g}" for seconds in result["delays_seconds"])
+    steps = f"steps of {samples[0]['step_bytes'] / GIB:.1f} GiB that take {delays} s"
+    made = [
+        row("writes that waited for storage", of("fvd", "waited"), goal="<= 0", note=steps, digits=0),
+        row(
+            "rate of writes to new places: fvd while growing / the device alone",
+            pairs("fvd", "device", "bytes_per_second"),
+            against="the device alone",
+            better="more",
+        ),
+        row(
+            "p99 of these writes: fvd while growing / the device alone",
+            pairs("fvd", "device", "p99_write_seconds"),
+            against="the device alone",
+            better="less",
+        ),
+        row("longest write", of("fvd", "longest_write_seconds", 1000), unit="ms", digits=0),
+        row("longest write to the device alone", of("device", "longest_write_seconds", 1000), unit="ms", digits=0),
+    ]
+    if of("late", "waited"):
+        made += [
+            row("writes that waited, growth begun too late", of("late", "waited"), digits=0, note="two steps, 0.8 and 1.5 s"),
+            row("longest write, growth begun too late", of("late", "longest_write_seconds", 1000), unit="ms", digits=0),
+        ]
+    else:
+        made.append(missing("writes that waited, growth begun too late", f"not in the {result['mode']} mode"))
+    if of("steady", "waited"):
+        made.append(row(f"writes that waited in five steps of {STEP_SECONDS} s", of("steady", "waited"), goal="<= 0", digits=0))
+    made.append(
+        missing(
+            "how long a step holds the device still",
+            "a loop device cannot be suspended; of a logical volume each step tells it (events: extend_done, suspend_seconds)",
+        )
+    )
+    made += [
+        row("written to new places while growing", of("fvd", "bytes_per_second", 1e-9), unit="GB/s"),
+        row("written to the device alone", of("device", "bytes_per_second", 1e-9), unit="GB/s"),
+        row("longest step", of("fvd", "longest_step_seconds"), unit="s"),
+        row(
+            "least that was free when a step began",
+            [min(sample["fvd"]["begun_with_bytes"]) / GIB for sample in samples],
+            unit="GiB",
+        ),
+        row("low-water mark in the end", of("fvd", "low_water_bytes", 1 / GIB), unit="GiB"),
+    ]
+    return made
+
+
+NAMES = {"fvd": "fvd while growing", "device": "the device alone", "late": "growth begun too late"}
+
+
+def plots(result: dict[str, Any]) -> list[Plot]:
+    first = result["samples"][0]
+    runs = [run for run in NAMES if run in first]
+    buckets = max(len(first[run]["mb_per_bucket"]) for run in runs)
+    lines: list[Series] = []
+    for run in runs:
+        rates = first[run]["mb_per_bucket"]
+        lines.append({"name": NAMES[run], "points": [[rate] for rate in rates] + [[]] * (buckets - len(rates))})
+    steps = ", ".join(f"{begin:.1f}-{end:.1f}" for begin, end in first["fvd"]["step_times"])
+    latencies: list[Series] = [
+        {"name": NAMES[run], "points": [[value for sample in result["samples"] for value in sample[run]["latencies_ms"]]]} for run in runs
+    ]
     return [
-        row("writes that waited in five growth steps of 1.5 s", [sample["waited"] for sample in samples], "0", waited == 0),
-        row("new places written meanwhile, GB/s", [sample["bytes_per_second"] / 1e9 for sample in samples]),
-        row("the device alone, GB/s", [sample["device_bytes_per_second"] / 1e9 for sample in samples]),
-        row("new places / the device alone", [sample["bytes_per_second"] / sample["device_bytes_per_second"] for sample in samples]),
-        row("longest write, ms", [sample["longest_write_seconds"] * 1000 for sample in samples]),
-        row("longest write to the device alone, ms", [sample["device_longest_write_seconds"] * 1000 for sample in samples]),
-        row("longest step, s", [sample["longest_step_seconds"] for sample in samples]),
-        row("least that was free when a step began, GiB", [min(sample["begun_with_bytes"]) / GIB for sample in samples]),
-        row("low-water mark in the end, GiB", [median([sample["low_water_bytes"]]) / GIB for sample in samples]),
+        {
+            "name": "growth-rate",
+            "title": "Writes to new places while storage grows",
+            "kind": "lines",
+            "unit": "MB/s",
+            "x": [round(number * BUCKET_SECONDS, 1) for number in range(buckets)],
+            "x_unit": "s",
+            "series": lines,
+            "better": "more",
+            "caption": f"Steps were under way from second to second: {steps}.",
+        },
+        {
+            "name": "growth-latency",
+            "title": "Writes of 1 MiB to new places",
+            "kind": "distribution",
+            "unit": "ms",
+            "x": [],
+            "series": latencies,
+            "logarithmic": True,
+            "better": "less",
+        },
     ]

@@ -1,0 +1,124 @@
+"""What can be served side by side: fvd and what one would use instead, each in its default form and in its best one, and the limits.
+
+A peer prepares a fresh disk on a device of its own and serves it on a unix socket:
+
+    with all_peers()["qcow2"].served(disk_bytes) as served:
+        served.socket, served.pids, served.device, served.note
+
+How each does it stands in peers_*.py. Knows nothing of what is done to the disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loads import CpuClock
+from machine import CannotMeasure, loop_device, need
+
+Family = Literal["fvd", "limit", "qemu", "nbdkit", "file system"]
+
+MIB = 1 << 20
+ROOM_BYTES = 64 * MIB  # of a device, for metadata, besides the disk's own size
+FILE_SYSTEM_BYTES = 400 * MIB  # mkfs.xfs makes nothing smaller than 300 MB
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a peer is to serve from. `base`: the path of what shows through, or none."""
+
+    folder: Path
+    disk_bytes: int
+    base: str | None = None
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "disk.sock"
+
+
+@dataclass(frozen=True)
+class Served:
+    socket: Path
+    pids: tuple[int, ...]  # of the server
+    device: str
+
+    def cpu_clock(self) -> CpuClock:
+        return CpuClock(self.pids)
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    family: Family
+    serve: Callable[[Place], AbstractContextManager[Served]]
+    programs: tuple[str, ...] = ()
+    over_base: bool = False  # it can show a base where nothing was written
+    stores: bool = True  # what was written can be read back
+    note: str = ""  # what a reader of its figures must know
+
+    @contextlib.contextmanager
+    def served(self, disk_bytes: int, base: str | None = None) -> Iterator[Served]:
+        """A fresh disk. Raises CannotMeasure: this machine cannot."""
+        need(*self.programs)
+        if base is not None and not self.over_base:
+            raise CannotMeasure(f"{self.name} has no base")
+        with tempfile.TemporaryDirectory(prefix="fvd-bench-") as name, self.serve(Place(Path(name), disk_bytes, base)) as served:
+            yield served
+
+
+def run(*command: str) -> None:
+    """A command that prepares something. What it says when it fails is the reason why the peer cannot be measured."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotMeasure(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()}")
+
+
+@contextlib.contextmanager
+def disk_device(place: Place, room_bytes: int = ROOM_BYTES) -> Iterator[str]:
+    """`room_bytes`: for metadata; none for what is served as it is."""
+    with loop_device(place.disk_bytes + room_bytes) as device:
+        yield device
+
+
+@contextlib.contextmanager
+def mounted(place: Place, kind: Literal["ext4", "xfs"]) -> Iterator[tuple[str, Path]]:
+    """A file system on a loop device: the device, and a folder in the file system."""
+    need(f"mkfs.{kind}")
+    with loop_device(max(place.disk_bytes + place.disk_bytes // 8 + 2 * ROOM_BYTES, FILE_SYSTEM_BYTES)) as device:
+        run(f"mkfs.{kind}", "-q", device)
+        folder = place.folder / "mounted"
+        folder.mkdir()
+        run("mount", device, str(folder))
+        try:
+            yield device, folder
+        finally:
+            unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """A ring of a server that has just ended may still hold the file system for a moment."""
+    for _ in range(50):
+        if not subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode:
+            return
+        time.sleep(0.1)
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+def all_peers() -> dict[str, Peer]:
+    """By name, fvd first."""
+    # Only here: each of them imports this module.
+    import peers_files
+    import peers_fvd
+    import peers_limits
+    import peers_nbdkit
+    import peers_qemu
+
+    modules = (peers_fvd, peers_limits, peers_qemu, peers_nbdkit, peers_files)
+    return {peer.name: peer for module in modules for peer in module.peers()}
