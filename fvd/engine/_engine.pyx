@@ -1,11 +1,11 @@
 # cython: language_level=3
 """The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md.
 
-One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished
-requests comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady
-state makes no Python object. Its parts: memory.pxi (pools, the pending changes), slots.pxi (which slot a chunk gets), request.pxi (requests, reads), write.pxi (writes,
-trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi (flush, journal, checkpoint,
-failure, close).
+One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
+comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state
+makes no Python object. Its parts: memory.pxi (pools, the pending changes), slots.pxi (which slot a chunk gets), request.pxi (requests,
+reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi
+(flush, journal, checkpoint, failure, close).
 """
 
 from libc.errno cimport EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN

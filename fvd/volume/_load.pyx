@@ -70,10 +70,10 @@ cdef class LoadDriver(Driver):
 
     def run(self, *, bint write, uint64_t block_bytes, uint32_t depth, bint random=True, offset_bytes=0, length_bytes=None, requests=0,
             seconds=0.0, uint64_t seed=1, times_ns=None):
-        """Keeps `depth` reads or writes of `block_bytes` in flight, at random blocks of a range or one after the other.
+        """Keeps `depth` reads or writes of `block_bytes` in flight, at random blocks of a range or in sequence.
 
-        Ends after `requests` or `seconds`, whichever comes first. `times_ns`: a writable buffer of uint32, filled with how long each request
-        took, in the order in which they ended, as far as there is room. Returns (requests, seconds). Raises what `pread` and `pwrite` raise.
+        Ends after `requests` or `seconds`, whichever is first. `times_ns`: a writable buffer of uint32, filled with how long each request
+        took, in the order in which they ended, as far as there is room. Returns (requests, seconds). Raises what `pread`, `pwrite` raise.
         """
         cdef uint32_t[::1] times
         if self.running:
