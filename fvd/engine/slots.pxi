@@ -33,8 +33,8 @@ cdef uint64_t slot_wish(Engine e, uint64_t chunk) noexcept nogil:
     cdef uint32_t slot
     for distance in range(1, min(<uint64_t> NEIGHBOURS, chunk) + 1):
         slot = slot_held(e, chunk - distance, e.busy_count and distance <= BEGUN_NEIGHBOURS)
-        if slot != EMPTY and slot + distance < e.capacity:
-            return slot + distance
+        if slot != EMPTY:
+            return min(slot + distance, e.capacity - 1)
     # Both are below 2^28: the product fits.
     return chunk * e.capacity / e.chunks
 

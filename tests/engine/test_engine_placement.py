@@ -74,6 +74,13 @@ def test_a_wish_that_is_taken_gets_the_nearest_free_slot(taken: tuple[int, ...])
     assert got == min(free, key=lambda slot: (abs(slot - 250), -slot))
 
 
+def test_a_wish_beyond_the_storage_is_its_end() -> None:
+    stage = disk(2000, 500)
+    for chunk in (1996, 1999, 1997, 1998):
+        touch(stage, chunk)
+    assert slots(stage) == {1996: 499, 1999: 498, 1997: 497, 1998: 496}
+
+
 def test_it_goes_on_when_storage_has_grown() -> None:
     stage = disk(2000, 500)
     for chunk in (0, 1000):
