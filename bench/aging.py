@@ -1,26 +1,30 @@
 """The same disk fresh and aged: after ten times 30 % of it trimmed in random pieces and all of it written again in random order.
 
 Fresh means written once from its beginning to its end. In both states every block is mapped, so that what differs is where things lie and
-what the metadata have become. The pass-through server is the control: it has nothing that can age.
+what the metadata have become. The pass-through server is the control: it is tried out twice, with nothing between, and shows how
+much two runs differ anyway.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from loads import KIB, MIB, fill, flush, for_seconds, over_nbd, run_fio
+from loads import KIB, MIB, client, fill, flush, for_seconds, over_nbd, run_fio
 from machine import CannotMeasure, need, output
 from peers import Served, all_peers
 from suite import Plan, Plot, Row, missing, row
 
 TITLE = "the same disk after ten full overwrites with trims"
 
-PEERS = ("fvd", "qcow2", "pass-through")
+CONTROL = "pass-through"  # has nothing that can age: it is tried out twice
+PEERS = ("fvd", "fvd, spread", "qcow2", CONTROL)
 OVERWRITES = 10
 TRIM_SHARE = 0.3
+PAGE_BYTES = 4 * KIB
 PIECE_BYTES = 32 * KIB  # of an overwrite: half a block of fvd, half a cluster of qcow2
 RUN_SHARE = 0.2  # of plan.seconds, for one run
 MOST_ROUNDS = 2  # in normal mode
@@ -40,16 +44,22 @@ WORK = (
 )
 
 
-def trim(served: Served, size_bytes: int) -> int:
+def trim(served: Served, size_bytes: int, seed: int) -> int:
     """Half of the share in pieces of 1 MiB, half in pieces of any size at any 4 KiB; what was trimmed, in bytes."""
-    each = int(size_bytes * TRIM_SHARE / 2) // MIB * MIB
-    where = over_nbd(served.socket)
-    aligned = run_fio(where, "randtrim", block_bytes=MIB, depth=8, size_bytes=size_bytes, more=[f"--io_size={each}"])
-    unaligned = ["--bsrange=4k-1M", "--blockalign=4k", "--norandommap", f"--io_size={each}"]
-    pieces = run_fio(where, "randtrim", block_bytes=4 * KIB, depth=8, size_bytes=size_bytes, more=unaligned)
-    flush(served.socket)
-    trimmed: int = aligned["trim"]["io_bytes"] + pieces["trim"]["io_bytes"]
-    return trimmed
+    dice = random.Random(seed)
+    each = int(size_bytes * TRIM_SHARE / 2)
+    pieces = [(number * MIB, MIB) for number in dice.sample(range(size_bytes // MIB), each // MIB)]
+    loose_bytes = 0
+    while loose_bytes < each:
+        length = dice.randint(1, MIB // PAGE_BYTES) * PAGE_BYTES
+        pieces.append((dice.randrange((size_bytes - length) // PAGE_BYTES + 1) * PAGE_BYTES, length))
+        loose_bytes += length
+    dice.shuffle(pieces)
+    with client(served.socket) as handle:
+        for offset, length in pieces:
+            handle.trim(length, offset)
+        handle.flush()
+    return sum(length for _, length in pieces)
 
 
 def overwrite(served: Served, size_bytes: int) -> None:
@@ -59,14 +69,16 @@ def overwrite(served: Served, size_bytes: int) -> None:
 
 
 def space(peer: str, served: Served, size_bytes: int) -> dict[str, int]:
-    """What a disk takes of its device: `used_bytes` without holes, `end_bytes` with them. Nothing for one that has no format."""
+    """What a disk takes of its device: `used_bytes` without holes, `end_bytes` with them; of fvd also in how many
+    `pieces` a reader from its beginning to its end finds it. Nothing for one that has no format."""
     flush(served.socket)
     if peer.startswith("fvd"):
         import fvd
 
         about = fvd.info(served.device)
         ends = [extent.storage_offset + extent.length for extent in fvd.map(served.device).extents if extent.storage_offset is not None]
-        return {"used_bytes": about.metadata_size + about.mapped_bytes, "end_bytes": max([about.metadata_size, *ends])}
+        used_bytes = about.metadata_size + about.mapped_bytes
+        return {"used_bytes": used_bytes, "end_bytes": max([about.metadata_size, *ends]), "pieces": len(ends)}
     if peer.startswith("qcow2"):
         told = json.loads(output("qemu-img", "check", "--force-share", "--output=json", "--format=qcow2", served.device))
         free = (told["total-clusters"] - told.get("allocated-clusters", 0)) * (size_bytes // told["total-clusters"])
@@ -91,9 +103,9 @@ def age(peer: str, size_bytes: int, seconds: float, overwrites: int = OVERWRITES
     with all_peers()[peer].served(size_bytes) as served:
         fill(served.socket, size_bytes)
         fresh, fresh_space = try_out(served, size_bytes, seconds), space(peer, served, size_bytes)
-        trimmed_bytes = 0
-        for number in range(overwrites):
-            trimmed_bytes += trim(served, size_bytes)
+        trimmed_bytes, trimmed_space = 0, fresh_space
+        for number in range(0 if peer == CONTROL else overwrites):
+            trimmed_bytes += trim(served, size_bytes, number)
             if number == 0:
                 trimmed_space = space(peer, served, size_bytes)
             overwrite(served, size_bytes)
@@ -113,7 +125,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         return {"mode": plan.mode, "samples": [], "not_measured": {}, "size_bytes": 0}
     size_bytes = plan.of(0, 256 * MIB, 1024 * MIB)
     seconds = plan.seconds * plan.of(0, RUN_SHARE, 1)
-    names = [*PEERS, *plan.of((), (), ("fvd, spread", "qcow2, extended L2"))]
+    names = [*PEERS, *plan.of((), (), ("qcow2, extended L2",))]
     names = [name for name in names if name in all_peers()]
     samples, failed = [], {}
     for number in range(min(plan.rounds, plan.of(0, MOST_ROUNDS, plan.rounds))):
@@ -144,8 +156,9 @@ def rows(result: dict[str, Any]) -> list[Row]:
             cpu = " and ".join(
                 f"{statistics.median(s[state][work.name]['cpu_us_per_request'] for s in mine):.1f}" for state in ("fresh", "aged")
             )
-            note = f"fresh {fresh:.0f} MB/s, aged {aged:.0f} MB/s; {cpu} us CPU a request"
-            found.append(row(f"{work.name}, {peer}: aged / fresh", values, note=note))
+            note = f"{fresh:.0f} and then {aged:.0f} MB/s; {cpu} us CPU a request"
+            what = "second / first run, not aged" if peer == CONTROL else "aged / fresh"
+            found.append(row(f"{work.name}, {peer}: {what}", values, note=note))
         values = [
             one["aged"][work.name]["iops"] / other["aged"][work.name]["iops"]
             for one in samples
@@ -161,6 +174,10 @@ def rows(result: dict[str, Any]) -> list[Row]:
                 used = [s["space"][state]["used_bytes"] / result["size_bytes"] for s in mine]
                 end = statistics.median(s["space"][state]["end_bytes"] / result["size_bytes"] for s in mine)
                 found.append(row(f"space taken / disk size, {peer}, {state}", used, note=f"up to {end:.2f} with holes", digits=3))
+        pieces = {state: [s["space"][state]["pieces"] for s in mine if "pieces" in s["space"][state]] for state in ("fresh", "aged")}
+        if pieces["aged"]:
+            note = f"fresh {statistics.median(pieces['fresh']):.0f}; of {result['size_bytes'] // MIB} chunks"
+            found.append(row(f"pieces in which the disk lies, {peer}, aged", pieces["aged"], note=note, digits=0))
     return found + [missing(peer, reason) for peer, reason in result["not_measured"].items()]
 
 

@@ -7,6 +7,7 @@ depth 32 is sent while other writes are under way, as a guest's is.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import statistics
 from dataclasses import dataclass
@@ -112,9 +113,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
     found: list[Row] = []
 
     def middle(peer: str, case: Case, field: str) -> float:
-        return statistics.median(
-            [s[field] for s in samples if (s["peer"], s["case"]) == (peer, case.name) and field in s] or [float("nan")]
-        )
+        values = [s[field] for s in samples if (s["peer"], s["case"]) == (peer, case.name) and field in s]
+        return float(statistics.median(values)) if values else math.nan
 
     for case in CASES:
         for peer in result["peers"]:

@@ -208,7 +208,8 @@ def write_everywhere(
     `first_bytes`: where the first place lies on the device; those behind the front are forgotten.
     """
     places = itertools.count(0, WRITE_BYTES)  # next() of it is atomic
-    found, front, errors = Written(), [0] * threads, []
+    found, front = Written(), [0] * threads
+    errors: list[BaseException] = []
 
     def work(number: int) -> None:
         latencies, ended = [], []

@@ -38,7 +38,7 @@ def run(volume_name: str, pattern: str, block_bytes: int, depth: int, seconds: f
             seconds=seconds,
             requests=requests,
             seed=seed,
-            times_ns=memoryview(times_ns),
+            times_ns=times_ns.data,
         )
         cpu_seconds = time.process_time() - before
         driver.flush()

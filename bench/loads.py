@@ -5,13 +5,14 @@ them, by a client of our own (trace.c); and what was seen of each. Knows no serv
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import random
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def for_seconds(
     return seen_by(job, pattern, block_bytes)
 
 
-def flush(socket_path: Path) -> float:
-    """A client of its own comes, flushes and goes; how long the flush took."""
+@contextlib.contextmanager
+def client(socket_path: Path) -> Iterator[Any]:
+    """A client of its own, of libnbd. What goes wrong with it is a reason not to measure."""
     try:
         import nbd  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
@@ -120,13 +122,18 @@ def flush(socket_path: Path) -> float:
     handle = nbd.NBD()
     try:
         handle.connect_uri(uri(socket_path))
-        began = time.perf_counter()
-        handle.flush()
-        took = time.perf_counter() - began
+        yield handle
         handle.shutdown()
     except nbd.Error as error:
-        raise CannotMeasure(f"a flush has failed: {error}") from error
-    return took
+        raise CannotMeasure(f"a client has failed: {error}") from error
+
+
+def flush(socket_path: Path) -> float:
+    """All is flushed; how long it took."""
+    with client(socket_path) as handle:
+        began = time.perf_counter()
+        handle.flush()
+        return time.perf_counter() - began
 
 
 def each_once(socket_path: Path, *, block_bytes: int, depth: int, size_bytes: int, pattern: str = "randwrite") -> dict[str, Any]:

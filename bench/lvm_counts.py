@@ -161,13 +161,13 @@ def kinds(load: Load, full: bool) -> dict[str, Callable[[], contextlib.AbstractC
     found: dict[str, Callable[[], contextlib.AbstractContextManager[Target]]] = {
         "linear": linear,
         "thin": lambda: thin(64 << 10),
+        "thin, no zeroing": lambda: thin(64 << 10, "--zero", "n"),  # shows what lay there before
         "fvd": ours,
         "thin snapshot": lambda: thin_snapshot(64 << 10, load),
         "snapshot's origin": snapshot_origin,
         "fvd over a base": ours_over_base,
     }
     if full:
-        found["thin, no zeroing"] = lambda: thin(64 << 10, "--zero", "n")
         found["thin, chunks of 1 MiB"] = lambda: thin(MIB)
     return found
 
@@ -190,7 +190,7 @@ def measure(target: Target, load: Load, physical: str) -> list[dict[str, Any]]:
             found = {key: after[key] - before[key] for key in after}
             found["read_bytes"] = found.pop("read_sectors") * SECTOR_BYTES
             found["written_bytes"] = found.pop("written_sectors") * SECTOR_BYTES
-            what = {"phase": phase, "flush_every": flush_every}
+            what: dict[str, Any] = {"phase": phase, "flush_every": flush_every}
             samples.append({**what, "guest_writes": len(part), "guest_flushes": guest_flushes, **found})
     return samples
 

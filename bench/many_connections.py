@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import struct
-import sys
 
 BLOCK_BYTES = 4096
 MAGIC, OPTION_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
@@ -25,7 +24,7 @@ REPLY = struct.Struct(">IIQ")
 REPLY_MAGIC = 0x67446698
 COMMANDS = {"randread": 0, "randwrite": 1}
 RECEIVE_BYTES = 256 << 10
-PREPARED = 4096  # requests of a connection, sent over and over again in this order
+PREPARED = 4096  # headers of a connection's requests, sent over and over again in this order
 
 
 class Connection:
@@ -44,10 +43,10 @@ class Connection:
             raise SystemExit(f"{export} has {served_bytes} bytes, not {size_bytes}")
         self.socket.setblocking(False)
         dice = random.Random(seed)
-        data = dice.randbytes(BLOCK_BYTES) if pattern == "randwrite" else b""
-        self._reply_bytes = REPLY.size + (0 if data else BLOCK_BYTES)
+        self._data = dice.randbytes(BLOCK_BYTES) if pattern == "randwrite" else b""
+        self._reply_bytes = REPLY.size + (0 if self._data else BLOCK_BYTES)
         places = [dice.randrange(size_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(PREPARED)]
-        self._requests = [REQUEST.pack(REQUEST_MAGIC, 0, COMMANDS[pattern], 0, place, BLOCK_BYTES) + data for place in places]
+        self._requests = [REQUEST.pack(REQUEST_MAGIC, 0, COMMANDS[pattern], 0, place, BLOCK_BYTES) for place in places]
         self._next = 0
         self._received = bytearray(RECEIVE_BYTES)
         self._have_bytes = 0
@@ -61,9 +60,9 @@ class Connection:
 
     def ask(self, count: int) -> None:
         """`count` more requests."""
-        requests = []
+        requests: list[bytes] = []
         for _ in range(count):
-            requests.append(self._requests[self._next])
+            requests += (self._requests[self._next], self._data)
             self._next = (self._next + 1) % PREPARED
         self._unsent += b"".join(requests)
         self.send()
@@ -136,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -27,9 +28,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import report  # noqa: E402
 from machine import CannotMeasure, facts  # noqa: E402
-from results import Entry, commit, goals, how_long, is_missing, losses, machine_line, read, read_all, unmeasured, verdict  # noqa: E402
 from suite import PLANS, Plan, Row  # noqa: E402
 from versions import versions  # noqa: E402
+
+from results import Entry, commit, goals, how_long, is_missing, losses, machine_line, read, read_all, unmeasured, verdict  # noqa: E402
 
 SUITES = ["matrix", "flushes", "aging", "growth", "scale", "postmark", "seeks", "lvm", "path", "kernels", "copying"]
 ONLY_IN_FULL = {"copying"}  # if it is not named
@@ -222,6 +224,8 @@ def publish(results: Path) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
+    # Servers and loop devices end with what began them, also when this is ended from outside.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = options.results.absolute()
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(ROOT)
