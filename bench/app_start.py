@@ -20,12 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fvd
 from disks import RATE_BYTES, READ_DELAY
 from machine import loop_device, need, output, server
 from suite import Plot, Row, missing, row
 from uml_guest import PROGRAMS, exported, nbd_node, run_guest, until
-
-import fvd
 
 MIB = 1 << 20
 GUEST_MEMORY = "512M"

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import CannotMeasure, cpu_seconds, loop_device, need, server
-
 import fvd
+from machine import CannotMeasure, cpu_seconds, loop_device, need, server
 
 MIB = 1 << 20
 READ_DELAY = "5ms"

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import CannotMeasure, loop_device, need, output, server
-from uml_guest import NODE, nbd_node
-
 import fvd
 from fvd.format.geometry import Placement
+from machine import CannotMeasure, loop_device, need, output, server
+from uml_guest import NODE, nbd_node
 
 MIB = 1 << 20
 ROOM_BYTES = 64 * MIB  # for a format's metadata; XFS needs more

@@ -24,9 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from machine import CannotMeasure, need, output
-from suite import Plan, Plot, Row, Series, missing, row
-
 from fvd.lvm import runner
 from fvd.lvm.commands import Lvm
 from fvd.lvm.report import GROUP_FIELDS, GroupState, LogicalVolume
@@ -37,6 +34,8 @@ from fvd.volume.lvm_storage import LvmStorage
 from fvd.volume.opening import open_volume
 from fvd.volume.policy import GrowthEvent, default_low_water_bytes
 from fvd.volume.provision import provision
+from machine import CannotMeasure, need, output
+from suite import Plan, Plot, Row, Series, missing, row
 
 TITLE = "What a writer sees while storage grows five times"
 MIB = 1 << 20

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+
 from loads import percentiles
 
 MOST_TIMES = 8 << 20  # requests whose times are kept

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from suite import Plan, Plot, Row, row
 
 from fvd import _core
+from suite import Plan, Plot, Row, row
 
 TITLE = "What do the kernels cost on memory, against numpy and against reading the memory?"
 CHUNK_BYTES = 1 << 20

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from machine import CannotMeasure, need, output
 
 from fvd.device.node import Node, create_file, open_node
 from fvd.format.geometry import PAGE_BYTES, Geometry
@@ -34,6 +33,7 @@ from fvd.format.maps import (
 )
 from fvd.format.superblock import Superblock
 from fvd.volume.superblocks import write_superblock
+from machine import CannotMeasure, need, output
 
 MEMORY = Path("/dev/shm")
 BATCH_PAGES = 1024

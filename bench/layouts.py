@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from guest_trace import PROVIDE, WRITE, Trace
-from machine import CannotMeasure, need, output
 
 import fvd
 from fvd.format.geometry import Placement
+from guest_trace import PROVIDE, WRITE, Trace
+from machine import CannotMeasure, need, output
 
 KIB, MIB = 1 << 10, 1 << 20
 NEVER = np.iinfo(np.int64).max

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from machine import CannotMeasure, need, output, process_cpu_seconds
 
 KIB, MIB = 1 << 10, 1 << 20

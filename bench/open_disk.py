@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
-    from load import resident_bytes
-
     import fvd
+    from load import resident_bytes
 
     volume = sys.argv[1]
     with tempfile.TemporaryDirectory(prefix="fvd-bench-", dir=Path(volume.removeprefix("file:")).parent) as folder:

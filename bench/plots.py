@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from colours import FVD, colours, is_fvd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -28,6 +27,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D
+
+from colours import FVD, colours, is_fvd
 from results import finite
 from suite import Plot, Series
 

@@ -28,10 +28,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import report  # noqa: E402
 from machine import CannotMeasure, facts  # noqa: E402
+from results import Entry, commit, goals, how_long, is_missing, losses, machine_line, read, read_all, unmeasured, verdict  # noqa: E402
 from suite import PLANS, Plan, Row  # noqa: E402
 from versions import versions  # noqa: E402
-
-from results import Entry, commit, goals, how_long, is_missing, losses, machine_line, read, read_all, unmeasured, verdict  # noqa: E402
 
 SUITES = ["matrix", "flushes", "aging", "growth", "scale", "postmark", "seeks", "lvm", "path", "kernels", "copying"]
 ONLY_IN_FULL = {"copying"}  # if it is not named

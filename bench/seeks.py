@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from guest_trace import READ, WRITE, Trace, load
 from layouts import Layout, Numbers, layouts
 from machine import CannotMeasure

@@ -96,7 +96,6 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.lvm.dm": ({"file", "clock"}, "reads /sys; samples for how long a device is suspended"),
     "fvd.lvm.sharing": ({"file"}, "lock files"),
     "fvd.volume._driver": ({"clock", "file", "process"}, "the loop of a disk in this process: a thread, its wake-up, the engine's ticks"),
-    "fvd.volume._load": ({"clock", "file"}, "how long the requests of a made-up load take; its wake-up"),
     "fvd.volume.allocator": ({"clock"}, "when a growth step began; injected in tests"),
     "fvd.volume.base_images": ({"file", "process"}, "runs qemu-img with a time limit; where QEMU's programs are"),
     "fvd.volume.opening": ({"clock", "dice"}, "gives copying its clock and its dice"),

@@ -35,29 +35,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_mutex_destroy(pthread_mutex_t *)
 
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    #include <sys/eventfd.h>
-    #include <time.h>
-    #include <unistd.h>
-    static inline uint64_t fvd_driver_now_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    }
-    static inline void *fvd_driver_buffer(size_t size) {
-        void *buffer = NULL;
-        return posix_memalign(&buffer, 4096, size) ? NULL : buffer;
-    }
-    static inline void fvd_driver_wake(int fd) { uint64_t one = 1; if (write(fd, &one, 8) < 0) {} }
-    static inline void fvd_driver_woken(int fd) { uint64_t count; if (read(fd, &count, 8) < 0) {} }
-    """
-    uint64_t fvd_driver_now_ns() noexcept nogil
-    void *fvd_driver_buffer(size_t size) noexcept nogil
-    void fvd_driver_wake(int fd) noexcept nogil
-    void fvd_driver_woken(int fd) noexcept nogil
-
 cdef enum:
     PIECE_BYTES = 4 << 20           # a longer transfer goes in pieces: it bounds the copy that each caller holds
     PIECE_RANGE_BYTES = 1 << 30     # of trim and zero, which have no buffer

@@ -11,29 +11,9 @@ from libc.stdlib cimport calloc, free
 
 from fvd.device._queue cimport EVENT_OP
 from fvd.engine._engine cimport REQUEST_READ, REQUEST_WRITE
-from fvd.volume._driver cimport Driver
+from fvd.volume._driver cimport Driver, fvd_driver_buffer, fvd_driver_now_ns, fvd_driver_woken
 
 from fvd.errors import InvalidArgument
-
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    #include <time.h>
-    #include <unistd.h>
-    static inline uint64_t fvd_load_now_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    }
-    static inline void *fvd_load_buffer(size_t size) {
-        void *buffer = NULL;
-        return posix_memalign(&buffer, 4096, size) ? NULL : buffer;
-    }
-    static inline void fvd_load_woken(int fd) { uint64_t count; if (read(fd, &count, 8) < 0) {} }
-    """
-    uint64_t fvd_load_now_ns() noexcept nogil
-    void *fvd_load_buffer(size_t size) noexcept nogil
-    void fvd_load_woken(int fd) noexcept nogil
 
 cdef enum:
     MOST_DEPTH = 256                # what the driver's queue has entries for
@@ -91,7 +71,7 @@ cdef class LoadDriver(Driver):
         if times_ns is not None and len(times_ns):
             times = times_ns
             self.times_ns, self.times_room = &times[0], <uint64_t> times.shape[0]
-        self.buffers = <uint8_t *> fvd_load_buffer(depth * block_bytes)
+        self.buffers = <uint8_t *> fvd_driver_buffer(depth * block_bytes)
         self.idle = <uint32_t *> calloc(depth, sizeof(uint32_t))
         self.since_ns = <uint64_t *> calloc(depth, sizeof(uint64_t))
         self.ended = threading.Event()
@@ -122,7 +102,7 @@ cdef class LoadDriver(Driver):
         for number in range(self.depth):
             self.idle[number] = number
         self.free_count = self.depth
-        self.begun_ns = fvd_load_now_ns()
+        self.begun_ns = fvd_driver_now_ns()
         self.end_ns = self.begun_ns + <uint64_t> (seconds * 1e9) if seconds else 0
         self.running = True
 
@@ -180,7 +160,7 @@ cdef class LoadDriver(Driver):
         cdef bint busy = True
         if not self.running:
             return Driver.turn_once(self)
-        self.engine.now_ns = fvd_load_now_ns()
+        self.engine.now_ns = fvd_driver_now_ns()
         self.submit_more(self.engine.now_ns)
         self.engine.tick(self.engine.now_ns)
         while busy:
@@ -190,23 +170,23 @@ cdef class LoadDriver(Driver):
                 self.queue.start(0, self.engine.ops, self.engine.op_count)
                 self.engine.op_count = 0
             if self.engine.done_count:
-                self.engine.now_ns = fvd_load_now_ns()
+                self.engine.now_ns = fvd_driver_now_ns()
                 self.take_done(self.engine.now_ns)
                 self.submit_more(self.engine.now_ns)
             busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
         if self.free_count == self.depth:
-            self.ended_ns = fvd_load_now_ns()
+            self.ended_ns = fvd_driver_now_ns()
             self.running = False
             with gil:
                 self.ended.set()
             return 0
         self.queue.turn(TICK_NS, 0)
-        self.engine.now_ns = fvd_load_now_ns()
+        self.engine.now_ns = fvd_driver_now_ns()
         for i in range(self.queue.event_count):
             if self.queue.events[i].kind == EVENT_OP:
                 self.engine.complete(self.queue.events[i].key, self.queue.events[i].result)
             else:
-                fvd_load_woken(self.wake_fd)
+                fvd_driver_woken(self.wake_fd)
         self.queue.event_count = 0
         return 0
 

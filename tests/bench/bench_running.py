@@ -1,4 +1,4 @@
-"""Runs an expression of the benchmarks in a process of its own: their modules have names that others have too."""
+"""Runs statements with the benchmarks' modules in a process of its own: these modules have names that others have too."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77
-PREAMBLE = f"""
+PROGRAM = f"""
 import json, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
 from machine import CannotMeasure
+names = {{}}
 try:
-    %s
-    print(json.dumps(%s))
+    exec(sys.argv[1], names)
+    answer = eval(sys.argv[2], names)
 except CannotMeasure as reason:
     print(reason)
     sys.exit({CANNOT})
+print(json.dumps(answer))
 """
 
 
-def evaluate(statements: str, expression: str) -> Any:
-    """The value of the expression, by way of JSON. What this machine cannot measure is skipped, with the reason."""
+def evaluate(statements: str, expression: str, timeout_seconds: float = 120) -> Any:
+    """What the expression gives after the statements, through JSON. Skips, with the reason, what this machine cannot measure."""
     done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE % (statements.strip().replace("\n", "\n    "), expression)],
+        [sys.executable, "-c", PROGRAM, statements, expression],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_seconds,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         check=False,
@@ -40,4 +42,4 @@ def evaluate(statements: str, expression: str) -> Any:
     if done.returncode == CANNOT:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_running import evaluate
 
-ROOT = Path(__file__).resolve().parents[2]
-CANNOT = 77
-# In a process of its own: the benchmarks' modules have names that others have too.
-PREAMBLE = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
-import copying, app_start
-from machine import CannotMeasure
-try:
-    print(json.dumps(%s))
-except CannotMeasure as reason:
-    print(reason)
-    sys.exit({CANNOT})
-"""
-
-
-def evaluate(expression: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE % expression],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    if done.returncode == CANNOT:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+MODULES = "import json, copying"
 
 
 def test_a_start_twice() -> None:
-    found = evaluate('copying.start_twice("fvd", True, 256 << 20, 1, reads=100)')
+    found = evaluate(MODULES, 'copying.start_twice("fvd", True, 256 << 20, 1, reads=100)')
     assert len(found["seconds"]) == 2
     assert found["written_bytes"] >= found["bytes"] > 0  # whole blocks
     assert found["metadata_writes"] == 0
@@ -52,7 +19,7 @@ def test_a_start_twice() -> None:
 
 @pytest.mark.parametrize("kind", ["fvd", "qemu"])
 def test_a_turn_with_the_base_being_copied(kind: str) -> None:
-    [turn] = evaluate(f'copying.take_turns("{kind}", True, False, 512 << 20, 1, 1.0, 1)')
+    [turn] = evaluate(MODULES, f'copying.take_turns("{kind}", True, False, 512 << 20, 1, 1.0, 1)')
     assert turn["idle_copied_bytes"] > 0
     assert turn["latencies"]["all"]["requests"] == turn["latencies"]["own"]["requests"] + turn["latencies"]["base"]["requests"]
 
@@ -70,11 +37,11 @@ def test_the_report_says_what_was_missed() -> None:
         for fill in (False, True)
     ]
     result = {"starts": starts, "turns": turns, "turn_seconds": 1.0, "application": {"not_measured": "no guest"}}
-    rows = evaluate(f"copying.rows(json.loads({json.dumps(result)!r}))")
+    rows = evaluate(MODULES, f"copying.rows(json.loads({json.dumps(result)!r}))")
     # Of each kind of goal, and nothing of qemu's; the guest's is open.
     assert [row["reached"] for row in rows if row["goal"]] == [False] * 8 + [None]
     assert (rows[-1]["value"], rows[-1]["note"]) == ("not measured", "no guest")
     assert {row["against"] for row in rows if "against" in row} == {"qemu"}
-    plots = evaluate(f"copying.plots(json.loads({json.dumps(result)!r}))")
+    plots = evaluate(MODULES, f"copying.plots(json.loads({json.dumps(result)!r}))")
     assert [plot["name"] for plot in plots] == ["starts", "busy"]
     assert plots[1]["series"][0]["points"] == [[1000.0], [2000.0]]

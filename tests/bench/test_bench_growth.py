@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bench_process import evaluate
+from bench_running import evaluate
 
 MIB = 1 << 20
 
@@ -12,7 +12,7 @@ MIB = 1 << 20
 def test_a_growing_disk_and_the_device_alone_make_a_table_and_pictures() -> None:
     steps = "growth.grow_under_load(2, step_bytes=128 << 20, step_seconds=(0.1, 0.2))"
     device, grown, late = evaluate(
-        "growth",
+        "import growth",
         f"[growth.figures_of(run) for run in (growth.device_alone(64 << 20), {steps}, growth.too_late(1, 128 << 20, (0.3,)))]",
     )
     assert device["bytes_written"] == 64 * MIB
@@ -29,7 +29,7 @@ def test_a_growing_disk_and_the_device_alone_make_a_table_and_pictures() -> None
         "delays_seconds": [0.1, 0.2],
         "samples": [{"round": 0, "step_bytes": 128 * MIB, "device": device, "fvd": grown, "late": late}],
     }
-    rows, plots = evaluate("growth", f"[f(json.loads({json.dumps(result)!r})) for f in (growth.rows, growth.plots)]")
+    rows, plots = evaluate("import json, growth", f"[f(json.loads({json.dumps(result)!r})) for f in (growth.rows, growth.plots)]")
     [waited] = [row for row in rows if row["goal"]]
     assert waited["reached"] == (grown["waited"] == 0)
     lines, distribution = plots
@@ -38,7 +38,7 @@ def test_a_growing_disk_and_the_device_alone_make_a_table_and_pictures() -> None
 
 
 def test_steps_are_as_long_as_the_device_is_fast() -> None:
-    slow, fast, faster = evaluate("growth", "[growth.step_of(rate * 1e6, 4) for rate in (10, 500, 5000)]")
+    slow, fast, faster = evaluate("import json, growth", "[growth.step_of(rate * 1e6, 4) for rate in (10, 500, 5000)]")
     assert slow == 512 * MIB
     assert abs(fast - 4 * 500e6) < 64 * MIB and fast % (64 * MIB) == 0
     assert faster == 5 << 30

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from bench_process import evaluate
+from bench_running import evaluate
 
 BLOCK_BYTES = 4096
 
 
 @pytest.mark.slow
 def test_what_overwrites_write_is_known() -> None:
-    found = evaluate("lvm", "lvm.count(40, timeout_seconds=200, kinds=('linear', 'fvd'))", timeout_seconds=300)
+    found = evaluate("import lvm", "lvm.count(40, timeout_seconds=200, kinds=('linear', 'fvd'))", timeout_seconds=300)
     assert found["not_finished"] == ""
     samples = {(s["kind"], s["phase"], s["flush_every"]): s for s in found["samples"]}
     assert len(samples) == len(found["samples"]) == 8
@@ -34,7 +34,7 @@ def test_the_table_compares_first_writes() -> None:
         return {"kind": kind, "phase": phase, "flush_every": 32, "guest_writes": 10, "guest_flushes": 2, **counts}
 
     result = {"not_finished": "ended", "samples": [sample("fvd", "first", 10), sample("thin", "first", 20), sample("thin", "again", 10)]}
-    rows, plots = evaluate("lvm", f"[f(json.loads({json.dumps(result)!r})) for f in (lvm.rows, lvm.plots)]")
+    rows, plots = evaluate("import json, lvm", f"[f(json.loads({json.dumps(result)!r})) for f in (lvm.rows, lvm.plots)]")
     values = {row["what"]: row.get("values") for row in rows}
     assert values["first write, a flush every 32, device writes: fvd / thin"] == [0.5]
     assert values["first write, a flush every 32, device flushes: fvd / thin"] == [1.0]

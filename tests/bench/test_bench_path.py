@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_running import evaluate
 
-ROOT = Path(__file__).resolve().parents[2]
-CANNOT = 77
-# In a process of its own: the benchmarks' modules have names that others have too.
-PREAMBLE = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
-import path, path_stages, tempfile
+MODULES = """
+import json, path, path_stages, tempfile
 from pathlib import Path
-from machine import CannotMeasure
-from suite import Plan
 """
 
 
-def evaluate(program: str) -> Any:
-    """What a program assigns to `answer`."""
-    lines = ["try:", *(f"    {line}" for line in program.strip().splitlines())]
-    lines += ["except CannotMeasure as reason:", "    print(reason)", f"    sys.exit({CANNOT})", "print(json.dumps(answer))"]
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + "\n".join(lines)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    if done.returncode == CANNOT:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_a_served_disk_is_sampled_and_counted() -> None:
-    found = evaluate("""
+    reason, sample, stages = evaluate(
+        MODULES
+        + """
 with tempfile.TemporaryDirectory() as name, path.running(path.FVD, Path(name), 16 << 20) as served:
     reason = path_stages.refusal()
     sample = path.over_nbd(served, "randread", 0.5, 16 << 20, not reason, not reason)
-answer = [reason, sample, path_stages.STAGES]
-""")
-    reason, sample, stages = found
+""",
+        "[reason, sample, path_stages.STAGES]",
+    )
     assert sample["iops"] > 0 and sample["cpu_us"] > 0
     if reason:
         pytest.skip(reason)
@@ -96,8 +69,8 @@ PRINTED = """\
 
 
 def test_call_chains_get_their_stage() -> None:
-    program = f"answer = [[s, path_stages.stage_of(f)] for s, f in path_stages.read_chains({PRINTED!r}.splitlines())]"
-    assert evaluate(program) == [
+    stages = f"[[s, path_stages.stage_of(f)] for s, f in path_stages.read_chains({PRINTED!r}.splitlines())]"
+    assert evaluate(MODULES, stages) == [
         [12.000001, "receive"],
         [12.000252, "sleep and wake"],
         [12.000503, "submit: memory pages"],
@@ -115,13 +88,16 @@ def sample(kind: str, cpu_us: float, receive_us: float) -> dict[str, Any]:
 
 def rows_and_plots(samples: list[dict[str, Any]], why_no_perf: str) -> Any:
     result = {"samples": samples, "patterns": ["randread"], "depth": 32, "block_bytes": 4096, "why_no_perf": why_no_perf}
-    return evaluate(f"""
+    return evaluate(
+        MODULES
+        + f"""
 result = json.loads({json.dumps(result)!r})
 for one in result["samples"]:
     if "stages_us" in one:
         one["stages_us"] = dict.fromkeys(path_stages.STAGES, 0.0) | one["stages_us"]
-answer = [path.rows(result), path.plots(result)]
-""")
+""",
+        "[path.rows(result), path.plots(result)]",
+    )
 
 
 def test_rows_and_the_picture() -> None:

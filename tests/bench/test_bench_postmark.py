@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+from bench_running import evaluate
 
-ROOT = Path(__file__).resolve().parents[2]
-CANNOT = 77
-# In a process of its own: the benchmarks' modules have names that others have too.
-PREAMBLE = f"""
-import json, os, subprocess, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
+MODULES = """
+import json, mmap, os, subprocess
 import block_trace, format_disks, postmark, suite
+from pathlib import Path
 from block_trace import DeviceIo
 from machine import CannotMeasure, loop_device, need
 from postmark_guest import PROGRAMS, PostMark
 from uml_guest import PROGRAMS as GUEST_PROGRAMS
-
-try:
-    %s
-except CannotMeasure as reason:
-    print(reason)
-    sys.exit({CANNOT})
 """
 
 
-def run(code: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE % code.strip().replace("\n", "\n    ")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    if done.returncode == CANNOT:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_a_guest_on_an_fvd_disk() -> None:
-    samples = run("""
+    samples = evaluate(
+        MODULES
+        + """
 need(*PROGRAMS, *GUEST_PROGRAMS)
 work = PostMark(50, 4096, 65536, 5, 50, mkfs=postmark.MKFS)
-print(json.dumps(postmark.one_run("fvd", work, 128 << 20, "96M", 60)))
-""")
+""",
+        'postmark.one_run("fvd", work, 128 << 20, "96M", 60)',
+    )
     assert [sample["phase"] for sample in samples] == ["mkfs", "creation", "transactions"]
     creation = samples[1]
     assert creation["guest"]["writes"] > 0
@@ -65,12 +40,13 @@ print(json.dumps(postmark.one_run("fvd", work, 128 << 20, "96M", 60)))
 
 
 def test_everything_that_reaches_a_device_is_traced() -> None:
-    submitted, issued, again = run("""
+    submitted, issued, again = evaluate(
+        MODULES
+        + """
 with loop_device(8 << 20) as device, block_trace.traced(device) as trace:
     subprocess.run(["blockdev", "--flushbufs", device], check=True)
     trace.take()
     fd = os.open(device, os.O_RDWR | os.O_DIRECT)
-    import mmap
     page = mmap.mmap(-1, 4096)
     for place in (0, 1 << 20, 4 << 20):
         os.pwrite(fd, page, place)
@@ -78,9 +54,10 @@ with loop_device(8 << 20) as device, block_trace.traced(device) as trace:
     os.fsync(fd)
     found = trace.take()
     lists = [found.submitted, found.issued, trace.take().submitted]
-    print(json.dumps([[[io.kind, io.offset, io.length] for io in ios] for ios in lists]))
     os.close(fd)
-""")
+""",
+        "[[[io.kind, io.offset, io.length] for io in ios] for ios in lists]",
+    )
     expected = [["write", 0, 4096], ["write", 1 << 20, 4096], ["write", 4 << 20, 4096], ["read", 2 << 20, 4096]]
     assert submitted[:4] == expected
     assert [kind for kind, *_ in submitted[4:]] == ["flush"]
@@ -91,33 +68,37 @@ with loop_device(8 << 20) as device, block_trace.traced(device) as trace:
 def test_the_kernels_flags() -> None:
     expected = {"R": "read", "RS": "read", "WS": "write", "WFS": "write", "FWFS": "write", "DS": "discard", "NS": "zero"}
     without_data = {"FWS": "flush", "FF": "flush"}
-    found = run(f"""
-one = {{flags: block_trace.device_io(flags, 16, 8).kind for flags in {list(expected)!r}}}
-other = {{flags: block_trace.device_io(flags, 16, 0).kind for flags in {list(without_data)!r}}}
-print(json.dumps([one, other]))
-""")
-    assert found == [expected, without_data]
+    one = f"{{flags: block_trace.device_io(flags, 16, 8).kind for flags in {list(expected)!r}}}"
+    other = f"{{flags: block_trace.device_io(flags, 16, 0).kind for flags in {list(without_data)!r}}}"
+    assert evaluate(MODULES, f"[{one}, {other}]") == [expected, without_data]
 
 
 def test_lost_events_are_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "per_cpu/cpu0").mkdir(parents=True)
     (tmp_path / "per_cpu/cpu0/stats").write_text("entries: 5\noverrun: 3\ndropped events: 0\n")
-    said = run(f"""
-from pathlib import Path
+    said = evaluate(
+        MODULES
+        + f"""
+said = "nothing"
 try:
     block_trace.BlockTrace(Path({str(tmp_path)!r})).take()
 except CannotMeasure as reason:
-    print(json.dumps(str(reason)))
-""")
+    said = str(reason)
+""",
+        "said",
+    )
     assert said.startswith("3 ")
 
 
 def test_what_is_data_and_what_is_the_formats_own() -> None:
-    count = run("""
+    count = evaluate(
+        MODULES
+        + """
 trace = [DeviceIo("write", 0, 512), DeviceIo("read", 4096, 512), DeviceIo("write", 8191, 512), DeviceIo("write", 8192, 1024)]
 trace += [DeviceIo("flush", 0, 0), DeviceIo("read", 1 << 20, 4096), DeviceIo("zero", 5000, 512)]
-print(json.dumps(postmark.split(trace, [(4096, 4096)], [(0, 65536)])))
-""")
+""",
+        "postmark.split(trace, [(4096, 4096)], [(0, 65536)])",
+    )
     assert count["data_reads"] == 1
     assert count["data_writes"] == 2
     assert count["metadata_writes"] == 2
@@ -129,7 +110,7 @@ print(json.dumps(postmark.split(trace, [(4096, 4096)], [(0, 65536)])))
 
 
 def test_ranges_of_a_file_are_found_on_its_device() -> None:
-    found = run("print(json.dumps(format_disks.on_device([(0, 10), (90, 20)], [(0, 1000, 100), (100, 500, 100)])))")
+    found = evaluate(MODULES, "format_disks.on_device([(0, 10), (90, 20)], [(0, 1000, 100), (100, 500, 100)])")
     assert found == [[500, 10], [1000, 10], [1090, 10]]
 
 
@@ -146,9 +127,7 @@ def test_rows_judge_by_device_ios_for_each_guest_io() -> None:
         "not_measured": {"qed": "played"},
         "postmark": "played",
     }
-    rows, plots = run(
-        f"print(json.dumps([postmark.rows(json.loads({json.dumps(result)!r})), postmark.plots(json.loads({json.dumps(result)!r}))]))"
-    )
+    rows, plots = evaluate(MODULES, f"[f(json.loads({json.dumps(result)!r})) for f in (postmark.rows, postmark.plots)]")
     by_name = {row["what"]: row for row in rows}
     judged = by_name["device I/Os for each guest I/O: fvd / raw"]
     assert judged["values"] == [3.0]
@@ -160,6 +139,6 @@ def test_rows_judge_by_device_ios_for_each_guest_io() -> None:
 
 
 def test_the_quick_mode_says_that_it_measures_nothing() -> None:
-    [only] = run("print(json.dumps(postmark.rows(postmark.measure(suite.PLANS['quick']))))")
+    [only] = evaluate(MODULES, "postmark.rows(postmark.measure(suite.PLANS['quick']))")
     assert only["reached"] is None
     assert only["note"]

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_running import ROOT, evaluate
 
-ROOT = Path(__file__).resolve().parents[2]
-CANNOT = 77
 MIB = 1 << 20
-# In a process of its own: the benchmarks' modules have names that others have too.
-PREAMBLE = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
+PREAMBLE = """
+import json
 from pathlib import Path
 import numpy as np
 import guest_trace, layouts, seeks, seeks_record, suite
 from guest_trace import FLUSH, PROVIDE, READ, TRIM, WRITE, ZERO
-from machine import CannotMeasure
 
 KIB, MIB = 1 << 10, 1 << 20
 
 def trace(requests, transactions=0, disk_bytes=64 * MIB):
     kinds, offsets, lengths = zip(*requests)
-    phases = {{"mkfs": 0, "creation": 0, "transactions": transactions}}
-    about = {{"disk_bytes": disk_bytes, "postmark": "played"}}
+    phases = {"mkfs": 0, "creation": 0, "transactions": transactions}
+    about = {"disk_bytes": disk_bytes, "postmark": "played"}
     return guest_trace.Trace(np.array(kinds, np.uint8), np.array(offsets, np.int64), np.array(lengths, np.int64), phases, about)
 """
 # Three chunks from the end to the beginning, then read in order; and one that nobody has written.
@@ -39,31 +30,21 @@ played = trace([(WRITE, place * MIB, 4 * KIB) for place in (40, 20, 2)] + [(READ
 """
 
 
-def run(code: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    if done.returncode == CANNOT:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def after(statements: str, expression: str) -> Any:
+    return evaluate(PREAMBLE + statements, expression)
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "trace.xz"
-    found = run(f"""
+    found = after(
+        f"""
 there = trace([(WRITE, 8 * MIB, 504 * KIB), (FLUSH, 0, 0), (READ, 0, 512), (TRIM, 512, 60 * MIB), (PROVIDE, 1 * MIB, 512)])
 guest_trace.save(there, Path({str(path)!r}))
 back = guest_trace.load(Path({str(path)!r}))
 columns = [[getattr(one, name).tolist() for name in ("kinds", "offsets", "lengths")] for one in (there, back)]
-print(json.dumps([*columns, back.about, back.phases]))
-""")
+""",
+        "[*columns, back.about, back.phases]",
+    )
     assert found[0] == found[1]
     assert found[2]["disk_bytes"] == 64 << 20
     assert set(found[3]) == {"mkfs", "creation", "transactions"}
@@ -71,11 +52,13 @@ print(json.dumps([*columns, back.about, back.phases]))
 
 @pytest.mark.parametrize("name", ["postmark-100g-ext3", "postmark-100g", "postmark-26g"])
 def test_the_recorded_traces_are_what_they_are_said_to_be(name: str) -> None:
-    found = run(f"""
+    found = after(
+        f"""
 found = guest_trace.load(seeks.TRACES / "{name}.xz")
-print(json.dumps([found.about, found.phases, int((found.offsets + found.lengths).max()), int(found.offsets.min()), len(found.kinds),
-    int(found.lengths[found.kinds == WRITE].sum()), np.bincount(found.kinds[found.phase("transactions")], minlength=6).tolist()]))
-""")
+""",
+        """[found.about, found.phases, int((found.offsets + found.lengths).max()), int(found.offsets.min()), len(found.kinds),
+    int(found.lengths[found.kinds == WRITE].sum()), np.bincount(found.kinds[found.phase("transactions")], minlength=6).tolist()]""",
+    )
     about, phases, end, begin, requests, written, kinds = found
     assert about["used_bytes"] > 20e9
     assert written > about["used_bytes"]
@@ -97,12 +80,14 @@ def test_nbdkits_log_is_read() -> None:
         "2026-11-28 20:40:20.5 connection=1 Flush id=5 ...\n"
         "2026-11-28 20:40:20.6 connection=1 Trim id=6 offset=0x4000 count=0x1000 fua=0 ...\n"
     )
-    found = run(f"""
+    found = after(
+        f"""
 log = {log.encode()!r}
 positions = {{"mkfs": 0, "creation": log.index(b"2026-11-28 20:40:20.3"), "after": log.index(b"2026-11-28 20:40:20.6")}}
 found = seeks_record.parse(log, positions, {{"disk_bytes": MIB}})
-print(json.dumps([[guest_trace.KINDS[kind] for kind in found.kinds], found.offsets.tolist(), found.lengths.tolist(), found.phases]))
-""")
+""",
+        "[[guest_trace.KINDS[kind] for kind in found.kinds], found.offsets.tolist(), found.lengths.tolist(), found.phases]",
+    )
     assert found[0] == ["read", "write", "provide zeros", "zero", "flush"]  # the trim came after the last phase
     assert found[1] == [0, 0x1000, 0x2000, 0x3000, 0x4000]
     assert found[2] == [0x1000, 0x200, 0x1000, 0x1000, 0]
@@ -110,15 +95,15 @@ print(json.dumps([[guest_trace.KINDS[kind] for kind in found.kinds], found.offse
 
 
 def test_appended_chunks_lie_in_the_order_of_their_first_writes() -> None:
-    found = run(
+    found = after(
         BACKWARDS
         + """
 layout = layouts.fvd_layout(played, "append")
 found = seeks.ios(played, "transactions", layout)
 before = seeks.ios(played, "creation", layout)
 places = [int(layout.places[chunk]) for chunk in (40, 20, 2, 30)]
-print(json.dumps([before.starts.tolist(), places, found.starts.tolist(), found.ends.tolist(), found.requests]))
-"""
+""",
+        "[before.starts.tolist(), places, found.starts.tolist(), found.ends.tolist(), found.requests]",
     )
     created, places, starts, ends, requests = found
     assert created == places[:3]
@@ -130,12 +115,12 @@ print(json.dumps([before.starts.tolist(), places, found.starts.tolist(), found.e
 
 
 def test_raw_is_the_disk_itself_and_so_is_fvds_raw_layout() -> None:
-    found = run(
+    found = after(
         BACKWARDS
         + """
 one, other = layouts.raw_layout(played), layouts.layouts()["fvd, raw layout"](played)
-print(json.dumps([[s["travel_bytes"], s["ios"]] for s in (seeks.sample(played, "transactions", layout) for layout in (one, other))]))
-"""
+""",
+        """[[s["travel_bytes"], s["ios"]] for s in (seeks.sample(played, "transactions", layout) for layout in (one, other))]""",
     )
     page = 4096 / MIB
     assert found[0] == [(18 - page + 10 - page + 10 - page) * MIB, 4]
@@ -143,24 +128,25 @@ print(json.dumps([[s["travel_bytes"], s["ios"]] for s in (seeks.sample(played, "
 
 
 def test_zeros_to_be_kept_take_a_place_in_fvd() -> None:
-    found = run("""
+    found = after(
+        """
 played = trace([(PROVIDE, 10 * MIB, 2 * MIB), (ZERO, 20 * MIB, MIB), (TRIM, 30 * MIB, MIB), (WRITE, 0, 512)])
 layout = layouts.fvd_layout(played, "append")
-print(json.dumps([int(place) for place in layout.places if place >= 0] + [int(layout.places[0])]))
-""")
+""",
+        "[int(place) for place in layout.places if place >= 0] + [int(layout.places[0])]",
+    )
     assert len(found) == 4
     assert found[-1] == max(found)
 
 
-@pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
 @pytest.mark.parametrize("name", ["qcow2", "qed", "qcow2, subclusters", "qcow2, metadata preallocated", "vdi", "vmdk"])
 def test_qemus_formats_allocate_in_the_order_of_the_trace(name: str) -> None:
-    found = run(
+    found = after(
         BACKWARDS
         + f"""
 layout = layouts.layouts()[{name!r}](played)
-print(json.dumps([int(layout.places[place * MIB // layout.unit_bytes]) for place in (40, 20, 2, 30)]))
-"""
+""",
+        "[int(layout.places[place * MIB // layout.unit_bytes]) for place in (40, 20, 2, 30)]",
     )
     if "preallocated" in name:
         assert [place - found[2] for place in found] == [38 << 20, 18 << 20, 0, 28 << 20]
@@ -170,19 +156,21 @@ print(json.dumps([int(layout.places[place * MIB // layout.unit_bytes]) for place
 
 
 def test_a_request_whose_pieces_are_adjacent_is_one_io() -> None:
-    found = run("""
+    found = after(
+        """
 played = trace([(WRITE, 0, 3 * MIB), (WRITE, 10 * MIB, MIB), (WRITE, 3 * MIB, MIB), (READ, 2 * MIB, 2 * MIB)], 4)
 layout = layouts.fvd_layout(played, "append")
 found = seeks.ios(played, "creation", layout)
-print(json.dumps([found.starts.tolist(), found.ends.tolist(), found.distances.tolist()]))
-""")
+""",
+        "[found.starts.tolist(), found.ends.tolist(), found.distances.tolist()]",
+    )
     starts, ends, distances = found
     assert [(end - start) >> 20 for start, end in zip(starts, ends, strict=True)] == [3, 1, 1, 1, 1]
     assert [distance >> 20 for distance in distances] == [0, 0, 3, 1]
 
 
 def test_rows_and_plots_come_from_the_samples_alone() -> None:
-    rows, plots = run(
+    rows, plots = after(
         BACKWARDS
         + """
 samples = [
@@ -191,8 +179,8 @@ samples = [
 ]
 result = {"samples": samples, "not_measured": {"fvd spread": "played"}, "traces": {"ext4 on 26 GiB": played.about}}
 result = json.loads(json.dumps(result))
-print(json.dumps([seeks.rows(result), seeks.plots(result)]))
-"""
+""",
+        "[seeks.rows(result), seeks.plots(result)]",
     )
     ratios = [row for row in rows if row["what"].endswith("mean seek, fvd append / raw")]
     assert len(ratios) == 2

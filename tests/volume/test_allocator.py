@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import make
 
+from disks import make
 from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
 from fvd.volume.allocator import WANT_GROWTH, Allocator, call_later, run_in_thread

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from disks import driven
-from disks import make as make_disk
 from loops import loop_device, run
 
+from disks import driven
+from disks import make as make_disk
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity, open_node
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, Unsupported

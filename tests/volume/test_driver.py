@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import MIB, driven, make, start, volume
 from loops import loop_device, mounted, run, sparse
 
+from disks import MIB, driven, make, start, volume
 from fvd.errors import DeviceError, InUse, InvalidArgument, NoSpace, ReadOnly
 from fvd.volume._driver import Driver
 from fvd.volume.check import check

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from disks import MIB, make, volume
 from nbd_base import Nbdkit, until
 
+from disks import MIB, make, volume
 from fvd.device._remote import Remote
 from fvd.errors import DeviceError
 from fvd.volume._driver import Driver, drive

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import MIB, make
 
+from disks import MIB, make
 from fvd.errors import InvalidArgument, ReadOnly
 from fvd.volume._load import LoadDriver, load
 from fvd.volume.check import check

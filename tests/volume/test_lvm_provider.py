@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import MIB, SMALL, crash
 from loops import run
 from lvm_machine import Killed, Machine, simulated_lvm
 
+from disks import MIB, SMALL, crash
 from fvd.device.claim import claim
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 from fvd.volume import provision as provision_module

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from disks import MIB, SMALL
 from loops import run
 from lvm_machine import Machine, Volume, simulated_lvm
 
+from disks import MIB, SMALL
 from fvd.device.node import open_node
 from fvd.errors import DeviceError, NoSpace
 from fvd.lvm.runner import Finished, Unfinished

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from disks import MIB, crash, driven, make, start, volume
 from loops import loop_device, run, sparse
 
+from disks import MIB, crash, driven, make, start, volume
 from fvd import _core
 from fvd.device import node as node_module
 from fvd.device.claim import claim

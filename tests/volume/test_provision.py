@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from disks import driven
 from faulty import FaultyStorage, PowerCut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import loop_device, mounted, run, sparse
 
+from disks import driven
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import open_node
 from fvd.device.signature import find_signatures

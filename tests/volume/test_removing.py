@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from disks import MIB, driven, make, volume
 from loops import loop_device, mounted, run, sparse
 
+from disks import MIB, driven, make, volume
 from fvd.device.claim import claim
 from fvd.device.node import open_node
 from fvd.errors import Conflict, InUse, InvalidArgument, NoSpace, NotFound, Unsupported

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from disks import MIB, crash, driven, make, start, volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import sparse
 
+from disks import MIB, crash, driven, make, start, volume
 from fvd.errors import InUse, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.locator import BaseFormat
