@@ -49,9 +49,7 @@ cdef extern from *:
     cdef struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
-    ssize_t recv(int fd, void *buffer, size_t size, int flags) nogil
     ssize_t recvmsg(int fd, msghdr *message, int flags) nogil
-    ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
     ssize_t sendmsg(int fd, const msghdr *message, int flags) nogil
     int shutdown(int fd, int how) nogil
     int c_close "close"(int fd) nogil
@@ -739,10 +737,7 @@ cdef class Server:
         parts[message.msg_iovlen].iov_base = connection.buffer + connection.end
         parts[message.msg_iovlen].iov_len = room - connection.end
         message.msg_iovlen += 1
-        if message.msg_iovlen == 1:         # spares the kernel the copies of message and parts
-            count = recv(connection.fd, parts[0].iov_base, parts[0].iov_len, MSG_DONTWAIT)
-        else:
-            count = recvmsg(connection.fd, &message, MSG_DONTWAIT)
+        count = recvmsg(connection.fd, &message, MSG_DONTWAIT)
         if count < 0:
             if errno == EINTR:
                 return 0
@@ -949,10 +944,7 @@ cdef class Server:
                 skip = 0
                 message.msg_iovlen += 1
                 slot = slot.next
-            if message.msg_iovlen == 1:
-                count = c_send(connection.fd, parts[0].iov_base, parts[0].iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
-            else:
-                count = sendmsg(connection.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            count = sendmsg(connection.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
             if count < 0:
                 if errno == EINTR:
                     continue
