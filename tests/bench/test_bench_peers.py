@@ -47,6 +47,7 @@ def test_a_base_shows_through(name: str) -> None:
 def test_who_has_no_base_says_so() -> None:
     statements = """
 import peers
+from machine import CannotMeasure
 def reason():
     try:
         with peers.all_peers()["pass-through"].served(1 << 20, "/nowhere"):
