@@ -4,9 +4,7 @@ them, by a client of our own (trace.c); and what was seen of each. Knows no serv
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import json
 import random
 import subprocess
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from machine import CannotMeasure, need, output, process_cpu_seconds
+from machine import CannotMeasure, compiled, output, process_cpu_seconds
 
 KIB, MIB = 1 << 10, 1 << 20
 QUANTILES = 200  # of a distribution, evenly spaced
@@ -151,20 +149,6 @@ def spread_offsets(size_bytes: int, distance_bytes: int, seed: int) -> list[int]
     return offsets
 
 
-@functools.cache
-def trace_program() -> str:
-    """trace.c, compiled; forgotten when this process ends."""
-    need("gcc")
-    folder = tempfile.TemporaryDirectory(prefix="fvd-bench-")
-    atexit.register(folder.cleanup)
-    program = Path(folder.name) / "trace"
-    command = ["gcc", "-O2", "-o", str(program), str(Path(__file__).with_name("trace.c")), "-lnbd"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CannotMeasure(f"gcc: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}; libnbd-dev is needed")
-    return str(program)
-
-
 def trace(
     socket_path: Path,
     offsets: Sequence[int],
@@ -180,7 +164,7 @@ def trace(
         places, times = Path(folder) / "offsets", Path(folder) / "times"
         np.asarray(offsets, np.uint64).tofile(places)
         numbers = (depth, block_bytes, flush_every, seconds, int(flush_in_the_end))
-        command = [trace_program(), str(socket_path), str(places), *map(str, numbers), str(times)]
+        command = [compiled("trace.c", "nbd"), str(socket_path), str(places), *map(str, numbers), str(times)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CannotMeasure(f"writing at given places: {done.stderr.strip()}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -31,6 +33,21 @@ def need(*programs: str) -> None:
 
 def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def compiled(source: str, *libraries: str) -> str:
+    """A program of this folder, compiled; forgotten when this process ends."""
+    need("gcc")
+    folder = tempfile.TemporaryDirectory(prefix="fvd-bench-")
+    atexit.register(folder.cleanup)
+    program = Path(folder.name) / Path(source).stem
+    command = ["gcc", "-O2", "-pthread", "-o", str(program), str(Path(__file__).with_name(source)), *(f"-l{name}" for name in libraries)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
+        raise CannotMeasure(f"gcc: {reason}" + (f"; lib{libraries[0]}-dev is needed" if libraries else ""))
+    return str(program)
 
 
 def facts() -> dict[str, Any]:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from machine import server
-from peers import Peer, Place, Served, disk_device, run
+from machine import compiled, server
+from peers import Peer, Place, Served, disk_device
 
 HERE = Path(__file__).resolve().parent
 
@@ -25,9 +25,7 @@ def pass_through(place: Place) -> Iterator[Served]:
 
 @contextlib.contextmanager
 def answers_only(place: Place) -> Iterator[Served]:
-    program = place.folder / "answer"
-    run("gcc", "-O2", "-pthread", "-o", str(program), str(HERE / "answer.c"))
-    with server([str(program), str(place.socket), str(place.disk_bytes)], place.socket) as process:
+    with server([compiled("answer.c"), str(place.socket), str(place.disk_bytes)], place.socket) as process:
         yield Served(place.socket, (process.pid,), "")
 
 
