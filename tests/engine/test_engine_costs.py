@@ -80,6 +80,23 @@ def test_first_write_is_one_block(stage: Stage) -> None:
     stage.finish_all()
 
 
+def test_a_short_first_write_across_blocks_is_one_device_write(stage: Stage) -> None:
+    stage.submit("write", 12 * SECTORS_PER_BLOCK + 8, 2 * SECTORS_PER_BLOCK)
+    (only,) = stage.pending()
+    assert (only.kind, only.length_bytes) == (WRITE, 3 * SECTORS_PER_BLOCK * 512)
+    stage.finish_all()
+    stage.now("read", 12 * SECTORS_PER_BLOCK, 3 * SECTORS_PER_BLOCK)  # the edges are zeros, whatever the storage held
+
+
+@pytest.mark.parametrize("layout", [Layout.COMPACT, Layout.RAW], ids=["compact", "raw"])
+def test_a_long_first_write_is_copied_only_at_its_edges(layout: Layout) -> None:
+    stage = Stage(layout=layout, chunk_size_bytes=1 << 19, grow_step_bytes=1 << 19)
+    stage.submit("write", 8, 5 * SECTORS_PER_BLOCK)
+    assert sorted(op.length_bytes // (SECTORS_PER_BLOCK * 512) for op in stage.pending()) == [1, 1, 4]
+    stage.finish_all()
+    stage.now("read", 0, 6 * SECTORS_PER_BLOCK)
+
+
 def test_absent_blocks_are_read_without_the_device(stage: Stage) -> None:
     stage.submit("read", 14 * SECTORS_PER_BLOCK, 8)
     assert stage.pending() == []
