@@ -1,5 +1,5 @@
-"""What is done to a disk: runs of fio over NBD or on a device, bounded by time or by size, and writes at given places with flushes between
-them, by a client of our own (trace.c); and what was seen of each. Knows no server.
+"""What is done to a disk: runs of fio over NBD or on a device, bounded by time or by size; writes at given places with flushes between
+them, by a client of our own (trace.c); random requests by one that costs little (many.c); and what was seen of each. Knows no server.
 """
 
 from __future__ import annotations
@@ -185,6 +185,35 @@ def trace(
     if len(flushes_us):
         found |= {"flush_p50_us": float(np.quantile(flushes_us, 0.5)), "flush_p99_us": float(np.quantile(flushes_us, 0.99))}
     return found
+
+
+def many_command(
+    socket_path: Path, pattern: str, *, depth: int, size_bytes: int, exports: Sequence[str], seconds: float = 0.0, times: str = ""
+) -> list[str]:
+    """A client of all these exports with `depth` requests of 4 KiB at each; without `seconds` until it is ended."""
+    return [compiled("many.c"), str(socket_path), pattern, *map(str, (size_bytes, depth, seconds)), times, *exports]
+
+
+def lightly(socket_path: Path, pattern: str, *, depth: int, size_bytes: int, seconds: float) -> dict[str, Any]:
+    """4 KiB at random places for so long, by a client that leaves the processors to the server."""
+    with tempfile.NamedTemporaryFile(prefix="fvd-bench-") as times:
+        command = many_command(socket_path, pattern, depth=depth, size_bytes=size_bytes, exports=[""], seconds=seconds, times=times.name)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotMeasure(f"the light client: {done.stderr.strip()}")
+        times_us = np.fromfile(times.name, np.uint64) / 1000
+    took, cpu = map(float, done.stdout.split())
+    operations = len(times_us)
+    if not operations:
+        raise CannotMeasure("no request has ended")
+    return {
+        **percentiles(times_us),
+        "operations": operations,
+        "seconds": took,
+        "iops": operations / took,
+        "mb_per_second": operations * 4 * KIB / took / 1e6,
+        "client_cpu_us": cpu / operations * 1e6,
+    }
 
 
 def percentiles(times_us: np.ndarray[Any, Any]) -> dict[str, Any]:

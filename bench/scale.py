@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from large_disks import MEMORY, loop_over, make_disk, need_memory
 from load import Pattern, fio_command, resident_bytes, under_load
-from machine import CannotMeasure, compiled, need, output, server
+from loads import many_command
+from machine import CannotMeasure, need, output, server
 from suite import Plan, Plot, Row, Series, missing, ratio, row
 
 TITLE = "1, 10 and 100 TiB: opening, memory, cost of a request; 1, 8 and 64 disks in one process"
@@ -197,8 +198,9 @@ def many_disks(
                 for count, devices, pid, socket_path, names in groups if number % 2 == 0 else reversed(groups):
                     if pattern in ends_only and (count, len(names)) not in ((1, 1), (numbers[-1], numbers[-1])):
                         continue
-                    client = [compiled("many.c"), str(socket_path), pattern, str(total_bytes // count), str(TOTAL_DEPTH // len(names))]
-                    client += names
+                    client = many_command(
+                        socket_path, pattern, depth=TOTAL_DEPTH // len(names), size_bytes=total_bytes // count, exports=names
+                    )
                     seen = under_load(client, devices, pid, pattern, seconds)
                     what = {"round": number, "disks": count, "connections": len(names), "pattern": pattern}
                     samples.append({**what, **seen, "memory_bytes": resident_bytes(pid)})

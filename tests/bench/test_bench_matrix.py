@@ -14,7 +14,7 @@ import dataclasses, matrix
 from suite import Plan
 MIB = 1 << 20
 matrix.sizes = lambda plan: matrix.Sizes(16 * MIB, 4 * MIB, 16 * MIB)
-matrix.QUICK = (matrix.READ_32, matrix.FIRST_WRITE, matrix.COPY_ON_WRITE)
+matrix.QUICK = (matrix.READ_32, matrix.LIGHT[0], matrix.FIRST_WRITE, matrix.COPY_ON_WRITE)
 def all():
     result = matrix.measure(Plan("quick", 1, 0.1))
     return [result, matrix.rows(result), matrix.plots(result)]
@@ -25,6 +25,7 @@ def test_a_small_matrix() -> None:
     result, rows, plots = evaluate(QUICK, "all()")
     cells = {(s["workload"], s["peer"]): s for s in result["samples"]}
     assert {peer for workload, peer in cells if workload == "4 KiB random read QD32"} == {"fvd", "pass-through", "qcow2"}
+    assert {peer for workload, peer in cells if workload == "4 KiB random read QD32, light client"} == {"fvd", "pass-through", "qcow2"}
     assert {peer for workload, peer in cells if workload == "4 KiB copy-on-write QD32"} == {"fvd", "qcow2"}  # who can have a base
     assert cells["4 KiB first write QD32", "fvd"]["operations"] == 1024  # each block once
     assert {workload for workload, peer in cells if peer == "fvd in process"} == {
@@ -36,7 +37,7 @@ def test_a_small_matrix() -> None:
         assert sample["p50_us"] <= sample["p99_us"] <= sample["p999_us"]
     assert result["not_measured"] == {}
     by_goal = {row["what"]: row for row in rows if row["goal"]}
-    assert len(by_goal) == 14
+    assert len(by_goal) == 24
     assert by_goal["4 KiB random read QD32, operations a second: fvd / qemu raw"]["value"] == "not measured"
     assert by_goal["4 KiB random read QD32, operations a second: fvd / qcow2"]["reached"] in (True, False)
     assert {plot["name"] for plot in plots} == {"random-4k", "cpu-per-request", "latency-randread-32"}
