@@ -57,7 +57,7 @@ _fvd_lv() {
     case $command in
         "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events prefetch copy-on-read profile map check dump list remove torture --help --version --output --verbose" -- "$current")) ;;
         provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --base-format --copy-on-read --prefetch --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
-        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
+        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;

@@ -42,6 +42,7 @@ def open(
     read_only: bool = False,
     cache: CacheMode = "none",
     on_full: OnFull = "error",
+    zero_chunks: bool = False,
     copy_on_read: bool | None = None,
     prefetch: PrefetchOptions | bool | None = None,
     base_timeout_s: float = 30.0,
@@ -50,6 +51,7 @@ def open(
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
 
     ``on_full``: when storage has ended and cannot grow, a write that needs more raises NoSpace ("error") or waits until there is some.
+    ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what was written.
     ``copy_on_read``, ``prefetch``: copy what is read from the base; copy all of it in the background (None: as the disk was provisioned).
     A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then it raises DeviceError.
     ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends nothing.
@@ -66,6 +68,7 @@ def open(
         read_only=read_only,
         cache=cache,
         on_full=on_full,
+        zero_chunks=zero_chunks,
         copy_on_read=copy_on_read,
         prefetch=volume_options(prefetch),
         base_timeout_s=base_timeout_s,

@@ -50,6 +50,7 @@ def serve(
     cache: CacheMode = "none",
     read_only: bool = False,
     on_full: OnFull = "wait",
+    zero_chunks: bool = False,
     socket_mode: int = 0o600,
     socket_group: str | int | None = None,
     copy_on_read: bool | None = None,
@@ -60,6 +61,7 @@ def serve(
 ) -> Served:
     """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP.
 
+    ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote.
     ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
     disk was provisioned). A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then the guest's request
     fails. ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. ``on_event`` is called with each event
@@ -74,6 +76,7 @@ def serve(
         cache=cache,
         read_only=read_only,
         on_full=on_full,
+        zero_chunks=zero_chunks,
         socket_mode=socket_mode,
         socket_group=socket_group,
         copy_on_read=copy_on_read,
@@ -98,6 +101,7 @@ class Served:
         cache: CacheMode,
         read_only: bool,
         on_full: OnFull,
+        zero_chunks: bool,
         socket_mode: int,
         socket_group: str | int | None,
         copy_on_read: bool | None,
@@ -116,6 +120,7 @@ class Served:
         self._cache = cache
         self._read_only = read_only
         self._on_full = on_full
+        self._zero_chunks = zero_chunks
         self._socket_mode = socket_mode
         self._socket_group = socket_group
         self._copy_on_read = copy_on_read
@@ -240,6 +245,7 @@ class Served:
                     read_only=self._read_only,
                     cache=self._cache,
                     on_full=self._on_full,
+                    zero_chunks=self._zero_chunks,
                     copy_on_read=self._copy_on_read,
                     prefetch=self._prefetch,
                     base_timeout_s=self._base_timeout_s,

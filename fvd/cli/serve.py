@@ -42,6 +42,12 @@ def register(subparsers: Subparsers) -> None:
         default="wait",
         help="when storage has ended, a write that needs more waits until there is some (default) or fails with ENOSPC",
     )
+    parser.add_argument(
+        "--zero-chunks",
+        action="store_true",
+        help="let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote "
+        "(without: whole blocks)",
+    )
     parser.add_argument("--copy-on-read", choices=ON_OFF, help="keep what guests read from the base; default: as the disk was provisioned")
     parser.add_argument(
         "--prefetch",
@@ -85,6 +91,7 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop) -> int:
         cache=arguments.cache,
         read_only=arguments.read_only,
         on_full=arguments.on_full,
+        zero_chunks=arguments.zero_chunks,
         copy_on_read=on_or_off(arguments.copy_on_read),
         prefetch=prefetch_of(arguments),
         base_timeout_s=arguments.base_timeout,

@@ -22,7 +22,7 @@ def refusal_reason(error: int) -> str: ...
 
 # Only here: for annotations.
 Op = (
-    tuple[Literal["read", "read_base", "discard"], int, int]
+    tuple[Literal["read", "read_base", "discard", "zero"], int, int]
     | tuple[Literal["write", "write_durable"], int, bytes]
     | tuple[Literal["flush"]]
 )

@@ -13,7 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
-from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE, DeviceOp
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
 from fvd.errors import DeviceError
 
@@ -141,6 +141,9 @@ cdef enum DiscardHow:
     DISCARD_NOTHING = 0     # refused once, or nothing to discard on: advisory, so doing nothing is a success
     DISCARD_PUNCH = 1       # regular file: a hole, same size
     DISCARD_DEVICE = 2      # block device
+
+# On a block device: zeros by its own means, which may unmap, or EOPNOTSUPP; never by writing (BLKDEV_ZERO_NOFALLBACK in block/fops.c).
+cdef int ZERO_HOW = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations in flight looks whether one is overdue
 
@@ -530,6 +533,8 @@ cdef class UringQueue(Queue):
                 sqe.rw_flags = RWF_DSYNC
         elif op.kind == OP_FLUSH:
             io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC)
+        elif op.kind == OP_ZERO:
+            io_uring_prep_fallocate(sqe, fd, ZERO_HOW, op.offset_bytes, op.length_bytes)
         elif disk.discard == DISCARD_PUNCH:
             io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, op.offset_bytes, op.length_bytes)
         else:
@@ -805,6 +810,8 @@ cdef int64_t run_op(Disk *disk, const DeviceOp *op) noexcept nogil:
             device_range[0], device_range[1] = op.offset_bytes, op.length_bytes
             result = ioctl(fd, BLKDISCARD, device_range)
         return discard_result(disk, 0 if result == 0 else -errno)
+    if op.kind == OP_ZERO:
+        return 0 if fallocate(fd, ZERO_HOW, <off_t>op.offset_bytes, <off_t>op.length_bytes) == 0 else -errno
     while moved < op.length_bytes:
         part.iov_base = op.buffer + moved
         part.iov_len = <size_t>min(op.length_bytes - moved, <uint64_t>TRANSFER_BYTES)
@@ -871,15 +878,15 @@ cdef class Driver:
         self.queue.detach(disk)
 
     def run(self, batch, disks=None, meanwhile=None):
-        """Run operations together. Each is ("read" or "read_base" or "discard", offset, length), ("write" or "write_durable", offset,
-        data) or ("flush",). Returns (result, data) in the same order: 0 or a negative errno, and what was read. `disks`: whose each
+        """Run operations together. Each is ("read" or "read_base" or "discard" or "zero", offset, length), ("write" or "write_durable",
+        offset, data) or ("flush",). Returns (result, data) in the same order: 0 or a negative errno, and what was read. `disks`: whose each
         is, instead of disk 0. `meanwhile()` is called when all have been started."""
         cdef uint32_t i, count = len(batch), ended = 0
         cdef uint64_t room = 0
         cdef DeviceOp *ops = <DeviceOp *>calloc(count + 1, sizeof(DeviceOp))
         cdef uint8_t *buffers = NULL
         kinds = {"read": OP_READ, "read_base": OP_READ, "write": OP_WRITE, "write_durable": OP_WRITE, "flush": OP_FLUSH,
-                 "discard": OP_DISCARD}
+                 "discard": OP_DISCARD, "zero": OP_ZERO}
         results = [0] * count
         try:
             for i in range(count):

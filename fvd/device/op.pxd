@@ -11,6 +11,7 @@ cdef enum OpKind:
     OP_WRITE = 1
     OP_FLUSH = 2        # every write completed before this began is durable when it completes
     OP_DISCARD = 3      # advisory: contents become undefined
+    OP_ZERO = 4         # contents become zeros, without any being sent; -EOPNOTSUPP: not by this device
 
 cdef enum OpTarget:
     TARGET_STORAGE = 0

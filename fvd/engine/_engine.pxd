@@ -216,6 +216,8 @@ cdef class Engine:
     cdef uint64_t now_ns            # a driver may set it before it completes and submits: latencies are measured by it
     # slots
     cdef uint64_t *used
+    cdef uint64_t *zeroed           # by chunk: every block that is absent is zeros in its slot (R18); NULL: never asked for
+    cdef bint zero_chunks           # chunks that are new are zeroed by the device
     cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
     cdef bint exhausted
     cdef uint32_t discarding        # slots that are free once their discard has ended
@@ -281,6 +283,7 @@ cdef class Engine:
     # counters
     cdef uint64_t stat_reads, stat_writes, stat_flushes, stat_trims, stat_device_reads, stat_device_writes, stat_device_flushes
     cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes
+    cdef uint64_t stat_zeroed
     cdef uint64_t stat_quiet_requests, stat_quiet_ns, stat_busy_requests, stat_busy_ns, stat_prefetch_reads, stat_prefetch_read_bytes
     cdef uint64_t stat_base_service_ns, stat_copy_writes, stat_copy_write_bytes, stat_copy_service_ns, stat_prefetched_bytes
     cdef uint64_t stat_base_latency_ns, stat_copy_latency_ns, stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot

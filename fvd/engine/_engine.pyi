@@ -33,6 +33,7 @@ class Engine:
         on_full: str = "wait",
         low_water_bytes: int = 0,
         discard: bool = True,
+        zero_chunks: bool = False,
         bounce_limit_bytes: int = ...,
         copy_on_read: bool = False,
         copy_limit_bytes: int = ...,

@@ -8,7 +8,7 @@ reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft c
 (flush, journal, checkpoint, failure, close).
 """
 
-from libc.errno cimport EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
+from libc.errno cimport EINVAL, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS, ESHUTDOWN
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -24,7 +24,7 @@ from fvd._core cimport (
     KIND_BITMAP, KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill,
     bits_find, bits_find_last, bits_none, cell_seal, crc32c, entry_hash, journal_seal,
 )
-from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE, DeviceOp
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
 cdef enum What:                 # what a completion means
     WHAT_PLAIN                  # guest buffer to storage, or storage or base to guest buffer
@@ -50,6 +50,7 @@ cdef enum CopyPhase:
 
 cdef enum Phase:
     PHASE_DRAIN
+    PHASE_ZERO                  # the device zeroes the whole slot of a new chunk
     PHASE_READ
     PHASE_WRITE
 
@@ -137,7 +138,7 @@ cdef class Engine:
 
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
-                 low_water_bytes=0, discard=True, bounce_limit_bytes=BOUNCE_LIMIT_BYTES, copy_on_read=False,
+                 low_water_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES, copy_on_read=False,
                  copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
@@ -220,6 +221,11 @@ cdef class Engine:
         self.buckets = <Busy **> calloc(BUCKETS, sizeof(Busy *))
         self.spare_bounces = <uint8_t **> calloc(SPARE_BOUNCES, sizeof(uint8_t *))
         self.zeros = <uint8_t *> aligned(ZEROS_BYTES)
+        self.zero_chunks = zero_chunks and not self.raw and not self.has_base and not read_only
+        if self.zero_chunks:
+            self.zeroed = <uint64_t *> calloc(self.chunks // 64 + 1, 8)
+            if self.zeroed == NULL:
+                raise MemoryError("fvd engine")
         self.journal_buffer = <uint8_t *> aligned(self.max_commit_pages * PAGE_BYTES)
         self.copies = <Copy **> calloc(COPY_BUCKETS, sizeof(Copy *))
         self.dirty_bitmap = <uint64_t *> calloc(self.bitmap_pages // 64 + 1, 8)
@@ -260,6 +266,7 @@ cdef class Engine:
         for i in range(STAGINGS):
             free(self.staging[i].buffer)
         free(self.zeros)
+        free(self.zeroed)
         free(self.journal_buffer)
         free(self.dirty_bitmap)
         free(self.dirty_table)
@@ -660,6 +667,7 @@ cdef class Engine:
             "device_flushes": self.stat_device_flushes, "base_reads": self.stat_base_reads,
             "commits": self.stat_commits, "journal_writes": self.stat_journal_writes, "checkpoints": self.stat_checkpoints,
             "map_writes": self.stat_map_writes, "allocations": self.stat_allocations, "waited_for_space": self.stat_waited,
+            "zeroed_chunks": self.stat_zeroed,
         }
 
     def leaks(self):

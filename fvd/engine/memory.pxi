@@ -144,8 +144,8 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     out.durable = durable
     e.op_count += 1
     e.inflight_ops += 1
-    if target == TARGET_STORAGE and kind == OP_WRITE:
-        e.stat_device_writes += 1
+    if target == TARGET_STORAGE and (kind == OP_WRITE or kind == OP_ZERO):
+        e.stat_device_writes += kind == OP_WRITE
         # Just before writing: nothing may leave the regions it belongs to.
         ensure(length_bytes > 0 and ((offset_bytes | length_bytes) & e.align_mask) == 0, "unaligned device write")
         ensure(offset_bytes + length_bytes <= e.storage_size, "write past the end of storage")

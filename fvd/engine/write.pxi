@@ -126,19 +126,30 @@ cdef int base_read(Engine e, Job *j, uint64_t start, uint64_t end) except -1 nog
 cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Busy *b, uint64_t start, uint64_t end,
                         uint64_t first, uint64_t last) except -1 nogil:
     """Absent blocks: write whole blocks, the rest of them from the base or zeros, and map them when that is done."""
-    cdef uint64_t run_start, run_end, need, head_bytes
+    cdef uint64_t run_start, run_end, need
     cdef uint64_t chunk_first = chunk * e.blocks_per_chunk
     cdef uint64_t chunk_end = min(chunk_first + e.blocks_per_chunk, e.blocks)
     cdef uint8_t *buffer = e.zeros if r.buffer == NULL else r.buffer + (start - r.start)
-    cdef bint whole, fresh = False
+    cdef bint whole, alone, zeroing = False, fresh = False
+    cdef Op *op
     cdef Job *j
     if e.failed_errno:
         return give_up(r, -EIO)
     run_start = first << e.block_shift
     run_end = last << e.block_shift
+    # R18: what the guest writes is enough where the rest of its blocks is known to be zeros, or will be.
+    alone = (e.zeroed != NULL and (start != run_start or end != run_end)
+             and ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0)
+    if alone:
+        if bit_get(e.zeroed, chunk):
+            ensure(slot != EMPTY, "a chunk without a slot is known to be zeros")
+        elif e.zero_chunks and slot == EMPTY and b == NULL:
+            zeroing = True
+        else:
+            alone = False
     # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy. A short run is copied: that
     # costs less than two more device writes.
-    if (last - first > 1 and run_end - run_start > UNCUT_BYTES
+    if (last - first > 1 and run_end - run_start > UNCUT_BYTES and not alone
             and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask)):
         if start != run_start:
             last = first + 1
@@ -152,7 +163,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         list_push(&e.wait_room, r)
         commit_maybe(e)
         return 0
-    if not whole and e.bounce_used and e.bounce_used + (run_end - run_start) > e.bounce_limit:
+    if not whole and not alone and e.bounce_used and e.bounce_used + (run_end - run_start) > e.bounce_limit:
         return wait_for(r, &e.wait_bounce)
     if slot == EMPTY:
         if b != NULL:
@@ -182,33 +193,81 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     if fresh and e.has_base and not BUG(13) and not bits_none(e.bitmap, chunk_first, chunk_end):
         b.exclusive = 1
     r.touched_device = 1
-    if whole:
+    r.cursor = end
+    if zeroing:
+        # The first of its chunk, and alone in it: the others wait until the slot is zeros and this one has mapped it.
+        b.exclusive = 1
+        j.phase = PHASE_ZERO
+        op = op_issue(e, WHAT_JOB, OP_ZERO, TARGET_STORAGE, e.data_offset + (<uint64_t> slot << e.chunk_shift),
+                      <uint64_t> 1 << e.chunk_shift, NULL, False)
+        op.job = j
+        j.pending += 1
+        op_list(e, op, True)
+        if BUG(33):
+            job_narrow(e, j)
+            j.phase = PHASE_WRITE
+            job_write(e, j, False)
+        return 1
+    if alone:
+        job_narrow(e, j)
+    elif whole:
         j.data = buffer
     else:
-        j.bounce_bytes = j.device_length
-        j.bounce = bounce_take(e, j.bounce_bytes)
-        j.data = j.bounce
-        head_bytes = start - run_start
-        if not BUG(7):
-            # R3: what the guest did not write is never what the storage held before.
-            memset(j.bounce, 0, head_bytes)
-            memset(j.bounce + head_bytes + (end - start), 0, run_end - end)
-        if r.buffer == NULL:
-            memset(j.bounce + head_bytes, 0, end - start)
-        else:
-            memcpy(j.bounce + head_bytes, buffer, end - start)
+        job_pad(e, j)
         if e.has_base:
-            if head_bytes and not bit_get(e.bitmap, first):
+            if start > run_start and not bit_get(e.bitmap, first):
                 base_read(e, j, run_start, start)
             if end < run_end and not bit_get(e.bitmap, last - 1):
                 base_read(e, j, end, run_end)
     j.phase = PHASE_READ
-    r.cursor = end
     if BUG(2):
         allocate_map(e, j)
     if j.pending == 0:
         job_continue(e, j)
     return 1
+
+
+cdef void job_narrow(Engine e, Job *j) noexcept nogil:
+    """Of its blocks only what the guest writes is written."""
+    cdef Request *r = j.request
+    j.data = e.zeros if r.buffer == NULL else r.buffer + (j.guest_start - r.start)
+    j.device_offset += j.guest_start - (j.first_block << e.block_shift)
+    j.device_length = j.guest_end - j.guest_start
+
+
+cdef int job_pad(Engine e, Job *j) except -1 nogil:
+    """Its blocks are written whole: a bounce buffer with zeros around what the guest writes."""
+    cdef Request *r = j.request
+    cdef uint64_t head_bytes = j.guest_start - (j.first_block << e.block_shift)
+    cdef uint64_t guest_bytes = j.guest_end - j.guest_start
+    j.bounce_bytes = j.device_length
+    j.bounce = bounce_take(e, j.bounce_bytes)
+    j.data = j.bounce
+    if not BUG(7):
+        # R3: what the guest did not write is never what the storage held before.
+        memset(j.bounce, 0, head_bytes)
+        memset(j.bounce + head_bytes + guest_bytes, 0, j.device_length - head_bytes - guest_bytes)
+    if r.buffer == NULL:
+        memset(j.bounce + head_bytes, 0, guest_bytes)
+    else:
+        memcpy(j.bounce + head_bytes, r.buffer + (j.guest_start - r.start), guest_bytes)
+    return 0
+
+
+cdef int slot_zeroed(Engine e, Job *j) except -1 nogil:
+    """The device has zeroed the slot of a new chunk, or has refused: then its blocks are written whole, as on any other device."""
+    cdef uint64_t chunk = j.busy.chunk
+    if j.error and not BUG(36):
+        # Not by this device. Any other failure may be this slot's own.
+        if j.error == -EOPNOTSUPP or j.error == -ENOSYS or j.error == -EINVAL:
+            e.zero_chunks = False
+        j.error = 0
+        return job_pad(e, j)
+    j.error = 0
+    e.stat_zeroed += 1
+    bits_fill(e.zeroed, chunk, chunk + 1, True)
+    job_narrow(e, j)
+    return 0
 
 
 cdef int zero_fill(Engine e, Job *j) except -1 nogil:
@@ -301,6 +360,9 @@ cdef int job_continue(Engine e, Job *j) except -1 nogil:
     """All operations of the job's phase have ended: the next phase."""
     cdef Request *r = j.request
     cdef uint64_t head
+    if j.phase == PHASE_ZERO:
+        slot_zeroed(e, j)
+        j.phase = PHASE_READ
     if j.error:
         return job_finish(e, j)
     if j.phase == PHASE_DRAIN:
@@ -363,6 +425,9 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
             copy_map(e, j)
     elif r != NULL and r.error == 0:
         r.error = j.error
+    # R18: a write that failed may have left anything in blocks that stay absent.
+    if j.error and e.zeroed != NULL and not BUG(35):
+        bits_fill(e.zeroed, b.chunk, b.chunk + 1, False)
     e.reserved_bytes -= j.reserved_bytes
     while link[0] != j:
         link = &link[0].next
@@ -460,6 +525,8 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     b = busy_get(e, chunk)
     b.slot = slot
     b.exclusive = 1     # a job that joined could map blocks of a slot that this one is about to free
+    if e.zeroed != NULL and not BUG(34):
+        bits_fill(e.zeroed, chunk, chunk + 1, False)    # R18: what becomes absent leaves its data in the slot
     j = job_new(e, r, b, JOB_PUNCH, first, last)
     j.reserved_bytes = need
     e.reserved_bytes += need

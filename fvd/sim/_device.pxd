@@ -12,6 +12,7 @@ cdef enum Category:             # what a fault can be asked for; CATEGORIES in _
     CATEGORY_MAP
     CATEGORY_FLUSH
     CATEGORY_DISCARD
+    CATEGORY_ZERO
     CATEGORY_COUNT
 
 cdef struct Version:            # a content that a logical block has had; its bytes follow
@@ -34,7 +35,7 @@ cdef class SimulatedDevice:
     cdef public list pending
     cdef public object fault, inspect
     cdef public double stuck_share, torn_share, overtaking_share
-    cdef public bint page_cache
+    cdef public bint page_cache, zeroes
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
@@ -44,8 +45,8 @@ cdef class SimulatedDevice:
     cdef object image_array
     cdef uint8_t *image
     cdef uint64_t base_size, metadata_start, maps_start, data_start
-    cdef double rates[7]
-    cdef double slow[7]
+    cdef double rates[8]
+    cdef double slow[8]
     cdef bint faulty
     cdef Version **newest           # of each logical block; NULL: what the image holds is on the medium
     cdef uint8_t *listed

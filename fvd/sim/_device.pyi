@@ -9,10 +9,11 @@ READ: Final = 0
 WRITE: Final = 1
 FLUSH: Final = 2
 DISCARD: Final = 3
+ZERO: Final = 4
 STORAGE: Final = 0
 BASE: Final = 1
 CATEGORIES: Final[tuple[str, ...]]
-"""read, base, write, journal, map, flush, discard"""
+"""read, base, write, journal, map, flush, discard, zeroing"""
 KIND_NAMES: Final[tuple[str, ...]]
 
 class Operation:
@@ -60,6 +61,8 @@ class SimulatedDevice:
     """Share of operations some of whose blocks take effect only when they complete."""
     overtaking_share: float
     """Share of operations that overtake those under way in the same place: reads and writes of one place are never all in order."""
+    zeroes: bool
+    """It writes zeros without being sent any (the default); else it says that it cannot."""
     page_cache: bool
     """Writes go to a page cache, which after a failed flush may hold pages that the medium never gets."""
     fail_number: int

@@ -14,14 +14,16 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_BASE, TARGET_STORAGE
+from libc.errno cimport EOPNOTSUPP
+
+from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE
 from fvd.sim._base cimport fill_from_base
 from fvd.sim._dice cimport Dice
 
-READ, WRITE, FLUSH, DISCARD = OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD
+READ, WRITE, FLUSH, DISCARD, ZERO = OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD, OP_ZERO
 STORAGE, BASE = TARGET_STORAGE, TARGET_BASE
-CATEGORIES = ("read", "base", "write", "journal", "map", "flush", "discard")
-KIND_NAMES = ("read", "write", "flush", "discard")
+CATEGORIES = ("read", "base", "write", "journal", "map", "flush", "discard", "zeroing")
+KIND_NAMES = ("read", "write", "flush", "discard", "zero")
 
 cdef enum:
     DISCARDED = 0xDD
@@ -77,6 +79,7 @@ cdef class SimulatedDevice:
             raise MemoryError("simulated device")
         self.pending = []
         self.lost = {}
+        self.zeroes = True
         self.moment = 1
 
     def __dealloc__(self):
@@ -240,6 +243,8 @@ cdef class SimulatedDevice:
             return CATEGORY_FLUSH
         if op.kind == OP_DISCARD:
             return CATEGORY_DISCARD
+        if op.kind == OP_ZERO:
+            return CATEGORY_ZERO
         if op.offset_bytes >= self.data_start:
             return CATEGORY_WRITE
         return CATEGORY_JOURNAL if op.offset_bytes < self.maps_start else CATEGORY_MAP
@@ -257,6 +262,9 @@ cdef class SimulatedDevice:
             error = self.fail_with
         elif self.fault is not None:
             error = self.fault(op)
+        if op.kind == OP_ZERO and not self.zeroes:
+            op.result = -EOPNOTSUPP
+            return 0
         op.result = error
         if op.kind == OP_FLUSH:
             return 0
@@ -290,7 +298,7 @@ cdef class SimulatedDevice:
                 self.lose_cached()
             return 0
         self.catch_up(op, 1.0)
-        if op.kind == OP_WRITE:
+        if op.kind == OP_WRITE or op.kind == OP_ZERO:
             self.completed_at[op.number] = self.moment
             if op.durable:
                 for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
@@ -313,7 +321,7 @@ cdef class SimulatedDevice:
         """Blocks of a write that took effect reach the medium by themselves: all, or those with these indexes within the write."""
         cdef uint64_t first = operation.offset_bytes // self.logical_block_bytes
         cdef uint64_t count = operation.length_bytes // self.logical_block_bytes
-        if operation.kind not in (OP_WRITE, OP_DISCARD) or not operation.took_effect:
+        if operation.kind not in (OP_WRITE, OP_DISCARD, OP_ZERO) or not operation.took_effect:
             raise RuntimeError(f"{operation} has nothing to persist")
         self.catch_up(operation, 1.0)
         for index in range(count) if blocks is None else blocks:
@@ -329,7 +337,7 @@ cdef class SimulatedDevice:
         cdef uint64_t i
         if op.late == 0 or op.result:
             return 0
-        if op.kind == OP_WRITE or op.kind == OP_DISCARD:
+        if op.kind == OP_WRITE or op.kind == OP_DISCARD or op.kind == OP_ZERO:
             self.put(op, share, True)
         elif op.kind == OP_READ and op.target == TARGET_STORAGE:
             # Of a read each block shows what it held at some moment, and not all of them at the same one.
@@ -347,8 +355,8 @@ cdef class SimulatedDevice:
         cdef uint8_t lost[4096]
         cdef const uint8_t *content = op.buffer
         cdef uint64_t stride = size
-        if op.kind == OP_DISCARD:
-            memset(lost, DISCARDED, size)
+        if op.kind == OP_DISCARD or op.kind == OP_ZERO:
+            memset(lost, DISCARDED if op.kind == OP_DISCARD else 0, size)
             content = lost
             stride = 0
         for i in range(op.length_bytes // size):
@@ -492,9 +500,9 @@ cdef class SimulatedDevice:
         cdef Version *version
         cdef uint64_t i, block
         for op in self.pending:
-            if op.kind == OP_WRITE and not op.took_effect:
+            if (op.kind == OP_WRITE or (op.kind == OP_ZERO and self.zeroes)) and not op.took_effect:
                 self.put(op, 1.0)
-            elif op.kind == OP_WRITE or op.kind == OP_DISCARD:
+            elif op.kind == OP_WRITE or op.kind == OP_DISCARD or op.kind == OP_ZERO:
                 self.catch_up(op, 1.0)
         self.pending.clear()
         self.revert_lost()
@@ -529,7 +537,7 @@ cdef class SimulatedDevice:
         cdef uint64_t size = self.logical_block_bytes
         cdef double keep
         for op in self.pending:
-            if op.kind == OP_WRITE or op.kind == OP_DISCARD:
+            if op.kind == OP_WRITE or op.kind == OP_DISCARD or (op.kind == OP_ZERO and self.zeroes):
                 if op.took_effect:
                     self.catch_up(op, 0.5)
                 else:
@@ -565,7 +573,7 @@ cdef class SimulatedDevice:
                 self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
             elif op.kind == OP_DISCARD:
                 self.catch_up(op, 1.0)
-            elif op.kind == OP_WRITE:
+            elif op.kind == OP_WRITE or (op.kind == OP_ZERO and self.zeroes):
                 if op.took_effect:
                     self.catch_up(op, 1.0)
                 else:

@@ -17,7 +17,7 @@ import numpy as np
 from fvd.errors import FvdError, InvalidArgument
 from fvd.format.geometry import PAGE_BYTES, Layout, Placement
 from fvd.sim._base import base_content
-from fvd.sim._device import WRITE, Operation
+from fvd.sim._device import WRITE, ZERO, Operation
 from fvd.sim._oracle import SECTOR_BYTES, Violation, unstamp
 from fvd.sim.stage import Stage
 from fvd.sim.world import FOREIGN, NAME
@@ -81,6 +81,7 @@ OPTIONS: dict[str, Option] = {
     "cache": _choice("cache_mode", "the cache mode (none)", _same("none", "writeback", "writethrough", "directsync", "unsafe")),
     "on-full": _choice("on_full", "what a write does when storage cannot grow (wait)", _same("wait", "error")),
     "discard": _choice("discard", "whether freed chunks are discarded (off)", {"on": True, "off": False}),
+    "zero-chunks": _choice("zero_chunks", "whether the device zeroes new chunks (off)", {"on": True, "off": False}),
 }
 
 
@@ -259,6 +260,8 @@ class Bench:
         for operation in fresh:
             category = device.category(operation)
             content = operation.content if operation.kind == WRITE else b""
+            if operation.kind == ZERO:
+                content = bytes(operation.length_bytes)
             begun.append(Tracked(operation, category, self._place(operation, category, content), content))
             begun[-1].serves = self._served(begun[-1])
         certain = {request for tracked in begun for request in tracked.serves}

@@ -15,8 +15,8 @@ from fvd.sim._base import base_content
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE, ZERO
-from fvd.sim.shape import draw
-from fvd.sim.world import SHAPE, World
+from fvd.sim.shape import draw, draw_zeroing
+from fvd.sim.world import SHAPE, ZEROING, World
 from fvd.volume.loading import recover_disk
 
 FUA, NO_HOLE = 1, 2
@@ -56,6 +56,7 @@ class ByteWorld(World):
         while shape.windows is not None:  # too large for an array of its bytes
             number += 1
             shape = draw(Dice(seed, SHAPE, number))
+        draw_zeroing(shape, Dice(seed, ZEROING))
         super().__init__(seed, replace(shape, faults={}, fail_one=False, rot=False, on_full="wait"))
         size = self.geometry.virtual_size_bytes
         base_size = self.shape.base_bytes

@@ -27,6 +27,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "placement": ("append", "spread"),
     "discard": (True, False),
     "on_full": ("wait", "error"),
+    "zero_chunks": (True, False),
 }
 
 
@@ -44,10 +45,11 @@ class Combination:
     placement: str
     discard: bool
     on_full: str
+    zero_chunks: bool
 
     def __str__(self) -> str:
         sizes = f"{self.block_size_bytes // KIB}K/{self.chunk_size_bytes // KIB}K"
-        switches = [name for name in ("copy_on_read", "prefetch", "discard") if getattr(self, name)]
+        switches = [name for name in ("copy_on_read", "prefetch", "discard", "zero_chunks") if getattr(self, name)]
         return " ".join([self.layout, f"base={self.base}", self.cache_mode, sizes, self.placement, self.on_full, *switches])
 
 
@@ -86,6 +88,7 @@ def shape_of(combination: Combination) -> Shape:
         cache_mode=combination.cache_mode,
         on_full=combination.on_full,
         discard=combination.discard,
+        zero_chunks=combination.zero_chunks,
         storage_chunks=chunks if geometry.layout is Layout.RAW else max(1, chunks // 2),
         base_timeout_ns=1_000_000_000,
         kinds={"read": 3.0, "write": 2.0, "flush": 0.4, "trim": 0.3, "zero": 0.3, "fua": 0.3},

@@ -13,6 +13,7 @@ from fvd.sim._dice import Dice
 SECTOR_BYTES = 512
 KIB = 1024
 EIO, ENOSPC = -5, -28
+DRAWN = tuple(name for name in CATEGORIES if name != "zeroing")  # that has dice of its own: a seed keeps its world
 STICKY = ("journal", "map", "flush")  # a failure there is remembered by the engine, and ends most of a life
 SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide", "busy")
 MOST_SECTORS = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
@@ -35,6 +36,10 @@ class Shape:
     bounce_limit_bytes: int = 64 << 20
     low_water_chunks: int = 0
     discard: bool = False
+    zero_chunks: bool = False
+    """The engine lets the device zero new chunks."""
+    device_zeroes: bool = True
+    """The device can; else it says that it cannot, the first time that it is asked."""
     windows: list[Area] | None = None
     """The parts of a disk too large to be modelled whole that are used."""
     areas: list[Area] = field(default_factory=list)
@@ -207,6 +212,19 @@ def draw_placement(shape: Shape, dice: Dice) -> None:
     shape.geometry = replace(shape.geometry, placement=dice.choice((Placement.APPEND, Placement.SPREAD)))
 
 
+def draw_zeroing(shape: Shape, dice: Dice) -> None:
+    """Whether new chunks are zeroed by the device. From dice of its own: it changes nothing else."""
+    if dice.random() < 0.3:
+        return
+    shape.zero_chunks = True
+    shape.device_zeroes = dice.random() < 0.9
+    shape.slow = dict(shape.slow) | {"zeroing": dice.choice((0.0, 0.3, 0.9))}
+    if dice.random() < 0.3:
+        shape.faults = dict(shape.faults) | {"write": 0.05, "zeroing": dice.choice((0.0, 0.3))}
+    if not shape.crash_at and dice.random() < 0.2:
+        shape.crash_at = "zeroing"
+
+
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
     wide, small = scale == "wide", scale not in ("plain", "coarse")
     kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
@@ -223,7 +241,7 @@ def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
     whole = geometry.layout is Layout.RAW or dice.random() < 0.4
     rate = dice.choice((0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 0.9))
     # What is remembered ends most of a life: rarer, or the rest would never be seen. Writes of maps are rare by themselves.
-    faults = {name: rate * (0.1 if name in ("journal", "flush") else 1.0) for name in CATEGORIES if dice.random() < 0.4}
+    faults = {name: rate * (0.1 if name in ("journal", "flush") else 1.0) for name in DRAWN if dice.random() < 0.4}
     if "map" in faults:
         faults["map"] = max(rate, 0.3)
     return Shape(
@@ -250,16 +268,16 @@ def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
         fail_with=dice.choice((EIO, EIO, ENOSPC)),
         fail_one=dice.random() < 0.1,
         growth=dice.choice(("ready", "ready", "late", "never")),
-        crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *CATEGORIES)),
+        crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *DRAWN)),
         rot=dice.random() < 0.4,
     )
 
 
 def _draw_slow(dice: Dice) -> dict[str, float]:
     """All kinds of operations are slow now and then; in some worlds one kind mostly, so that everything else overtakes it."""
-    slow = dict.fromkeys(CATEGORIES, dice.choice((0.0, 0.05, 0.2)))
+    slow = dict.fromkeys(DRAWN, dice.choice((0.0, 0.05, 0.2)))
     if dice.random() < 0.7:
-        slow[dice.choice(("read", "write", "map", "map", *CATEGORIES))] = dice.choice((0.5, 0.9))
+        slow[dice.choice(("read", "write", "map", "map", *DRAWN))] = dice.choice((0.5, 0.9))
     return slow
 
 

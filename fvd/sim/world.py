@@ -18,7 +18,7 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_copying, draw_placement
+from fvd.sim.shape import Shape, draw, draw_copying, draw_placement, draw_zeroing
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, recover_disk
 from fvd.volume.name import VolumeName, parse_name
@@ -27,7 +27,7 @@ from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 WANT_GROWTH, WANT_EVENT = 1, 2
-SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT = range(1, 7)  # streams of a seed
+SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING = range(1, 8)  # streams of a seed
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
@@ -39,6 +39,7 @@ def shape_of(seed: int) -> Shape:
     shape = draw(Dice(seed, SHAPE))
     draw_copying(shape, Dice(seed, COPYING))
     draw_placement(shape, Dice(seed, PLACEMENT))
+    draw_zeroing(shape, Dice(seed, ZEROING))
     return shape
 
 
@@ -62,6 +63,7 @@ class World:
             base_bytes=self.shape.base_bytes,
             regions=(geometry.journal_offset_bytes, geometry.bitmap_offset_bytes, geometry.data_offset_bytes),
         )
+        self.device.zeroes = self.shape.device_zeroes
         self.filler = FOREIGN if self.shape.windows is None else b""
         self.device.grow(initial_bytes, self.filler)
         base = None if self.shape.base_bytes is None else BaseReference("/base", self.shape.base_bytes)
@@ -111,6 +113,7 @@ class World:
             on_full=shape.on_full,
             low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
             discard=shape.discard,
+            zero_chunks=shape.zero_chunks,
             bounce_limit_bytes=shape.bounce_limit_bytes,
             copy_on_read=shape.copy_on_read or (shape.copying and not read_only and self.dice.random() < 0.7),
             copy_limit_bytes=shape.copy_limit_bytes,

@@ -108,6 +108,7 @@ def open_volume(
     on_full: str = "wait",
     low_water_bytes: int | None = None,
     discard: bool = True,
+    zero_chunks: bool = False,
     copy_on_read: bool | None = None,
     base_timeout_s: float = TIMEOUT_S,
     prefetch: PrefetchOptions | bool | None = None,
@@ -117,6 +118,7 @@ def open_volume(
     """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory.
 
     `low_water_bytes`: growth begins when less than this is free (default: half a grow step). `on_event` is called in the loop's thread.
+    `zero_chunks`: let the device zero a new chunk as a whole, where it can, and write of its blocks only what guests write.
     `copy_on_read`: keep what is read from the base; `prefetch`: copy all of it in the background; None: as the disk was made. A read-only
     open does neither. `base_timeout_s`: how long the base may not answer before a request that needs it fails.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, Timeout, DeviceError.
@@ -166,6 +168,7 @@ def open_volume(
                 on_full=on_full,
                 low_water_bytes=low_water,
                 discard=discard,
+                zero_chunks=zero_chunks,
             )
         allocator = None
         if not read_only:

@@ -45,10 +45,22 @@ def storage(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[int]:
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
     if os.geteuid() != 0:
         pytest.skip("a loop device takes root")
-    image = tmp_path / "device"
+    if getattr(request, "param", "disk") == "disk":
+        yield from loop_over(tmp_path / "device")
+        return
+    done = subprocess.run(["mount", "-t", "ramfs", "none", tmp_path], capture_output=True, text=True, check=False, timeout=10)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr}")
+    try:
+        yield from loop_over(tmp_path / "device")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True, timeout=10)
+
+
+def loop_over(image: Path) -> Iterator[int]:
     image.write_bytes(bytes(1 << 20))
     done = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True, check=False, timeout=10)
     if done.returncode:
@@ -130,6 +142,25 @@ def test_discard_makes_a_hole_and_keeps_the_size(driver: Driver, storage: int) -
 def test_discard_on_a_device_is_advisory(driver: Driver, device: int) -> None:
     driver.attach(device)
     assert driver.run([("discard", 0, 16 * PAGE), ("discard", 1, 100), ("discard", 16 * PAGE, PAGE)]) == [(0, b"")] * 3
+
+
+def test_zeros_of_a_file(driver: Driver, storage: int) -> None:
+    driver.attach(storage)
+    assert driver.run([("write", 0, pattern(1, 4 * PAGE))]) == [(0, b"")]
+    assert driver.run([("zero", PAGE, 2 * PAGE)]) == [(0, b"")]
+    assert os.pread(storage, 4 * PAGE, 0) == pattern(1, 4 * PAGE)[:PAGE] + bytes(2 * PAGE) + pattern(1, 4 * PAGE)[3 * PAGE :]
+
+
+@pytest.mark.parametrize("device", ["disk", "ramfs"], indirect=True)
+def test_a_device_zeroes_by_itself_or_says_so_and_changes_nothing(driver: Driver, device: int, request: pytest.FixtureRequest) -> None:
+    driver.attach(device)
+    assert driver.run([("write", 0, pattern(1, 4 * PAGE))]) == [(0, b"")]
+    [(result, _)] = driver.run([("zero", PAGE, 2 * PAGE)])
+    [(_, data)] = driver.run([("read", 0, 4 * PAGE)])
+    if "ramfs" in request.node.callspec.id or result:  # which cannot punch holes
+        assert (result, data) == (-errno.EOPNOTSUPP, pattern(1, 4 * PAGE))
+    else:
+        assert data == pattern(1, 4 * PAGE)[:PAGE] + bytes(2 * PAGE) + pattern(1, 4 * PAGE)[3 * PAGE :]
 
 
 def test_readiness_is_an_edge(driver: Driver) -> None:

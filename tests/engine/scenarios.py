@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE
+from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO
 from fvd.sim._oracle import Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
@@ -215,6 +215,50 @@ FAULTS_ONCE_FOUND = (
     durable_write_under_way_at_a_failed_flush,
 )
 
+def zeroing_that_lands_late() -> None:
+    """R18: what is written into a new chunk while the device still zeroes it would be zeros afterwards."""
+    stage = Stage(zero_chunks=True)
+    stage.submit("write", 8, 8)
+    stage.finish(*stage.pending(lambda op: op.kind == WRITE))
+    stage.finish_all()
+    stage.now("read", 0, SECTORS_PER_BLOCK)
+
+
+def first_write_after_a_trim() -> None:
+    """R18: a block that was trimmed still holds its data in a slot that was zeroed."""
+    stage = Stage(zero_chunks=True)
+    stage.now("write", 8, 8)
+    stage.now("write", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.now("trim", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.now("write", SECTORS_PER_BLOCK + 64, 8)
+    stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+
+
+def first_write_after_a_failed_one() -> None:
+    """R18: what a failed write left in an absent block, which reads as zeros since, must not come back."""
+    stage = Stage(zero_chunks=True)
+    stage.now("write", 8, 8)
+    stage.player.errors_expected = True
+    stage.submit("write", SECTORS_PER_BLOCK, 8)
+    (failed,) = stage.pending()
+    stage.effect(failed)
+    failed.result = -5
+    stage.finish(failed)
+    stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+    stage.now("write", SECTORS_PER_BLOCK + 64, 8)
+    stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+
+
+def zeroing_that_failed() -> None:
+    """R18: a slot whose zeroing failed holds what it held."""
+    stage = Stage(zero_chunks=True)
+    stage.device.fault = lambda op: -5 if op.kind == ZERO else 0
+    stage.now("write", 8, 8)
+    stage.now("read", 0, SECTORS_PER_BLOCK)
+    stage.now("write", SECTORS_PER_BLOCK + 8, 8)
+    stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
+
+
 DIRECTED = {
     3: checkpoint_during_pending_change,
     6: slot_reuse_under_a_read,
@@ -222,4 +266,8 @@ DIRECTED = {
     15: trim_under_a_write,
     16: ring_full_behind_a_slow_checkpoint,
     32: guest_write_beside_a_copy_in_a_pending_word,
+    33: zeroing_that_lands_late,
+    34: first_write_after_a_trim,
+    35: first_write_after_a_failed_one,
+    36: zeroing_that_failed,
 }
