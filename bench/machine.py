@@ -92,6 +92,36 @@ def loop_device(size_bytes: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def zeroing_device(size_bytes: int) -> Iterator[str]:
+    """A loop device that writes zeros without being sent any: over a written file of ext4, which lies on a `loop_device`."""
+    need("mkfs.ext4")
+    with loop_device(size_bytes + size_bytes // 8 + (64 << 20)) as below, tempfile.TemporaryDirectory(prefix="fvd-bench-") as folder:
+        output("mkfs.ext4", "-q", below)
+        output("mount", below, folder)
+        try:
+            with Path(folder, "image").open("wb") as file:
+                for _ in range(-(-size_bytes // (1 << 20))):
+                    file.write(b"\xee" * (1 << 20))
+                file.truncate(size_bytes)
+            device = output("losetup", "--find", "--show", "--direct-io=on", file.name)
+            try:
+                yield device
+            finally:
+                subprocess.run(["losetup", "-d", device], check=False, capture_output=True)
+        finally:
+            unmount(folder)
+
+
+def unmount(folder: str | Path) -> None:
+    """A ring of a server that has just ended may still hold the file system for a moment."""
+    for _ in range(50):
+        if not subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode:
+            return
+        time.sleep(0.1)
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
 def server(command: list[str], socket_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server process that is up when its socket accepts; ended with SIGTERM."""
     import socket

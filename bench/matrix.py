@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from loads import KIB, MIB, each_once, fill, for_seconds, lightly, over_nbd, run_fio, seen_by, spread_offsets, trace
 from machine import CannotMeasure, loop_device, need, offloads_zeros
-from peers import ROOM_BYTES, Peer, Served, all_peers
+from peers import ROOM_BYTES, MakeDevice, Peer, Served, all_peers
 from suite import Plan, Plot, Row, Series, missing, ratio, row
 
 TITLE = "peers x workloads over NBD, and in process against fio: operations, CPU per request, latencies"
@@ -133,9 +133,11 @@ def run_mapped(served: Served, workload: Workload, disk_bytes: int, seconds: flo
     return found | {"cpu_us_per_request": clock.us_per_request(found["operations"])}
 
 
-def run_fresh(peer: Peer, workload: Workload, size_bytes: int, seed: int, base: str | None = None) -> dict[str, Any]:
+def run_fresh(
+    peer: Peer, workload: Workload, size_bytes: int, seed: int, base: str | None = None, make_device: MakeDevice = loop_device
+) -> dict[str, Any]:
     """On a disk that is made for it. First writes: of every block; first touches and copy-on-write: one in each larger block."""
-    with peer.served(size_bytes, base) as served:
+    with peer.served(size_bytes, base, make_device) as served:
         clock = served.cpu_clock()
         if workload.kind == "first write":
             found = each_once(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from loads import CpuClock
-from machine import CannotMeasure, loop_device, need
+from machine import CannotMeasure, loop_device, need, unmount
 
+MakeDevice = Callable[[int], AbstractContextManager[str]]
 Family = Literal["fvd", "limit", "qemu", "nbdkit", "file system"]
 
 MIB = 1 << 20
@@ -32,11 +32,12 @@ FILE_SYSTEM_BYTES = 400 * MIB  # mkfs.xfs makes nothing smaller than 300 MB
 
 @dataclass(frozen=True)
 class Place:
-    """Where a peer is to serve from. `base`: the path of what shows through, or none."""
+    """Where a peer is to serve from. `base`: the path of what shows through, or none. `make_device`: of so many bytes."""
 
     folder: Path
     disk_bytes: int
     base: str | None = None
+    make_device: MakeDevice = loop_device
 
     @property
     def socket(self) -> Path:
@@ -64,12 +65,15 @@ class Peer:
     note: str = ""  # what a reader of its figures must know
 
     @contextlib.contextmanager
-    def served(self, disk_bytes: int, base: str | None = None) -> Iterator[Served]:
+    def served(self, disk_bytes: int, base: str | None = None, make_device: MakeDevice = loop_device) -> Iterator[Served]:
         """A fresh disk. Raises CannotMeasure: this machine cannot."""
         need(*self.programs)
         if base is not None and not self.over_base:
             raise CannotMeasure(f"{self.name} has no base")
-        with tempfile.TemporaryDirectory(prefix="fvd-bench-") as name, self.serve(Place(Path(name), disk_bytes, base)) as served:
+        with (
+            tempfile.TemporaryDirectory(prefix="fvd-bench-") as name,
+            self.serve(Place(Path(name), disk_bytes, base, make_device)) as served,
+        ):
             yield served
 
 
@@ -83,7 +87,7 @@ def run(*command: str) -> None:
 @contextlib.contextmanager
 def disk_device(place: Place, room_bytes: int = ROOM_BYTES) -> Iterator[str]:
     """`room_bytes`: for metadata; none for what is served as it is."""
-    with loop_device(place.disk_bytes + room_bytes) as device:
+    with place.make_device(place.disk_bytes + room_bytes) as device:
         yield device
 
 
@@ -100,15 +104,6 @@ def mounted(place: Place, kind: Literal["ext4", "xfs"]) -> Iterator[tuple[str, P
             yield device, folder
         finally:
             unmount(folder)
-
-
-def unmount(folder: Path) -> None:
-    """A ring of a server that has just ended may still hold the file system for a moment."""
-    for _ in range(50):
-        if not subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode:
-            return
-        time.sleep(0.1)
-    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
 def all_peers() -> dict[str, Peer]:

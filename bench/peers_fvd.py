@@ -1,4 +1,4 @@
-"""fvd as a peer: as it is, with chunks placed over the device, and with all storage allocated at first."""
+"""fvd as a peer: as it is, with chunks placed over the device, with chunks that the device zeroes, with all storage allocated at first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from machine import server
 from peers import Peer, Place, Served, disk_device, run
 
 
-def fvd(*options: str) -> Callable[[Place], AbstractContextManager[Served]]:
-    """`options`: of `fvd-lv provision`."""
+def fvd(*options: str, serving: tuple[str, ...] = ()) -> Callable[[Place], AbstractContextManager[Served]]:
+    """`options`: of `fvd-lv provision`; `serving`: of `fvd-lv serve`."""
 
     @contextlib.contextmanager
     def serve(place: Place) -> Iterator[Served]:
@@ -21,7 +21,7 @@ def fvd(*options: str) -> Callable[[Place], AbstractContextManager[Served]]:
         with disk_device(place) as device:
             base = ["--base", place.base] if place.base else []
             run(*command, "provision", device, "--size", str(place.disk_bytes), "--force", *base, *options)
-            with server([*command, "serve", device, "--socket", str(place.socket)], place.socket) as process:
+            with server([*command, "serve", device, "--socket", str(place.socket), *serving], place.socket) as process:
                 yield Served(place.socket, (process.pid,), device)
 
     return serve
@@ -38,5 +38,7 @@ def peers() -> list[Peer]:
     found = [Peer("fvd", "fvd", fvd(), over_base=True)]
     if has_placement("spread"):
         found.append(Peer("fvd, spread", "fvd", fvd("--placement", "spread"), over_base=True, note="new chunks spread over the device"))
+    zeroing = fvd(serving=("--zero-chunks",))
+    found.append(Peer("fvd, zero chunks", "fvd", zeroing, note="new chunks are zeroed by a device that can"))
     found.append(Peer("fvd, layout raw", "fvd", fvd("--layout", "raw"), over_base=True, note="all storage is allocated at first"))
     return found

@@ -44,6 +44,7 @@ class Case:
     chunk: int = MIB
     base_bytes: int = 0
     layout: str = "compact"
+    serving: tuple[str, ...] = ()
 
 
 CASES = (
@@ -55,6 +56,8 @@ CASES = (
     Case("writethrough-4K-base", 55, cache="writethrough", block=4 * KIB, chunk=64 * KIB, base_bytes=SIZE // 2),
     Case("directsync-64K", 55, cache="directsync"),
     Case("unsafe-16K-base", 35, cache="unsafe", block=16 * KIB, chunk=64 * KIB, base_bytes=SIZE),
+    Case("none-64K-zeroed", 55, serving=("--zero-chunks",)),
+    Case("writeback-1M-zeroed", 35, cache="writeback", block=MIB, serving=("--zero-chunks",)),
 )
 
 
@@ -90,7 +93,7 @@ def kill_rounds(case: Case, seed: int, folder: Path, player: Player) -> str:
     volume = provision(case, folder)
     began = time.monotonic()
     opening = closing = 0
-    with FvdServer(folder, volume, "--cache", case.cache) as server, player:
+    with FvdServer(folder, volume, "--cache", case.cache, *case.serving) as server, player:
         for number in range(case.rounds):
             if number and dice.random() < 0.2:
                 server.begin()
