@@ -117,6 +117,7 @@ cdef extern from *:
     void io_uring_queue_exit(io_uring *ring) nogil
     int io_uring_register_ring_fd(io_uring *ring) nogil
     int io_uring_ring_dontfork(io_uring *ring) nogil
+    int io_uring_register_iowq_max_workers(io_uring *ring, unsigned *bounded_and_unbounded) nogil
     io_uring_sqe *io_uring_get_sqe(io_uring *ring) nogil
     int io_uring_submit(io_uring *ring) nogil
     int io_uring_get_events(io_uring *ring) nogil
@@ -150,6 +151,7 @@ cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations 
 cdef enum:
     TRANSFER_BYTES = 1 << 30        # the kernel moves at most 2 GiB - 4 KiB at once
     NONE = 0xFFFFFFFF
+    MOST_WORKERS = 256
 
 # What a completion belongs to: bits 62-63 of user_data.
 cdef enum Owner:
@@ -427,6 +429,7 @@ cdef class UringQueue(Queue):
         cdef io_uring_params params
         cdef int result = -EINVAL
         cdef uint32_t flags
+        cdef unsigned[2] workers = [MOST_WORKERS, 0]
         cdef uint32_t best = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG     # Linux 6.1
         cdef uint32_t fair = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG                                  # Linux 5.19
         for flags in (best | IORING_SETUP_COOP_TASKRUN, fair, 0):
@@ -443,6 +446,9 @@ cdef class UringQueue(Queue):
             io_uring_queue_exit(&self.ring)
             return -ENOSYS
         io_uring_ring_dontfork(&self.ring)
+        # Flushes and zeroings run in threads of the kernel's, which all disks share: those of a device that hangs must leave some for the
+        # others'. The kernel's own limit is four for each processor. Where it is refused (before 5.15) that stays.
+        io_uring_register_iowq_max_workers(&self.ring, workers)
         io_uring_register_ring_fd(&self.ring)   # spares a descriptor lookup per turn; harmless where it is refused
         self.opened = True
         return 0

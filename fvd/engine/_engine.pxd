@@ -218,6 +218,7 @@ cdef class Engine:
     cdef uint64_t *used
     cdef uint64_t *zeroed           # by chunk: every block that is absent is zeros in its slot (R18); NULL: never asked for
     cdef bint zero_chunks           # chunks that are new are zeroed by the device
+    cdef uint32_t zeroing           # of them now
     cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
     cdef bint exhausted
     cdef uint32_t discarding        # slots that are free once their discard has ended

@@ -130,26 +130,27 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     cdef uint64_t chunk_first = chunk * e.blocks_per_chunk
     cdef uint64_t chunk_end = min(chunk_first + e.blocks_per_chunk, e.blocks)
     cdef uint8_t *buffer = e.zeros if r.buffer == NULL else r.buffer + (start - r.start)
-    cdef bint whole, alone, zeroing = False, fresh = False
+    cdef bint whole, long_run, alone, zeroing = False, fresh = False
     cdef Op *op
     cdef Job *j
     if e.failed_errno:
         return give_up(r, -EIO)
     run_start = first << e.block_shift
     run_end = last << e.block_shift
+    long_run = last - first > 1 and run_end - run_start > UNCUT_BYTES
     # R18: what the guest writes is enough where the rest of its blocks is known to be zeros, or will be.
     alone = (e.zeroed != NULL and (start != run_start or end != run_end)
              and ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0)
     if alone:
         if bit_get(e.zeroed, chunk):
             ensure(slot != EMPTY, "a chunk without a slot is known to be zeros")
-        elif e.zero_chunks and slot == EMPTY and b == NULL:
+        elif e.zero_chunks and e.zeroing < MOST_ZEROING and slot == EMPTY and b == NULL and not long_run:
             zeroing = True
         else:
             alone = False
     # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy. A short run is copied: that
     # costs less than two more device writes.
-    if (last - first > 1 and run_end - run_start > UNCUT_BYTES and not alone
+    if (long_run and not alone
             and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask)):
         if start != run_start:
             last = first + 1
@@ -197,6 +198,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     if zeroing:
         # The first of its chunk, and alone in it: the others wait until the slot is zeros and this one has mapped it.
         b.exclusive = 1
+        e.zeroing += 1
         j.phase = PHASE_ZERO
         op = op_issue(e, WHAT_JOB, OP_ZERO, TARGET_STORAGE, e.data_offset + (<uint64_t> slot << e.chunk_shift),
                       <uint64_t> 1 << e.chunk_shift, NULL, False)
@@ -204,6 +206,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         j.pending += 1
         op_list(e, op, True)
         if BUG(33):
+            e.zeroing -= 1
             job_narrow(e, j)
             j.phase = PHASE_WRITE
             job_write(e, j, False)
@@ -257,6 +260,7 @@ cdef int job_pad(Engine e, Job *j) except -1 nogil:
 cdef int slot_zeroed(Engine e, Job *j) except -1 nogil:
     """The device has zeroed the slot of a new chunk, or has refused: then its blocks are written whole, as on any other device."""
     cdef uint64_t chunk = j.busy.chunk
+    e.zeroing -= 1
     if j.error and not BUG(36):
         # Not by this device. Any other failure may be this slot's own.
         if j.error == -EOPNOTSUPP or j.error == -ENOSYS or j.error == -EINVAL:

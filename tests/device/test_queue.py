@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from loops import loop_device, mounted, run, sparse
 
 from fvd.device._queue import Driver, open_queue
 
@@ -161,6 +162,46 @@ def test_a_device_zeroes_by_itself_or_says_so_and_changes_nothing(driver: Driver
         assert (result, data) == (-errno.EOPNOTSUPP, pattern(1, 4 * PAGE))
     else:
         assert data == pattern(1, 4 * PAGE)[:PAGE] + bytes(2 * PAGE) + pattern(1, 4 * PAGE)[3 * PAGE :]
+
+
+def test_zeroings_that_hang_leave_the_flushes_of_other_disks_alone(device: int, tmp_path: Path) -> None:
+    """More than the kernel's own limit of threads for all disks together (four for each processor), on a file system that is frozen."""
+    count = 6 * (os.cpu_count() or 1)
+    number = os.fstat(device).st_rdev
+    statistics = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+    seen: list[int] = []
+    driver = Driver()
+    with loop_device(sparse(tmp_path / "below", 64 << 20)) as below:
+        run("mkfs.ext4", "-q", below)
+        with mounted(below, tmp_path / "frozen") as folder:
+            (folder / "storage").write_bytes(bytes(8 << 20))
+            fd = os.open(folder / "storage", os.O_RDWR)
+
+            def thaw() -> None:
+                time.sleep(1)
+                seen.append(flushes(statistics))
+                run("fsfreeze", "--unfreeze", folder)
+
+            try:
+                os.fsync(fd)
+                driver.attach(fd, disk=0)
+                driver.attach(device, disk=1)
+                before = flushes(statistics)
+                thawing = threading.Thread(target=thaw)
+                run("fsfreeze", "--freeze", folder)
+                thawing.start()
+                batch: list[Op] = [("zero", at * PAGE, PAGE) for at in range(count)]
+                results = driver.run([*batch, ("write", 0, pattern(1, PAGE)), ("flush",)], disks=[0] * count + [1, 1])
+                thawing.join()
+            finally:
+                driver.close()
+                os.close(fd)
+    assert all(result == 0 for result, _ in results)
+    assert seen[0] > before  # while all the others hung
+
+
+def flushes(statistics: Path) -> int:
+    return int(statistics.read_text().split()[15])
 
 
 def test_readiness_is_an_edge(driver: Driver) -> None:

@@ -70,6 +70,29 @@ def test_others_of_the_chunk_wait_and_those_of_other_chunks_do_not() -> None:
     stage.now("read", 0, 2 * SECTORS_PER_CHUNK)
 
 
+def test_four_at_a_time_and_what_comes_meanwhile_is_written_whole() -> None:
+    stage = Stage(zero_chunks=True, virtual_size_bytes=6 * CHUNK_BYTES, bounce_limit_bytes=BLOCK_BYTES)
+    for chunk in range(5):
+        stage.submit("write", chunk * SECTORS_PER_CHUNK + 8, 8)
+    assert seen(stage) == [(ZERO, CHUNK_BYTES)] * 4 + [(WRITE, BLOCK_BYTES)]
+    # Their failure takes memory for a block of each, not more, whatever the limit.
+    stage.device.fault = lambda op: -errno.EIO if op.kind == ZERO else 0
+    stage.finish(*stage.pending(lambda op: op.kind == ZERO))
+    assert stage.engine.leaks()["bounce_bytes"] == 5 * BLOCK_BYTES
+    stage.finish_all()
+    assert written(stage, 5 * SECTORS_PER_CHUNK + 8, 8) == [(ZERO, CHUNK_BYTES), (WRITE, BLOCK_BYTES)]
+    stage.now("read", 0, 6 * SECTORS_PER_CHUNK)
+    assert stage.engine.leaks() == {}
+
+
+def test_a_long_write_with_ragged_edges_zeroes_nothing() -> None:
+    stage = Stage(zero_chunks=True, chunk_size_bytes=1 << 19, grow_step_bytes=1 << 19)
+    stage.submit("write", 8, 5 * SECTORS_PER_BLOCK)
+    assert {op.kind for op in stage.pending()} == {WRITE}
+    stage.finish_all()
+    stage.now("read", 0, 6 * SECTORS_PER_BLOCK)
+
+
 def test_a_close_waits_for_it() -> None:
     stage = Stage(zero_chunks=True)
     stage.submit("write", 8, 8)

@@ -61,6 +61,7 @@ def test_and_with_growth_begun_too_late_writes_do_wait() -> None:
 def test_steps_that_are_outrun_become_larger_until_no_write_waits() -> None:
     """A grow step of 512 MiB is written in less time than growing by it takes: nothing can help the first two."""
     grown = measured(growth.grow_under_load, 4, step_bytes=GIB // 2, step_seconds=1.0)
-    assert grown.asked_bytes[0] == GIB // 2 < grown.asked_bytes[-1]
+    # The last may be what is left of the disk.
+    assert grown.asked_bytes[0] == GIB // 2 < min(grown.asked_bytes[1:3]), told(grown)
     assert grown.begun_with_bytes[-1] > GIB // 2
     assert grown.waited == grown.waited_by_step[1], told(grown)
