@@ -151,7 +151,7 @@ cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations 
 cdef enum:
     TRANSFER_BYTES = 1 << 30        # the kernel moves at most 2 GiB - 4 KiB at once
     NONE = 0xFFFFFFFF
-    MOST_WORKERS = 256
+    MOST_WORKERS = 1024
 
 # What a completion belongs to: bits 62-63 of user_data.
 cdef enum Owner:

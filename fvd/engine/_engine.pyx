@@ -77,7 +77,7 @@ cdef enum:
     SPARE_BOUNCE_BYTES = 1 << 16
     SPARE_BOUNCES = 64
     UNCUT_BYTES = 1 << 18
-    MOST_ZEROING = 4                # each holds a thread of the kernel's, and memory if it fails
+    MOST_ZEROING = 32               # each holds a thread of the kernel's, and memory if it fails
     BOUNCE_LIMIT_BYTES = 64 << 20
     STAGINGS = 4
     STAGING_PAGES = 64

@@ -22,7 +22,7 @@ ASK_LONGEST_SECONDS = 8.0  # between two questions about a full group whose chan
 FORCED_TRY_SECONDS = 300.0  # what a group shows as free may become usable without becoming more (pvchange --allocatable)
 
 FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
-MARK_SAFETY = 2.0  # the next step may take twice as long as the longest so far, or writes come twice as fast
+MARK_SAFETY = 3.0  # the next step may take three times as long as the longest so far, or writes come three times as fast: 2 was outrun
 MARK_MOST_STEPS = 8  # one hang on a fast disk must not take a whole group for it
 RECENT_STEPS = 8  # whose longest counts: a step that was slow once is forgotten
 LOOKS_PER_STEP = 16  # how often the rate is looked at while a grow step is filled

@@ -70,18 +70,18 @@ def test_others_of_the_chunk_wait_and_those_of_other_chunks_do_not() -> None:
     stage.now("read", 0, 2 * SECTORS_PER_CHUNK)
 
 
-def test_four_at_a_time_and_what_comes_meanwhile_is_written_whole() -> None:
-    stage = Stage(zero_chunks=True, virtual_size_bytes=6 * CHUNK_BYTES, bounce_limit_bytes=BLOCK_BYTES)
-    for chunk in range(5):
+def test_thirty_two_at_a_time_and_what_comes_meanwhile_is_written_whole() -> None:
+    stage = Stage(zero_chunks=True, virtual_size_bytes=34 * CHUNK_BYTES, bounce_limit_bytes=BLOCK_BYTES)
+    for chunk in range(33):
         stage.submit("write", chunk * SECTORS_PER_CHUNK + 8, 8)
-    assert seen(stage) == [(ZERO, CHUNK_BYTES)] * 4 + [(WRITE, BLOCK_BYTES)]
+    assert seen(stage) == [(ZERO, CHUNK_BYTES)] * 32 + [(WRITE, BLOCK_BYTES)]
     # Their failure takes memory for a block of each, not more, whatever the limit.
     stage.device.fault = lambda op: -errno.EIO if op.kind == ZERO else 0
     stage.finish(*stage.pending(lambda op: op.kind == ZERO))
-    assert stage.engine.leaks()["bounce_bytes"] == 5 * BLOCK_BYTES
+    assert stage.engine.leaks()["bounce_bytes"] == 33 * BLOCK_BYTES
     stage.finish_all()
-    assert written(stage, 5 * SECTORS_PER_CHUNK + 8, 8) == [(ZERO, CHUNK_BYTES), (WRITE, BLOCK_BYTES)]
-    stage.now("read", 0, 6 * SECTORS_PER_CHUNK)
+    assert written(stage, 33 * SECTORS_PER_CHUNK + 8, 8) == [(ZERO, CHUNK_BYTES), (WRITE, BLOCK_BYTES)]
+    stage.now("read", 0, 34 * SECTORS_PER_CHUNK)
     assert stage.engine.leaks() == {}
 
 

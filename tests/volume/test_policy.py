@@ -482,15 +482,16 @@ def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000
     ("rate_mib", "seconds", "mark_mib", "steps"),
     [
         (0, 1.5, 32, 1),  # an idle disk: the base, half a step of 64 MiB
-        (10, 1.5, 32, 1),  # 30 MiB are needed: no more than the base
-        (20, 1.5, 60, 1),
-        (20, 3.0, 120, 2),  # more than a step: two at once
-        (100, 1.5, 300, 5),
+        (7, 1.5, 32, 1),  # 31.5 MiB are needed: no more than the base
+        (10, 1.5, 45, 1),
+        (20, 1.5, 90, 2),  # more than a step: two at once
+        (20, 3.0, 180, 3),
+        (80, 1.5, 360, 6),
         (100, 30.0, 512, 8),  # at most eight steps, for one hang must not take the whole group
         (1000, 0.01, 32, 1),  # steps that take no time need no reserve
     ],
 )
-def test_the_mark_is_what_is_written_in_twice_the_time_of_a_step(rate_mib: int, seconds: float, mark_mib: int, steps: int) -> None:
+def test_the_mark_is_what_is_written_in_three_times_the_time_of_a_step(rate_mib: int, seconds: float, mark_mib: int, steps: int) -> None:
     growth = seen(rate_mib * MIB, seconds)
     assert growth.low_water_at(1000.0) == mark_mib * MIB
     assert growth.steps_at_once(1000.0) == steps
@@ -513,8 +514,8 @@ def test_before_a_step_was_seen() -> None:
     growth = policy(storage_size_bytes=8 * STEP)
     growth.room(0.0, 8 * STEP)
     assert growth.low_water_at(0.0) == STEP // 2  # nothing is known of the writes: nothing is assumed
-    growth.room(1.0, 8 * STEP - 16 * MIB)
-    assert growth.low_water_at(1.0) == 48 * MIB  # 16 MiB/s, for twice 1.5 s
+    growth.room(1.0, 8 * STEP - 12 * MIB)
+    assert growth.low_water_at(1.0) == 54 * MIB  # 12 MiB/s, for three times 1.5 s
     growth.room(2.0, 4 * STEP)
     assert growth.low_water_at(2.0) == STEP and growth.steps_at_once(2.0) == 1  # no more than one step on a mere guess
 
@@ -539,7 +540,7 @@ def test_a_base_above_everything_stays() -> None:
 def test_the_mark_falls_back_when_the_disk_is_quiet() -> None:
     growth = seen(100 * MIB, 1.5)
     marks = [growth.low_water_at(1000.0 + minutes * 60) // MIB for minutes in (0, 10, 20, 30, 40)]
-    assert marks == [300, 150, 75, 37, 32]
+    assert marks == [450, 225, 112, 56, 32]
 
 
 def test_slower_writing_does_not_lower_what_is_expected_at_once() -> None:
@@ -553,7 +554,7 @@ def test_a_slow_step_is_forgotten_after_eight_others() -> None:
     growth._rate.at = lambda now: 20.0 * MIB  # type: ignore[method-assign]
     size = 5 * STEP
     for number in range(8):
-        assert growth.low_water_at(1000.0) == 200 * MIB
+        assert growth.low_water_at(1000.0) == 300 * MIB
         growth.extend(1000.0 + number, MIB)
         size += MIB
         growth.ended(1000.1 + number, size, None, 10 * STEP)
