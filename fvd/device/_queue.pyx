@@ -124,6 +124,7 @@ cdef extern from *:
     int io_uring_submit_and_get_events(io_uring *ring) nogil
     int io_uring_submit_and_wait_timeout(io_uring *ring, io_uring_cqe **cqe, unsigned count, kernel_timespec *timeout, void *mask) nogil
     unsigned io_uring_cq_ready(const io_uring *ring) nogil
+    unsigned io_uring_sq_ready(const io_uring *ring) nogil
     void io_uring_cq_advance(io_uring *ring, unsigned count) nogil
     unsigned fvd_ring_flags(io_uring *ring) nogil
     void io_uring_prep_rw(int op, io_uring_sqe *sqe, int fd, const void *address, unsigned length, uint64_t offset) nogil
@@ -152,6 +153,9 @@ cdef enum:
     TRANSFER_BYTES = 1 << 30        # the kernel moves at most 2 GiB - 4 KiB at once
     NONE = 0xFFFFFFFF
     MOST_WORKERS = 1024
+    # Of a long batch the device gets the first while the others are being handed over: it idled until the last one else. In process at
+    # depth 32, against all at once: reads 1.21, writes 1.42 times as many a second, 0.96 and 0.84 of the CPU; with 4 no better.
+    SUBMIT_AT_ONCE = 8
 
 # What a completion belongs to: bits 62-63 of user_data.
 cdef enum Owner:
@@ -402,7 +406,8 @@ cdef struct Pending:
 
 
 cdef class UringQueue(Queue):
-    """One io_uring_enter per turn; sockets by multishot poll. What the kernel's queue cannot take at once spills into ours."""
+    """One io_uring_enter per turn, more for a long batch; sockets by multishot poll. What the kernel's queue cannot take at once spills
+    into ours."""
 
     cdef io_uring ring
     cdef bint opened
@@ -518,6 +523,8 @@ cdef class UringQueue(Queue):
             self.pending[number].disk = disk
             self.inflight += 1
             self.issue(number)
+            if self.spill_count == 0 and io_uring_sq_ready(&self.ring) >= SUBMIT_AT_ONCE:
+                io_uring_submit(&self.ring)     # a refusal is the turn's to see
         return 0
 
     cdef int issue(self, uint32_t number) except -1 nogil:
