@@ -22,7 +22,7 @@ ASK_LONGEST_SECONDS = 8.0  # between two questions about a full group whose chan
 FORCED_TRY_SECONDS = 300.0  # what a group shows as free may become usable without becoming more (pvchange --allocatable)
 
 FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
-MARK_SAFETY = 3.0  # the next step may take three times as long as the longest so far, or writes come three times as fast: 2 was outrun
+MARK_SAFETY = 3.0  # with it each step may take twice as long as the longest before it, and not one is outrun: see `steps_at_once`
 MARK_MOST_STEPS = 8  # one hang on a fast disk must not take a whole group for it
 RECENT_STEPS = 8  # whose longest counts: a step that was slow once is forgotten
 LOOKS_PER_STEP = 16  # how often the rate is looked at while a grow step is filled
@@ -275,16 +275,18 @@ class GrowthPolicy:
         return min(max(self.base_low_water_bytes, needed), self._geometry.max_storage_size_bytes)
 
     def steps_at_once(self, now: float) -> int:
-        """How many grow steps to ask for, so that one is not outrun while the next is under way."""
-        steps = ceil_div(self._needed_bytes(now), self._geometry.grow_step_bytes)
-        return max(1, min(steps, MARK_MOST_STEPS))
+        """How many grow steps to ask for, so that what a step needs is left when they are there, after the longest time to be expected:
+        that steps have become slower is known only then, and the next needs it."""
+        missing_bytes = 2 * self._needed_bytes(now) - self.free_bytes
+        if not self._recent_seconds:
+            return 1  # no more than one on a mere guess
+        return max(1, min(ceil_div(missing_bytes, self._geometry.grow_step_bytes), MARK_MOST_STEPS))
 
     def reserve_bytes_per_second(self, now: float) -> int | None:
         """The rate of first writes that never waits if steps take as long as the longest so far; None: there was none."""
         if not self.longest_extend_seconds:
             return None
-        reserve_bytes = min(self.low_water_at(now), self.steps_at_once(now) * self._geometry.grow_step_bytes)
-        return int(reserve_bytes / self.longest_extend_seconds)
+        return int(self.low_water_at(now) / self.longest_extend_seconds)
 
     def room(self, now: float, free_bytes: int) -> list[Action]:
         """The engine has `free_bytes` in free slots: begin a step if that is too little and none runs or rests after a failure."""

@@ -494,10 +494,16 @@ def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000
 def test_the_mark_is_what_is_written_in_three_times_the_time_of_a_step(rate_mib: int, seconds: float, mark_mib: int, steps: int) -> None:
     growth = seen(rate_mib * MIB, seconds)
     assert growth.low_water_at(1000.0) == mark_mib * MIB
-    assert growth.steps_at_once(1000.0) == steps
     assert growth.room(1000.0, mark_mib * MIB) == []
     actions = growth.room(1000.0, (mark_mib - 1) * MIB)
     assert only(actions, Start) == Start(min((5 + steps) * STEP, DISK.max_storage_size_bytes))
+
+
+@pytest.mark.parametrize(("free_mib", "steps"), [(179, 3), (100, 5), (0, 6)])
+def test_a_step_that_begins_late_leaves_what_the_next_needs(free_mib: int, steps: int) -> None:
+    """180 MiB may be written while it is under way, and as much while the next is."""
+    growth = seen(20 * MIB, 3.0)
+    assert only(growth.room(1000.0, free_mib * MIB), Start) == Start((5 + steps) * STEP)
 
 
 def test_several_steps_at_once_stop_at_what_the_disk_can_use() -> None:
