@@ -229,6 +229,7 @@ def served_over(disk: FakeDisk) -> tuple[Served, Hub]:
         cache="none",
         read_only=disk.read_only,
         on_full="wait",
+        zero_chunks=False,
         socket_mode=0o600,
         socket_group=None,
         copy_on_read=None,
