@@ -14,29 +14,14 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define NBDMAGIC 0x4e42444d41474943ULL
-#define IHAVEOPT 0x49484156454F5054ULL
+#include "wire.h"
+
 #define REPLY_MAGIC 0x3e889045565a9ULL
-enum { OPT_EXPORT_NAME = 1, OPT_ABORT = 2, OPT_INFO = 6, OPT_GO = 7 };
+enum { OPT_ABORT = 2, OPT_INFO = 6, OPT_GO = 7 };
 enum { REP_ACK = 1, REP_INFO = 3 };
 #define REP_ERR_UNSUP 0x80000001u
-#define FLAGS_HANDSHAKE 3   /* fixed newstyle, no zeroes */
 #define FLAGS_EXPORT 0x6d   /* has flags, flush, FUA, trim, write zeroes */
-#define REQUEST_MAGIC 0x25609513u
-#define SIMPLE_MAGIC 0x67446698u
-enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2 };
 enum { MOST_REPLIES = 256, IN_BYTES = 1 << 20, MOST_READ_BYTES = 32 << 20 };
-
-struct __attribute__((packed)) request {
-    uint32_t magic;
-    uint16_t flags, type;
-    uint64_t cookie, offset;
-    uint32_t length;
-};
-struct __attribute__((packed)) reply {
-    uint32_t magic, error;
-    uint64_t cookie;
-};
 
 static uint64_t size_bytes;
 static uint8_t *zeros;

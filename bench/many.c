@@ -22,23 +22,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define NBDMAGIC 0x4e42444d41474943ULL
-#define IHAVEOPT 0x49484156454F5054ULL
-#define REQUEST_MAGIC 0x25609513u
-#define SIMPLE_MAGIC 0x67446698u
-enum { OPT_EXPORT_NAME = 1, FLAGS_FIXED_NO_ZEROES = 3, CMD_READ = 0, CMD_WRITE = 1 };
+#include "wire.h"
+
 enum { BLOCK_BYTES = 4096, RECEIVE_BYTES = 256 << 10, MOST_EVENTS = 256, MOST_PER_SECOND = 2000000 };
 
-struct __attribute__((packed)) request {
-    uint32_t magic;
-    uint16_t flags, type;
-    uint64_t cookie, offset;
-    uint32_t length;
-};
-struct __attribute__((packed)) reply {
-    uint32_t magic, error;
-    uint64_t cookie;
-};
 struct connection {
     int fd, wants_write;
     size_t in_bytes, out_begin, out_end, idle_count;
@@ -87,7 +74,7 @@ static int connected(const char *path, const char *export, uint64_t size_bytes) 
     if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address)) die(path);
     take(fd, &hello, sizeof hello);
     if (be64toh(hello.magic) != NBDMAGIC || be64toh(hello.option_magic) != IHAVEOPT) errno = EPROTO, die(path);
-    ask.flags = htobe32(FLAGS_FIXED_NO_ZEROES), ask.option_magic = htobe64(IHAVEOPT);
+    ask.flags = htobe32(FLAGS_HANDSHAKE), ask.option_magic = htobe64(IHAVEOPT);
     ask.option = htobe32(OPT_EXPORT_NAME), ask.length = htobe32(strlen(export));
     give(fd, &ask, sizeof ask);
     give(fd, export, strlen(export));
