@@ -19,7 +19,7 @@ cdef enum DoneFlag:
     DONE_ALL_ZERO = 1       # a read that touched no device: the whole buffer is zeros (and was zeroed)
 
 cdef enum Want:             # what the engine asks of its Python side; see Engine.want
-    WANT_GROWTH = 1         # free slots are below the low-water mark, or writes wait for a slot
+    WANT_GROWTH = 1         # free slots are fewer than were asked for, or writes wait for a slot
     WANT_EVENT = 2          # something to report (sticky error)
     WANT_STEER = 4          # a quarter of a second has passed, and there is a plan to prefetch
     WANT_BASE = 8           # the base began or ceased to fail, or is needed no longer
@@ -219,7 +219,9 @@ cdef class Engine:
     cdef uint64_t *zeroed           # by chunk: every block that is absent is zeros in its slot (R18); NULL: never asked for
     cdef bint zero_chunks           # chunks that are new are zeroed by the device
     cdef uint32_t zeroing           # of them now
-    cdef uint64_t capacity, free_count, slot_cursor, low_water_slots, mapped_slots
+    cdef uint64_t capacity, free_count, slot_cursor, mapped_slots
+    cdef uint64_t wake_below_slots  # fewer are free: WANT_GROWTH; whoever grows the storage moves it
+    cdef uint64_t reserve_slots     # those that copies leave to the guest
     cdef bint exhausted
     cdef uint32_t discarding        # slots that are free once their discard has ended
     cdef Drain *retired

@@ -31,7 +31,8 @@ class Engine:
         read_only: bool = False,
         cache_mode: str = "none",
         on_full: str = "wait",
-        low_water_bytes: int = 0,
+        wake_below_bytes: int = 0,
+        guest_reserve_bytes: int = 0,
         discard: bool = True,
         zero_chunks: bool = False,
         bounce_limit_bytes: int = ...,
@@ -46,6 +47,7 @@ class Engine:
 
         `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table`
         geometry.chunks entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base.
+        `wake_below_bytes`, `guest_reserve_bytes`: see the properties.
         `align_bytes`: the device's logical block, 512 or 4096. `copy_on_read`: blocks that guests read from the base are saved, with at
         most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old.
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
@@ -92,11 +94,15 @@ class Engine:
     @property
     def storage_size_bytes(self) -> int: ...
     @property
-    def low_water_bytes(self) -> int:
+    def guest_reserve_bytes(self) -> int:
+        """What copies leave in free slots for the guest, whole slots. Only where the storage cannot hold every chunk: else each has its own."""
+
+    @property
+    def wake_below_bytes(self) -> int:
         """WANT_GROWTH is set when fewer bytes than this are in free slots. Settable: growth may have to begin earlier, or later, now."""
 
-    @low_water_bytes.setter
-    def low_water_bytes(self, size_bytes: int) -> None: ...
+    @wake_below_bytes.setter
+    def wake_below_bytes(self, size_bytes: int) -> None: ...
     @property
     def clean(self) -> bool:
         """Whether storage ends with a clean record, as after a proper close."""

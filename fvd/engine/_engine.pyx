@@ -125,7 +125,7 @@ cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:
     e.free_count = 0 if e.raw else capacity - bits_count(e.used, 0, capacity)
     if e.slot_cursor >= capacity:
         e.slot_cursor = 0
-    if not e.raw and not e.read_only and e.free_count < e.low_water_slots and capacity < e.chunks:
+    if not e.raw and not e.read_only and e.free_count < e.wake_below_slots and capacity < e.chunks:
         e.want |= WANT_GROWTH
     return 0
 
@@ -139,8 +139,8 @@ cdef class Engine:
 
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
-                 low_water_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES, copy_on_read=False,
-                 copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000):
+                 wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
+                 copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -245,7 +245,8 @@ cdef class Engine:
         for page in np.flatnonzero(dirty_table_pages) if dirty_table_pages is not None else ():
             bits_fill(self.dirty_table, page, page + 1, True)
             self.dirty_pages += 1
-        self.low_water_slots = -(-low_water_bytes // geometry.chunk_size_bytes)
+        self.wake_below_slots = -(-wake_below_bytes // geometry.chunk_size_bytes)
+        self.reserve_slots = -(-guest_reserve_bytes // geometry.chunk_size_bytes)
         resize_storage(self, storage_size_bytes)
 
     def __dealloc__(self):
@@ -569,13 +570,18 @@ cdef class Engine:
         return self.storage_size
 
     @property
-    def low_water_bytes(self):
-        return self.low_water_slots << self.chunk_shift
+    def guest_reserve_bytes(self):
+        """What copies leave free for the guest, where not every chunk has its place."""
+        return self.reserve_slots << self.chunk_shift
 
-    @low_water_bytes.setter
-    def low_water_bytes(self, uint64_t size_bytes):
-        self.low_water_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
-        if not self.raw and not self.read_only and self.free_count < self.low_water_slots and self.capacity < self.chunks:
+    @property
+    def wake_below_bytes(self):
+        return self.wake_below_slots << self.chunk_shift
+
+    @wake_below_bytes.setter
+    def wake_below_bytes(self, uint64_t size_bytes):
+        self.wake_below_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
+        if not self.raw and not self.read_only and self.free_count < self.wake_below_slots and self.capacity < self.chunks:
             self.want |= WANT_GROWTH
 
     @property

@@ -255,10 +255,11 @@ cdef inline Copy *copy_find(Engine e, uint64_t chunk, uint64_t block, uint64_t *
 
 
 cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:
-    """Whether a copy finds, or may take, a slot for its chunk. Half of the low-water mark is the guest's."""
+    """R33: whether a copy finds, or may take, a slot for its chunk. Some are the guest's, whether or not the storage can grow."""
     if slot_of(e, chunk) != EMPTY:
         return True
-    return e.free_count > (e.low_water_slots / 2 if e.capacity < e.chunks else 0)
+    # Where every chunk has its place nobody takes another's.
+    return e.free_count > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) else 0)
 
 
 cdef inline void no_slot_for_copy(Engine e) noexcept nogil:

@@ -69,7 +69,7 @@ cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
     e.slot_cursor = slot + 1
     if e.slot_cursor >= e.capacity:
         e.slot_cursor = 0
-    if e.free_count < e.low_water_slots and e.capacity < e.chunks:
+    if e.free_count < e.wake_below_slots and e.capacity < e.chunks:
         e.want |= WANT_GROWTH
     return <uint32_t> slot
 

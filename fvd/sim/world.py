@@ -111,7 +111,8 @@ class World:
             read_only=read_only,
             cache_mode=shape.cache_mode,
             on_full=shape.on_full,
-            low_water_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
+            wake_below_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
+            guest_reserve_bytes=shape.low_water_chunks // 2 * self.geometry.chunk_size_bytes,
             discard=shape.discard,
             zero_chunks=shape.zero_chunks,
             bounce_limit_bytes=shape.bounce_limit_bytes,
@@ -263,7 +264,7 @@ class World:
         """Whoever grows the storage and tells of failures does so only when asked."""
         engine = self.engine
         free_bytes = engine.free_slots * self.geometry.chunk_size_bytes
-        short = engine.waiting_writes or free_bytes < engine.low_water_bytes
+        short = engine.waiting_writes or free_bytes < engine.wake_below_bytes
         if short and self.geometry.table_entries and engine.capacity_slots < self.geometry.chunks and not engine.want & WANT_GROWTH:
             raise Violation(f"{engine.waiting_writes} writes wait, {engine.free_slots} slots are free, and no growth is asked for")
         if engine.failed_errno and not engine.want & WANT_EVENT:

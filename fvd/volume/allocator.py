@@ -39,7 +39,7 @@ class GrowingEngine(Protocol):
     """What the allocator needs of an engine. Touched only in the loop's thread."""
 
     want: int
-    low_water_bytes: int  # WANT_GROWTH is set when fewer bytes than this are in free slots
+    wake_below_bytes: int  # WANT_GROWTH is set when fewer bytes than this are in free slots
 
     @property
     def free_slots(self) -> int:
@@ -245,7 +245,7 @@ class Allocator:
         if resized:
             self._do(self._policy.room(self._clock(), self._free_bytes()))
         elif self._engine is not None:
-            self._engine.low_water_bytes = self._policy.look_below_bytes
+            self._engine.wake_below_bytes = self._policy.look_below_bytes
         for failure in failures:
             self._do(failure())
 

@@ -24,7 +24,7 @@ from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
 from fvd.volume.loading import covers_base, naming, recover_disk
 from fvd.volume.name import VolumeName, parse_name
-from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes
+from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, guest_reserve_bytes
 from fvd.volume.prefetching import BaseEvent, Copying, PrefetchOptions
 from fvd.volume.provider import provider_for
 from fvd.volume.starting import engine_on
@@ -166,7 +166,8 @@ def open_volume(
                 read_only=read_only,
                 cache_mode=cache,
                 on_full=on_full,
-                low_water_bytes=low_water,
+                wake_below_bytes=low_water,
+                guest_reserve_bytes=guest_reserve_bytes(disk.geometry, low_water),
                 discard=discard,
                 zero_chunks=zero_chunks,
             )

@@ -74,6 +74,13 @@ def check_low_water(geometry: Geometry, low_water_bytes: int) -> int:
     return min(low_water_bytes, geometry.max_storage_size_bytes)
 
 
+def guest_reserve_bytes(geometry: Geometry, low_water_bytes: int) -> int:
+    """What copies from the base leave to the guest: half of the low-water mark in whole chunks, and less than the mark, so that growth
+    begins before copies stop. With a mark of one chunk there is nothing to share."""
+    chunk = geometry.chunk_size_bytes
+    return min(ceil_div(low_water_bytes, 2 * chunk), ceil_div(low_water_bytes, chunk) - 1) * chunk
+
+
 EventKind = Literal[
     "low_water", "extend_started", "extend_done", "extend_failed", "extend_slow", "group_low", "group_full", "storage_error"
 ]

@@ -259,6 +259,30 @@ def zeroing_that_failed() -> None:
     stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
 
 
+def copies_leave_the_guest_its_reserve() -> None:
+    """R33: prefetching and copy-on-read on a storage that cannot grow, and whose wake-up mark has been moved away; then the guest writes
+    to new chunks."""
+    for on_read in (False, True):
+        stage = Stage(base_bytes=1 << 20, storage_chunks=3, low_water_chunks=4, on_full="error")
+        engine = stage.engine
+        stage.set_exhausted(True)
+        engine.wake_below_bytes = 0
+        if on_read:
+            engine.copy_on_read = True
+            for chunk in range(4):
+                stage.now("read", chunk * SECTORS_PER_CHUNK, 8)
+        else:
+            engine.prefetch_idle_ns, engine.prefetch_slots = 0, 8
+            engine.prefetch_plan([(0, 1 << 20)])
+            stage.finish_all()
+        if engine.used_slots_count == 0:
+            raise RuntimeError("nothing is copied: the scenario no longer fits the engine")
+        if engine.free_slots * stage.geometry.chunk_size_bytes < engine.guest_reserve_bytes:
+            raise Violation(f"copies have left {engine.free_slots} slots of the guest's reserve")
+        for chunk in (2, 3):
+            stage.now("write", chunk * SECTORS_PER_CHUNK, 8)
+
+
 DIRECTED = {
     3: checkpoint_during_pending_change,
     6: slot_reuse_under_a_read,
@@ -270,4 +294,5 @@ DIRECTED = {
     34: first_write_after_a_trim,
     35: first_write_after_a_failed_one,
     36: zeroing_that_failed,
+    41: copies_leave_the_guest_its_reserve,
 }

@@ -29,7 +29,7 @@ class FakeEngine:
         self.used = 0
         self.want = 0
         self.exhausted = False
-        self.low_water_bytes = 0
+        self.wake_below_bytes = 0
 
     @property
     def free_slots(self) -> int:
@@ -38,7 +38,7 @@ class FakeEngine:
     def take(self, slots: int) -> None:
         """New places are written."""
         self.used += slots
-        if self.free_slots * MIB < self.low_water_bytes:
+        if self.free_slots * MIB < self.wake_below_bytes:
             self.want |= WANT_GROWTH
 
     def set_storage_size(self, size_bytes: int) -> None:
@@ -352,7 +352,7 @@ def test_figures() -> None:
 
 def test_the_engine_is_told_when_to_want_room() -> None:
     world = World()
-    assert world.engine.low_water_bytes == 57 * MIB  # of 61 that are free: the rate is looked at each sixteenth of a step
+    assert world.engine.wake_below_bytes == 57 * MIB  # of 61 that are free: the rate is looked at each sixteenth of a step
     asked = 0
     while not world.work:
         world.now += 1.0
@@ -360,7 +360,7 @@ def test_the_engine_is_told_when_to_want_room() -> None:
         if world.engine.want:
             asked += 1
             world.allocator.on_want(world.engine)
-            assert world.engine.free_slots * MIB >= world.engine.low_water_bytes  # never asked again for the same room
+            assert world.engine.free_slots * MIB >= world.engine.wake_below_bytes  # never asked again for the same room
     assert world.engine.free_slots == 31 and asked <= 8
 
 
@@ -387,12 +387,12 @@ def test_a_real_engine_wants_room_below_the_mark_that_it_was_given(tmp_path: Pat
     make(tmp_path / "disk")
     with open_volume(f"file:{tmp_path / 'disk'}") as opened:
         engine = opened.engine
-        assert (engine.free_slots, engine.low_water_bytes, engine.want) == (14, 8 * MIB, 0)
-        engine.low_water_bytes = 14 * MIB
-        assert (engine.low_water_bytes, engine.want) == (14 * MIB, 0)
-        engine.low_water_bytes = 14 * MIB + 1  # slots are whole: rounded up
-        assert (engine.low_water_bytes, engine.want) == (15 * MIB, WANT_GROWTH)  # at once, for it is below the mark already
-        engine.want = engine.low_water_bytes = 0
+        assert (engine.free_slots, engine.wake_below_bytes, engine.want) == (14, 8 * MIB, 0)
+        engine.wake_below_bytes = 14 * MIB
+        assert (engine.wake_below_bytes, engine.want) == (14 * MIB, 0)
+        engine.wake_below_bytes = 14 * MIB + 1  # slots are whole: rounded up
+        assert (engine.wake_below_bytes, engine.want) == (15 * MIB, WANT_GROWTH)  # at once, for it is below the mark already
+        engine.want = engine.wake_below_bytes = 0
         engine.set_storage_size(16 * MIB)
         assert engine.want == 0
 

@@ -52,7 +52,7 @@ def test_a_new_disk(path: Path) -> None:
         assert disk.was_clean and not disk.read_only and disk.base is None and disk.notices == []
         assert disk.node.direct and disk.allocator is not None
         assert disk.engine.free_slots == 14 and disk.engine.storage_size_bytes == 16 * MIB
-        assert disk.engine.low_water_bytes == 8 * MIB
+        assert disk.engine.wake_below_bytes == 8 * MIB and disk.engine.guest_reserve_bytes == 4 * MIB
     assert superblocks(path)[0].generation == 2
 
 
@@ -189,7 +189,7 @@ def test_raw_layout(path: Path) -> None:
 def test_low_water_mark(path: Path) -> None:
     make(path)
     with open_volume(volume(path), low_water_bytes=3 * MIB) as disk:
-        assert disk.engine.low_water_bytes == 3 * MIB
+        assert disk.engine.wake_below_bytes == 3 * MIB and disk.engine.guest_reserve_bytes == 2 * MIB
     with pytest.raises(InvalidArgument, match="less than one chunk"):
         open_volume(volume(path), low_water_bytes=1)
 

@@ -23,6 +23,7 @@ from fvd.volume.policy import (
     WriteRate,
     check_low_water,
     default_low_water_bytes,
+    guest_reserve_bytes,
     initial_size_bytes,
     least_size_bytes,
     limit_size_bytes,
@@ -84,6 +85,11 @@ def test_low_water() -> None:
     assert check_low_water(DISK, MIB) == MIB
     assert check_low_water(DISK, 1 << 50) == DISK.max_storage_size_bytes
     assert default_low_water_bytes(Geometry(virtual_size_bytes=GIB, grow_step_bytes=MIB)) == MIB
+
+
+@pytest.mark.parametrize(("mark_mib", "reserve_mib"), [(1, 0), (1.5, 1), (2, 1), (3, 2), (8, 4), (9, 5)])
+def test_the_guests_reserve_is_half_of_the_mark_and_less_than_it(mark_mib: float, reserve_mib: int) -> None:
+    assert guest_reserve_bytes(DISK, int(mark_mib * MIB)) == reserve_mib * MIB
 
 
 # --- A step ------------------------------------------------------------------------------------------------------
