@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked fuzzed lint test test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
+.PHONY: help setup build checked fuzzed lint test test-long test-checked test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
 .PHONY: bench bench-quick bench-full bench-report bench-publish
 
 VENV := .venv
@@ -13,10 +13,7 @@ FUZZED := build/fuzz
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
-SCRIPTS := scripts/demo scripts/make-completions scripts/uml
-# A test that hangs must not hold CI for ever: each run of pytest is ended after this.
-LIMIT := timeout --foreground --kill-after=10 30m
-LVM_LIMIT := timeout --foreground --kill-after=10 30m
+SCRIPTS := scripts/demo scripts/make-completions scripts/run-tests scripts/uml
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp
 
@@ -47,15 +44,20 @@ lint: setup ## ruff, mypy --strict, cython-lint
 	$(PY) -m mypy examples/agent.py
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd
 
-# The release run is last: its summary closes the output. The checked run leaves out what is slow or about speed. The real LVM (in a
-# User-Mode Linux guest, one processor, slow at starting processes) has a run and a limit of its own.
-test: build checked fuzzed lint ## everything: both builds, the linters, all tests, real LVM included (40 minutes)
-	FVD_TEST_BUILD=checked $(LIMIT) $(PY) -m pytest -q -m 'not slow and not release_only' -p no:cacheprovider $(PYTEST_ARGS)
-	FVD_TEST_BUILD=release $(LVM_LIMIT) $(PY) -m pytest -q --durations=0 tests/lvm $(PYTEST_ARGS)
-	FVD_TEST_BUILD=release $(LIMIT) $(PY) -m pytest -q --durations=10 --ignore=tests/lvm $(PYTEST_ARGS)
+# Builds, linters and folders of tests run beside each other (scripts/run-tests): each is told whole when it ends, and ended after a limit.
+RUN_TESTS = @$(PY) scripts/run-tests --jobs $(JOBS)
+PYTEST_WORDS = $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
+test: setup ## everything: both builds, the linters, all tests, real LVM included (30 minutes on 2 processors)
+	$(RUN_TESTS) $(PYTEST_WORDS)
 
-test-lvm: build ## only what runs on real LVM, in a User-Mode Linux guest
-	FVD_TEST_BUILD=release $(LVM_LIMIT) $(PY) -m pytest -q --durations=0 tests/lvm $(PYTEST_ARGS)
+test-long: setup ## the same with all that is left out of it, in both builds, and longer plays (an hour and more); before an issue is resolved
+	$(RUN_TESTS) --long $(PYTEST_WORDS)
+
+test-checked: checked ## the part of make test that runs in the checked build
+	$(RUN_TESTS) --only 'checked *' $(PYTEST_WORDS)
+
+test-lvm: build ## only what runs on real LVM, in User-Mode Linux guests
+	$(RUN_TESTS) --only 'release lvm/*' $(PYTEST_WORDS)
 
 test-quick: build ## the release build's fast tests
 	FVD_TEST_BUILD=release $(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)

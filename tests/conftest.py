@@ -28,9 +28,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MARKERS = {
+    "slow": "takes long; left out of the checked build's run and of make test-quick",
+    "release_only": "about speed, the sources or the tools; says nothing about the checked build",
+    "pure": "pure Python, nothing compiled has a part in it; make test runs it in the release build, make test-long in both",
+    "checked_once": "plays on the simulated disk; make test runs it in the checked build, make test-long in both",
+    "alone": "measures time or memory; runs with nothing beside it, after everything else",
+    "long": "only in make test-long",
+}
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes long; left out of the checked build's run and of make test-quick")
-    config.addinivalue_line("markers", "release_only: about speed, the sources or the tools; says nothing about the checked build")
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 def pytest_report_header() -> str:

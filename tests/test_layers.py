@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "architecture.md"
 SOURCES = sorted(path for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd", "*.pxi") for path in (ROOT / "fvd").rglob(pattern))
+PACKAGES = sorted({path.parent for path in SOURCES})
+each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 pytestmark = pytest.mark.release_only
 
@@ -181,6 +184,7 @@ def from_name(base: str, name: str) -> str:
     return f"{base}.{name}" if name == "*" or f"{base}.{name}" in MODULES else base
 
 
+@cache
 def imports(path: Path) -> list[Import]:
     return list(python_imports(path) if path.suffix in (".py", ".pyi") else cython_imports(path))
 
@@ -221,33 +225,50 @@ def test_the_document_has_its_floors() -> None:
     assert len({room.floor for room in ROOMS.values()}) == 8
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down(path: Path) -> None:
+def sources_of(package: Path) -> list[Path]:
+    return [path for path in SOURCES if path.parent == package]
+
+
+@each_package
+def test_imports_go_down(package: Path) -> None:
+    wrong = [text for path in sources_of(package) for text in wrong_imports(path)]
+    assert not wrong, "\n".join(wrong)
+
+
+def wrong_imports(path: Path) -> Iterator[str]:
     found = room_of(module_name(path))
-    assert found is not None, f"{path} is in no room of docs/architecture.md"
+    if found is None:
+        yield f"{path} is in no room of docs/architecture.md"
+        return
     own_name, own = found
     for line, module in imports(path):
         if module.split(".")[0] != "fvd":
             continue
         target = room_of(module)
-        assert target is not None, f"{path}:{line}: imports {module}, which is in no room of docs/architecture.md"
+        if target is None:
+            yield f"{path}:{line}: imports {module}, which is in no room of docs/architecture.md"
+            continue
         name, room = target
-        assert name != "fvd.sim" or own_name == "fvd.sim" or path.stem == "torture", (
-            f"{path}:{line}: only the tester's command imports fvd.sim"
-        )
-        assert room == own or room.floor < own.floor, (
-            f"{path}:{line}: {own_name} (floor {own.floor}) may not import {module} (floor {room.floor})"
-        )
+        if name == "fvd.sim" and own_name != "fvd.sim" and path.stem != "torture":
+            yield f"{path}:{line}: only the tester's command imports fvd.sim"
+        if room != own and room.floor >= own.floor:
+            yield f"{path}:{line}: {own_name} (floor {own.floor}) may not import {module} (floor {room.floor})"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_star_imports(path: Path) -> None:
-    assert not [line for line, module in imports(path) if module.endswith("*")]
+@each_package
+def test_no_star_imports(package: Path) -> None:
+    assert not [f"{path}:{line}" for path in sources_of(package) for line, module in imports(path) if module.endswith("*")]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".pyi"], ids=lambda path: str(path.relative_to(ROOT)))
-def test_first_paragraph(path: Path) -> None:
+@each_package
+def test_first_paragraph(package: Path) -> None:
     """Each module begins by saying what it is for."""
+    for path in sources_of(package):
+        if path.suffix != ".pyi":
+            says_what_it_is_for(path)
+
+
+def says_what_it_is_for(path: Path) -> None:
     text = path.read_text()
     if path.suffix == ".py":
         doc = ast.get_docstring(ast.parse(text))
@@ -269,8 +290,13 @@ def kinds_of(module: str, table: dict[str, set[str]]) -> Iterator[str]:
             yield kind
 
 
-def touches(path: Path) -> Iterator[tuple[int, str, str]]:
+@cache
+def touches(path: Path) -> list[tuple[int, str, str]]:
     """(line, kind, what) of every use of the outside world in one source."""
+    return list(find_touches(path))
+
+
+def find_touches(path: Path) -> Iterator[tuple[int, str, str]]:
     for line, module in imports(path):
         for kind in (*kinds_of(module, OUTSIDE_MODULES), *kinds_of(module, OUTSIDE_CIMPORTS)):
             yield line, kind, module
@@ -311,11 +337,13 @@ def cython_touches(number: int, text: str) -> Iterator[tuple[int, str, str]]:
         yield number, "file", "open()"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_outside_world_only_where_it_belongs(path: Path) -> None:
-    module = module_name(path)
-    allowed = ALLOWED.get(module, (set(), ""))[0] | (SIMULATOR_ALLOWED if module.startswith("fvd.sim.") else set())
-    wrong = [f"{path}:{line}: {what} ({kind})" for line, kind, what in touches(path) if kind not in allowed]
+@each_package
+def test_outside_world_only_where_it_belongs(package: Path) -> None:
+    wrong = []
+    for path in sources_of(package):
+        module = module_name(path)
+        allowed = ALLOWED.get(module, (set(), ""))[0] | (SIMULATOR_ALLOWED if module.startswith("fvd.sim.") else set())
+        wrong += [f"{path}:{line}: {what} ({kind})" for line, kind, what in touches(path) if kind not in allowed]
     assert not wrong, "\n".join([*wrong, "Move it to a module made for that, or add this module and the reason to ALLOWED."])
 
 

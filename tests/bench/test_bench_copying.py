@@ -7,6 +7,8 @@ import json
 import pytest
 from bench_running import evaluate
 
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
+
 MODULES = "import json, copying"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from bench_running import evaluate
+
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
 
 MIB = 1 << 20
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from bench_running import evaluate
 
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
+
 MODULES = """
 import json, path, path_stages, tempfile
 from pathlib import Path

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from bench_running import evaluate
+
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
 
 MODULES = """
 import json, mmap, os, subprocess

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """<script>alert(1)</script> "'><img src=x onerror=alert(2)> & $x_1$ | `a` ]]> --> **b** \\ é"""
 ORDER = ["matrix", "flushes", "scale"]

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.release_only  # what it runs takes the release build
+
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
 from suite import missing, row

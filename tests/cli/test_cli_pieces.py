@@ -14,6 +14,8 @@ from fvd import Extent, Map
 from fvd.cli import failure, map_volume, notify, options, output, progress
 from fvd.errors import Conflict, FvdError, InUse, NotFound
 
+pytestmark = pytest.mark.pure
+
 GIB = 1 << 30
 MIB = 1 << 20
 

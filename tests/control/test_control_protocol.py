@@ -13,6 +13,8 @@ from fvd.control import protocol
 from fvd.control.protocol import Lines, ProtocolError, Request
 from fvd.errors import FvdError, InvalidArgument, NoSpace
 
+pytestmark = pytest.mark.pure
+
 
 def test_request_round_trip() -> None:
     request = Request("extend", {"by_bytes": 5 << 30})

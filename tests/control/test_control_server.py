@@ -20,6 +20,8 @@ from fvd.control.protocol import ServerGone
 from fvd.control.server import CONNECTION_LIMIT, ControlServer
 from fvd.errors import InUse, InvalidArgument, NoSpace, PermissionDenied, Timeout
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:

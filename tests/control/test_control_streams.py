@@ -24,6 +24,8 @@ from fvd.control.server import STREAM_LIMIT, ControlServer
 from fvd.control.watching import SocketWatch
 from fvd.errors import FvdError, InvalidArgument
 
+pytestmark = pytest.mark.pure
+
 ANSWER = {"volume": "file:vm1", "server": "s1", "number": 0, "storage_size": 7, "free_bytes": 3}
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from fvd.errors import InvalidArgument
 from fvd.format.geometry import MAX_BLOCKS, MAX_CHUNKS, Geometry, Layout, Placement
 
+pytestmark = pytest.mark.pure
+
 GIB = 1 << 30
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from fvd.errors import InvalidArgument
 from fvd.format.locator import IMAGE_FORMATS, MAX_LOCATOR_BYTES, NBD_SCHEMES, QEMU_SCHEMES, BaseFormat, check_locator
 
+pytestmark = pytest.mark.pure
+
 GOOD = [
     ("/images/größe with, a=comma:and 'quotes'", BaseFormat.RAW),
     ("/dev/vg/golden", BaseFormat.QCOW2),

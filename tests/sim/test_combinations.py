@@ -15,6 +15,8 @@ from bugs import needs_bugs, seeded
 from fvd.sim._oracle import Violation
 from fvd.sim.combinations import AXES, Combination, drawn, play, possible
 
+pytestmark = pytest.mark.checked_once
+
 LEAST = 150
 
 

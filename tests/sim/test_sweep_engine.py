@@ -16,6 +16,8 @@ from fvd.sim.device_node import Budget
 from fvd.sim.stage import Stage
 from fvd.sim.sweep import sweep
 
+pytestmark = pytest.mark.checked_once
+
 BLOCK = 8  # sectors
 CHUNK = 16 * BLOCK
 

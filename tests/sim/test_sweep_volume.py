@@ -32,6 +32,8 @@ from fvd.volume.provision import write_disk
 from fvd.volume.sparse_base import runs, zero_blocks
 from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock
 
+pytestmark = pytest.mark.checked_once
+
 GEOMETRY = Geometry(
     virtual_size_bytes=1 << 20, block_size_bytes=4096, chunk_size_bytes=65536, journal_size_bytes=65536, grow_step_bytes=65536
 )

@@ -1,6 +1,7 @@
 """Random worlds from seeds, on all processors: what `fvd-lv torture` does, and that the same seed is the same world.
 
-FVD_SIM_SECONDS sets how long fresh worlds are played, FVD_SIM_FIRST from which seed on; a failure prints the one line that plays it again.
+FVD_SIM_SECONDS sets how long fresh worlds are played, FVD_SIM_JOBS on how many processors, FVD_SIM_FIRST from which seed on; a failure
+prints the one line that plays it again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fvd.sim.world import shape_of
 
 # Seeds that once found a fault, kept though a change of `draw` gives every seed another world; scenarios.py keeps the faults themselves.
 FOUND = (2, 11, 523, 1000021557, 1000048086, 1000002325)
-JOBS = os.cpu_count() or 1
+JOBS = int(os.environ.get("FVD_SIM_JOBS", os.cpu_count() or 1))
 DICE = [2090645714713926465, 3990616506021403346, 3178928474216219528]
 
 

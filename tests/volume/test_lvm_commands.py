@@ -21,6 +21,8 @@ from fvd.lvm.extents import Piece, parse_pieces
 from fvd.lvm.report import GroupState, LogicalVolume, parse_groups, parse_volumes
 from fvd.lvm.runner import Finished, Unfinished, run_command
 
+pytestmark = pytest.mark.pure
+
 VOLUME = LogicalVolume(
     group="vg0",
     name="vm1",

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fvd.errors import InvalidArgument
 from fvd.volume.name import VolumeKind, VolumeName, parse_name
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize(
     ("text", "canonical", "kind"),

@@ -30,6 +30,8 @@ from fvd.volume.policy import (
     next_size_bytes,
 )
 
+pytestmark = pytest.mark.pure
+
 MIB = 1 << 20
 GIB = 1 << 30
 DISK = Geometry(virtual_size_bytes=GIB, journal_size_bytes=MIB, grow_step_bytes=64 * MIB)  # 3 MiB of metadata

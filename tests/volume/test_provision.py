@@ -215,7 +215,7 @@ def test_a_damaged_disk_needs_force(path: Path) -> None:
 def test_the_wrong_kind_of_name(path: Path) -> None:
     with loop_device(sparse(path, 32 * MIB)) as device, pytest.raises(InvalidArgument, match=f"name it {device}"):
         provision(f"file:{device}", **SMALL)
-    shm = Path("/dev/shm/fvd-test-kind")
+    shm = Path(f"/dev/shm/fvd-test-kind-{os.getpid()}")
     shm.write_text("x")
     try:
         with pytest.raises(InvalidArgument, match="name it file:"):

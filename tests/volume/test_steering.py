@@ -27,6 +27,8 @@ from fvd.volume.steering import (
     sample_between,
 )
 
+pytestmark = pytest.mark.pure
+
 STEP_NS = 250 * MS
 RESUMED_AT_MOST_S = 1.5 * BACKOFF_LONGEST_SECONDS + 1
 
