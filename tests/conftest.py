@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "checked_once" in marks and marks & {"slow", "release_only", "pure"}:
+            raise pytest.UsageError(f"{item.nodeid}: checked_once beside slow, release_only or pure: make test would run it nowhere")
+
+
 def pytest_report_header() -> str:
     import fvd
 

@@ -10,7 +10,7 @@ import pytest
 
 from fvd import _core
 
-pytestmark = [pytest.mark.release_only, pytest.mark.slow]
+pytestmark = [pytest.mark.release_only, pytest.mark.slow, pytest.mark.alone]
 
 
 def best(call: Callable[[], object], number: int) -> float:

@@ -311,6 +311,7 @@ def test_a_signal_cuts_a_turn_short(driver: Driver) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.alone
 def test_close_waits_for_nothing_else(driver: Driver) -> None:
     pairs = [socket.socketpair() for _ in range(10)]
     for ours, theirs in pairs:

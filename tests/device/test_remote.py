@@ -222,6 +222,7 @@ def test_an_error_is_an_answer(bench: Bench) -> None:
     assert bench.remotes[0].connected and bench.remotes[0].trouble == ""
 
 
+@pytest.mark.alone
 def test_killed_and_restarted(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server = bench.nbdkit("--filter=delay", "file", bench.image, "rdelay=300ms")
@@ -259,6 +260,7 @@ def test_it_is_noticed_without_a_request(bench: Bench) -> None:
     assert bench.read() == 0
 
 
+@pytest.mark.alone
 def test_a_server_that_stops_answering(bench: Bench) -> None:
     server = bench.nbdkit("file", bench.image)
     bench.attach(server.uri, timeout_s=1.2)
@@ -273,6 +275,7 @@ def test_a_server_that_stops_answering(bench: Bench) -> None:
     check(bench.driver.run(reads(6, 8)), reads(6, 8))
 
 
+@pytest.mark.alone
 def test_a_slow_line_is_not_a_dead_one(bench: Bench) -> None:
     """Together they take longer than one may wait; something comes all the time."""
     server = bench.nbdkit("--filter=noparallel", "--filter=delay", "file", bench.image, "serialize=requests", "rdelay=100ms")
@@ -283,6 +286,7 @@ def test_a_slow_line_is_not_a_dead_one(bench: Bench) -> None:
     assert time.monotonic() - begun > 1.2
 
 
+@pytest.mark.alone
 def test_a_loop_that_was_away(bench: Bench) -> None:
     """The answers are here: they are looked at before the server is blamed."""
     bench.attach(bench.nbdkit("file", bench.image).uri, timeout_s=0.9)
@@ -299,6 +303,7 @@ def test_a_request_without_an_answer(bench: Bench) -> None:
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
 
 
+@pytest.mark.alone
 def test_an_answer_that_never_ends(bench: Bench) -> None:
     """Something comes all the time: that is good for so long, and no longer."""
     bench.attach(bench.odd("drips").uri, timeout_s=1.2)
@@ -316,6 +321,7 @@ def test_what_is_no_reply(bench: Bench) -> None:
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
 
 
+@pytest.mark.alone
 def test_back_off(bench: Bench) -> None:
     """A server that takes connections and breaks each of them is asked less and less often."""
     server = bench.odd("babbles")

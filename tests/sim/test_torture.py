@@ -52,6 +52,7 @@ def test_fresh_worlds(kind: Kind) -> None:
 
 
 @pytest.mark.release_only
+@pytest.mark.alone
 def test_ten_thousand_requests_a_second() -> None:
     """Crashes and reopens included, on one core, by its own clock."""
     tally = torture(1, requests=400_000, jobs=1)

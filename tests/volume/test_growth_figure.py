@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 import growth
 from machine import CannotMeasure
 
-pytestmark = [pytest.mark.slow, pytest.mark.release_only]
+pytestmark = [pytest.mark.slow, pytest.mark.release_only, pytest.mark.alone]
 
 MIB = 1 << 20
 GIB = 1 << 30
