@@ -4,7 +4,7 @@ What protects what:
 
 - Every claim holds an OFD lock on the file or device node. A writer's transfers go through the claim's own open file (`descriptor`):
   the kernel keeps that open until the last operation of a killed process has ended, and the claim with it. So no write of a dead
-  owner can land under a new one; who comes meanwhile waits a moment.
+  owner can land under a new one (rule R35 of docs/durability.md); who comes meanwhile waits as long as that takes.
   A WRITER's is exclusive; a READER's is shared, so that several read-only opens coexist, but none beside a writer, whose metadata moves.
   The lock belongs to the inode: a second path to it (symbolic or hard link) meets the same lock. QEMU's own image locks lie in its range.
 - A WRITER of a block device also holds it open with O_EXCL: the kernel then refuses mounts, swap, device-mapper and md, and other writers
@@ -15,10 +15,10 @@ What protects what:
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import fcntl
+import logging
 import os
 import re
 import stat
@@ -28,13 +28,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from fvd.device.holders import Holder, has_identity, holders_of, kernel_is_at_work, list_folder, read_text
 from fvd.device.node import Identity, Node, check_kind, identity_of, typed_error, typed_errors
 from fvd.errors import InUse, PermissionDenied, Unsupported
 
 _F_OFD_SETLK = 37
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")  # struct flock on 64-bit Linux: type, whence, start, length, pid
 _READER_RETRIES = 50
-_GHOST_SECONDS = 5.0  # how long a killed process's operations may keep its claim before we call it in use
+_GHOST_SECONDS = 5.0  # how long a claim that nobody can be seen to hold is waited for while nothing is under way
+_TELL_SECONDS = 3.0  # whoever waits longer is told what for
+_FIRST_PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 0.2
+
+log = logging.getLogger(__name__)
 
 
 class Ownership(enum.Enum):
@@ -74,23 +80,40 @@ class Claim:
 
 
 def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER) -> Claim:
-    """Claims a regular file or block device. Waits for no process, and at most 5 s for what a killed one left under way in the kernel.
+    """Claims a regular file or block device. Waits for no living process.
 
+    For a dying one that holds it, and for what the kernel still does for a dead one, it waits as long as these take, and logs it after a
+    few seconds; where neither can be seen, 5 s. An interruption leaves nothing behind.
     Raises InUse (naming the mount, holder or process where it can be known), NotFound, PermissionDenied, Unsupported.
     """
     name = os.fspath(path)
-    deadline = time.monotonic() + _GHOST_SECONDS
+    began = time.monotonic()
+    waited_seconds, pause_seconds, told = 0.0, _FIRST_PAUSE_SECONDS, False
+    quiet_since = None  # the last look at which nobody was seen and nothing was under way
     while True:
         try:
             return _claim_now(name, ownership)
-        except _NobodyKnown:
-            if time.monotonic() >= deadline:
+        except _Leaving as leaving:
+            now = time.monotonic()
+            # Only time in which nothing is under way counts: what else the device does must not make us wait for a hidden owner for ever.
+            waited_seconds += 0.0 if quiet_since is None else now - quiet_since
+            quiet_since = None if leaving.is_certain else now
+            if not leaving.is_certain and waited_seconds >= _GHOST_SECONDS:
                 raise
-            time.sleep(0.01)
+            if now - began >= _TELL_SECONDS and not told:
+                told = True
+                log.warning("%s: waiting for %s", name, leaving.awaited)
+        time.sleep(pause_seconds)
+        pause_seconds = min(pause_seconds * 1.1, _LONGEST_PAUSE_SECONDS)
 
 
-class _NobodyKnown(InUse):
-    """Locked, by no process that can be seen: perhaps by the operations of one that was killed."""
+class _Leaving(InUse):
+    """Held by nobody who lives, as far as can be seen: perhaps by a process that is being killed, or by the operations of a dead one."""
+
+    def __init__(self, message: str, awaited: str, is_certain: bool) -> None:
+        super().__init__(message)
+        self.awaited = awaited  # for people
+        self.is_certain = is_certain  # there is something that ends by itself, or never
 
 
 def _claim_now(name: str, ownership: Ownership) -> Claim:
@@ -108,7 +131,7 @@ def _claim_now(name: str, ownership: Ownership) -> Claim:
             if ownership is Ownership.BASE:
                 _refuse_writable_mount(name, status.st_rdev)
             else:
-                fds += _take_device(name, set(fds), ownership, status.st_rdev)
+                fds += _take_device(name, fds[0], ownership, status.st_rdev)
             descriptor = fds[-1]
             fds += _lock_loop_backing(name, ownership, status.st_rdev)
         else:
@@ -143,14 +166,14 @@ def _lock_owner(fd: int, name: str, ownership: Ownership) -> None:
         fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))  # length 0: the whole of it, to whatever it grows
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise _in_use(name, _users(identity_of(os.fstat(fd)), {fd})) from error
+            raise _locked(name, fd) from error
         if ownership is Ownership.BASE and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             return  # a golden image on a file system without locks: nobody could be refused there, nor is anything of ours at stake
         reason = os.strerror(error.errno or 0)
         raise Unsupported(f"{name}: its file system has no file locks ({reason}), so a second writer cannot be refused") from error
 
 
-def _take_device(name: str, ours: set[int], ownership: Ownership, number: int) -> list[int]:
+def _take_device(name: str, ours: int, ownership: Ownership, number: int) -> list[int]:
     """Opens a device with O_EXCL: for a writer to keep, for a reader only to learn that nobody holds it."""
     for last in (*[False] * _READER_RETRIES, True):
         try:
@@ -158,8 +181,10 @@ def _take_device(name: str, ours: set[int], ownership: Ownership, number: int) -
         except OSError as error:
             holders = _holders(number)
             # Another reader's momentary O_EXCL looks the same as an owner; it is gone in microseconds.
-            if last or holders or ownership is Ownership.WRITER:
-                raise _in_use(name, holders or _users(("block", number, 0), ours)) from error
+            if holders:
+                raise InUse(_refusal(name, holders)) from error
+            if last or ownership is Ownership.WRITER:
+                raise _held(name, ours, number) from error
             time.sleep(0.002)
             continue
         if ownership is Ownership.WRITER:
@@ -196,7 +221,7 @@ def _refuse_file_users(name: str, ownership: Ownership, identity: Identity) -> N
             raise InUse(f"{name} is in use: attached to {device}; detach it (losetup -d {device}), or name {device} as the volume")
         for number in _with_partitions(Path(device).stat().st_rdev):
             _refuse_writable_mount(f"{name}, attached to {device},", number)
-    if any(_has_identity(path, identity) for path in _swap_paths()):
+    if any(has_identity(path, identity) for path in _swap_paths()):
         raise InUse(f"{name} is in use: as swap; take it out first (swapoff {name})")
 
 
@@ -209,10 +234,47 @@ def _refuse_writable_mount(name: str, number: int) -> None:
 # --- Who it is ---------------------------------------------------------------------------------------------------------------------
 
 
-def _in_use(name: str, users: list[str]) -> InUse:
+def _refusal(name: str, users: list[str]) -> str:
     if not users:
-        return _NobodyKnown(f"{name} is in use: another process has it open, which only root can name; it must be closed first")
-    return InUse(f"{name} is in use: {', '.join(users)}; it must be closed or unmounted first")
+        return f"{name} is in use: another process has it open, which only root can name; it must be closed first"
+    return f"{name} is in use: {', '.join(users)}; it must be closed or unmounted first"
+
+
+def _locked(name: str, fd: int) -> InUse:
+    """Why the lock on the open file `fd` was refused."""
+    seen = holders_of(identity_of(os.fstat(fd)), {fd})
+    lockers = [holder for holder in seen.found if holder.locks]
+    living = [holder for holder in lockers if not holder.ending]
+    if living:
+        return InUse(_refusal(name, _titles(living)))
+    return _leaving(name, fd, lockers, seen.found, seen.complete)
+
+
+def _held(name: str, fd: int, number: int) -> InUse:
+    """Why O_EXCL was refused, when we hold the lock and no mount or mapping holds the device."""
+    seen = holders_of(("block", number, 0), {fd})
+    living = [holder for holder in seen.found if not holder.ending]
+    # O_EXCL cannot be seen. Whoever only reads is rather udev, which looks at each device that a writer has closed, or had it taken away by
+    # a kill: it stands still as long as the device does, and is gone in a moment otherwise.
+    owners = [holder for holder in living if holder.ours or holder.writes or holder.locks]
+    if owners:
+        return InUse(_refusal(name, _titles(owners)))
+    readers = [holder for holder in living if not holder.stuck]
+    return _leaving(name, fd, [holder for holder in seen.found if holder.ending], seen.found, seen.complete and not readers)
+
+
+def _leaving(name: str, fd: int, ending: list[Holder], found: list[Holder], complete: bool) -> _Leaving:
+    """`complete`: nobody lives who could be the holder, so that what is under way on the device may be what holds it."""
+    message = _refusal(name, _titles(found))
+    if ending:
+        who = ", ".join(holder.title for holder in ending)
+        return _Leaving(message, f"{who}, which is ending, to let go of it", True)
+    under_way = complete and kernel_is_at_work(fd)
+    return _Leaving(message, "the operations that a process which is gone left under way", under_way)
+
+
+def _titles(holders: list[Holder]) -> list[str]:
+    return [f"open in {holder.title}" for holder in holders]
 
 
 def _holders(number: int) -> list[str]:
@@ -220,10 +282,10 @@ def _holders(number: int) -> list[str]:
     found = []
     for device in _with_partitions(number):
         found += [f"mounted on {where}" for where, _ in _mounts(device)]
-        if any(_has_identity(path, ("block", device, 0)) for path in _swap_paths()):
+        if any(has_identity(path, ("block", device, 0)) for path in _swap_paths()):
             found.append("swap")
-        for holder in sorted(_listdir(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/holders"))):
-            title = _read(holder / "dm" / "name").strip()
+        for holder in sorted(list_folder(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/holders"))):
+            title = read_text(holder / "dm" / "name").strip()
             found.append(f"held by {holder.name}{f' ({title})' if title else ''}")
     return found
 
@@ -231,9 +293,9 @@ def _holders(number: int) -> list[str]:
 def _with_partitions(number: int) -> list[int]:
     folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     found = [number]
-    for part in _listdir(folder):
+    for part in list_folder(folder):
         if (part / "partition").exists():
-            major, _, minor = _read(part / "dev").strip().partition(":")
+            major, _, minor = read_text(part / "dev").strip().partition(":")
             if major.isdigit() and minor.isdigit():
                 found.append(os.makedev(int(major), int(minor)))
     return found
@@ -242,16 +304,16 @@ def _with_partitions(number: int) -> list[int]:
 def _mounts(number: int) -> Iterator[tuple[str, bool]]:
     """Mount points of a device, and whether the file system is writable."""
     wanted = f"{os.major(number)}:{os.minor(number)}"
-    for line in _read(Path("/proc/self/mountinfo")).splitlines():
+    for line in read_text(Path("/proc/self/mountinfo")).splitlines():
         fields = line.split()
         source, options = fields[-2], fields[-1]
         # btrfs and others report a device number of their own: their source tells.
-        if fields[2] == wanted or (source.startswith("/dev/") and _has_identity(_unescape(source), ("block", number, 0))):
+        if fields[2] == wanted or (source.startswith("/dev/") and has_identity(_unescape(source), ("block", number, 0))):
             yield _unescape(fields[4]), "rw" in options.split(",")
 
 
 def _swap_paths() -> list[str]:
-    return [_unescape(line.split()[0]) for line in _read(Path("/proc/swaps")).splitlines()[1:] if line.split()]
+    return [_unescape(line.split()[0]) for line in read_text(Path("/proc/swaps")).splitlines()[1:] if line.split()]
 
 
 def _loops_over(identity: Identity) -> list[str]:
@@ -259,51 +321,15 @@ def _loops_over(identity: Identity) -> list[str]:
     found = []
     for folder in Path("/sys/block").glob("loop*"):
         backing = _loop_backing(folder)
-        if backing is not None and _has_identity(backing, identity):
+        if backing is not None and has_identity(backing, identity):
             found.append(f"/dev/{folder.name}")
     return found
 
 
 def _loop_backing(folder: Path) -> str | None:
     """The path behind a loop device or one of its partitions, from its folder in /sys."""
-    text = _read(folder / "loop" / "backing_file") or _read(folder.resolve().parent / "loop" / "backing_file")
+    text = read_text(folder / "loop" / "backing_file") or read_text(folder.resolve().parent / "loop" / "backing_file")
     return text.removesuffix("\n") or None
-
-
-def _users(identity: Identity, ours: set[int]) -> list[str]:
-    """Processes that hold a lock on `identity`, or failing that have it open, as far as /proc lets us see. Only for messages."""
-    lockers: list[str] = []
-    openers: list[str] = []
-    for process in sorted(_listdir(Path("/proc"))):
-        if not process.name.isdigit():
-            continue
-        mine = int(process.name) == os.getpid()
-        for entry in _listdir(process / "fd"):
-            if (mine and int(entry.name) in ours) or not _has_identity(str(entry), identity):
-                continue
-            title = "this process" if mine else f"process {process.name} ({_read(process / 'comm').strip()})"
-            (lockers if "\nlock:" in _read(process / "fdinfo" / entry.name) else openers).append(f"open in {title}")
-    return list(dict.fromkeys(lockers or openers))
-
-
-def _has_identity(path: str, identity: Identity) -> bool:
-    try:
-        return identity_of(Path(path).stat()) == identity
-    except (OSError, ValueError):
-        return False
-
-
-def _listdir(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _read(path: Path) -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_text()
-    return ""
 
 
 def _unescape(field: str) -> str:

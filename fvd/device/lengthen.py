@@ -15,7 +15,7 @@ class Lengthener:
     def __init__(self, node: Node) -> None:
         self.path = node.path
         with typed_errors("duplicating the descriptor of", node.path):
-            self._fd = os.dup(node.fd)
+            self._fd = os.dup(node.fd)  # R35: the same open file, and no child inherits it
         self._lock = threading.Lock()  # guards the two below; never held across a system call that can block
         self._busy = 0
         self._closed = False

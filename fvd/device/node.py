@@ -248,7 +248,7 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
     """Opens a regular file or block device.
 
     `direct` asks for O_DIRECT; where the file system refuses it the page cache is used and `notice` says so. `sharing`: a descriptor of the
-    same file, opened for the same access, whose open file is used instead of a new one: its locks then last as long as any transfer.
+    same file, opened for the same access, whose open file is used instead of a new one: its locks then last as long as any transfer (R35).
     Raises NotFound, PermissionDenied, Unsupported (a directory, a pipe...), DeviceError.
     """
     name = os.fspath(path)

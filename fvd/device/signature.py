@@ -78,7 +78,8 @@ def _wipefs(target: Node | str | os.PathLike[str], options: list[str], timeout_s
     pass_fds: tuple[int, ...] = ()
     path = os.fspath(name)
     if isinstance(target, Node):
-        # The open descriptor, not the name: the name may lead elsewhere by now.
+        # The open descriptor, not the name: the name may lead elsewhere by now. R35: and it is the claim's, so that the claim lasts as long
+        # as a wipefs that outlives us.
         pass_fds = (target.fd,)
         path = f"/proc/self/fd/{target.fd}"
     try:

@@ -39,7 +39,7 @@ class _Device:
     def __init__(self, path: str) -> None:
         self._claim = claim(path, Ownership.WRITER)
         try:
-            self.node = open_node(path)
+            self.node = open_node(path, sharing=self._claim.descriptor)
             self._claim.check_covers(self.node)
         except BaseException:
             self._claim.close()

@@ -30,7 +30,11 @@ def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extended:
         raise InvalidArgument(f"cannot extend by {by_bytes} bytes; name a size above 0")
     volume = parse_name(name)
     provider = provider_for(volume)
-    with provider.attach(volume) as place, claim(place.path, Ownership.WRITER) as held, open_node(place.path) as node:
+    with (
+        provider.attach(volume) as place,
+        claim(place.path, Ownership.WRITER) as held,
+        open_node(place.path, sharing=held.descriptor) as node,
+    ):
         held.check_covers(node)
         geometry = read_superblock(node).geometry
         storage = place.storage(node)

@@ -52,7 +52,7 @@ class _File:
         self._published = False
         self._claim = _create_claimed(self._path, self._target, size_bytes, name)
         try:
-            self.node = open_node(self._path)
+            self.node = open_node(self._path, sharing=self._claim.descriptor)
             self._claim.check_covers(self.node)
         except BaseException:
             names.remove(self._path)

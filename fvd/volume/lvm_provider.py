@@ -188,7 +188,7 @@ class BuiltVolume:
             _switch_on(lvm, volume, name, share)
             share.arrived()
             self._claim = claim(name.path, Ownership.WRITER)
-            self.node = open_node(name.path)
+            self.node = open_node(name.path, sharing=self._claim.descriptor)
         except BaseException:
             if self._claim is not None:
                 self._claim.close()

@@ -135,6 +135,7 @@ def open_volume(
         path = place.path
         held = claim(path, Ownership.READER if read_only else Ownership.WRITER)
         undo.callback(held.close)
+        # R35: transfers go through the open file that holds the claim, which a killed process's last operation keeps open.
         node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor)
         undo.callback(node.close)
         held.check_covers(node)

@@ -24,7 +24,7 @@ def remove(name: str | VolumeName) -> bool:
     if provider.presence(volume) is Presence.ABSENT:
         return False
     with provider.attach(volume) as place:
-        with claim(place.path, Ownership.WRITER) as held, open_node(place.path) as node:
+        with claim(place.path, Ownership.WRITER) as held, open_node(place.path, sharing=held.descriptor) as node:
             held.check_covers(node)
             found = state_of(node)
             if isinstance(found, Unsupported):

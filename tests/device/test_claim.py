@@ -14,6 +14,7 @@ from loops import loop_device, mounted, run, sparse
 
 from fvd.device import claim as claim_module
 from fvd.device.claim import Ownership, claim
+from fvd.device.holders import Holders
 from fvd.device.node import create_file, open_node
 from fvd.errors import InUse, NotFound, Unsupported
 
@@ -237,7 +238,7 @@ def test_a_ghost_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "disk"
     create_file(path, MIB)
     ghost = claim(path)
-    monkeypatch.setattr(claim_module, "_users", lambda identity, ours: [])
+    monkeypatch.setattr(claim_module, "holders_of", lambda identity, ours: Holders([], complete=False))
     waited: list[float] = []
 
     def sleep(seconds: float) -> None:

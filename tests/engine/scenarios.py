@@ -215,6 +215,7 @@ FAULTS_ONCE_FOUND = (
     durable_write_under_way_at_a_failed_flush,
 )
 
+
 def zeroing_that_lands_late() -> None:
     """R18: what is written into a new chunk while the device still zeroes it would be zeros afterwards."""
     stage = Stage(zero_chunks=True)
