@@ -6,8 +6,11 @@ FVD_TEST_BUILD=release (default) is the tree itself; checked is the copy in buil
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,13 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     path.chmod(0o700)
     monkeypatch.setenv("FVD_RUNTIME_DIR", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def pending_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The logs of a test's disks: in memory, and gone with the test."""
+    above = Path(tempfile.mkdtemp(prefix="fvd-test-", dir="/dev/shm"))
+    path = above / "pending"
+    monkeypatch.setenv("FVD_PENDING_DIR", str(path))
+    yield path
+    shutil.rmtree(above, ignore_errors=True)

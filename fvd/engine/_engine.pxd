@@ -169,6 +169,28 @@ cdef struct Delta:              # open-addressing hash of changes
     uint64_t words
     uint64_t entries
 
+cdef struct LogRecord:          # of the pending log: an entry's value as it is now
+    uint64_t key                # kind << 56 | index
+    uint64_t value
+
+cdef struct LogArea:
+    uint64_t base_hash          # of the maps on which its changes build
+    uint64_t count              # records that count
+    uint64_t[6] reserved
+
+cdef struct LogHeader:          # fvd/format/pending.py says what it means; asserted at import
+    uint8_t[64] name
+    uint64_t generation
+    uint64_t capacity           # records in each area
+    uint8_t[432] identity
+    uint64_t epoch              # area `epoch % 2` holds what is open, the other what is frozen
+    uint32_t failed_errno
+    uint32_t acknowledged
+    uint64_t failed_ns
+    uint64_t durability_ops     # flushes and durable writes under way
+    uint64_t[4] reserved
+    LogArea[2] areas
+
 cdef struct Staging:            # one checkpoint write in flight
     uint8_t *buffer
     uint8_t busy
@@ -225,6 +247,11 @@ cdef class Engine:
     cdef bint exhausted
     cdef uint32_t discarding        # slots that are free once their discard has ended
     cdef Drain *retired
+    # the log of what is pending (log.pxi)
+    cdef object log_buffer
+    cdef LogHeader *log             # NULL: there is none
+    cdef LogRecord *log_records     # of the area that is open
+    cdef uint64_t log_next          # records there; those from the area's count on are not published yet
     # pools and lists
     cdef uint32_t op_room, done_room, op_total
     cdef Op **slabs

@@ -39,6 +39,7 @@ class Engine:
         copy_on_read: bool = False,
         copy_limit_bytes: int = ...,
         base_timeout_ns: int = ...,
+        pending_log: memoryview | npt.NDArray[np.uint8] | None = None,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
@@ -50,6 +51,8 @@ class Engine:
         `wake_below_bytes`, `guest_reserve_bytes`: see the properties.
         `align_bytes`: the device's logical block, 512 or 4096. `copy_on_read`: blocks that guests read from the base are saved, with at
         most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old.
+        `pending_log`: writable memory that outlives this process, laid out by fvd.format.pending for these maps: every change of the maps
+        that is in no commit yet is in it before the answer that promises it.
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
@@ -106,6 +109,17 @@ class Engine:
     @property
     def clean(self) -> bool:
         """Whether storage ends with a clean record, as after a proper close."""
+
+    @property
+    def closed_cleanly(self) -> bool:
+        """Whether it was closed and everything that it had is durable on storage."""
+
+    def forget_log(self) -> None:
+        """The memory of the log is let go; only when nothing will be asked of the engine any more."""
+
+    def adopt_changes(self, keys: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> None:
+        """For recovery: these entries of the maps (kind << 56 | number) get these values, to be committed by the next flush. Of an engine
+        that has done nothing else; afterwards it may only be flushed. Raises InvalidArgument; Corrupt: more than a commit can take."""
 
     @property
     def pending_changes(self) -> int:

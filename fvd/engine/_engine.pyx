@@ -3,7 +3,7 @@
 
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
 comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state
-makes no Python object. Its parts: memory.pxi (pools, the pending changes), slots.pxi (which slot a chunk gets), request.pxi (requests,
+makes no Python object. Its parts: memory.pxi (pools, the pending changes), log.pxi (the log of them), slots.pxi (which slot a chunk gets), request.pxi (requests,
 reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi
 (flush, journal, checkpoint, failure, close).
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.format.geometry import Placement
+from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
 
 from fvd cimport _core
 from fvd._core cimport (
@@ -93,12 +94,30 @@ cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: n
 cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails
 
 include "memory.pxi"
+include "log.pxi"
 include "slots.pxi"
 include "request.pxi"
 include "write.pxi"
 include "copy.pxi"
 include "prefetch.pxi"
 include "commit.pxi"
+
+def _check_log_layout():
+    fields = LOG_HEADER.fields
+    cdef LogHeader h
+    cdef LogRecord r
+    mine = {
+        "generation": <char *> &h.generation - <char *> &h, "capacity": <char *> &h.capacity - <char *> &h,
+        "epoch": <char *> &h.epoch - <char *> &h, "failed_errno": <char *> &h.failed_errno - <char *> &h,
+        "acknowledged": <char *> &h.acknowledged - <char *> &h, "failed_ns": <char *> &h.failed_ns - <char *> &h,
+        "durability_ops": <char *> &h.durability_ops - <char *> &h, "areas": <char *> &h.areas[0] - <char *> &h,
+    }
+    theirs = {name: fields[name][1] for name in mine}
+    if mine != theirs or LOG_RECORD.itemsize != sizeof(r) or fields["areas"][0].itemsize != sizeof(h.areas):
+        raise ImportError(f"the log of pending changes differs between fvd.format and fvd.engine: {theirs} and {mine}")
+
+
+_check_log_layout()
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 SEEDED_BUGS = bool(HAS_BUGS)
@@ -140,7 +159,8 @@ cdef class Engine:
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
                  wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
-                 copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000):
+                 copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000,
+                 pending_log=None):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -248,6 +268,8 @@ cdef class Engine:
         self.wake_below_slots = -(-wake_below_bytes // geometry.chunk_size_bytes)
         self.reserve_slots = -(-guest_reserve_bytes // geometry.chunk_size_bytes)
         resize_storage(self, storage_size_bytes)
+        if pending_log is not None and not read_only:
+            log_attach(self, pending_log)
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -588,6 +610,37 @@ cdef class Engine:
     def clean(self):
         """Whether storage ends with a clean record, as after a proper close."""
         return self.clean_on_storage
+
+    @property
+    def closed_cleanly(self):
+        """Whether the engine was closed and nothing of what it had is missing on storage."""
+        return self.closed and self.clean_on_storage and self.failed_errno == 0
+
+    def forget_log(self):
+        """See _engine.pyi."""
+        self.log = NULL
+        self.log_buffer = None
+
+    def adopt_changes(self, const uint64_t[::1] keys, const uint64_t[::1] values):
+        """See _engine.pyi."""
+        cdef Py_ssize_t i
+        cdef uint32_t kind
+        cdef uint64_t index
+        if self.read_only or self.open_requests or changes(&self.open) + changes(&self.frozen) + changes(&self.soft):
+            raise InvalidArgument("changes are adopted by an engine that is writable and has done nothing yet")
+        for i in range(keys.shape[0]):
+            kind = <uint32_t> (keys[i] >> 56)
+            index = keys[i] & 0xFFFFFFFFFFFFFFULL
+            if not ((kind == KIND_BITMAP and index < self.words) or (kind == KIND_TABLE and not self.raw and index < self.chunks)):
+                raise InvalidArgument(f"the maps have no entry of kind {kind} and number {index}")
+            if kind == KIND_BITMAP:
+                delta_note(self, kind, index, self.bitmap[index])
+                self.bitmap[index] = values[i]
+            else:
+                delta_note(self, kind, index, self.table[index])
+                self.table[index] = <uint32_t> values[i]
+        if delta_bytes(&self.open) > self.limit_bytes:
+            raise Corrupt("the changes are more than one commit can take")
 
     @property
     def pending_changes(self):

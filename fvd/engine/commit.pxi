@@ -7,7 +7,7 @@ cdef bint commit_wanted(Engine e) noexcept nogil:
         return True
     if not changed:
         return False
-    return (e.commit_due or e.wait_room.head != NULL or delta_bytes(&e.open) >= e.commit_bytes
+    return (e.commit_due or e.wait_room.head != NULL or delta_bytes(&e.open) >= e.commit_bytes or log_is_half_full(e)
             or (e.wait_slot.head != NULL and e.retired != NULL))
 
 
@@ -46,6 +46,7 @@ cdef int commit_begin(Engine e) except -1 nogil:
             index = (c.key - 1) & 0xFFFFFFFFFFFFFFULL
             c.frozen = e.bitmap[index] if kind == KIND_BITMAP else e.table[index]
             e.new_hash ^= entry_hash(e.uuid_seed, kind, index, c.committed) ^ entry_hash(e.uuid_seed, kind, index, c.frozen)
+        log_freeze(e)
     e.commit_state = COMMIT_FLUSHING
     if BUG(1):
         commit_flushed(e, 0)
@@ -203,6 +204,7 @@ cdef int journal_written(Engine e, int32_t error) except -1 nogil:
     e.durable_commits = e.commits
     e.stat_commits += 1
     mark_dirty(e)
+    log_committed(e)
     delta_clear(&e.frozen)
     if e.frozen.mask > 4095:
         delta_resize(&e.frozen, 1024)      # a burst must not make every later commit walk a large table
@@ -381,6 +383,7 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
     """R10: after a failed flush or metadata write nothing that needs durability succeeds until the disk is opened again."""
     if e.failed_errno == 0:
         e.failed_errno = -error if error < 0 else error
+        log_failed(e)
         e.want |= WANT_EVENT
     list_fail_done(e, &e.flush_now)
     list_fail_done(e, &e.flush_next)

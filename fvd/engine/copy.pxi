@@ -9,13 +9,18 @@ cdef inline bint soft_wanted(Engine e) noexcept nogil:
     """Whether the next commit takes the soft changes along."""
     if changes(&e.soft) == 0:
         return False
-    return e.soft_due or e.closing != NULL or e.wait_room.head != NULL or 4 * delta_bytes(&e.soft) >= e.limit_bytes
+    return (e.soft_due or e.closing != NULL or e.wait_room.head != NULL or 4 * delta_bytes(&e.soft) >= e.limit_bytes
+            or log_is_full_of_soft(e))
 
 
 cdef int soft_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) except -1 nogil:
     """As delta_note, for a change that no flush has to commit. Part of a hard one if there is one."""
     cdef uint64_t key = change_key(kind, index)
-    if delta_find(&e.open, key) != NULL or delta_find(&e.soft, key) != NULL:
+    if delta_find(&e.open, key) != NULL:
+        if not BUG(50):
+            log_touch(e, key)       # R22: a copy, too, changes what is pending
+        return 0
+    if delta_find(&e.soft, key) != NULL:
         return 0
     if changes(&e.soft) == 0:
         e.soft_since_ns = e.now_ns
@@ -31,6 +36,8 @@ cdef int soft_harden(Engine e) except -1 nogil:
     for i in range(e.soft.mask + 1):
         c = &e.soft.cells[i]
         if c.key:
+            if not BUG(54):
+                log_touch(e, c.key)     # R22
             delta_insert(&e.open, <uint32_t> ((c.key - 1) >> 56), (c.key - 1) & 0xFFFFFFFFFFFFFFULL, c.committed)
     delta_clear(&e.soft)
     if e.soft.mask > 4095:

@@ -4,6 +4,8 @@
 
 cdef int done_push(Engine e, Request *r) except -1 nogil:
     cdef Done *out
+    if not BUG(51):
+        log_publish(e)
     if e.done_count == e.done_room:
         out = <Done *> realloc(e.done, 2 * e.done_room * sizeof(Done))
         if out == NULL:

@@ -93,8 +93,8 @@ cdef inline uint64_t change_bytes(uint64_t first, uint64_t last) noexcept nogil:
 
 
 cdef inline bint has_room(Engine e, uint64_t need) noexcept nogil:
-    """Whether the next commit can still take these changes."""
-    return delta_bytes(&e.open) + delta_bytes(&e.soft) + e.reserved_bytes + need <= e.limit_bytes
+    """Whether the next commit, and the log of what is pending, can still take these changes."""
+    return delta_bytes(&e.open) + delta_bytes(&e.soft) + e.reserved_bytes + need <= e.limit_bytes and log_has_room(e, need)
 
 
 cdef int no_slot(Engine e, Request *r) except -1 nogil:

@@ -5,7 +5,8 @@ Pure: the caller reads and writes the pages. What comes from storage may be anyt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
 
@@ -25,6 +26,11 @@ KNOWN_INCOMPATIBLE_FEATURES = 0
 COPY_ON_READ = 1
 PREFETCH = 2
 KNOWN_COMPATIBLE_FEATURES = COPY_ON_READ | PREFETCH
+PENDING_LOG = 1
+POSSIBLE_LOSS = 2
+KNOWN_AUTOCLEAR_FEATURES = PENDING_LOG | POSSIBLE_LOSS
+ID_BYTES = 16
+MAX_LOG_PATH_BYTES = 256
 _U64_END = 1 << 64
 
 SUPERBLOCK = np.dtype(
@@ -56,9 +62,15 @@ SUPERBLOCK = np.dtype(
         ("base_locator_size", "<u4"),
         ("base_size_bytes", "<u8"),
         ("created_seconds", "<u8"),
-        ("reserved_b", "V336"),
+        ("log_boot", f"V{ID_BYTES}"),
+        ("log_host", f"V{ID_BYTES}"),
+        ("loss_seconds", "<u8"),
+        ("loss_reason", "<u4"),
+        ("log_path_size", "<u4"),
+        ("reserved_b", "V288"),
         ("base_locator", f"V{MAX_LOCATOR_BYTES}"),
-        ("reserved_c", "V512"),
+        ("log_path", f"V{MAX_LOG_PATH_BYTES}"),
+        ("reserved_c", "V256"),
     ]
 )
 _CHOSEN = ("virtual_size_bytes", "block_size_bytes", "chunk_size_bytes", "journal_size_bytes", "grow_step_bytes")
@@ -73,6 +85,8 @@ _DERIVED = (
 )
 _FEATURES = ("compatible_features", "incompatible_features", "autoclear_features")
 _RESERVED = ("reserved_a", "reserved_b", "reserved_c")
+_OF_THE_LOG = ("log_boot", "log_host", "log_path_size", "log_path")
+_OF_THE_LOSS = ("loss_seconds", "loss_reason")
 _CHECKSUM_OFFSET = 8
 
 if SUPERBLOCK.itemsize != SUPERBLOCK_BYTES:
@@ -96,6 +110,43 @@ class BaseReference:
 
 
 @dataclass(frozen=True, slots=True)
+class LogRecord:
+    """That the disk is open for writing, or was when its server died: where the log of its pending changes is. Raises InvalidArgument."""
+
+    boot: bytes  # of the kernel that keeps the log
+    host: bytes
+    path: str  # "": none could be made
+
+    def __post_init__(self) -> None:
+        if len(self.boot) != ID_BYTES or len(self.host) != ID_BYTES:
+            raise InvalidArgument(f"a boot and a host are known by {ID_BYTES} bytes")
+        if self.path and not (self.path.startswith("/") and self.path.isprintable()):
+            raise InvalidArgument("the log's path is not an absolute one")
+        if len(self.path.encode()) > MAX_LOG_PATH_BYTES:
+            raise InvalidArgument(f"the log's path has more than {MAX_LOG_PATH_BYTES} bytes")
+
+
+class LossReason(IntEnum):
+    """Why acknowledged writes may be gone."""
+
+    FLUSH_FAILED = 1  # and the server died before the disk was opened again
+    FLUSH_UNHEARD = 2  # a flush was under way when the server died: whether the device failed it nobody heard
+    LOG_MISSING = 3  # or not believed: the disk was opened without it, as somebody asked
+
+
+@dataclass(frozen=True, slots=True)
+class PossibleLoss:
+    """That acknowledged writes may be gone, until an administrator says that it was seen. Raises InvalidArgument."""
+
+    seconds: int  # Unix time of the open that found it
+    reason: LossReason
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seconds < _U64_END:
+            raise InvalidArgument(f"the time {self.seconds} does not fit in 64 bits")
+
+
+@dataclass(frozen=True, slots=True)
 class Superblock:
     """What a disk is. Raises InvalidArgument."""
 
@@ -107,8 +158,13 @@ class Superblock:
     compatible_features: int = 0
     incompatible_features: int = 0
     autoclear_features: int = 0
+    log: LogRecord | None = None
+    loss: PossibleLoss | None = None
 
     def __post_init__(self) -> None:
+        said = PENDING_LOG * (self.log is not None) | POSSIBLE_LOSS * (self.loss is not None)
+        if self.autoclear_features & KNOWN_AUTOCLEAR_FEATURES != said:
+            raise InvalidArgument("the autoclear features contradict what the superblock says of the log and of losses")
         if len(self.uuid) != UUID_BYTES:
             raise InvalidArgument(f"a UUID has {UUID_BYTES} bytes, not {len(self.uuid)}")
         if not 1 <= self.generation < _U64_END:
@@ -126,6 +182,11 @@ class Superblock:
     def prefetch(self) -> bool:
         """Whether opens that do not say otherwise copy the whole base in the background."""
         return bool(self.compatible_features & PREFETCH)
+
+    def renewed(self, *, log: LogRecord | None, loss: PossibleLoss | None) -> Superblock:
+        """The next generation, with these records and without autoclear features that are not known: what they vouch for may change."""
+        features = PENDING_LOG * (log is not None) | POSSIBLE_LOSS * (loss is not None)
+        return replace(self, generation=self.generation + 1, autoclear_features=features, log=log, loss=loss)
 
     @property
     def slot(self) -> int:
@@ -156,6 +217,13 @@ def encode(superblock: Superblock) -> bytes:
         row["base_locator_size"] = len(locator)
         row["base_size_bytes"] = superblock.base.size_bytes
         row["base_locator"] = np.void(locator.ljust(MAX_LOCATOR_BYTES, b"\0"))
+    if superblock.log is not None:
+        path = superblock.log.path.encode()
+        row["log_boot"], row["log_host"] = np.void(superblock.log.boot), np.void(superblock.log.host)
+        row["log_path_size"] = len(path)
+        row["log_path"] = np.void(path.ljust(MAX_LOG_PATH_BYTES, b"\0"))
+    if superblock.loss is not None:
+        row["loss_seconds"], row["loss_reason"] = superblock.loss.seconds, int(superblock.loss.reason)
     raw = page.view(np.uint8)
     row["checksum"] = _core.checksum(superblock.uuid, SLOT_OFFSETS_BYTES[superblock.slot], raw, _CHECKSUM_OFFSET)
     encoded = raw.tobytes()
@@ -207,14 +275,39 @@ def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
         generation=int(row["generation"]),
         base=_interpret_base(row),
         created_seconds=int(row["created_seconds"]),
+        log=_interpret_log(row),
+        loss=_interpret_loss(row),
         **{name: int(row[name]) for name in _FEATURES},
     )
     # A feature that this program does not know may have given a meaning to reserved bytes.
-    if not superblock.compatible_features & ~KNOWN_COMPATIBLE_FEATURES | superblock.autoclear_features:
-        for name in _RESERVED:
+    unknown = superblock.compatible_features & ~KNOWN_COMPATIBLE_FEATURES | superblock.autoclear_features & ~KNOWN_AUTOCLEAR_FEATURES
+    if not unknown:
+        of_the_log = () if superblock.log is not None else _OF_THE_LOG
+        of_the_loss = () if superblock.loss is not None else _OF_THE_LOSS
+        for name in (*_RESERVED, *of_the_log, *of_the_loss):
             if any(row[name].tobytes()):
                 raise InvalidArgument(f"{name} is not zero")
     return superblock
+
+
+def _interpret_log(row: np.void) -> LogRecord | None:
+    if not int(row["autoclear_features"]) & PENDING_LOG:
+        return None
+    padded, size = row["log_path"].tobytes(), int(row["log_path_size"])
+    if size > MAX_LOG_PATH_BYTES or any(padded[size:]):
+        raise InvalidArgument(f"log_path_size is {size}, which does not fit the path")
+    try:
+        return LogRecord(row["log_boot"].tobytes(), row["log_host"].tobytes(), padded[:size].decode())
+    except UnicodeDecodeError as error:
+        raise InvalidArgument("the log's path is not UTF-8") from error
+
+
+def _interpret_loss(row: np.void) -> PossibleLoss | None:
+    if not int(row["autoclear_features"]) & POSSIBLE_LOSS:
+        return None
+    if int(row["loss_reason"]) not in tuple(LossReason):
+        raise InvalidArgument(f"loss_reason {int(row['loss_reason'])} does not exist")
+    return PossibleLoss(int(row["loss_seconds"]), LossReason(int(row["loss_reason"])))
 
 
 def _interpret_base(row: np.void) -> BaseReference | None:

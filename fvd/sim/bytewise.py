@@ -17,7 +17,7 @@ from fvd.sim._oracle import Violation
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE, ZERO
 from fvd.sim.shape import draw, draw_zeroing
 from fvd.sim.world import SHAPE, ZEROING, World
-from fvd.volume.loading import recover_disk
+from fvd.volume.recovery import recover_disk
 
 FUA, NO_HOLE = 1, 2
 _PAGE = 4096

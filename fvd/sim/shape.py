@@ -81,6 +81,10 @@ class Shape:
     """The whole base, always, whatever the guest does."""
     copy_limit_bytes: int = 8 << 20
     base_timeout_ns: int = 0
+    log: bool = True
+    """Changes that are pending are in a log that outlives the process."""
+    short_log: bool = False
+    """It has as little room as a log may have."""
     rot: bool = False
     """Metadata is damaged, lost, misplaced and forged where power has failed."""
 
@@ -223,6 +227,12 @@ def draw_zeroing(shape: Shape, dice: Dice) -> None:
         shape.faults = dict(shape.faults) | {"write": 0.05, "zeroing": dice.choice((0.0, 0.3))}
     if not shape.crash_at and dice.random() < 0.2:
         shape.crash_at = "zeroing"
+
+
+def draw_log(shape: Shape, dice: Dice) -> None:
+    """Whether a killed process leaves a log of what was pending. From dice of its own: it changes nothing else."""
+    shape.log = dice.random() < 0.9
+    shape.short_log = dice.random() < 0.4
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fvd.format import pending
+from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
 from fvd.sim._base import base_content
 from fvd.sim._device import SimulatedDevice
@@ -18,20 +20,33 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_copying, draw_placement, draw_zeroing
+from fvd.sim.shape import Shape, draw, draw_copying, draw_log, draw_placement, draw_zeroing
 from fvd.volume.check import check_node
-from fvd.volume.loading import LoadedDisk, recover_disk
+from fvd.volume.loading import LoadedDisk
 from fvd.volume.name import VolumeName, parse_name
+from fvd.volume.pending import FoundLog
 from fvd.volume.provision import write_disk
+from fvd.volume.recovery import recover_disk
 from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 WANT_GROWTH, WANT_EVENT = 1, 2
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING = range(1, 8)  # streams of a seed
+LOG = 20
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
 NAME: VolumeName = parse_name("file:/simulated")
+
+
+class LogInMemory:
+    """The memory of a log (`fvd.volume.pending.LogMemory`)."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.buffer = memoryview(bytearray(size_bytes))
+
+    def close(self) -> None:
+        pass
 
 
 def shape_of(seed: int) -> Shape:
@@ -40,6 +55,7 @@ def shape_of(seed: int) -> Shape:
     draw_copying(shape, Dice(seed, COPYING))
     draw_placement(shape, Dice(seed, PLACEMENT))
     draw_zeroing(shape, Dice(seed, ZEROING))
+    draw_log(shape, Dice(seed, LOG))
     return shape
 
 
@@ -71,6 +87,8 @@ class World:
         write_disk(self.node(), self.superblock)
         self.oracle = Oracle(geometry.virtual_size_bytes, self.shape.base_bytes, self.shape.windows)
         self.requests_before = 0
+        self.log_memory: LogInMemory | None = None  # outlives a killed process, not a power failure
+        self.log_generation = 0
         self.killed = False  # the life before ended so
         # A vast disk's maps are not looked at.
         self.metadata = Metadata(self.device.image, self.superblock, with_maps=self.shape.windows is None, remembering=self.shape.rot)
@@ -99,7 +117,7 @@ class World:
 
     def make_engine(self, *, read_only: bool = False) -> Any:
         """An engine on what the storage holds now, recovered as an open does. Raises FvdError."""
-        disk: LoadedDisk = recover_disk(self.node(), read_only=read_only)
+        disk: LoadedDisk = recover_disk(self.node(), read_only=read_only, found=self.found_log())
         if not read_only and not disk.journal_state.clean and self.device.volatile_blocks:
             raise Violation("a writable open goes on from what a crash may still take back (R13)")
         self.metadata.begin(disk)
@@ -119,7 +137,27 @@ class World:
             copy_on_read=shape.copy_on_read or (shape.copying and not read_only and self.dice.random() < 0.7),
             copy_limit_bytes=shape.copy_limit_bytes,
             base_timeout_ns=shape.base_timeout_ns,
+            pending_log=None if read_only else self.begin_log(disk),
         )
+
+    def found_log(self) -> FoundLog | None:
+        """What the process before has left of the log of its pending changes."""
+        if self.log_memory is None:
+            return None
+        return FoundLog(self.log_memory, pending.read(self.log_memory.buffer, self.geometry, self._log_identity()))
+
+    def begin_log(self, disk: LoadedDisk) -> memoryview | None:
+        """A writable open's log: what was there before is believed no more."""
+        self.log_generation += 1
+        if not self.shape.log:
+            return None
+        capacity = pending.capacity_min(self.geometry) if self.shape.short_log else pending.capacity_for(self.geometry)
+        self.log_memory = LogInMemory(pending.size_bytes(capacity))
+        pending.lay_out(self.log_memory.buffer, capacity, self._log_identity(), disk.journal_state.map_hash)
+        return self.log_memory.buffer
+
+    def _log_identity(self) -> LogIdentity:
+        return LogIdentity(self.superblock.uuid, self.log_generation, bytes(16), bytes(16), "the simulated disk")
 
     def open(self, *, read_only: bool = False) -> None:
         """A new life. Faults come with `start_faults`."""
@@ -305,6 +343,7 @@ class World:
             # A closed disk is durable as a whole, whatever the cache mode.
             self.oracle.end_flush(self.oracle.begin_flush(), True)
         self.say("closed; power fails")
+        self.log_memory = None
         self.device.crash()
         if not failed and not recover_disk(self.node(), read_only=True).journal_state.clean:
             raise Violation("a closed disk is not clean")
@@ -323,6 +362,7 @@ class World:
 
     def cut_power(self) -> None:
         self.say("power fails")
+        self.log_memory = None
         self.device.crash()
         self.player.abandon()
 

@@ -18,7 +18,7 @@ from fvd.format.superblock import Superblock, decode
 from fvd.volume.base import open_base
 from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
 from fvd.volume.name import VolumeName, parse_name
-from fvd.volume.opening import OpenVolume
+from fvd.volume.opening import OpenVolume, recover
 from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import Pages, read_slots, read_superblock, state_of
 from fvd.volume.view import Target, View, look
@@ -57,6 +57,7 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
     ):
         held.check_covers(node)
         report = check_node(node, name, progress=progress)
+        _check_log(node, name, report)
         return report if report.base_released else _check_base(node, report)
 
 
@@ -100,6 +101,23 @@ def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = Non
     meter.add(geometry.journal_size_bytes)
     _count(View(name, superblock, node.size_bytes(), bitmap, table, report.clean, open=False), report)
     return report
+
+
+def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
+    """What a server that died has left: a disk that waits for its log is not clean."""
+    found = state_of(node)
+    if report.errors or not isinstance(found, Superblock) or found.log is None:
+        return
+    report.clean = False
+    try:
+        _, left = recover(node, str(name), read_only=True, discard_pending=False, notices=report.warnings)
+    except FvdError as error:
+        report.errors.append(str(error))
+        return
+    if left.found is not None and not left.found.log.failed_errno:
+        changes = len(left.found.log.latest())
+        if changes:
+            report.warnings.append(f"its server died: {changes} changes of the maps are in the log {left.path}; the next open commits them")
 
 
 def _check_base(node: Node, report: CheckReport) -> CheckReport:

@@ -90,9 +90,11 @@ def _superblock(page: bytes, slot: int) -> dict[str, Any]:
             found[name] = uuid_text(value.tobytes())
         elif name == "checksum" or name.endswith("_features"):
             found[name] = f"{int(value):#x}"
-        elif name == "base_locator":
-            size = min(int(row["base_locator_size"]), len(value.tobytes()))
+        elif name in ("base_locator", "log_path"):
+            size = min(int(row[f"{name}_size"]), len(value.tobytes()))
             found[name] = value.tobytes()[:size].decode(errors="replace")
+        elif name in ("log_boot", "log_host"):
+            found[name] = value.tobytes().hex()
         elif name == "magic":
             found[name] = value.tobytes().decode("latin-1")
         elif not name.startswith("reserved"):

@@ -8,6 +8,7 @@ from fvd.format.locator import BaseFormat
 from fvd.volume.loading import covers_base
 from fvd.volume.name import VolumeKind
 from fvd.volume.opening import OpenVolume
+from fvd.volume.pending import LOSSES
 from fvd.volume.policy import default_low_water_bytes, limit_size_bytes
 from fvd.volume.superblocks import uuid_text
 from fvd.volume.view import Target, View, look
@@ -59,6 +60,9 @@ def info(target: Target | View) -> dict[str, Any]:
         "base": None,
         "clean": view.clean,
         "open": view.open,
+        "possible_loss": None
+        if view.loss is None
+        else {"seconds": view.loss.seconds, "reason": view.loss.reason.name.lower(), "message": LOSSES[view.loss.reason]},
     }
     if superblock.base is not None:
         base = superblock.base
@@ -84,6 +88,7 @@ def _open_info(volume: OpenVolume, low_water_bytes: int) -> dict[str, Any]:
         "cache": volume.cache,
         "on_full": volume.on_full,
         "notices": list(volume.notices),
+        "pending_log": volume.log.record.path if volume.log is not None and volume.log.record.path else None,
         "failed_errno": volume.engine.failed_errno,
         "waiting_writes": volume.engine.waiting_writes,
         "statistics": volume.engine.statistics(),

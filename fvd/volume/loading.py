@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +23,6 @@ from fvd.units import format_size
 from fvd.volume.superblocks import Pages, read_superblock
 
 READ_BYTES = 2 << 20  # a buffer that is used again costs no page faults and stays in the processor's cache
-
-
-class RecoverablePages(Pages, Protocol):
-    """Storage whose cache can be mistrusted."""
-
-    @property
-    def direct(self) -> bool:
-        """Reads come from the device, not from a cache."""
-
-    def forget_cache(self) -> None: ...
 
 
 @dataclass
@@ -54,20 +43,6 @@ class LoadedDisk:
         return self.superblock.geometry
 
 
-def recover_disk(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
-    """The disk as an open may use it. Read-only it writes nothing: replay is in memory. Raises as `load_disk`."""
-    disk = load_disk(node)
-    if read_only or (disk.journal_state.clean and node.direct):
-        return disk
-    make_durable(node)
-    if node.direct:
-        return disk
-    # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean. A disk that was only
-    # overwritten before its process was killed has a clean journal too, so it does not tell.
-    node.forget_cache()
-    return load_disk(node)
-
-
 def covers_base(superblock: Superblock, bitmap: Bitmap) -> bool:
     """Whether every block that the base reaches is in the disk by this bitmap, a committed one: nothing will ever be read from the base
     then. False without a base."""
@@ -76,12 +51,6 @@ def covers_base(superblock: Superblock, bitmap: Bitmap) -> bool:
         return False
     reach_bytes = min(superblock.base.size_bytes, geometry.virtual_size_bytes)
     return _core.bitmap_all(bitmap, 0, ceil_div(reach_bytes, geometry.block_size_bytes))
-
-
-def make_durable(node: Pages) -> None:
-    """R13: what a killed process left may have been read from a cache that power still empties. Were a slot that replay freed used
-    again before the commit that freed it is durable, the older table could come back and show another chunk's data."""
-    node.flush()
 
 
 def load_disk(node: Pages) -> LoadedDisk:

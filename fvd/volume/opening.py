@@ -10,25 +10,29 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from fvd.device import surviving
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Node, open_node
 from fvd.engine._engine import Engine
-from fvd.errors import Corrupt, InvalidArgument, NotFound
+from fvd.errors import Conflict, Corrupt, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
-from fvd.format.superblock import Superblock, decode
+from fvd.format.pending import mark_acknowledged
+from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
+from fvd.volume import pending
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
-from fvd.volume.loading import covers_base, naming, recover_disk
+from fvd.volume.loading import LoadedDisk, covers_base, naming
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, guest_reserve_bytes
 from fvd.volume.prefetching import BaseEvent, Copying, PrefetchOptions
 from fvd.volume.provider import provider_for
+from fvd.volume.recovery import recover_disk
 from fvd.volume.starting import engine_on
-from fvd.volume.superblocks import Pages, read_slots, write_superblock
+from fvd.volume.superblocks import Pages, read_slots, read_superblock, write_superblock
 from fvd.volume.watching import watch_device
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -36,7 +40,6 @@ DIRECT_CACHE_MODES = ("none", "directsync")
 ON_FULL = ("wait", "error")
 SECTOR_BYTES = 512
 MAX_TIMEOUT_S = 1e9
-KNOWN_AUTOCLEAR_FEATURES = 0
 
 
 @dataclass
@@ -60,6 +63,8 @@ class OpenVolume:
     _resources: ExitStack
     base_released: bool = False  # nothing will ever be read from the base again, so it is not open
     copying: Copying | None = None  # None: nothing is ever copied here (read-only, or no base)
+    loss: PossibleLoss | None = None  # acknowledged writes may be gone, and no administrator has said yet that it was seen
+    log: pending.OpenLog | None = None  # None: read-only
     # How who drives the engine lets go of the base's descriptor or connection, in the loop's thread.
     detach_base: Callable[[], None] | None = field(default=None, repr=False)
 
@@ -95,6 +100,14 @@ class OpenVolume:
         finally:
             base.close()
 
+    def acknowledge_loss(self) -> bool:
+        """An administrator has seen that writes may be gone: it is told no more. Lasting once the disk is closed, or its server killed.
+        Returns whether there was anything to see. In the loop's thread."""
+        seen, self.loss = self.loss is not None, None
+        if self.log is not None and self.log.memory is not None:
+            mark_acknowledged(self.log.memory.buffer)
+        return seen
+
     def close(self) -> None:
         """Stops growth, closes descriptors, gives the claim up; again is fine. Does not touch the engine: see the class."""
         self._resources.close()
@@ -113,10 +126,12 @@ def open_volume(
     base_timeout_s: float = TIMEOUT_S,
     prefetch: PrefetchOptions | bool | None = None,
     on_event: Callable[[GrowthEvent | BaseEvent], None] | None = None,
+    discard_pending: bool = False,
     allocator_options: dict[str, Any] | None = None,
 ) -> OpenVolume:
     """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory.
 
+    `discard_pending`: open even if the log of writes that a dead server acknowledged is missing, and do without them.
     `low_water_bytes`: growth begins when less than this is free (default: half a grow step). `on_event` is called in the loop's thread.
     `zero_chunks`: let the device zero a new chunk as a whole, where it can, and write of its blocks only what guests write.
     `copy_on_read`: keep what is read from the base; `prefetch`: copy all of it in the background; None: as the disk was made. A read-only
@@ -139,7 +154,9 @@ def open_volume(
         node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor)
         undo.callback(node.close)
         held.check_covers(node)
-        disk = recover_disk(node, read_only=read_only)
+        notices = [node.notice] if node.notice else []
+        with naming(str(volume)):
+            disk, left = recover(node, str(volume), read_only=read_only, discard_pending=discard_pending, notices=notices)
         if place.size_bytes is not None:
             # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
             disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)
@@ -152,9 +169,11 @@ def open_volume(
                 base = open_base(reference, node.identity, base_timeout_s)
             undo.callback(base.close)
         copies = base is not None and not read_only
-        notices = [node.notice] if node.notice else []
+        loss = loss_after(left, disk.superblock)
+        log = None
         if not read_only:
-            disk.superblock = renew_superblock(node, disk.superblock, notices)
+            disk.superblock, log = begin_generation(node, disk, loss, notices)
+            undo.callback(log.close)
         with naming(str(volume)):
             engine = engine_on(
                 disk,
@@ -171,7 +190,9 @@ def open_volume(
                 guest_reserve_bytes=guest_reserve_bytes(disk.geometry, low_water),
                 discard=discard,
                 zero_chunks=zero_chunks,
+                pending_log=None if log is None or log.memory is None else log.memory.buffer,
             )
+        undo.callback(engine.forget_log)
         allocator = None
         if not read_only:
             allocator = Allocator(
@@ -199,7 +220,11 @@ def open_volume(
             notices=notices,
             _resources=undo,
             base_released=released,
+            loss=loss,
+            log=log,
         )
+        if not read_only:
+            undo.callback(lambda: end_generation(opened))
         if copies:
             opened.copying = _copying(opened, on_event)
             options = _prefetch_options(disk.superblock, prefetch)
@@ -235,17 +260,74 @@ def _prefetch_options(superblock: Superblock, asked: PrefetchOptions | bool | No
     return PrefetchOptions() if wanted else None
 
 
-def renew_superblock(node: Pages, superblock: Superblock, notices: list[str]) -> Superblock:
-    """Clears unknown autoclear bits, for what they vouch for is about to change; and replaces a lost copy while the other is good."""
-    unknown = superblock.autoclear_features & ~KNOWN_AUTOCLEAR_FEATURES
-    lost = _other_copy_is_lost(node, superblock)
-    if not unknown and not lost:
-        return superblock
-    if lost:
+def recover(
+    node: Node, volume: str, *, read_only: bool, discard_pending: bool, notices: list[str]
+) -> tuple[LoadedDisk, pending.Leftover]:
+    """The disk as its last server had it, as far as that can be; and what that one left.
+
+    Raises as `recover_disk`, and Conflict: writes that it had acknowledged would be lost, and nobody has asked for that.
+    """
+    superblock = read_superblock(node)
+    left = pending.find(superblock, surviving.lasting_place(node), surviving.host_id(), surviving.boot_id())
+    try:
+        if left.kind is not pending.Left.MISSING:
+            try:
+                disk = recover_disk(node, read_only=read_only, found=left.found)
+                if words := pending.MEANINGS.get(left.kind):
+                    notices.append(f"{volume}: {words.format(path=left.path)}")
+                return disk, left
+            except pending.NotBelieved as error:
+                left = pending.Leftover(pending.Left.MISSING, problem=str(error), path=left.path)
+        if not read_only and not discard_pending:
+            raise Conflict(pending.REFUSAL.format(path=left.path, problem=left.problem))
+        notices.append(f"{volume}: {pending.LOSSES[LossReason.LOG_MISSING]} ({left.problem})")
+        return recover_disk(node, read_only=read_only), left
+    finally:
+        if left.found is not None:
+            left.found.close()
+
+
+def loss_after(left: pending.Leftover, superblock: Superblock) -> PossibleLoss | None:
+    """Whether acknowledged writes may be gone: by what the last server left, or by what nobody has acknowledged since."""
+    reason = None
+    if left.kind is pending.Left.MISSING:
+        reason = LossReason.LOG_MISSING
+    elif left.found is not None and left.found.log.failed_errno:
+        reason = LossReason.FLUSH_FAILED
+    elif left.found is not None and left.found.log.durability_ops:
+        reason = LossReason.FLUSH_UNHEARD
+    if reason is not None:
+        return PossibleLoss(int(time.time()), reason)
+    return None if left.found is not None and left.found.log.acknowledged else superblock.loss
+
+
+def begin_generation(node: Node, disk: LoadedDisk, loss: PossibleLoss | None, notices: list[str]) -> tuple[Superblock, pending.OpenLog]:
+    """R21: the superblock's next generation, durably, which says where the log of this open is; what was made for earlier ones is
+    believed no more. The log is there before the superblock names it, and the earlier one until then."""
+    superblock = disk.superblock
+    if _other_copy_is_lost(node, superblock):
         notices.append(f"{node.path}: superblock copy {1 - superblock.slot} was damaged or unfinished; it has been written anew")
-    renewed = replace(superblock, generation=superblock.generation + 1, autoclear_features=superblock.autoclear_features & ~unknown)
-    write_superblock(node, renewed)
-    return renewed
+    log = pending.make(superblock, superblock.generation + 1, node, disk.journal_state.map_hash)
+    try:
+        if log.memory is None:
+            notices.append(f"{node.path}: {pending.NO_LOG.format(problem=log.problem)}")
+        renewed = superblock.renewed(log=log.record, loss=loss)
+        write_superblock(node, renewed)
+    except BaseException:
+        log.close()
+        raise
+    pending.remove_others(superblock, node, log.memory)
+    return renewed, log
+
+
+def end_generation(volume: OpenVolume) -> None:
+    """After a clean close the superblock names no log any more, and then the log goes. Else both stay, for the next open."""
+    if volume.log is None or not volume.engine.closed_cleanly:
+        return
+    volume.superblock = volume.superblock.renewed(log=None, loss=volume.loss)
+    write_superblock(volume.node, volume.superblock)
+    if volume.log.memory is not None:
+        volume.log.memory.remove()
 
 
 def _other_copy_is_lost(node: Pages, superblock: Superblock) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 
 from fvd import _core
 from fvd.device.claim import Ownership, claim
-from fvd.device.node import open_node
+from fvd.device.node import Node, open_node
 from fvd.format.geometry import Geometry
 from fvd.format.maps import EMPTY, Bitmap, Table
-from fvd.format.superblock import Superblock
+from fvd.format.superblock import PossibleLoss, Superblock
+from fvd.volume import pending
 from fvd.volume.loading import load_disk
 from fvd.volume.name import VolumeName, parse_name
-from fvd.volume.opening import OpenVolume
+from fvd.volume.opening import OpenVolume, loss_after, recover
 from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import Pages
 
@@ -35,6 +36,8 @@ class View:
     table: Table | None
     clean: bool  # closed properly; always False for one that is open for writing
     open: bool
+    loss: PossibleLoss | None = None  # acknowledged writes may be gone
+    notices: tuple[str, ...] = ()  # what there is to say about how it was left: lines for the user
 
     @property
     def geometry(self) -> Geometry:
@@ -71,6 +74,7 @@ def look(target: Target) -> View:
             table=table,
             clean=target.was_clean and target.read_only,
             open=True,
+            loss=target.loss,
         )
     name = parse_name(target)
     provider = provider_for(name)
@@ -84,6 +88,16 @@ def look(target: Target) -> View:
 
 
 def view_of(name: VolumeName, node: Pages) -> View:
-    """The closed disk in an open node. Raises as `look`."""
-    disk = load_disk(node)
-    return View(name, disk.superblock, disk.storage_size_bytes, disk.bitmap, disk.table, disk.journal_state.clean, open=False)
+    """The closed disk in an open node; one whose server died as that one had it, if its log can be found. Raises as `look`."""
+    notices: list[str] = []
+    if isinstance(node, Node):
+        disk, left = recover(node, str(name), read_only=True, discard_pending=False, notices=notices)
+        loss = loss_after(left, disk.superblock)
+        clean = disk.journal_state.clean and left.kind is pending.Left.NOTHING
+    else:
+        # Of a logical volume that is not active only its bytes are known, not what device it would be.
+        disk = load_disk(node)
+        loss, clean = disk.superblock.loss, disk.journal_state.clean and disk.superblock.log is None
+    return View(
+        name, disk.superblock, disk.storage_size_bytes, disk.bitmap, disk.table, clean, open=False, loss=loss, notices=tuple(notices)
+    )

@@ -14,7 +14,7 @@ from fvd.sim._player import TRIM as REQUEST_TRIM
 from fvd.sim._player import WRITE as REQUEST_WRITE
 from fvd.sim.bytewise import Memory
 from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
-from fvd.volume.loading import recover_disk
+from fvd.volume.recovery import recover_disk
 
 EIO, EINVAL, ENOSPC, EROFS, ESHUTDOWN = 5, 22, 28, 30, 108
 

@@ -1,6 +1,6 @@
 """Rule R13: the server is killed while a commit is readable but not durable, starts again, and then power fails.
 
-The flush itself is in fvd.volume.loading; here the same history is played with it and without it.
+The flush itself is in fvd.volume.recovery; here the same history is played with it and without it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 from fvd.sim._device import WRITE
 from fvd.sim._oracle import Violation
 from fvd.sim.stage import Stage
-from fvd.volume import loading
+from fvd.volume import recovery
 
 
 def kill_restart_write_power_cut() -> None:
@@ -36,6 +36,6 @@ def test_with_the_flush_nothing_is_lost() -> None:
 
 
 def test_without_it_a_durable_write_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "make_durable", lambda node: None)
+    monkeypatch.setattr(recovery, "make_durable", lambda node: None)
     with pytest.raises(Violation):
         kill_restart_write_power_cut()

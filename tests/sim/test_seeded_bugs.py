@@ -24,8 +24,9 @@ from fvd.format.maps import MapKind, check_maps, empty_bitmap, empty_table
 from fvd.sim import world
 from fvd.sim._oracle import Violation
 from fvd.sim.rounds import Outcome, run
-from fvd.volume import loading
-from fvd.volume.loading import LoadedDisk, RecoverablePages, read_map, recover_disk
+from fvd.volume import recovery
+from fvd.volume.loading import LoadedDisk, read_map
+from fvd.volume.recovery import RecoverablePages, recover_disk
 
 COMPILED = (*range(1, 24), *range(26, 32), *range(33, 37))
 BY_SCENARIO_ONLY = (
@@ -61,7 +62,7 @@ def read_only_opens_skip_replay() -> Iterator[None]:
 @contextmanager
 def recovery_flushes_nothing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "make_durable", lambda node: None)
+        patch.setattr(recovery, "make_durable", lambda node: None)
         yield
 
 

@@ -25,10 +25,11 @@ from fvd.sim.sweep import sweep
 from fvd.volume import provision as provision_module
 from fvd.volume import superblocks
 from fvd.volume.check import check_node
-from fvd.volume.loading import load_disk, recover_disk
+from fvd.volume.loading import load_disk
 from fvd.volume.name import parse_name
 from fvd.volume.opening import renew_superblock
 from fvd.volume.provision import write_disk
+from fvd.volume.recovery import recover_disk
 from fvd.volume.sparse_base import runs, zero_blocks
 from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock
 

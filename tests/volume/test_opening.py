@@ -15,13 +15,14 @@ from loops import loop_device, run, sparse
 from disks import MIB, crash, driven, make, start, volume
 from fvd import _core
 from fvd.device import node as node_module
+from fvd.device import surviving
 from fvd.device.claim import claim
 from fvd.device.node import open_node
 from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotFound, Unsupported
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
-from fvd.format.superblock import SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
-from fvd.volume import loading, opening
+from fvd.format.superblock import PENDING_LOG, SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
+from fvd.volume import opening, recovery
 from fvd.volume.opening import CACHE_MODES, open_volume
 from fvd.volume.prefetching import PrefetchOptions
 
@@ -48,12 +49,13 @@ def patch(path: Path, offset: int, data: bytes) -> None:
 def test_a_new_disk(path: Path) -> None:
     made = make(path)
     with open_volume(volume(path)) as disk:
-        assert disk.superblock == made.superblock
+        assert disk.superblock.generation == 3 and disk.superblock.log is not None
+        assert disk.superblock.renewed(log=None, loss=None) == replace(made.superblock, generation=4)
         assert disk.was_clean and not disk.read_only and disk.base is None and disk.notices == []
         assert disk.node.direct and disk.allocator is not None
         assert disk.engine.free_slots == 14 and disk.engine.storage_size_bytes == 16 * MIB
         assert disk.engine.wake_below_bytes == 8 * MIB and disk.engine.guest_reserve_bytes == 4 * MIB
-    assert superblocks(path)[0].generation == 2
+    assert [found.generation for found in superblocks(path)] == [2, 3], "an open that was not closed names its log"
 
 
 @pytest.mark.parametrize("cache", CACHE_MODES)
@@ -105,12 +107,12 @@ def test_a_disk_that_was_not_closed_is_flushed_before_it_is_used(path: Path, mon
     with open_volume(volume(path), read_only=True):
         assert flushed == []
     with open_volume(volume(path)):
-        assert flushed == [str(path)]
+        assert flushed == [str(path)] * 2  # the second: the superblock's
     with driven(path):
         pass
     flushed.clear()
     with open_volume(volume(path)):
-        assert flushed == []  # a closed disk needs none
+        assert flushed == [str(path)]  # a closed disk needs only that
 
 
 def test_what_a_failed_write_back_left_in_the_page_cache_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +122,9 @@ def test_what_a_failed_write_back_left_in_the_page_cache_is_not_believed(path: P
     driver.pwrite(0, b"a" * 4096, fua=True)
     crash(driver)
     steps: list[str] = []
-    forget, load = node_module.Node.forget_cache, loading.load_disk
+    forget, load = node_module.Node.forget_cache, recovery.load_disk
     monkeypatch.setattr(node_module.Node, "forget_cache", lambda node: (steps.append("forget"), forget(node))[1])
-    monkeypatch.setattr(loading, "load_disk", lambda node: (steps.append("load"), load(node))[1])
+    monkeypatch.setattr(recovery, "load_disk", lambda node: (steps.append("load"), load(node))[1])
     with open_volume(volume(path), cache="writeback"):
         assert steps == ["load", "forget", "load"]
     steps.clear()
@@ -218,12 +220,12 @@ def test_a_lost_copy_is_written_anew_by_a_writer(path: Path, slot: int) -> None:
 
 def test_unknown_autoclear_features_are_cleared_by_the_first_writer(path: Path) -> None:
     made = make(path)
-    patch(path, SLOT_OFFSETS_BYTES[1], encode(replace(made.superblock, generation=3, autoclear_features=5)))
+    patch(path, SLOT_OFFSETS_BYTES[1], encode(replace(made.superblock, generation=3, autoclear_features=12)))
     with open_volume(volume(path), read_only=True) as disk:
-        assert disk.superblock.autoclear_features == 5
+        assert disk.superblock.autoclear_features == 12
     assert superblocks(path)[1].generation == 3
     with open_volume(volume(path)) as disk:
-        assert (disk.superblock.generation, disk.superblock.autoclear_features) == (4, 0)
+        assert (disk.superblock.generation, disk.superblock.autoclear_features) == (4, PENDING_LOG)
     assert superblocks(path)[0].generation == 4
 
 
@@ -464,14 +466,16 @@ def test_what_is_trimmed_after_the_base_is_gone_is_zeros_for_good(path: Path, tm
         assert driver.pread(0, MIB) == bytes(MIB)
 
 
-def test_what_a_crash_takes_back_needs_the_base_again(path: Path, tmp_path: Path) -> None:
+def test_what_a_crash_takes_back_needs_the_base_again(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = full(tmp_path / "base")
     make(path, base=base)
     driver = start(path, cache="unsafe")
     driver.pwrite(0, b"mine" * (MIB // 4))
     crash(driver)
+    monkeypatch.setattr(surviving, "boot_id", lambda: b"after the crash!")
     with open_volume(volume(path)) as disk:
         assert not disk.base_released and disk.base is not None
+        assert "restarted" in disk.notices[0]
 
 
 def test_the_base_is_released(path: Path, tmp_path: Path) -> None:
