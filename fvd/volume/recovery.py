@@ -59,7 +59,8 @@ def recover_disk(node: RecoverablePages, *, read_only: bool, found: FoundLog | N
         # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean. A disk that was only
         # overwritten before its process was killed has a clean journal too, so it does not tell.
         node.forget_cache()
-        disk = load_disk(node)
+    # Read anew, direct or not: a write that the dead process was told had failed may land late, but not after this flush.
+    disk = load_disk(node)
     return disk if found is None or found.log.empty else _commit_log(node, disk, found)
 
 
