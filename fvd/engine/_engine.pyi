@@ -98,7 +98,7 @@ class Engine:
     def storage_size_bytes(self) -> int: ...
     @property
     def guest_reserve_bytes(self) -> int:
-        """What copies leave in free slots for the guest, whole slots. Only where the storage cannot hold every chunk: else each has its own."""
+        """What copies leave in free slots for the guest, whole slots. Only where not every chunk has its own place."""
 
     @property
     def wake_below_bytes(self) -> int:

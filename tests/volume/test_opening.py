@@ -129,7 +129,7 @@ def test_what_a_failed_write_back_left_in_the_page_cache_is_not_believed(path: P
         assert steps == ["load", "forget", "load"]
     steps.clear()
     with open_volume(volume(path)):
-        assert steps == ["load"]  # O_DIRECT has no cache to mistrust
+        assert steps == ["load", "load"]  # O_DIRECT has no cache to mistrust; but a late write may have come before the flush
 
 
 def test_read_only_writes_nothing_at_all(path: Path) -> None:

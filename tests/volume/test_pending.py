@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from disks import MIB, crash, driven, make, start, volume
 
+from disks import MIB, crash, driven, make, start, volume
 from fvd.device import surviving
 from fvd.device.node import Node, open_node
 from fvd.errors import Conflict, DeviceError

@@ -385,7 +385,7 @@ def test_dump(path: Path, request: pytest.FixtureRequest) -> None:
     found: dict[str, Any] = dump(volume(path))
     assert json.loads(json.dumps(found)) == found
     first = found["superblocks"][0]
-    assert first["valid"] and first["generation"] == 2 and first["uuid"].replace("-", "") == made.superblock.uuid.hex()
+    assert first["valid"] and first["generation"] == 4 and first["uuid"].replace("-", "") == made.superblock.uuid.hex()
     assert first["virtual_size_bytes"] == 64 * MIB
     assert found["journal"][0]["sequence"] == 1 and found["journal"][-1]["clean"]
     assert [cell["items"] for cell in found["table_cells"]] == [[[5, 0]]]
