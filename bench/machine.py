@@ -92,6 +92,24 @@ def loop_device(size_bytes: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def file_loop_device(size_bytes: int) -> Iterator[str]:
+    """A loop device with direct I/O over a new, sparse file in the folder of temporary files: what it discards becomes holes there."""
+    need("losetup")
+    if os.geteuid() != 0:
+        raise CannotMeasure("loop devices need root")
+    with tempfile.NamedTemporaryFile(prefix="fvd-bench-") as backing:
+        backing.truncate(size_bytes)
+        try:
+            device = output("losetup", "--find", "--show", "--direct-io=on", backing.name)
+        except subprocess.CalledProcessError as error:
+            raise CannotMeasure(f"losetup: {error.stderr.strip()}") from error
+        try:
+            yield device
+        finally:
+            subprocess.run(["losetup", "-d", device], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
 def zeroing_device(size_bytes: int) -> Iterator[str]:
     """A loop device that writes zeros without being sent any: over a written file of ext4, which lies on a `loop_device`."""
     need("mkfs.ext4")

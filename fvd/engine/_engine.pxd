@@ -54,13 +54,15 @@ cdef struct Request:            # one guest request
     Request *next               # in whichever list holds it
     uint32_t kind
     uint32_t flags
-    uint32_t pending            # operations and jobs under way, plus one while it walks or waits
+    uint32_t pending            # operations and jobs under way, plus one while it walks, waits or is paused
     int32_t error
     uint64_t noted_bytes        # a read: everything before it is in the profile, where it is the base's
     uint64_t begun_ns
     uint8_t needs_commit        # FUA that one durable write cannot give
     uint8_t touched_device
     uint8_t met_prefetch        # prefetching was under way when it began
+    uint8_t paused              # it has as much under way as it may, and walks on when half of it has ended
+    uint32_t punched            # chunks that it has made absent since it last let others go on
 
 cdef struct RequestList:
     Request *head
@@ -80,9 +82,10 @@ cdef struct Op:                 # one device operation handed out
     uint64_t offset_bytes
     uint64_t length_bytes
     uint64_t number             # order of issue
+    uint64_t begun_ns           # of a discard
     uint32_t index
     uint32_t generation
-    uint32_t slot               # of a discard
+    uint32_t slot               # the first of a discard
     uint8_t what                # What
     uint8_t target              # OpTarget
     uint8_t is_write
@@ -245,7 +248,14 @@ cdef class Engine:
     cdef uint64_t wake_below_slots  # fewer are free: WANT_GROWTH; whoever grows the storage moves it
     cdef uint64_t reserve_slots     # those that copies leave to the guest
     cdef bint exhausted
-    cdef uint32_t discarding        # slots that are free once their discard has ended
+    cdef uint64_t *to_discard       # slots that wait for a discard: in `used`, and of no chunk; NULL: there never was one
+    cdef uint64_t to_discard_count, discard_cursor, discards_until_ns
+    cdef uint64_t discard_slots     # of one discard, at most
+    cdef uint64_t discard_room      # slots that may be in discards at once: as many as end in time
+    cdef uint64_t discarding_slots, discard_cut
+    cdef uint32_t discarding        # discards in flight: when one has ended its slots are free
+    cdef uint32_t most_discarding, discarding_most
+    cdef uint32_t window            # operations and jobs that one request may have under way
     cdef Drain *retired
     # the log of what is pending (log.pxi)
     cdef object log_buffer
@@ -313,7 +323,7 @@ cdef class Engine:
     # counters
     cdef uint64_t stat_reads, stat_writes, stat_flushes, stat_trims, stat_device_reads, stat_device_writes, stat_device_flushes
     cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes
-    cdef uint64_t stat_zeroed
+    cdef uint64_t stat_zeroed, stat_discards
     cdef uint64_t stat_quiet_requests, stat_quiet_ns, stat_busy_requests, stat_busy_ns, stat_prefetch_reads, stat_prefetch_read_bytes
     cdef uint64_t stat_base_service_ns, stat_copy_writes, stat_copy_write_bytes, stat_copy_service_ns, stat_prefetched_bytes
     cdef uint64_t stat_base_latency_ns, stat_copy_latency_ns, stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot

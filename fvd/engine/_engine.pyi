@@ -40,6 +40,10 @@ class Engine:
         copy_limit_bytes: int = ...,
         base_timeout_ns: int = ...,
         pending_log: memoryview | npt.NDArray[np.uint8] | None = None,
+        most_discards: int = ...,
+        discard_bytes: int = ...,
+        first_discard_bytes: int = ...,
+        request_window: int = ...,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
@@ -53,6 +57,9 @@ class Engine:
         most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old.
         `pending_log`: writable memory that outlives this process, laid out by fvd.format.pending for these maps: every change of the maps
         that is in no commit yet is in it before the answer that promises it.
+        `most_discards`: discards in flight at once, each of at most `discard_bytes` (or one slot), all of them of
+        `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
+        that one request has under way at most. Defaults: docs/engine.md.
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
@@ -81,7 +88,9 @@ class Engine:
         """Copies of the bitmap and the table (None in the raw layout) as the guest sees them now."""
 
     @property
-    def free_slots(self) -> int: ...
+    def free_slots(self) -> int:
+        """Slots that the engine may hand out: free ones, and those that wait for a discard."""
+
     @property
     def capacity_slots(self) -> int: ...
     @property
@@ -98,7 +107,7 @@ class Engine:
     def storage_size_bytes(self) -> int: ...
     @property
     def guest_reserve_bytes(self) -> int:
-        """What copies leave in free slots for the guest, whole slots. Only where not every chunk has its own place."""
+        """What copies leave free for the guest, in whole slots; nothing where the storage holds every chunk, for then each has its own."""
 
     @property
     def wake_below_bytes(self) -> int:

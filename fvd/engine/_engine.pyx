@@ -71,6 +71,7 @@ cdef enum ClosePhase:
     CLOSE_COMMITTING
     CLOSE_CHECKPOINT
     CLOSE_RECORD
+    CLOSE_DISCARDS
 
 cdef enum:
     BUCKETS = 4096
@@ -79,6 +80,11 @@ cdef enum:
     SPARE_BOUNCES = 64
     UNCUT_BYTES = 1 << 18
     MOST_ZEROING = 32               # each holds a thread of the kernel's, and memory if it fails
+    MOST_DISCARDING = 8             # of a disk at once: whoever waits behind discards waits for no more of them
+    DISCARD_BYTES = 32 << 20        # of one discard, or one slot
+    FIRST_DISCARD_BYTES = 1 << 20   # of all in flight, before anything is known of the device
+    WINDOW = 32                     # of 1 MiB of zeros each: as much as the greatest write of NBD clients
+    MOST_PUNCHED = 4096             # chunks that one request makes absent before others have their turn
     BOUNCE_LIMIT_BYTES = 64 << 20
     STAGINGS = 4
     STAGING_PAGES = 64
@@ -91,6 +97,8 @@ cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are commit
 cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL  # those that a crash may take back
 cdef uint64_t RETRY_AFTER_NS = 250000000ULL
 cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
+cdef uint64_t SLOW_DISCARD_NS = 10000000ULL         # longer than a read should wait for one
+cdef uint64_t CLOSE_DISCARDS_NS = 2000000000ULL      # a close begins no discard after this long
 cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails
 
 include "memory.pxi"
@@ -144,7 +152,7 @@ cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:
     e.free_count = 0 if e.raw else capacity - bits_count(e.used, 0, capacity)
     if e.slot_cursor >= capacity:
         e.slot_cursor = 0
-    if not e.raw and not e.read_only and e.free_count < e.wake_below_slots and capacity < e.chunks:
+    if not e.raw and not e.read_only and slots_at_hand(e) < e.wake_below_slots and capacity < e.chunks:
         e.want |= WANT_GROWTH
     return 0
 
@@ -160,7 +168,8 @@ cdef class Engine:
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
                  wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
                  copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000,
-                 pending_log=None):
+                 most_discards=MOST_DISCARDING, discard_bytes=DISCARD_BYTES, first_discard_bytes=FIRST_DISCARD_BYTES,
+                 request_window=WINDOW, pending_log=None):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -182,6 +191,8 @@ cdef class Engine:
         self.words = geometry.bitmap_words
         self.block_shift = geometry.block_size_bytes.bit_length() - 1
         self.chunk_shift = geometry.chunk_size_bytes.bit_length() - 1
+        self.discard_slots = max(1, discard_bytes >> self.chunk_shift)
+        self.discard_room = max(1, first_discard_bytes >> self.chunk_shift)
         self.data_offset = geometry.data_offset_bytes
         self.bitmap_offset = geometry.bitmap_offset_bytes
         self.table_offset = geometry.table_offset_bytes
@@ -195,6 +206,10 @@ cdef class Engine:
         self.write_through = cache_mode in ("writethrough", "directsync")
         self.fail_when_full = on_full == "error"
         self.discard = discard
+        if most_discards < 1 or request_window < 1:
+            raise InvalidArgument("a disk needs at least one discard, and a request one operation, at a time")
+        self.most_discarding = most_discards
+        self.window = request_window
         self.bounce_limit = bounce_limit_bytes
         self.copy_on_read = copy_on_read and self.has_base and not read_only
         self.copy_limit = copy_limit_bytes
@@ -291,6 +306,7 @@ cdef class Engine:
             free(self.staging[i].buffer)
         free(self.zeros)
         free(self.zeroed)
+        free(self.to_discard)
         free(self.journal_buffer)
         free(self.dirty_bitmap)
         free(self.dirty_table)
@@ -445,11 +461,7 @@ cdef class Engine:
         elif op.what == WHAT_MAP_FLUSH:
             checkpoint_end(self, error)
         else:
-            # A discard is advice: its failure loses nothing.
-            self.discarding -= 1
-            slot_give(self, op.slot)
-            if self.wait_slot.head != NULL:
-                list_walk(self, &self.wait_slot)
+            discard_ended(self, &op)
         if self.closing != NULL:
             return close_step(self)
         if self.plan_count and self.prefetch_count < self.prefetch_slots:
@@ -559,7 +571,7 @@ cdef class Engine:
 
     @property
     def free_slots(self):
-        return self.free_count
+        return slots_at_hand(self)
 
     @property
     def capacity_slots(self):
@@ -603,7 +615,7 @@ cdef class Engine:
     @wake_below_bytes.setter
     def wake_below_bytes(self, uint64_t size_bytes):
         self.wake_below_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
-        if not self.raw and not self.read_only and self.free_count < self.wake_below_slots and self.capacity < self.chunks:
+        if not self.raw and not self.read_only and slots_at_hand(self) < self.wake_below_slots and self.capacity < self.chunks:
             self.want |= WANT_GROWTH
 
     @property
@@ -727,7 +739,7 @@ cdef class Engine:
             "device_flushes": self.stat_device_flushes, "base_reads": self.stat_base_reads,
             "commits": self.stat_commits, "journal_writes": self.stat_journal_writes, "checkpoints": self.stat_checkpoints,
             "map_writes": self.stat_map_writes, "allocations": self.stat_allocations, "waited_for_space": self.stat_waited,
-            "zeroed_chunks": self.stat_zeroed,
+            "zeroed_chunks": self.stat_zeroed, "discards": self.stat_discards, "most_discards_in_flight": self.discarding_most,
         }
 
     def leaks(self):
@@ -736,6 +748,7 @@ cdef class Engine:
             "operations": self.inflight_ops, "requests": self.open_requests, "busy_chunks": self.busy_count,
             "bounce_bytes": self.bounce_used, "reserved_journal_bytes": self.reserved_bytes, "drains": int(self.drains != NULL),
             "copies": self.copy_count, "copy_bytes": self.copy_bytes, "retries": int(self.retries != NULL),
+            "discards": 0 if self.closed else self.to_discard_count,    # a close begins those only that do not take long
         }
         return {name: count for name, count in held.items() if count}
 

@@ -419,7 +419,7 @@ cdef int close_step(Engine e) except -1 nogil:
         return commit_begin(e)
     if e.close_phase == CLOSE_COMMITTING:
         if e.clean_on_storage:
-            return close_end(e)
+            return close_discards(e)
         e.close_phase = CLOSE_CHECKPOINT
         return checkpoint_begin(e)
     if e.close_phase == CLOSE_CHECKPOINT:
@@ -427,7 +427,17 @@ cdef int close_step(Engine e) except -1 nogil:
         e.close_phase = CLOSE_RECORD
         memset(e.journal_buffer, 0, PAGE_BYTES)
         return journal_write(e, e.next_sequence, 1, JOURNAL_FLAG_CLEAN)
+    if e.close_phase == CLOSE_RECORD:
+        return close_discards(e)
     return close_end(e)
+
+
+cdef int close_discards(Engine e) except -1 nogil:
+    """Everything is on storage. Slots that still wait for a discard get theirs now, those that do not take long."""
+    e.close_phase = CLOSE_DISCARDS
+    e.discards_until_ns = e.now_ns + CLOSE_DISCARDS_NS
+    discards_begin(e)
+    return 0 if e.inflight_ops else close_end(e)
 
 
 cdef int close_end(Engine e) except -1 nogil:

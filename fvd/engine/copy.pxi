@@ -266,7 +266,7 @@ cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:
     if slot_of(e, chunk) != EMPTY:
         return True
     # Where every chunk has its place nobody takes another's.
-    return e.free_count > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) else 0)
+    return slots_at_hand(e) > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) else 0)
 
 
 cdef inline void no_slot_for_copy(Engine e) noexcept nogil:

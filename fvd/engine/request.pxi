@@ -34,6 +34,14 @@ cdef int done_push(Engine e, Request *r) except -1 nogil:
 cdef int request_release(Engine e, Request *r) except -1 nogil:
     """One thing less to wait for."""
     r.pending -= 1
+    if r.paused:
+        # R34: half of it has ended, so that what follows can be joined.
+        if r.pending > 1 + e.window // 2 or BUG(42):
+            return 0
+        r.paused = 0
+        if r.error:
+            r.cursor = r.end    # no more of what fails
+        return walk(e, r)
     if r.pending:
         return 0
     # R10: a durable write that was under way when a flush failed may have been lost from the page cache with that flush, which took the
@@ -71,6 +79,10 @@ cdef int list_fail(Engine e, RequestList *where, int32_t error) except -1 nogil:
 cdef int walk(Engine e, Request *r) except -1 nogil:
     cdef int going
     while r.cursor < r.end:
+        # R34: however long it is, it takes no more of the device at once.
+        if r.pending > e.window:
+            r.paused = 1
+            return 0
         if r.kind == REQUEST_READ:
             going = read_step(e, r)
         elif r.kind == REQUEST_WRITE:

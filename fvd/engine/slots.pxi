@@ -9,10 +9,15 @@ cdef enum:
     NEARBY_SLOTS = 1 << 16      # how far from its wish: 8 KiB of the map of slots, each way
 
 
-cdef uint64_t slot_append(Engine e) noexcept nogil:
-    """Placement `append`: the next free one upwards, from the start again at the end; or the capacity."""
-    cdef uint64_t slot = bits_find(e.used, e.slot_cursor, e.capacity, False)
-    return slot if slot < e.capacity else bits_find(e.used, 0, e.capacity, False)
+cdef inline uint64_t slots_at_hand(Engine e) noexcept nogil:
+    """Slots that can be handed out now: the free ones, and those that wait for a discard."""
+    return e.free_count + e.to_discard_count
+
+
+cdef uint64_t slot_append(Engine e, uint64_t *among, bint value) noexcept nogil:
+    """Placement `append`: the next one upwards whose bit has this value, from the start again at the end; or the capacity."""
+    cdef uint64_t slot = bits_find(among, e.slot_cursor, e.capacity, value)
+    return slot if slot < e.capacity else bits_find(among, 0, e.capacity, value)
 
 
 cdef inline uint32_t slot_held(Engine e, uint64_t chunk, bint begun) noexcept nogil:
@@ -39,44 +44,119 @@ cdef uint64_t slot_wish(Engine e, uint64_t chunk) noexcept nogil:
     return chunk * e.capacity / e.chunks
 
 
-cdef uint64_t slot_spread(Engine e, uint64_t chunk) noexcept nogil:
-    """Placement `spread`: the free slot that is nearest to the wish; with none nearby, as `append`."""
+cdef uint64_t slot_spread(Engine e, uint64_t chunk, uint64_t *among, bint value) noexcept nogil:
+    """Placement `spread`: the slot with this bit that is nearest to the wish; with none nearby, as `append`."""
     cdef uint64_t wish = slot_wish(e, chunk)
     cdef uint64_t end = min(wish + NEARBY_SLOTS, e.capacity)
     cdef uint64_t first = wish - NEARBY_SLOTS if wish > NEARBY_SLOTS else 0
-    cdef uint64_t above = bits_find(e.used, wish, end, False)
+    cdef uint64_t above = bits_find(among, wish, end, value)
     cdef uint64_t below
     if above == wish:
         return wish
     if above < end and above - wish < wish - first:
         first = wish - (above - wish) + 1   # below it only what is nearer counts
-    below = bits_find_last(e.used, first, wish, False)
+    below = bits_find_last(among, first, wish, value)
     if below < wish:
         return below
-    return above if above < end else slot_append(e)
+    return above if above < end else slot_append(e, among, value)
 
 
 cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
-    """Reserve a free slot for a chunk in memory, or EMPTY."""
+    """Reserve a slot for a chunk in memory, or EMPTY. With none free, one that waits for its discard, which it then does without."""
     cdef uint64_t slot
-    if e.free_count == 0:
+    cdef bint waits = e.free_count == 0
+    cdef uint64_t *among = e.to_discard if waits else e.used
+    if slots_at_hand(e) == 0:
         return EMPTY
-    slot = slot_spread(e, chunk) if e.spread else slot_append(e)
+    slot = slot_spread(e, chunk, among, waits) if e.spread else slot_append(e, among, waits)
     if slot >= e.capacity:
         return EMPTY
-    bits_fill(e.used, slot, slot + 1, True)
-    e.free_count -= 1
+    if not waits:
+        bits_fill(e.used, slot, slot + 1, True)
+        e.free_count -= 1
+    elif not BUG(40):
+        # R32: nobody discards it under its data.
+        bits_fill(e.to_discard, slot, slot + 1, False)
+        e.to_discard_count -= 1
     e.slot_cursor = slot + 1
     if e.slot_cursor >= e.capacity:
         e.slot_cursor = 0
-    if e.free_count < e.wake_below_slots and e.capacity < e.chunks:
+    if slots_at_hand(e) < e.wake_below_slots and e.capacity < e.chunks:
         e.want |= WANT_GROWTH
     return <uint32_t> slot
 
 
-cdef int slot_give(Engine e, uint32_t slot) except -1 nogil:
-    ensure(bit_get(e.used, slot), "a free slot was freed")
-    bits_fill(e.used, slot, <uint64_t> slot + 1, False)
-    if slot < e.capacity:
-        e.free_count += 1
+cdef int slots_give(Engine e, uint64_t first, uint64_t end) except -1 nogil:
+    """[first, end) are free."""
+    ensure(bits_all(e.used, first, end), "a free slot was freed")
+    bits_fill(e.used, first, end, False)
+    if first < e.capacity:
+        e.free_count += min(end, e.capacity) - first
     return 0
+
+
+cdef inline int slot_give(Engine e, uint32_t slot) except -1 nogil:
+    return slots_give(e, slot, <uint64_t> slot + 1)
+
+
+# --- discards -----------------------------------------------------------------------------------------------------
+#
+# A discard tells the device that nothing is to be kept in a slot. It is advice: slots wait for theirs in a bitmap, few discards are in
+# flight at once, neighbours share one, and who needs a slot takes it before its discard. How many slots are in discards at once is learned
+# from how long these take: reads wait for them, on files for each extent that becomes a hole.
+
+cdef int discard_later(Engine e, uint32_t slot) except -1 nogil:
+    """A slot whose free is durable and that nothing touches. It stays in `used`."""
+    if e.to_discard == NULL:
+        e.to_discard = <uint64_t *> calloc(e.chunks // 64 + 1, 8)
+        if e.to_discard == NULL:
+            out_of_memory()
+    bits_fill(e.to_discard, slot, <uint64_t> slot + 1, True)
+    e.to_discard_count += 1
+    return slot_give(e, slot) if BUG(38) else 0
+
+
+cdef int discards_begin(Engine e) except -1 nogil:
+    """R31: as many as may be, each of neighbours that all wait."""
+    cdef uint64_t first, end, most
+    cdef Op *op
+    if e.closing != NULL and (e.close_phase != CLOSE_DISCARDS or e.now_ns >= e.discards_until_ns):
+        return 0
+    while e.to_discard_count and (e.discarding < e.most_discarding and e.discarding_slots < e.discard_room or BUG(37)):
+        most = min(e.discard_slots, max(e.discard_room, e.discarding_slots + 1) - e.discarding_slots)
+        first = bits_find(e.to_discard, e.discard_cursor, e.chunks, True)
+        if first == e.chunks:
+            first = bits_find(e.to_discard, 0, e.chunks, True)
+        end = min(first + most, e.chunks)
+        # R32: what lies between two that wait is somebody's.
+        end = min(end, e.capacity) if BUG(39) else bits_find(e.to_discard, first, end, False)
+        e.to_discard_count -= bits_count(e.to_discard, first, end)
+        bits_fill(e.to_discard, first, end, False)
+        e.discard_cursor = end
+        op = op_issue(e, WHAT_DISCARD, OP_DISCARD, TARGET_STORAGE, e.data_offset + (first << e.chunk_shift),
+                      (end - first) << e.chunk_shift, NULL, False)
+        op.slot = <uint32_t> first
+        op.begun_ns = e.now_ns
+        e.discarding_slots += end - first
+        e.stat_discards += 1
+        e.discarding += 1
+        e.discarding_most = max(e.discarding_most, e.discarding)
+    return 0
+
+
+cdef int discard_ended(Engine e, Op *op) except -1 nogil:
+    """Its slots are free, also if it failed."""
+    cdef uint64_t slots = op.length_bytes >> e.chunk_shift
+    e.discarding -= 1
+    e.discarding_slots -= slots
+    if e.now_ns - op.begun_ns <= SLOW_DISCARD_NS:
+        e.discard_room = min(e.discard_room + slots, e.most_discarding * e.discard_slots)
+    elif op.number > e.discard_cut:
+        # Once for all that are under way.
+        e.discard_room = max(e.discard_room / 2, 1)
+        e.discard_cut = e.op_number
+    if not BUG(38):
+        slots_give(e, op.slot, op.slot + slots)
+    if e.wait_slot.head != NULL:
+        list_walk(e, &e.wait_slot)
+    return discards_begin(e)

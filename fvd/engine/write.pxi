@@ -460,7 +460,7 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
         list_walk(e, &e.wait_bounce)
     if e.wait_room.head != NULL:
         list_walk(e, &e.wait_room)
-    if e.wait_slot.head != NULL and e.free_count:
+    if e.wait_slot.head != NULL and slots_at_hand(e):
         list_walk(e, &e.wait_slot)
     if copy != NULL:
         if filled:
@@ -518,10 +518,20 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
             return 1
     elif bits_none(e.bitmap, first, last):
         r.cursor = end
+        if e.busy_count == 0 and end < r.end:
+            # Nothing is here, nor on its way: on to what is.
+            first = bits_find(e.bitmap, last, ((r.end - 1) >> e.block_shift) + 1, True)
+            r.cursor = max(end, min(r.end, first << e.block_shift))
         return 1
     if e.failed_errno:
         return give_up(r, -EIO)
     need = change_bytes(first, last)
+    if r.punched == MOST_PUNCHED and changes(&e.open):
+        # Enough for one turn, and for one commit: others come first.
+        r.punched = 0
+        list_push(&e.wait_room, r)
+        commit_maybe(e)
+        return 0
     if not has_room(e, need):
         list_push(&e.wait_room, r)
         commit_maybe(e)
@@ -531,6 +541,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     b.exclusive = 1     # a job that joined could map blocks of a slot that this one is about to free
     if e.zeroed != NULL and not BUG(34):
         bits_fill(e.zeroed, chunk, chunk + 1, False)    # R18: what becomes absent leaves its data in the slot
+    r.punched = min(r.punched + 1, <uint32_t> MOST_PUNCHED)
     j = job_new(e, r, b, JOB_PUNCH, first, last)
     j.reserved_bytes = need
     e.reserved_bytes += need
@@ -629,10 +640,9 @@ cdef int drain_note(Engine e, Op *op) except -1 nogil:
 
 
 cdef int retired_check(Engine e) except -1 nogil:
-    """Free the slots whose free is durable and that nothing touches any more."""
+    """Slots whose free is durable and that nothing touches any more are free, or wait for their discard."""
     cdef Drain **link = &e.retired
     cdef Drain *d
-    cdef Op *op
     cdef bint freed = False
     while link[0] != NULL:
         d = link[0]
@@ -641,13 +651,13 @@ cdef int retired_check(Engine e) except -1 nogil:
             continue
         link[0] = d.next
         if e.discard:
-            op = op_issue(e, WHAT_DISCARD, OP_DISCARD, TARGET_STORAGE, d.first_byte, d.end_byte - d.first_byte, NULL, False)
-            op.slot = d.slot
-            e.discarding += 1
+            discard_later(e, d.slot)
         else:
             slot_give(e, d.slot)
-            freed = True
+        freed = True
         free(d)
-    if freed and e.wait_slot.head != NULL:
-        list_walk(e, &e.wait_slot)
-    return 0
+    if not freed:
+        return 0
+    if e.wait_slot.head != NULL:
+        list_walk(e, &e.wait_slot)      # first: they need no discard
+    return discards_begin(e)

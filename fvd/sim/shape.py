@@ -35,6 +35,12 @@ class Shape:
     """Storage beyond the last whole slot, and beyond what the disk can ever need: an extent or a file ends anywhere."""
     bounce_limit_bytes: int = 64 << 20
     low_water_chunks: int = 0
+    most_discards: int = 8
+    """Of them in flight at once, each of at most `discard_bytes`, all of `first_discard_bytes` at first."""
+    discard_bytes: int = 32 << 20
+    first_discard_bytes: int = 256 << 20
+    request_window: int = 32
+    """Operations and jobs that one request has under way at most."""
     discard: bool = False
     zero_chunks: bool = False
     """The engine lets the device zero new chunks."""
@@ -233,6 +239,19 @@ def draw_log(shape: Shape, dice: Dice) -> None:
     """Whether a killed process leaves a log of what was pending. From dice of its own: it changes nothing else."""
     shape.log = dice.random() < 0.9
     shape.short_log = dice.random() < 0.4
+
+
+def draw_bounds(shape: Shape, dice: Dice) -> None:
+    """How much of the device one request and the disk's discards may take at once. From dice of its own: it changes nothing else."""
+    shape.request_window = dice.choice((32, 32, 32, 1, 2, 5))
+    shape.most_discards = dice.choice((1, 1, 2, 8))
+    shape.discard_bytes = dice.choice((1, 2, 3, 32)) * shape.geometry.chunk_size_bytes
+    shape.first_discard_bytes = dice.choice((1, 4, 256)) * shape.geometry.chunk_size_bytes
+    if not shape.discard or dice.random() < 0.5:
+        return
+    # Discards take long: slots gather that wait for theirs.
+    shape.slow = dict(shape.slow) | {"discard": dice.choice((0.5, 0.9))}
+    shape.kinds = dict(shape.kinds) | {"trim": max(shape.kinds.get("trim", 0.0), 0.5)}
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

@@ -20,7 +20,7 @@ from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_copying, draw_log, draw_placement, draw_zeroing
+from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_log, draw_placement, draw_zeroing
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk
 from fvd.volume.name import VolumeName, parse_name
@@ -33,6 +33,7 @@ FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never
 WANT_GROWTH, WANT_EVENT = 1, 2
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING = range(1, 8)  # streams of a seed
 LOG = 20
+BOUNDS = 37
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
@@ -56,6 +57,7 @@ def shape_of(seed: int) -> Shape:
     draw_placement(shape, Dice(seed, PLACEMENT))
     draw_zeroing(shape, Dice(seed, ZEROING))
     draw_log(shape, Dice(seed, LOG))
+    draw_bounds(shape, Dice(seed, BOUNDS))
     return shape
 
 
@@ -138,6 +140,10 @@ class World:
             copy_limit_bytes=shape.copy_limit_bytes,
             base_timeout_ns=shape.base_timeout_ns,
             pending_log=None if read_only else self.begin_log(disk),
+            most_discards=shape.most_discards,
+            discard_bytes=shape.discard_bytes,
+            first_discard_bytes=shape.first_discard_bytes,
+            request_window=shape.request_window,
         )
 
     def found_log(self) -> FoundLog | None:
@@ -323,6 +329,9 @@ class World:
     def _check_leaks(self) -> None:
         if leaks := self.engine.leaks():
             raise Violation(f"leaked: {leaks}")
+        most = self.engine.statistics()["most_discards_in_flight"]
+        if most > self.shape.most_discards:
+            raise Violation(f"{most} discards were in flight at once, {self.shape.most_discards} may be (R31)")
 
     # --- ends of a life -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loops import loop_device, sparse
 
 import fvd
 import fvd.aio
@@ -76,6 +77,26 @@ def test_open_prefetch_and_delete_the_base(volume: str, base: Path) -> None:
         assert disk.prefetch_status().state == "done"
         assert disk.pread(0, len(CONTENT)) == CONTENT
     assert fvd.check(volume).errors == []
+
+
+def test_copies_leave_the_guest_half_of_the_mark_on_a_storage_that_cannot_grow(tmp_path: Path) -> None:
+    """A device of 60 MiB for a disk of 256 MiB over a base of 128: prefetching and copy-on-read stop when 8 of the 16 MiB are left, and the
+    guest has them for its first writes."""
+    base = tmp_path / "large.raw"
+    base.write_bytes(os.urandom(MIB) * 128)
+    with loop_device(sparse(tmp_path / "device", 60 * MIB)) as device:
+        fvd.provision(device, "256M", base=base, base_format="raw", journal_size="1M", grow_step="32M")
+        with fvd.open(device, on_full="error", copy_on_read=True) as disk:
+            disk.prefetch_start()
+            until(lambda: disk.prefetch_status().state == "full", "the end of prefetching")
+            for offset in range(0, 128 * MIB, MIB):
+                disk.pread(offset, MIB)
+            found = disk.info()
+            assert found.mapped_bytes > 30 * MIB and found.free_bytes == 8 * MIB and found.low_water_bytes == 16 * MIB
+            for chunk in range(8):
+                disk.pwrite((200 + chunk) * MIB, b"\x5a" * 65536)
+            with pytest.raises(fvd.NoSpace):
+                disk.pwrite(250 * MIB, b"\x5a" * 65536)
 
 
 def test_copy_on_read_alone(volume: str, base: Path) -> None:

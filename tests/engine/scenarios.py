@@ -284,6 +284,63 @@ def copies_leave_the_guest_its_reserve() -> None:
             stage.now("write", chunk * SECTORS_PER_CHUNK, 8)
 
 
+def a_trimmed_disk(**changes: object) -> Stage:
+    """32 chunks, every second of which is trimmed for good; discards are in flight and wait."""
+    stage = Stage(virtual_size_bytes=32 << 18, discard=True, **changes)
+    for chunk in range(32):
+        stage.now("write", chunk * SECTORS_PER_CHUNK, 8)
+    stage.now("flush")
+    for chunk in range(0, 32, 2):
+        stage.submit("trim", chunk * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
+    stage.submit("flush")
+    stage.finish_all(but=lambda op: op.kind == DISCARD)
+    return stage
+
+
+def many_discards() -> None:
+    """R31: sixteen slots that are no neighbours are freed by one flush."""
+    stage = a_trimmed_disk()
+    for _ in range(16):
+        if len(stage.pending(lambda op: op.kind == DISCARD)) > 8:
+            raise Violation(f"{len(stage.pending())} discards in flight after a flush")
+        stage.finish(*stage.pending()[:1])
+    stage.settle()
+
+
+def slots_wanted_before_their_discard() -> None:
+    """R32: all slots are in use or freed, and the guest writes again before most of what was freed has been discarded."""
+    stage = a_trimmed_disk(most_discards=1)
+    for chunk in range(2, 32, 2):
+        stage.submit("write", chunk * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
+    stage.finish_all(but=lambda op: op.kind == DISCARD)
+    stage.finish_all()
+    for sector in range(SECTORS_PER_CHUNK, 32 * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK):
+        stage.now("read", sector, SECTORS_PER_CHUNK)
+    stage.settle()
+
+
+def discards_beside_what_is_in_use() -> None:
+    """R32: every second slot is discarded, the others hold data."""
+    stage = a_trimmed_disk()
+    stage.finish_all()
+    for chunk in range(1, 32, 2):
+        stage.now("read", chunk * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
+    stage.settle()
+
+
+def a_request_longer_than_its_window() -> None:
+    """R34: zeros for the whole disk, and then everything ends."""
+    stage = Stage(request_window=2)
+    stage.submit("zero", 0, 4 * SECTORS_PER_CHUNK, no_hole=True)
+    while pending := stage.pending():
+        if len(pending) > 2:
+            raise Violation(f"{len(pending)} operations of one request at sector 0 are in flight")
+        stage.finish(pending[-1])
+    if stage.in_flight:
+        raise Violation("a write of zeros to each sector never ends")
+    stage.settle()
+
+
 DIRECTED = {
     3: checkpoint_during_pending_change,
     6: slot_reuse_under_a_read,
@@ -295,5 +352,10 @@ DIRECTED = {
     34: first_write_after_a_trim,
     35: first_write_after_a_failed_one,
     36: zeroing_that_failed,
+    37: many_discards,
+    38: slots_wanted_before_their_discard,
+    39: discards_beside_what_is_in_use,
+    40: slots_wanted_before_their_discard,
     41: copies_leave_the_guest_its_reserve,
+    42: a_request_longer_than_its_window,
 }

@@ -28,7 +28,13 @@ from fvd.volume import recovery
 from fvd.volume.loading import LoadedDisk, read_map
 from fvd.volume.recovery import RecoverablePages, recover_disk
 
-COMPILED = (*range(1, 24), *range(26, 32), *range(33, 37))
+COMPILED = (
+    *range(1, 24),
+    *range(26, 32),
+    *range(33, 37),
+    *range(37, 41),
+    42,
+)
 BY_SCENARIO_ONLY = (
     32,  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash
     41,  # who took a slot is not seen from outside
