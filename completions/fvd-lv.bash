@@ -3,13 +3,13 @@ _fvd_lv() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command= word
     COMPREPLY=()
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in provision|serve|extend|info|attach-info|events|prefetch|copy-on-read|profile|map|check|dump|list|remove|torture) command=$word; break ;; esac
+        case $word in provision|serve|extend|info|attach-info|events|prefetch|copy-on-read|profile|map|check|acknowledge|dump|list|remove|torture) command=$word; break ;; esac
     done
     # Bash splits file:PATH at the colon.
     if [[ $current == : ]]; then current=; previous=:; fi
     if [[ $previous == : ]]; then _fvd_lv_files -f; return; fi
     case $command:$previous in
-        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|prefetch:--output|copy-on-read:--output|profile:--output|map:--output|check:--output|dump:--output|list:--output|remove:--output|torture:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
+        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|prefetch:--output|copy-on-read:--output|profile:--output|map:--output|check:--output|acknowledge:--output|dump:--output|list:--output|remove:--output|torture:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
         provision:--size) :; return ;;
         provision:--base) _fvd_lv_files -f; return ;;
         provision:--base-format) COMPREPLY=($(compgen -W "raw nbd qcow2 qed vmdk vdi vhdx vpc parallels" -- "$current")); return ;;
@@ -55,9 +55,9 @@ _fvd_lv() {
         torture:--script) :; return ;;
     esac
     case $command in
-        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events prefetch copy-on-read profile map check dump list remove torture --help --version --output --verbose" -- "$current")) ;;
+        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events prefetch copy-on-read profile map check acknowledge dump list remove torture --help --version --output --verbose" -- "$current")) ;;
         provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --base-format --copy-on-read --prefetch --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
-        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
+        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;
@@ -67,6 +67,7 @@ _fvd_lv() {
         profile) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --file --seconds" -- "$current")); else case " ${COMP_WORDS[*]:0:COMP_CWORD} " in *" record "*|*" show "*) _fvd_lv_recorded ;; *) COMPREPLY=($(compgen -W "record show" -- "$current")) ;; esac; fi ;;
         map) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --offset --length --picture" -- "$current")); else _fvd_lv_volumes; fi ;;
         check) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        acknowledge) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;
         remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;

@@ -36,6 +36,7 @@ from fvd.api.types import (
     Listed,
     Map,
     OnFull,
+    PossibleLoss,
     PrefetchOptions,
     PrefetchState,
     PrefetchStatus,
@@ -43,7 +44,7 @@ from fvd.api.types import (
     Provisioned,
     SavedProfile,
 )
-from fvd.api.verbs import check, dump, extend, info, map, provision, remove
+from fvd.api.verbs import acknowledge, check, dump, extend, info, map, provision, remove
 from fvd.errors import (
     Conflict,
     Corrupt,
@@ -87,6 +88,7 @@ __all__ = [
     "NotFound",
     "OnFull",
     "PermissionDenied",
+    "PossibleLoss",
     "PrefetchOptions",
     "PrefetchState",
     "PrefetchStatus",
@@ -97,6 +99,7 @@ __all__ = [
     "Served",
     "Timeout",
     "Unsupported",
+    "acknowledge",
     "attach_info",
     "check",
     "dump",

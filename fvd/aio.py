@@ -37,6 +37,7 @@ __all__ = [
     "AsyncDisk",
     "AsyncEvents",
     "AsyncServed",
+    "acknowledge",
     "check",
     "dump",
     "events",
@@ -75,6 +76,7 @@ def _in_thread(verb: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 # Arguments and results are those of the functions of the same name in `fvd`; a `progress` is called in the verb's thread.
 provision = _in_thread(fvd.provision)
 extend = _in_thread(fvd.extend)
+acknowledge = _in_thread(fvd.acknowledge)
 info = _in_thread(fvd.info)
 map = _in_thread(fvd.map)
 check = _in_thread(fvd.check)
@@ -184,6 +186,10 @@ class AsyncServed:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
         return await asyncio.to_thread(self._served.extend, by, volume)
 
+    async def acknowledge(self, volume: str | None = None) -> bool:
+        """An administrator has seen that acknowledged writes may be gone. As `fvd.Served.acknowledge`."""
+        return await asyncio.to_thread(self._served.acknowledge, volume)
+
     async def prefetch_start(
         self,
         volume: str | None = None,
@@ -281,6 +287,10 @@ class AsyncDisk:
     async def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
         return await asyncio.to_thread(self._disk.extend, by)
+
+    async def acknowledge(self) -> bool:
+        """An administrator has seen that acknowledged writes may be gone. As `fvd.Disk.acknowledge`."""
+        return await asyncio.to_thread(self._disk.acknowledge)
 
     async def prefetch_start(
         self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None

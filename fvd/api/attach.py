@@ -185,9 +185,17 @@ def _notes(found: Info, server: dict[str, str], iothread: bool, target: str) -> 
         "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
         "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
         f"libvirt: the name {target} must be free; --target chooses another.",
-        "A server that is killed (not one that is restarted) may lose writes that were acknowledged but not flushed, like a power "
-        "cut, and QEMU does not send them again: serve with --cache writethrough where guests must outlive that.",
     ]
+    if found.pending_log is not None:
+        notes.append(
+            "A server that is killed loses nothing that it had answered, as long as this host runs and serves the disk again; QEMU sends "
+            "again what was not answered."
+        )
+    elif not found.read_only and found.cache not in ("writethrough", "directsync"):
+        notes.append(
+            "This server has no log of pending changes (fvd-lv info says why): if it is killed, writes that it had answered and that were "
+            "not flushed may be lost, and QEMU does not send them again; serve with --cache writethrough where guests must outlive that."
+        )
     if found.base is not None and not found.base_released:
         notes.append(
             f"While data still come from {found.base.path}, a base that does not answer for serve --base-timeout pauses the machine; cont "

@@ -46,6 +46,7 @@ def open(
     copy_on_read: bool | None = None,
     prefetch: PrefetchOptions | bool | None = None,
     base_timeout_s: float = 30.0,
+    discard_pending: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> Disk:
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
@@ -54,8 +55,11 @@ def open(
     ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what was written.
     ``copy_on_read``, ``prefetch``: copy what is read from the base; copy all of it in the background (None: as the disk was provisioned).
     A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then it raises DeviceError.
-    ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends nothing.
-    Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, DeviceError.
+    ``discard_pending``: open a disk whose server died even if the log of what that one had acknowledged is missing, without those writes; a
+    log that is there is used all the same. ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises
+    is logged and ends nothing.
+    Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing), PermissionDenied,
+    InvalidArgument, DeviceError.
     """
     from fvd.volume._driver import drive
     from fvd.volume.name import parse_name
@@ -72,6 +76,7 @@ def open(
         copy_on_read=copy_on_read,
         prefetch=volume_options(prefetch),
         base_timeout_s=base_timeout_s,
+        discard_pending=discard_pending,
         on_event=hub.tell,
     )
     try:
@@ -79,6 +84,7 @@ def open(
         for notice in opened.notices:
             log.warning("%s", notice)
         deliveries = Deliveries([hub], on_event)
+        hub.tell_loss(opened)
         driver = drive(opened, on_failure=lambda: hub.publish("storage_error", opened, storage_failure(opened)))
         return Disk(driver, hub, deliveries)
     except BaseException:
@@ -151,6 +157,11 @@ class Disk:
     def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
         return from_json(Extended, self._verbs.extend(None if by is None else parse_size(by)))
+
+    def acknowledge(self) -> bool:
+        """An administrator has seen that acknowledged writes may be gone (``info().possible_loss``): it is told no more. False: there was
+        nothing to see. Lasting once the disk is closed, and if its process is killed. Raises ReadOnly."""
+        return bool(self._verbs.acknowledge()["acknowledged"])
 
     def prefetch_start(self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None) -> PrefetchStatus:
         """Copy the rest of the base in the background, at most ``rate`` bytes a second (0: no limit), what ``profile`` (a file) names

@@ -36,6 +36,7 @@ STUCK_CALLBACK_SECONDS = 5.0
 
 EventKind = Literal[
     "served",
+    "possible_loss",
     "low_water",
     "extend_started",
     "extend_done",
@@ -57,6 +58,7 @@ EventKind = Literal[
 
 # How much an administrator is told without asking.
 _LEVELS = {
+    "possible_loss": logging.WARNING,
     "extend_failed": logging.WARNING,
     "extend_slow": logging.WARNING,
     "group_low": logging.WARNING,
@@ -294,6 +296,13 @@ class Hub:
                 total_bytes=event.total_bytes,
                 eta_seconds=event.eta_seconds,
             )
+
+    def tell_loss(self, disk: OpenVolume) -> None:
+        """That acknowledged writes may be gone, if that is so and nobody has said yet that it was seen. As `publish`."""
+        if disk.loss is not None:
+            from fvd.volume.pending import LOSSES
+
+            self.publish("possible_loss", disk, LOSSES[disk.loss.reason])
 
     def publish(self, kind: EventKind, disk: OpenVolume, message: str = "", **details: Any) -> None:
         """Something about the disk as it is now. In its loop's thread, or when that has ended."""

@@ -23,7 +23,7 @@ Call = Callable[[Callable[[], Any]], Any]
 
 
 class OpenedVerbs:
-    """info, map, check, extend, and copies from the base, of one open disk. Safe from threads."""
+    """info, map, check, extend, acknowledge, and copies from the base, of one open disk. Safe from threads."""
 
     def __init__(self, disk: OpenVolume, call: Call) -> None:
         self._disk = disk
@@ -59,6 +59,12 @@ class OpenedVerbs:
         before_bytes = disk.engine.storage_size_bytes
         size_bytes = disk.allocator.extend_now(by_bytes).result()
         return {"volume": str(disk.name), "storage_size": size_bytes, "added_bytes": size_bytes - before_bytes}
+
+    def acknowledge(self) -> dict[str, Any]:
+        disk = self._disk
+        if disk.read_only and disk.loss is not None:
+            raise ReadOnly(f"{disk.name} is open read-only; that its writes may be gone can be acknowledged when it is open for writing")
+        return {"volume": str(disk.name), "acknowledged": self._call(disk.acknowledge_loss)}
 
     def prefetch_start(self, delay_s: float = 0.0, rate_bytes: int = 0, profile: str | None = None) -> dict[str, Any]:
         options = copying.checked_options(PrefetchOptions(delay_s, rate_bytes, profile))

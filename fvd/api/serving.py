@@ -56,6 +56,7 @@ def serve(
     copy_on_read: bool | None = None,
     prefetch: PrefetchOptions | bool | None = None,
     base_timeout_s: float = 30.0,
+    discard_pending: bool = False,
     on_end: Callable[[], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Served:
@@ -64,10 +65,12 @@ def serve(
     ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote.
     ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
     disk was provisioned). A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then the guest's request
-    fails. ``on_end`` is called, in the serving thread, when serving has ended for whatever reason. ``on_event`` is called with each event
-    of these disks (docs/events.md), in a thread of its own; what it raises is logged and ends nothing. Notices (no io_uring here, no
-    O_DIRECT...) and failed growth steps are logged as warnings of the logger "fvd".
-    Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied.
+    fails. ``discard_pending``: open a disk whose server died even if the log of what that one had acknowledged is missing, without those
+    writes; a log that is there is used all the same. ``on_end`` is called, in the serving thread, when serving has ended for whatever
+    reason. ``on_event`` is called with each event of these disks (docs/events.md), in a thread of its own; what it raises is logged and
+    ends nothing. Notices (no io_uring here, no O_DIRECT...) and failed growth steps are logged as warnings of the logger "fvd".
+    Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing),
+    PermissionDenied.
     """
     served = Served(
         volumes,
@@ -82,6 +85,7 @@ def serve(
         copy_on_read=copy_on_read,
         prefetch=prefetch,
         base_timeout_s=base_timeout_s,
+        discard_pending=discard_pending,
         on_end=on_end,
         on_event=on_event,
     )
@@ -107,6 +111,7 @@ class Served:
         copy_on_read: bool | None,
         prefetch: PrefetchOptions | bool | None,
         base_timeout_s: float,
+        discard_pending: bool,
         on_end: Callable[[], None] | None,
         on_event: Callable[[Event], None] | None,
     ) -> None:
@@ -126,6 +131,7 @@ class Served:
         self._copy_on_read = copy_on_read
         self._prefetch = volume_options(prefetch)
         self._base_timeout_s = base_timeout_s
+        self._discard_pending = discard_pending
         self._on_end = on_end
         self._on_event = on_event
         self._server: NbdServer | None = None
@@ -159,6 +165,11 @@ class Served:
     def extend(self, by: int | str | None = None, volume: str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
         return from_json(Extended, self._verbs[self._export(volume)].extend(None if by is None else parse_size(by)))
+
+    def acknowledge(self, volume: str | None = None) -> bool:
+        """An administrator has seen that acknowledged writes may be gone: it is told no more. False: there was nothing to see. As
+        `Disk.acknowledge`; raises NotFound too."""
+        return bool(self._verbs[self._export(volume)].acknowledge()["acknowledged"])
 
     def prefetch_start(
         self,
@@ -249,6 +260,7 @@ class Served:
                     copy_on_read=self._copy_on_read,
                     prefetch=self._prefetch,
                     base_timeout_s=self._base_timeout_s,
+                    discard_pending=self._discard_pending,
                     on_event=hub.tell,
                 )
                 undo.callback(disk.close)
@@ -314,6 +326,7 @@ class Served:
         self._begun.add(export_name)
         disk = self._disks[export_name]
         self._hubs[export_name].publish("served", disk, self._server.uri(export_name))
+        self._hubs[export_name].tell_loss(disk)
         self._hubs[export_name].attach(disk)
         if disk.allocator is not None:
             disk.allocator.attach(disk.engine, self._post)
@@ -424,6 +437,7 @@ class Served:
             "map": handler({"offset": int, "length": int}, verbs.map),
             "check": handler({}, verbs.check),
             "extend": handler({"by_bytes": int}, verbs.extend),
+            "acknowledge": handler({}, verbs.acknowledge),
             "prefetch_start": handler({"delay_s": float, "rate_bytes": int, "profile": str}, verbs.prefetch_start),
             "prefetch_stop": handler({}, verbs.prefetch_stop),
             "prefetch_status": handler({}, verbs.prefetch_status),

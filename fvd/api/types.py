@@ -5,7 +5,7 @@ All sizes and offsets are bytes. Fields are only ever added; a removed or change
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 Layout = Literal["compact", "raw"]
@@ -77,8 +77,17 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class PossibleLoss:
+    """That acknowledged writes may be gone, until an administrator says that it was seen."""
+
+    seconds: int  # Unix time of the open that found it
+    reason: str  # flush_failed, flush_unheard, log_missing; of a later version also others
+    message: str  # the same for people
+
+
+@dataclass(frozen=True)
 class Info:
-    """What a disk is and how full. Fields with a default say something only of a disk that is open."""
+    """What a disk is and how full. Fields with a default say something only of a disk that is open, or of one that was not closed well."""
 
     volume: str
     uuid: str
@@ -112,6 +121,11 @@ class Info:
     prefetch_default: bool = False  # whether serving it begins prefetching unless one says otherwise
     prefetch: PrefetchStatus | None = None  # of an open disk that was made over a base
     base_released: bool = False  # everything is in the disk: the base is not needed any more
+    possible_loss: PossibleLoss | None = None  # acknowledged writes may be gone; `acknowledge` says that it was seen
+    pending_log: str | None = None  # by which writes outlive the server; None: none could be made, or it is not open for writing
+    left_open: bool = False  # of a closed disk: its last server died, or has it open on another host
+    pending_changes: int = 0  # of such a disk: what its log holds; the next open commits what is in no commit yet
+    notices: list[str] = field(default_factory=list)  # what is not as it was asked for, or how the disk was left: lines for people
 
 
 @dataclass(frozen=True)
@@ -212,16 +226,17 @@ class Export:
 
 def from_json(kind: type[T], answer: dict[str, Any]) -> T:
     """A dataclass from plain values, which may be those of another version: what is unknown here is left out."""
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in answer.items() if name in known})
 
 
 def info_from_json(answer: dict[str, Any]) -> Info:
-    """An Info with its base and how far it has been copied."""
+    """An Info with its base, how far that has been copied, and what may be lost."""
     found: Info = from_json(Info, answer)
-    base, prefetch = answer.get("base"), answer.get("prefetch")
+    base, prefetch, loss = answer.get("base"), answer.get("prefetch"), answer.get("possible_loss")
     return replace(
         found,
         base=None if base is None else from_json(Base, base),
         prefetch=None if prefetch is None else from_json(PrefetchStatus, prefetch),
+        possible_loss=None if loss is None else from_json(PossibleLoss, loss),
     )

@@ -98,6 +98,21 @@ def extend(volume: str, by: int | str | None = None) -> Extended:
     return Extended(str(grown.name), grown.storage_size_bytes, grown.added_bytes)
 
 
+def acknowledge(volume: str) -> bool:
+    """An administrator has seen that acknowledged writes of a disk may be gone (``info(volume).possible_loss``): it is told no more.
+
+    False: there was nothing to see, which is fine. Raises NotFound, InUse, ReadOnly (served read-only), Conflict (its last server did not
+    close it: serve it first).
+    """
+    from fvd.api import remote
+    from fvd.volume.acknowledging import acknowledge as acknowledge_closed
+    from fvd.volume.name import parse_name
+
+    name = parse_name(volume)
+    answer = remote.ask(name, "acknowledge")
+    return acknowledge_closed(name) if answer is remote.NOT_SERVED else bool(answer["acknowledged"])
+
+
 def info(volume: str) -> Info:
     """What a disk is and how full. Raises NotFound, InUse (someone has it open without serving it)."""
     from fvd.api import remote

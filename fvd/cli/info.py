@@ -48,6 +48,8 @@ def describe_info(found: Info) -> list[str]:
         ("base", f"{found.base.path} ({format_size(found.base.size)}, {found.base.format})" if found.base else "none"),
         *(("" if number else "copies", line) for number, line in enumerate(describe_copies(found))),
         ("state", describe_state(found)),
+        *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(found))),
+        *(("note", line) for line in found.notices),
         ("uuid", found.uuid),
         ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
         *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),
@@ -66,8 +68,27 @@ def describe_growth(found: Info) -> str:
 
 
 def describe_state(found: Info) -> str:
-    clean = "clean" if found.clean else "not clean: the next open replays its journal"
-    return f"served at {found.uri}" if found.uri else clean
+    if found.uri:
+        return f"served at {found.uri}"
+    if found.pending_changes:
+        return (
+            f"not clean: its last server died; the next open commits what it had acknowledged ({found.pending_changes} changes of the maps "
+            "are in its log)"
+        )
+    if found.left_open:
+        return "not clean: its last server did not close it"
+    return "clean" if found.clean else "not clean: the next open replays its journal"
+
+
+def describe_loss(found: Info) -> list[str]:
+    """That acknowledged writes may be gone, and what to do."""
+    loss = found.possible_loss
+    if loss is None:
+        return []
+    if found.left_open:
+        return [loss.message, "serve it, check the guest's data, then acknowledge"]
+    since = datetime.datetime.fromtimestamp(loss.seconds).astimezone().isoformat(" ")
+    return [f"since {since}: {loss.message}", f"check the guest's data; fvd-lv acknowledge {found.volume} when you have seen it"]
 
 
 def describe_copies(found: Info) -> list[str]:

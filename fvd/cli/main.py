@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from fvd import __version__
 from fvd.cli import (
+    acknowledge,
     attach_info,
     check,
     copy_on_read,
@@ -46,6 +47,7 @@ COMMANDS = (
     profile,
     map_volume,
     check,
+    acknowledge,
     dump,
     list_volumes,
     remove,

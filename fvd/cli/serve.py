@@ -21,7 +21,7 @@ EXAMPLES = """\
   fvd-lv serve vg0/vm1 --socket /run/vm1.sock --copy-on-read on --prefetch on --prefetch-rate 50M
 
 Prints one line for each volume when all are ready: its NBD URI. With one volume the empty export name is that volume too.
-Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, which loses nothing that was flushed."""
+Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, and the next open on this host commits what it had acknowledged."""
 
 CACHE_HELP = """as in QEMU. none (default): O_DIRECT, flushed when the guest flushes; writeback: the same through
 the page cache; writethrough, directsync: every write is durable when it is answered, with and without the page cache;
@@ -64,6 +64,12 @@ def register(subparsers: Subparsers) -> None:
         default=30.0,
         help="for so long reads of a base that does not answer are tried again; then they fail, default 30",
     )
+    parser.add_argument(
+        "--discard-pending",
+        action="store_true",
+        help="open a disk even without the writes that a dead server had acknowledged and whose log is missing: they are lost "
+        "(a log that is there is used all the same)",
+    )
     parser.add_argument("--socket-mode", metavar="MODE", type=mode, default="0600", help="permissions of the unix socket, default 0600")
     parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket, by name or number")
 
@@ -71,6 +77,7 @@ def register(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output)
     refuse_options(arguments, arguments.prefetch != "on", ("prefetch_delay", "prefetch_rate", "profile"), "--prefetch on")
+    refuse_options(arguments, arguments.read_only, ("discard_pending",), "serve without --read-only, which is never refused")
     with contextlib.closing(_Stop()) as stop:
         return _serve(arguments, output, stop)
 
@@ -95,6 +102,7 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop) -> int:
         copy_on_read=on_or_off(arguments.copy_on_read),
         prefetch=prefetch_of(arguments),
         base_timeout_s=arguments.base_timeout,
+        discard_pending=arguments.discard_pending,
         socket_mode=arguments.socket_mode,
         socket_group=arguments.socket_group,
         on_end=stop.set,

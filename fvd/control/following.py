@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 VERB = "events"
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
+GONE = "its server has ended without closing the disk; the next open on this host shows all that it had acknowledged, or says why not"
 START_SECONDS = 5.0  # whoever has not answered by then is waited for while others are followed already
 # A server that takes a connection and hangs up (it has too many) is asked again, first at once, then at this distance.
 RETRY_SECONDS = 1.0
@@ -188,7 +189,7 @@ class Follower:
         except (FileNotFoundError, ConnectionRefusedError):
             link.close()
             self._forget(peer)
-            self._tell_gone(peer, "its server has ended without closing the disk; what was flushed is safe, the next open recovers it")
+            self._tell_gone(peer, GONE)
             return False
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):  # it has many to take, or is just ending
             link.close()

@@ -14,11 +14,12 @@ from fvd.errors import Corrupt, DeviceError, FvdError, NotFound, Unsupported
 from fvd.format.geometry import PAGE_BYTES
 from fvd.format.journal import replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
-from fvd.format.superblock import Superblock, decode
+from fvd.format.superblock import PossibleLoss, Superblock, decode
 from fvd.volume.base import open_base
 from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
 from fvd.volume.name import VolumeName, parse_name
-from fvd.volume.opening import OpenVolume, recover
+from fvd.volume.opening import OpenVolume, loss_after, recover
+from fvd.volume.pending import LOSSES, Left
 from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import Pages, read_slots, read_superblock, state_of
 from fvd.volume.view import Target, View, look
@@ -72,6 +73,7 @@ def _check_open(volume: OpenVolume) -> CheckReport:
         report.errors.append(str(error))
     if volume.engine.failed_errno:
         report.errors.append("a flush or journal write failed: writes are refused until the disk is closed and opened again")
+    _tell_loss(volume.loss, report)
     _count(view, report)
     return report
 
@@ -106,11 +108,14 @@ def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = Non
 def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
     """What a server that died has left: a disk that waits for its log is not clean."""
     found = state_of(node)
-    if report.errors or not isinstance(found, Superblock) or found.log is None:
+    if report.errors or not isinstance(found, Superblock):
+        return
+    if found.log is None:
+        _tell_loss(found.loss, report)
         return
     report.clean = False
     try:
-        _, left = recover(node, str(name), read_only=True, discard_pending=False, notices=report.warnings)
+        disk, left = recover(node, str(name), read_only=True, discard_pending=False, notices=report.warnings)
     except FvdError as error:
         report.errors.append(str(error))
         return
@@ -118,6 +123,13 @@ def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
         changes = len(left.found.log.latest())
         if changes:
             report.warnings.append(f"its server died: {changes} changes of the maps are in the log {left.path}; the next open commits them")
+    if left.kind is not Left.MISSING:
+        _tell_loss(loss_after(left, disk.superblock), report)
+
+
+def _tell_loss(loss: PossibleLoss | None, report: CheckReport) -> None:
+    if loss is not None:
+        report.warnings.append(f"{LOSSES[loss.reason]}; fvd-lv acknowledge says that you have seen it")
 
 
 def _check_base(node: Node, report: CheckReport) -> CheckReport:

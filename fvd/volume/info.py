@@ -22,6 +22,7 @@ def info(target: Target | View) -> dict[str, Any]:
     ``mapped_bytes``: storage taken by chunks (compact: slots in use; raw, where every chunk has its slot: present blocks).
     ``base``: ``path`` is its path or URI, ``uri`` is the latter or None; ``copy_on_read`` and ``prefetch`` are what opens do by default;
     ``released``: all of it is in the disk, and it is not opened any more.
+    ``left_open``: of a closed disk: its last server did not close it; ``pending_changes``: what that one's log holds, if it can be read.
     ``present_bytes``: what does not come from the base. ``free_bytes``: slots that the storage has and no chunk has taken.
     """
     view = target if isinstance(target, View) else look(target)
@@ -63,6 +64,10 @@ def info(target: Target | View) -> dict[str, Any]:
         "possible_loss": None
         if view.loss is None
         else {"seconds": view.loss.seconds, "reason": view.loss.reason.name.lower(), "message": LOSSES[view.loss.reason]},
+        "left_open": view.left_open,
+        "pending_changes": view.pending_changes,
+        "pending_log": None,
+        "notices": list(view.notices),
     }
     if superblock.base is not None:
         base = superblock.base

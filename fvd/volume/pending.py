@@ -185,7 +185,7 @@ LOSSES = {
     "flush may be gone",
     LossReason.FLUSH_UNHEARD: "a flush was under way when its last server died, and nobody heard how it ended: if the device failed it, "
     "acknowledged writes are gone",
-    LossReason.LOG_MISSING: "it was opened without the log of what its last server had acknowledged and not committed: "
+    LossReason.LOG_MISSING: "the log of what a server that died had acknowledged and not committed is missing, or not to be believed: "
     "those writes may be gone",
 }
 MEANINGS = {

@@ -37,6 +37,8 @@ class View:
     clean: bool  # closed properly; always False for one that is open for writing
     open: bool
     loss: PossibleLoss | None = None  # acknowledged writes may be gone
+    left_open: bool = False  # closed, but its last server did not close it: it died, or has it open on another host
+    pending_changes: int = 0  # left open: entries of the maps in its log, of which the next open commits what is in no commit yet
     notices: tuple[str, ...] = ()  # what there is to say about how it was left: lines for the user
 
     @property
@@ -90,14 +92,27 @@ def look(target: Target) -> View:
 def view_of(name: VolumeName, node: Pages) -> View:
     """The closed disk in an open node; one whose server died as that one had it, if its log can be found. Raises as `look`."""
     notices: list[str] = []
+    pending_changes = 0
     if isinstance(node, Node):
         disk, left = recover(node, str(name), read_only=True, discard_pending=False, notices=notices)
         loss = loss_after(left, disk.superblock)
-        clean = disk.journal_state.clean and left.kind is pending.Left.NOTHING
+        left_open = left.kind is not pending.Left.NOTHING
+        if left.found is not None and not left.found.log.failed_errno:
+            pending_changes = len(left.found.log.latest())
     else:
         # Of a logical volume that is not active only its bytes are known, not what device it would be.
         disk = load_disk(node)
-        loss, clean = disk.superblock.loss, disk.journal_state.clean and disk.superblock.log is None
+        loss, left_open = disk.superblock.loss, disk.superblock.log is not None
     return View(
-        name, disk.superblock, disk.storage_size_bytes, disk.bitmap, disk.table, clean, open=False, loss=loss, notices=tuple(notices)
+        name=name,
+        superblock=disk.superblock,
+        storage_size_bytes=disk.storage_size_bytes,
+        bitmap=disk.bitmap,
+        table=disk.table,
+        clean=disk.journal_state.clean and not left_open,
+        open=False,
+        loss=loss,
+        left_open=left_open,
+        pending_changes=pending_changes,
+        notices=tuple(notices),
     )

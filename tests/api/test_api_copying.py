@@ -235,6 +235,7 @@ def served_over(disk: FakeDisk) -> tuple[Served, Hub]:
         copy_on_read=None,
         prefetch=None,
         base_timeout_s=30.0,
+        discard_pending=False,
         on_end=None,
         on_event=None,
     )

@@ -19,8 +19,8 @@ from fvd.cli.main import build_parser
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
 COMMANDS = (
-    *("provision", "serve", "extend", "info", "attach-info", "events", "prefetch", "copy-on-read", "profile", "map", "check", "dump"),
-    *("list", "remove", "torture"),
+    *("provision", "serve", "extend", "info", "attach-info", "events", "prefetch", "copy-on-read", "profile", "map", "check"),
+    *("acknowledge", "dump", "list", "remove", "torture"),
 )
 
 pytestmark = pytest.mark.release_only
