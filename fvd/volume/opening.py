@@ -260,9 +260,7 @@ def _prefetch_options(superblock: Superblock, asked: PrefetchOptions | bool | No
     return PrefetchOptions() if wanted else None
 
 
-def recover(
-    node: Node, volume: str, *, read_only: bool, discard_pending: bool, notices: list[str]
-) -> tuple[LoadedDisk, pending.Leftover]:
+def recover(node: Node, volume: str, *, read_only: bool, discard_pending: bool, notices: list[str]) -> tuple[LoadedDisk, pending.Leftover]:
     """The disk as its last server had it, as far as that can be; and what that one left.
 
     Raises as `recover_disk`, and Conflict: writes that it had acknowledged would be lost, and nobody has asked for that.
@@ -321,8 +319,10 @@ def begin_generation(node: Node, disk: LoadedDisk, loss: PossibleLoss | None, no
 
 
 def end_generation(volume: OpenVolume) -> None:
-    """After a clean close the superblock names no log any more, and then the log goes. Else both stay, for the next open."""
-    if volume.log is None or not volume.engine.closed_cleanly:
+    """After a clean close the superblock names no log any more, and then the log goes. Else both stay, for the next open. An open that
+    failed before anything was asked of its engine (an address in use, say) has left the disk as recovery did, durably: it ends alike."""
+    unused = not volume.engine.failed_errno and not any(volume.engine.statistics().values())
+    if volume.log is None or not (volume.engine.closed_cleanly or unused):
         return
     volume.superblock = volume.superblock.renewed(log=None, loss=volume.loss)
     write_superblock(volume.node, volume.superblock)

@@ -12,6 +12,7 @@ from fvd.errors import Conflict, DeviceError, InUse, NotFound
 from fvd.format.superblock import LossReason, PossibleLoss, Superblock
 from fvd.volume import acknowledging
 from fvd.volume.acknowledging import acknowledge
+from fvd.volume.opening import open_volume
 from fvd.volume.superblocks import read_superblock, write_superblock
 
 LOSS = PossibleLoss(1_700_000_000, LossReason.FLUSH_UNHEARD)
@@ -72,6 +73,20 @@ def test_a_write_that_fails_acknowledges_nothing(path: Path, monkeypatch: pytest
     with pytest.raises(DeviceError):
         acknowledge(volume(path))
     assert superblock(path).loss == LOSS
+
+
+def test_an_open_that_nobody_used_leaves_nothing_to_ask_about(path: Path, pending_dir: Path) -> None:
+    """A server that finds its address in use has opened the disk, and drives it never."""
+    open_volume(volume(path)).close()
+    assert superblock(path).log is None and superblock(path).loss == LOSS and list(pending_dir.iterdir()) == []
+    assert acknowledge(volume(path))
+    driver = start(path)
+    driver.pwrite(0, b"A" * 4096)
+    crash(driver)
+    open_volume(volume(path)).close()
+    assert superblock(path).log is None, "what was in the log is committed"
+    with driven(path) as driver:
+        assert driver.pread(0, 1) == b"A"
 
 
 def test_what_is_no_disk(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_a_new_disk(path: Path) -> None:
         assert disk.node.direct and disk.allocator is not None
         assert disk.engine.free_slots == 14 and disk.engine.storage_size_bytes == 16 * MIB
         assert disk.engine.wake_below_bytes == 8 * MIB and disk.engine.guest_reserve_bytes == 4 * MIB
-    assert [found.generation for found in superblocks(path)] == [2, 3], "an open that was not closed names its log"
+        assert [found.generation for found in superblocks(path)] == [2, 3], "an open disk names its log"
+    assert [found.generation for found in superblocks(path)] == [4, 3], "nothing was asked of it: that is as good as a clean close"
 
 
 @pytest.mark.parametrize("cache", CACHE_MODES)
