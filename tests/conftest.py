@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 MARKERS = {
     "slow": "takes long; left out of the checked build's run and of make test-quick",
     "release_only": "about speed, the sources or the tools; says nothing about the checked build",
-    "pure": "pure Python, nothing compiled has a part in it; make test runs it in the release build, make test-long in both",
+    "pure": "about what is pure Python; make test runs it in the release build, make test-long in both",
     "checked_once": "plays on the simulated disk; make test runs it in the checked build, make test-long in both",
     "alone": "measures time or memory; runs with nothing beside it, after everything else",
     "long": "only in make test-long",

@@ -24,6 +24,8 @@ from fvd.api.attach import NODE_NAME_BYTES, RECONNECT_DELAY_SECONDS, AttachInfo,
 from fvd.api.types import Base, Info
 from fvd.errors import InvalidArgument
 
+pytestmark = pytest.mark.pure
+
 FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
 

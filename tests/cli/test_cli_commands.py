@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from fvd_commands import COMMAND, Done
 
+pytestmark = pytest.mark.pure
+
 GIB = 1 << 30
 MIB = 1 << 20
 

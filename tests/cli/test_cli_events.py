@@ -17,6 +17,8 @@ from fvd_commands import COMMAND, Done, Server
 import fvd
 from fvd.cli.events import describe_event
 
+pytestmark = pytest.mark.pure
+
 FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
 

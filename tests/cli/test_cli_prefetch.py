@@ -20,6 +20,8 @@ import fvd
 from fvd.cli import events, info, output, prefetch, profile, serve
 from fvd.cli.main import build_parser
 
+pytestmark = pytest.mark.pure
+
 MIB = 1 << 20
 GIB = 1 << 30
 
