@@ -44,6 +44,7 @@ class Engine:
         discard_bytes: int = ...,
         first_discard_bytes: int = ...,
         request_window: int = ...,
+        commit_limit_bytes: int | None = None,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
@@ -60,6 +61,7 @@ class Engine:
         `most_discards`: discards in flight at once, each of at most `discard_bytes` (or one slot), all of them of
         `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
         that one request has under way at most. Defaults: docs/engine.md.
+        `commit_limit_bytes`: so many bytes of records at most in one commit, where a quarter of the journal would hold more.
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
@@ -95,6 +97,11 @@ class Engine:
     def capacity_slots(self) -> int: ...
     @property
     def used_slots_count(self) -> int: ...
+    @property
+    def lost_slots(self) -> int:
+        """Slots in use that nothing knows of: not the table, no chunk that is about to be mapped, none that is about to be free. At any
+        moment 0, or a bug of ours."""
+
     @property
     def mapped_chunks(self) -> int: ...
     @property

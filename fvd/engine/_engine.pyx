@@ -169,7 +169,7 @@ cdef class Engine:
                  wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
                  copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000,
                  most_discards=MOST_DISCARDING, discard_bytes=DISCARD_BYTES, first_discard_bytes=FIRST_DISCARD_BYTES,
-                 request_window=WINDOW, pending_log=None):
+                 request_window=WINDOW, commit_limit_bytes=None, pending_log=None):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -248,8 +248,10 @@ cdef class Engine:
         self.max_commit_pages = max(1, min(self.journal_pages // 4, 4096))
         self.limit_bytes = self.max_commit_pages * (JOURNAL_RECORDS_BYTES - WORD_RECORD_BYTES)
         self.commit_bytes = max(self.journal_pages // 16, 1) * JOURNAL_RECORDS_BYTES // 2
+        if commit_limit_bytes is not None:
+            self.limit_bytes = min(self.limit_bytes, commit_limit_bytes)
         if change_bytes(0, self.blocks_per_chunk + 63) > self.limit_bytes:
-            raise InvalidArgument("a commit of one whole chunk does not fit in a quarter of the journal")
+            raise InvalidArgument("a commit of one whole chunk does not fit in its limit, or in a quarter of the journal")
 
         self.ops = <DeviceOp *> calloc(256, sizeof(DeviceOp))
         self.done = <Done *> calloc(256, sizeof(Done))
@@ -461,7 +463,7 @@ cdef class Engine:
         elif op.what == WHAT_MAP_FLUSH:
             checkpoint_end(self, error)
         else:
-            discard_ended(self, &op)
+            discard_ended(self, &op, error)
         if self.closing != NULL:
             return close_step(self)
         if self.plan_count and self.prefetch_count < self.prefetch_slots:
@@ -580,6 +582,26 @@ cdef class Engine:
     @property
     def used_slots_count(self):
         return self.chunks if self.raw else bits_count(self.used, 0, self.chunks)
+
+    @property
+    def lost_slots(self):
+        """See _engine.pyi."""
+        cdef int64_t lost = 0
+        cdef Drain *d = self.retired
+        cdef Busy *b
+        if self.raw:
+            return 0
+        lost = <int64_t> bits_count(self.used, 0, self.chunks) - <int64_t> self.mapped_slots
+        lost -= <int64_t> (self.to_discard_count + self.discarding_slots)
+        while d != NULL:
+            lost -= 1
+            d = d.next
+        for i in range(BUCKETS):
+            b = self.buckets[i]
+            while b != NULL:
+                lost -= b.reserved
+                b = b.next
+        return lost
 
     @property
     def mapped_chunks(self):

@@ -74,6 +74,8 @@ cdef int guest_hardens(Engine e, uint64_t chunk, uint64_t first, uint64_t last) 
     for word in range(first >> 6, ((last - 1) >> 6) + 1):
         c = delta_find(&e.soft, change_key(KIND_BITMAP, word))
         if c == NULL:
+            if BUG(75):
+                break
             continue
         mask = ~<uint64_t> 0
         if word == first >> 6:
@@ -82,6 +84,8 @@ cdef int guest_hardens(Engine e, uint64_t chunk, uint64_t first, uint64_t last) 
             mask &= ~<uint64_t> 0 >> (63 - ((last - 1) & 63))
         if ~c.committed & mask:         # others of the word may stay soft
             delta_note(e, KIND_BITMAP, word, e.bitmap[word])
+        if BUG(75):
+            break
     return 0
 
 

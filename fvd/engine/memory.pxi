@@ -331,9 +331,9 @@ cdef inline uint64_t delta_bytes(Delta *d) noexcept nogil:
 cdef inline uint64_t committed_value(Engine e, uint32_t kind, uint64_t index, uint64_t now) noexcept nogil:
     """The committed value of an entry whose value now is `now`."""
     cdef uint64_t key = change_key(kind, index)
-    cdef Change *c = delta_find(&e.frozen, key)
+    cdef Change *c = delta_find(&e.open if BUG(73) else &e.frozen, key)
     if c == NULL:
-        c = delta_find(&e.open, key)
+        c = delta_find(&e.frozen if BUG(73) else &e.open, key)
     if c == NULL and not BUG(28):
         c = delta_find(&e.soft, key)        # R16
     return now if c == NULL else c.committed
@@ -368,7 +368,9 @@ cdef bint is_committed(Engine e, uint64_t chunk, uint64_t first, uint64_t end) n
     cdef uint64_t word
     if e.open.words + e.open.entries + e.frozen.words + e.frozen.entries == 0:
         return True
-    if delta_find(&e.open, change_key(KIND_TABLE, chunk)) != NULL or delta_find(&e.frozen, change_key(KIND_TABLE, chunk)) != NULL:
+    if delta_find(&e.open, change_key(KIND_TABLE, chunk)) != NULL:
+        return False
+    if delta_find(&e.frozen, change_key(KIND_TABLE, chunk)) != NULL and not BUG(72):
         return False
     for word in range(first >> 6, ((end - 1) >> 6) + 1):
         if delta_find(&e.open, change_key(KIND_BITMAP, word)) != NULL:

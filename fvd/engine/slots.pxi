@@ -144,7 +144,7 @@ cdef int discards_begin(Engine e) except -1 nogil:
     return 0
 
 
-cdef int discard_ended(Engine e, Op *op) except -1 nogil:
+cdef int discard_ended(Engine e, Op *op, int32_t error) except -1 nogil:
     """Its slots are free, also if it failed."""
     cdef uint64_t slots = op.length_bytes >> e.chunk_shift
     e.discarding -= 1
@@ -155,7 +155,7 @@ cdef int discard_ended(Engine e, Op *op) except -1 nogil:
         # Once for all that are under way.
         e.discard_room = max(e.discard_room / 2, 1)
         e.discard_cut = e.op_number
-    if not BUG(38):
+    if not BUG(38) and not (error and BUG(77)):
         slots_give(e, op.slot, op.slot + slots)
     if e.wait_slot.head != NULL:
         list_walk(e, &e.wait_slot)

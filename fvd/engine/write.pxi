@@ -538,7 +538,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
         return 0
     b = busy_get(e, chunk)
     b.slot = slot
-    b.exclusive = 1     # a job that joined could map blocks of a slot that this one is about to free
+    b.exclusive = not BUG(76)   # a job that joined could map blocks of a slot that this one is about to free
     if e.zeroed != NULL and not BUG(34):
         bits_fill(e.zeroed, chunk, chunk + 1, False)    # R18: what becomes absent leaves its data in the slot
     r.punched = min(r.punched + 1, <uint32_t> MOST_PUNCHED)

@@ -33,7 +33,7 @@ cdef class Operation:
 cdef class SimulatedDevice:
     cdef public Dice dice
     cdef public list pending
-    cdef public object fault, inspect
+    cdef public object fault, inspect, announce, conclude
     cdef public double stuck_share, torn_share, overtaking_share
     cdef public bint page_cache, zeroes
     cdef public uint64_t fail_number

@@ -53,6 +53,10 @@ class SimulatedDevice:
     """In the order of submission."""
     fault: Callable[[Operation], int] | None
     """Asked when an operation takes effect; a negative errno makes it fail, and of a write each block may have been written."""
+    announce: Callable[[Operation], None] | None
+    """Sees every write of metadata when it is submitted."""
+    conclude: Callable[[Operation], None] | None
+    """Sees every write of the journal that ends well, before anybody else does."""
     inspect: Callable[[Operation], None] | None
     """Shown every write below the data when it takes effect."""
     stuck_share: float

@@ -175,6 +175,8 @@ cdef class SimulatedDevice:
         if self.overtaking_share and self.dice.chance(self.overtaking_share):
             self.overtake(op)
         self.pending.append(op)
+        if op.kind == OP_WRITE and op.offset_bytes < self.data_start and self.announce is not None:
+            self.announce(op)
         return op
 
     cdef void overtake(self, Operation op) noexcept:
@@ -297,6 +299,8 @@ cdef class SimulatedDevice:
             if op.kind == OP_FLUSH and self.page_cache:
                 self.lose_cached()
             return 0
+        if op.kind == OP_WRITE and op.offset_bytes < self.maps_start and self.conclude is not None:
+            self.conclude(op)
         self.catch_up(op, 1.0)
         if op.kind == OP_WRITE or op.kind == OP_ZERO:
             self.completed_at[op.number] = self.moment

@@ -43,6 +43,8 @@ cdef class Player:
     cdef uint64_t changes_at_failure        # pending then; there may never be more
     cdef public bint errors_expected, exhausted, cancelled, has_base, promises_flush, every_write_durable
     cdef public object log          # a list that is told every event, or None
+    cdef public object mapped       # called with the (first sector, sectors) of a write acknowledged as durable, or None
+    cdef dict holes_active, holes_ended     # chunk -> trims and write-zeroes of it in flight; when the last one of it ended
     cdef public object on_done      # called with (cookie, kind, error, data) instead of the oracle, or None
     cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
@@ -66,6 +68,9 @@ cdef class Player:
     cdef int take(self, Operation op) except -1
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1
     cdef int check_allocated(self, Guest *guest) except -1
+    cdef int hole_began(self, Guest *guest) except -1
+    cdef int hole_ended(self, Guest *guest) except -1
+    cdef bint no_hole_beside(self, Guest *guest) except -1
     cdef int verify(self, Guest *guest) except -1
     cdef int forget(self, Guest *guest) except -1
     cdef int random_request(self) except -1

@@ -47,6 +47,8 @@ class Player:
     """Requests may fail with ESHUTDOWN."""
     log: list[str] | None
     """Is told every event."""
+    mapped: Callable[[int, int], None] | None
+    """Is told (first sector, sectors) of writes acknowledged as durable, if no trim or write-zeroes was in flight beside them."""
     in_flight_count: int
     depth: int
     @property

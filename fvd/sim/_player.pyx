@@ -9,12 +9,12 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memset
 
-from fvd.device.op cimport DeviceOp
+from fvd.device.op cimport OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
     DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
     REQUEST_ZERO, Engine, Extent,
 )
-from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, Operation, SimulatedDevice
+from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_WRITE, Operation, SimulatedDevice
 from fvd.sim._dice cimport Dice
 from fvd.sim._oracle cimport Oracle
 
@@ -69,6 +69,8 @@ cdef class Player:
             raise MemoryError("player")
         self.depth = self.least_depth = 1
         self.to_verify = []
+        self.holes_active = {}
+        self.holes_ended = {}
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -150,6 +152,8 @@ cdef class Player:
             self.cancelled = True   # a close ends the writes that wait for space
         if guest.write:
             guest.began = self.oracle.clock
+        if kind == KIND_TRIM or kind == KIND_ZERO:
+            self.hole_began(guest)
         if self.log is not None:
             where = f" {first_sector}+{sectors}" if sectors else ""
             self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
@@ -174,6 +178,8 @@ cdef class Player:
             added = self.device.add(op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, op.buffer, op.durable)
             if self.log is not None:
                 self.log.append(f"  device gets {added!r}")
+            if self.failed_at != NEVER and added.kind == OP_WRITE and self.device.category_of(added) != CATEGORY_WRITE:
+                raise Violation(f"metadata is written after a flush or a metadata write had failed: {added}")
         self.engine.op_count = 0
         i = 0
         while i < self.engine.done_count:
@@ -254,6 +260,8 @@ cdef class Player:
         )
         if not expected:
             raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
+        if guest.kind == KIND_TRIM or guest.kind == KIND_ZERO:
+            self.hole_ended(guest)
         if guest.kind == KIND_READ:
             if error == 0:
                 # A server sends nothing but the length of such a read.
@@ -277,6 +285,8 @@ cdef class Player:
                 raise Violation("a durable write succeeded after a flush or metadata write had failed")
             if guest.no_hole and error == 0 and guest.alone and cookie >> 20 == self.serial:
                 self.check_allocated(guest)
+            if durable and error == 0 and guest.kind == KIND_WRITE and self.mapped is not None and self.no_hole_beside(guest):
+                self.mapped(guest.first_sector, guest.sectors)
             self.oracle.end(guest.write, error == 0, durable)
             if guest.kind == KIND_WRITE and error == 0 and self.verify_share and self.dice.chance(self.verify_share):
                 self.verify(guest)
@@ -290,6 +300,24 @@ cdef class Player:
             if extents[i].state != EXTENT_DATA:
                 raise Violation(f"write-zeroes at sector {guest.first_sector} left a hole that it was not to leave")
         return 0
+
+    cdef int hole_began(self, Guest *guest) except -1:
+        for chunk in range(guest.first_sector // self.chunk_sectors, (guest.first_sector + guest.sectors) // self.chunk_sectors + 1):
+            self.holes_active[chunk] = self.holes_active.get(chunk, 0) + 1
+        return 0
+
+    cdef int hole_ended(self, Guest *guest) except -1:
+        for chunk in range(guest.first_sector // self.chunk_sectors, (guest.first_sector + guest.sectors) // self.chunk_sectors + 1):
+            self.holes_active[chunk] -= 1
+            self.holes_ended[chunk] = self.oracle.clock
+        return 0
+
+    cdef bint no_hole_beside(self, Guest *guest) except -1:
+        """Whether no trim or write-zeroes was in flight in the chunks of a write while it was: then its blocks are mapped since."""
+        for chunk in range(guest.first_sector // self.chunk_sectors, (guest.first_sector + guest.sectors) // self.chunk_sectors + 1):
+            if self.holes_active.get(chunk, 0) or self.holes_ended.get(chunk, 0) >= guest.began:
+                return False
+        return True
 
     cdef int verify(self, Guest *guest) except -1:
         """A guest that looks at once what it has written, and what lies around it."""

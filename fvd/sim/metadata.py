@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fvd.format.geometry import CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL
+from fvd.format.geometry import CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, SECTOR_BYTES, WORDS_PER_CELL
 from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, WORD_RECORD
-from fvd.format.maps import Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
+from fvd.format.maps import EMPTY, Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
 from fvd.format.superblock import Superblock
 from fvd.sim._device import Operation
 from fvd.sim._oracle import Violation
@@ -14,25 +14,48 @@ from fvd.volume.loading import LoadedDisk
 
 
 class Metadata:
-    """`with_maps`: the maps are held against the commits too. `remembering`: what pages held before their last write is kept."""
+    """`remembering`: what pages held before their last write is kept."""
 
-    def __init__(self, image: memoryview, superblock: Superblock, *, with_maps: bool, remembering: bool) -> None:
+    def __init__(self, image: memoryview, superblock: Superblock, *, remembering: bool) -> None:
         self._image = image  # and not the device, which has us inspect: a circle would keep the images of many worlds in memory
         self._geometry = superblock.geometry
         self._uuid = superblock.uuid
-        self._with_maps = with_maps
         self._remembering = remembering
         self.overwritten: dict[int, bytes] = {}  # page's offset -> what it held before its last write
         self._durable_tail = 0  # of the last commit that has ended
-        self._found: dict[MapKind, Bitmap | Table | None] = {}  # the maps as the disk was opened with them
-        self._committed: dict[tuple[MapKind, int], set[int]] = {}  # the values in commits since then
+        self._committed: dict[MapKind, Bitmap | Table | None] = {}  # the maps with every commit that has ended
+        self._records: dict[int, list[tuple[MapKind, int, int]]] = {}  # operation -> what it commits once it has ended
 
     def begin(self, disk: LoadedDisk) -> None:
         """A life begins with this, whose arrays the engine takes."""
         self._durable_tail = disk.journal_state.tail
-        self._committed = {}
-        if self._with_maps:
-            self._found = {MapKind.BITMAP: disk.bitmap.copy(), MapKind.TABLE: None if disk.table is None else disk.table.copy()}
+        self._records = {}
+        self._committed = {MapKind.BITMAP: disk.bitmap.copy(), MapKind.TABLE: None if disk.table is None else disk.table.copy()}
+
+    def announce(self, operation: Operation) -> None:
+        """Metadata is handed to the device. A map page holds what is committed at this moment, and nothing else (R11)."""
+        if operation.offset_bytes >= self._geometry.bitmap_offset_bytes:
+            self._map(operation.offset_bytes, operation.content, operation)
+
+    def conclude(self, operation: Operation) -> None:
+        """A journal write has ended well: what it holds is committed."""
+        for kind, index, value in self._records.pop(operation.number, ()):
+            items = self._committed[kind]
+            if items is None:
+                raise Violation(f"a commit for a map that this disk does not have: {operation}")
+            items[index] = value
+
+    def mapped(self, first_sector: int, sectors: int) -> None:
+        """A write of these was acknowledged as durable: what is committed maps all of it (R9)."""
+        geometry = self._geometry
+        start, end = first_sector * SECTOR_BYTES, (first_sector + sectors) * SECTOR_BYTES
+        bitmap, table = self._committed[MapKind.BITMAP], self._committed[MapKind.TABLE]
+        for block in range(start // geometry.block_size_bytes, (end - 1) // geometry.block_size_bytes + 1):
+            if bitmap is not None and not int(bitmap[block >> 6]) >> (block & 63) & 1:
+                raise Violation(f"a durable write at sector {first_sector} was acknowledged, and no commit holds its block {block}")
+        for chunk in range(start // geometry.chunk_size_bytes, (end - 1) // geometry.chunk_size_bytes + 1):
+            if table is not None and table[chunk] == EMPTY:
+                raise Violation(f"a durable write at sector {first_sector} was acknowledged, and no commit maps its chunk {chunk}")
 
     def inspect(self, operation: Operation) -> None:
         """Decodes metadata as it passes: it must be valid where it lies, with zeros where the format has nothing."""
@@ -51,8 +74,6 @@ class Metadata:
                 raise Violation(f"a commit crosses the end of the ring: {operation}")
             for start in range(0, len(content), PAGE_BYTES):
                 self._commit(content[start : start + PAGE_BYTES], operation)
-        elif self._with_maps:
-            self._map(offset, content, operation)
 
     def _commit(self, page: bytes, operation: Operation) -> None:
         """One page of it. Nothing that replay may still need is overwritten (R4)."""
@@ -70,20 +91,18 @@ class Metadata:
             (MapKind.TABLE, np.frombuffer(page[words_end:entries_end], ENTRY_RECORD)),
         ):
             for index, value in records.tolist():
-                self._committed.setdefault((kind, index), set()).add(value)
+                self._records.setdefault(operation.number, []).append((kind, index, value))
 
     def _map(self, offset: int, content: bytes, operation: Operation) -> None:
-        """Every value in it has been in a commit (R11), or was there when the disk was opened."""
         geometry = self._geometry
         kind = MapKind.TABLE if geometry.table_entries and offset >= geometry.table_offset_bytes else MapKind.BITMAP
         items = empty_table(geometry) if kind is MapKind.TABLE else empty_bitmap(geometry)
-        found = self._found[kind]
-        if items is None or found is None:
+        committed = self._committed[kind]
+        if items is None or committed is None:
             raise Violation(f"a write to a map that this disk does not have: {operation}")
         first_page = (offset - map_offset_bytes(geometry, kind)) // PAGE_BYTES
         decode_pages(geometry, kind, np.frombuffer(content, np.uint8), self._uuid, items, first_page)
         per_page = CELLS_PER_PAGE * (ENTRIES_PER_CELL if kind is MapKind.TABLE else WORDS_PER_CELL)
         first, end = first_page * per_page, (first_page + len(content) // PAGE_BYTES) * per_page
-        for index in (np.flatnonzero(items[first:end] != found[first:end]) + first).tolist():
-            if int(items[index]) not in self._committed.get((kind, index), ()):
-                raise Violation(f"a checkpoint writes what no commit holds, {kind.name.lower()} {index}: {operation}")
+        if others := (np.flatnonzero(items[first:end] != committed[first:end]) + first).tolist():
+            raise Violation(f"a checkpoint writes what is not committed, {kind.name.lower()} {others[0]}: {operation}")

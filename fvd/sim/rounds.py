@@ -10,7 +10,7 @@ from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES
 from fvd.sim.damage import rot
 from fvd.sim.shape import STICKY
-from fvd.sim.world import REQUESTS, ROUNDS, World
+from fvd.sim.world import ENDING, REQUESTS, ROUNDS, World
 
 ROUNDS_OF_A_WORLD = 6
 UNTIL_REQUESTS = 60
@@ -83,6 +83,9 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
     _aim(world, dice)
     skip = None if kept is None else _Others(kept)
     world.player.play(requests, seed=world.seed, stream=REQUESTS << 32 | number, skip=skip, on_side=world.on_side)
+    world.check_lost_slots()
+    if shape.settle_share and Dice(world.seed, ENDING, number).random() < shape.settle_share:
+        world.settle()
     ending = dice.random()
     if ending < 0.5:
         outcome.crashes += 1

@@ -91,6 +91,12 @@ class Shape:
     """Changes that are pending are in a log that outlives the process."""
     short_log: bool = False
     """It has as little room as a log may have."""
+    advice: Mapping[str, float] = field(default_factory=dict)
+    """Share of operations that fail, by category, and no guest may notice: discards."""
+    commit_limit_bytes: int | None = None
+    """What one commit may hold, where the journal would hold more: else only the largest loads wait for room."""
+    settle_share: float = 0.0
+    """Of rounds after which everything under way ends before the round's own end comes."""
     rot: bool = False
     """Metadata is damaged, lost, misplaced and forged where power has failed."""
 

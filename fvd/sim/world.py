@@ -18,6 +18,7 @@ from fvd.sim._device import SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
+from fvd.sim.corners import draw_corner
 from fvd.sim.device_node import DeviceNode
 from fvd.sim.metadata import Metadata
 from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_log, draw_placement, draw_zeroing
@@ -34,6 +35,7 @@ WANT_GROWTH, WANT_EVENT = 1, 2
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING = range(1, 8)  # streams of a seed
 LOG = 20
 BOUNDS = 37
+CORNER, ENDING = 30, 31
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
@@ -52,10 +54,12 @@ class LogInMemory:
 
 def shape_of(seed: int) -> Shape:
     """The shape of a seed's world."""
-    shape = draw(Dice(seed, SHAPE))
-    draw_copying(shape, Dice(seed, COPYING))
+    corner = draw_corner(Dice(seed, CORNER))
+    shape = corner or draw(Dice(seed, SHAPE))
     draw_placement(shape, Dice(seed, PLACEMENT))
-    draw_zeroing(shape, Dice(seed, ZEROING))
+    if corner is None:
+        draw_copying(shape, Dice(seed, COPYING))
+        draw_zeroing(shape, Dice(seed, ZEROING))
     draw_log(shape, Dice(seed, LOG))
     draw_bounds(shape, Dice(seed, BOUNDS))
     return shape
@@ -92,9 +96,10 @@ class World:
         self.log_memory: LogInMemory | None = None  # outlives a killed process, not a power failure
         self.log_generation = 0
         self.killed = False  # the life before ended so
-        # A vast disk's maps are not looked at.
-        self.metadata = Metadata(self.device.image, self.superblock, with_maps=self.shape.windows is None, remembering=self.shape.rot)
+        self.metadata = Metadata(self.device.image, self.superblock, remembering=self.shape.rot)
+        self.device.announce = self.metadata.announce
         self.device.inspect = self.metadata.inspect
+        self.device.conclude = self.metadata.conclude
         self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
         self.engine: Any
         self.player: Player
@@ -144,6 +149,7 @@ class World:
             discard_bytes=shape.discard_bytes,
             first_discard_bytes=shape.first_discard_bytes,
             request_window=shape.request_window,
+            commit_limit_bytes=shape.commit_limit_bytes,
         )
 
     def found_log(self) -> FoundLog | None:
@@ -171,8 +177,9 @@ class World:
         if hasattr(self, "player"):
             self.requests_before += self.player.requests_done
         self.device.fault = None
-        self.device.set_faults({})
+        self.device.set_faults(self.shape.advice)
         self.device.fail_number = 0
+        self.device.fail_with = self.shape.fail_with
         self.device.set_slow(self.shape.slow)
         self.device.stuck_share = self.shape.stuck_share
         self.device.torn_share = self.shape.torn_share
@@ -188,6 +195,7 @@ class World:
             cache_mode=self.shape.cache_mode,
         )
         self.player.log = self.log
+        self.player.mapped = self.metadata.mapped
         if self.shape.copying and not read_only and self.dice.random() < 0.8:
             self._steer_copies(self.dice)
         if self.shape.eager and not read_only:
@@ -200,7 +208,7 @@ class World:
     def start_faults(self, rates: Mapping[str, float], *, one: bool = False) -> None:
         """From now on operations fail: by rate, and one that is chosen now."""
         self.device.fail_with = self.shape.fail_with
-        self.device.set_faults(rates)
+        self.device.set_faults({**rates, **self.shape.advice})
         if one:
             self.device.fail_number = self.device.submitted + self.dice.randint(1, 200)
         self.player.errors_expected = True
@@ -320,13 +328,20 @@ class World:
         _, table = engine.snapshot_maps()
         if table is None:
             return
+        self.check_lost_slots()
         named = int(np.count_nonzero(table != 0xFFFFFFFF))
         if named != engine.used_slots_count or engine.capacity_slots - named != engine.free_slots:
             raise Violation(
                 f"{engine.used_slots_count} slots in use and {engine.free_slots} of {engine.capacity_slots} free, {named} in the table"
             )
 
+    def check_lost_slots(self) -> None:
+        """Whatever is under way."""
+        if lost := self.engine.lost_slots:
+            raise Violation(f"{lost} slots are in use, and nothing knows of them")
+
     def _check_leaks(self) -> None:
+        self.check_lost_slots()
         if leaks := self.engine.leaks():
             raise Violation(f"leaked: {leaks}")
         most = self.engine.statistics()["most_discards_in_flight"]
