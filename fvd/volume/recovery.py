@@ -75,8 +75,10 @@ def _in_memory(disk: LoadedDisk, found: FoundLog) -> LoadedDisk:
         return disk
     with _disbelief():
         parts = parts_to_apply(found.log, disk.geometry, disk.superblock.uuid, disk.bitmap, disk.table)
-        disk.used_slots = apply_in_memory(parts, disk.geometry, disk.bitmap, disk.table, disk.superblock.base is not None)
-        check_slots_fit(disk.geometry, disk.used_slots, disk.storage_size_bytes)
+        for part in parts:
+            # Judged one by one, as an open for writing does: what that one refuses is not shown here either.
+            disk.used_slots = apply_in_memory([part], disk.geometry, disk.bitmap, disk.table, disk.superblock.base is not None)
+            check_slots_fit(disk.geometry, disk.used_slots, disk.storage_size_bytes)
     return disk
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import mmap
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +23,13 @@ import numpy.typing as npt
 from fvd import _core
 from fvd.device.node import aligned_buffer
 from fvd.errors import Corrupt, DeviceError, InvalidArgument
-from fvd.format import journal, maps
+from fvd.format import journal, maps, pending
 from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, PAGE_BYTES, Geometry, Layout
 from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, RECORDS_BYTES, WORD_RECORD
 from fvd.format.maps import CELL, MapKind
+from fvd.format.pending import LogIdentity
 from fvd.format.superblock import _CHOSEN, _DERIVED, SLOT_OFFSETS_BYTES, SUPERBLOCK
+from fvd.volume.loading import LoadedDisk, highest_slot, load_disk
 
 TESTS = Path(__file__).resolve().parent.parent
 SUPERBLOCKS, JOURNAL, MAPS = 1, 2, 4
@@ -373,3 +375,136 @@ class Cliff:
         found = np.frombuffer(self._room, like.dtype, like.size, self.ROOM_BYTES - like.nbytes)
         found[:] = like
         return found
+
+
+# --- A log of pending changes --------------------------------------------------------------------------------------------------
+
+PLACE = "file 1 2"
+SPARE_SLOTS = 4
+_LOG_NUMBERS = {name: (offset, kind.itemsize) for name, (kind, offset, *_) in pending.HEADER.fields.items() if kind.kind == "u"}  # type: ignore[union-attr]
+_LOG_CHANGEABLE = tuple(_LOG_NUMBERS[name] for name in sorted(_LOG_NUMBERS) if name != "log_checksum") + tuple(
+    (pending.HEADER.fields["areas"][1] + number * pending.AREA.itemsize + at, 8)  # type: ignore[index]
+    for number in range(2)
+    for at in (0, 8)
+)
+
+
+@dataclass
+class HostileLog:
+    """A log that somebody has spoilt, beside a good disk on which it may build."""
+
+    good: Good
+    disk: LoadedDisk  # as the disk's last commit left it
+    buffer: bytearray
+    identity: LogIdentity  # what it must have been made for
+
+
+@cache
+def roomy_disks() -> tuple[tuple[Good, LoadedDisk], ...]:
+    """The good disks with storage for all that they name, and a little more."""
+    found = []
+    for good in good_disks():
+        storage = good.fresh()
+        storage.resize(good.geometry.max_storage_size_bytes)
+        disk = load_disk(storage)
+        slots = min(highest_slot(disk.used_slots) + SPARE_SLOTS, good.geometry.chunks - 1) + 1
+        roomy = replace(good, size_bytes=good.geometry.slot_offset_bytes(slots))
+        found.append((roomy, load_disk(roomy.fresh())))
+    return tuple(found)
+
+
+def spoil_log(data: bytes) -> HostileLog:
+    """The log that an input describes: changes that make sense and others, a commit under way, and spoilt bytes of header and records."""
+    take = Take(data)
+    good, disk = take.choice(roomy_disks())
+    flags = take.byte()
+    geometry = good.geometry
+    capacity = pending.capacity_min(geometry) * (1, 1, 2, 8)[flags >> 1 & 3]
+    identity = LogIdentity(good.uuid, disk.superblock.generation, b"B" * 16, b"H" * 16, PLACE)
+    buffer = bytearray(pending.size_bytes(capacity))
+    pending.lay_out(buffer, capacity, identity, disk.journal_state.map_hash)
+    header: Any = np.frombuffer(buffer, pending.HEADER, 1)
+    bitmap, table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
+    used = set() if table is None else set(table.tolist())
+    free = [slot for slot in range(geometry.slots_in(good.size_bytes)) if slot not in used]
+    per_chunk = geometry.blocks_per_chunk
+
+    def log(kind: int, index: int, value: int) -> None:
+        area = int(header["epoch"][0]) & 1
+        count = int(header["areas"]["count"][0, area])
+        if count < capacity:
+            records = np.frombuffer(buffer, pending.RECORD, capacity, pending.HEADER_BYTES + area * capacity * pending.RECORD.itemsize)
+            records[count] = (np.uint64((kind << 56 | index) % (1 << 64)), np.uint64(value % (1 << 64)))
+            header["areas"]["count"][0, area] = count + 1
+
+    def change(chunk: int, blocks: int) -> None:
+        """As an engine does it: some blocks of a chunk are written, or with none it is trimmed."""
+        first = chunk * per_chunk
+        word, shift = first // 64, first % 64
+        if per_chunk <= 64:
+            mask = (1 << min(per_chunk, geometry.blocks - first)) - 1
+            value = int(bitmap[word]) & ~(mask << shift) | (blocks & mask) << shift
+            bitmap[word] = value
+            log(MapKind.BITMAP, word, value)
+        if table is not None:
+            if blocks and table[chunk] == maps.EMPTY and free:
+                table[chunk] = free.pop()
+            elif not blocks and not good.has_base and table[chunk] != maps.EMPTY:
+                free.append(int(table[chunk]))
+                table[chunk] = maps.EMPTY
+            log(MapKind.TABLE, chunk, int(table[chunk]))
+
+    sealed, end, spoilt = True, len(buffer), []
+    while take:
+        op = take.byte()
+        what, how = op & 7, op >> 3 & 7
+        if what <= 1:
+            change(take.number(2) % geometry.chunks, take.byte() if how else 0)
+        elif what == 2:
+            items = bitmap if how & 1 or table is None else table
+            index = take.value(0, 2 + (how >> 1)) if how & 4 else take.number(2) % len(items)
+            log(
+                MapKind.BITMAP if items is bitmap else MapKind.TABLE, index, take.value(int(items[index]) if index < len(items) else 0, how)
+            )
+        elif what == 3:  # a commit begins: what was open is frozen
+            area = int(header["epoch"][0]) & 1
+            header["epoch"] = header["epoch"] + np.uint64(1)
+            header["areas"]["count"][0, 1 - area] = 0
+        elif what == 4:
+            for index in range(take.byte()):
+                log(MapKind.BITMAP, index % geometry.bitmap_words, int(take.choice(INTERESTING)) if how & 1 else (1 << 64) - 1)
+        elif what == 5:
+            spoilt.append((*take.choice(_LOG_CHANGEABLE), how, take.bytes(2)))
+        elif what == 6:
+            spoilt.append((take.number(2) % len(buffer), 1 + how, 7, take.bytes(1 + how)))
+        else:
+            sealed, end = sealed and not how & 1, take.number(2) if how & 2 else end
+    if not flags & 1:
+        _build_on(disk, buffer, identity)
+    for at, size, how, raw in spoilt:
+        size = min(size, len(buffer) - at)
+        now = int.from_bytes(buffer[at : at + size], "little")
+        value = int.from_bytes(raw, "little") if how == 7 else Take(raw).value(now, how)
+        buffer[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+    if sealed:
+        seal_log(buffer)
+    return HostileLog(good, disk, buffer[:end], identity)
+
+
+def seal_log(buffer: bytearray) -> None:
+    checksum = pending._checksum(np.frombuffer(buffer, np.uint8, pending.HEADER_BYTES))
+    buffer[8:12] = checksum.to_bytes(4, "little")
+
+
+def _build_on(disk: LoadedDisk, buffer: bytearray, identity: LogIdentity) -> None:
+    """The areas say the hashes of the maps on which they build, if they can be had."""
+    try:
+        found = pending.read(buffer, disk.geometry, identity)
+    except Corrupt:
+        return
+    header: Any = np.frombuffer(buffer, pending.HEADER, 1)
+    now = int(header["epoch"][0]) & 1
+    bitmap, table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
+    header["areas"]["base_hash"][0, 1 - now] = maps.map_hash(identity.uuid, bitmap, table)
+    found.frozen.apply(bitmap, table)
+    header["areas"]["base_hash"][0, now] = maps.map_hash(identity.uuid, bitmap, table)

@@ -16,13 +16,14 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-from hostile import ALL_REGIONS, JOURNAL, MAPS, SUPERBLOCKS, TESTS, Cliff, Good, Storage, Take, decode_map, load_golden, spoil
+from hostile import ALL_REGIONS, JOURNAL, MAPS, SUPERBLOCKS, TESTS, Cliff, Good, Storage, Take, decode_map, load_golden, spoil, spoil_log
 
 sys.path.append(str(TESTS / "export"))
 from nbd_client import go, meta_context, option, request
@@ -34,7 +35,7 @@ from fvd.errors import Corrupt, FvdError, InvalidArgument, NotFound, Unsupported
 from fvd.export import _nbd as nbd
 from fvd.export import handshake as hs
 from fvd.export.server import Limits, NbdServer, Unix
-from fvd.format import journal, maps, superblock
+from fvd.format import journal, maps, pending, superblock
 from fvd.format.geometry import PAGE_BYTES, Geometry
 from fvd.format.maps import EMPTY, MapKind
 from fvd.volume import check as checking
@@ -42,6 +43,8 @@ from fvd.volume.dump import _dump
 from fvd.volume.loading import LoadedDisk, load_disk
 from fvd.volume.map import extents
 from fvd.volume.name import parse_name
+from fvd.volume.pending import FoundLog, NotBelieved
+from fvd.volume.recovery import recover_disk
 from fvd.volume.starting import engine_on
 from fvd.volume.view import View
 
@@ -247,6 +250,64 @@ def operate(storage: Storage, op: int, target: int, at: int, count: int, address
             assert at + count <= geometry.data_offset_bytes
             storage.pwrite(at, ctypes.string_at(address, count))
     return 0
+
+
+class Recoverable(Storage):
+    """Whose cache can be mistrusted: it is the medium."""
+
+    direct = False
+
+    def forget_cache(self) -> None:
+        pass
+
+
+@dataclass
+class Memory:
+    """A log's."""
+
+    buffer: bytearray
+
+    def close(self) -> None:
+        pass
+
+
+def target_pending(data: bytes) -> None:
+    """A log of pending changes beside a good disk: recovered in memory, and for writing."""
+    hostile = spoil_log(data)
+    good, before = hostile.good, hostile.disk
+    storage = Recoverable(good.storage, good.size_bytes)
+
+    def found() -> FoundLog:
+        return FoundLog(Memory(hostile.buffer), pending.read(hostile.buffer, good.geometry, hostile.identity))
+
+    try:
+        log = found().log
+    except Corrupt:
+        return
+    looked: LoadedDisk | None = None
+    kept = bytes(hostile.buffer)
+    with contextlib.suppress(NotBelieved):
+        looked = recover_disk(storage, read_only=True, found=found())
+    assert not storage.writes and kept == hostile.buffer, "a read-only open writes nothing"
+    try:
+        disk = recover_disk(storage, read_only=False, found=found())
+    except NotBelieved:
+        assert looked is None and not storage.writes, "what is not believed is not written"
+        return
+    assert looked is not None
+    for shown, wanted in ((disk.bitmap, looked.bitmap), (disk.table, looked.table)):
+        assert np.array_equal(shown, wanted) if wanted is not None else shown is None  # type: ignore[arg-type]
+    if log.failed_errno:
+        assert not storage.writes and np.array_equal(disk.bitmap, before.bitmap), "R24: never applied"
+    else:
+        # The frozen ones too, unless the maps were what the open ones build on already: then it is for the log to say what it was.
+        assert (log.open if log.open_base_hash == before.journal_state.map_hash else log.latest()).are_in(disk.bitmap, disk.table)
+    judge_check(storage, disk)
+    # Killed after that, before the superblock names another log.
+    writes = storage.writes
+    again = recover_disk(storage, read_only=False, found=found())
+    assert storage.writes == writes and again.journal_state.map_hash == disk.journal_state.map_hash
+    use(storage, again)
 
 
 # --- NBD ---------------------------------------------------------------------------------------------------------------------

@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hostile import ALL_REGIONS, good_disks, spoil
+from hostile import ALL_REGIONS, good_disks, spoil, spoil_log
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS, stranger
 
 from fvd.errors import FvdError
-from fvd.volume.loading import load_disk
+from fvd.format import pending
+from fvd.volume.loading import check_slots_fit, load_disk
+from fvd.volume.pending import apply_in_memory, parts_to_apply
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -33,10 +35,10 @@ BUILD = os.environ.get("FVD_TEST_BUILD", "release")
 FUZZ_TREE = ROOT / "build" / "fuzz"
 SLOW_S = 10
 MEMORY_BYTES = 1 << 30
-GUIDED_S = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2}
+GUIDED_S = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2, "pending": 3}
 """How long each target is guided for; the others say little to coverage."""
 TIMES = float(os.environ.get("FVD_FUZZ_TIMES", "1"))  # as long
-EXAMPLES = {"image": 150, "server": 60}
+EXAMPLES = {"image": 150, "server": 60, "pending": 150}
 
 
 def corpus() -> list[tuple[str, str, bytes]]:
@@ -125,6 +127,31 @@ def test_the_inputs_get_past_the_checksums() -> None:
         "accepted", "checksum mismatch", "the sizes give", "unknown incompatible", "has been cut off", "is damaged or does not belong",
         "the maps do not have", "the maps have hash", "no commit begins", "another chunk has it too", "has no slot, but", "cross the end",
         "slots at most", "changes a word or entry", "cannot have been reached", "past the tail",
+    ):  # fmt: skip
+        assert any(reason in verdict for verdict in verdicts), f"no kept input is judged: {reason}"
+
+
+def test_the_inputs_get_past_the_header_of_a_log() -> None:
+    """Spoilt logs are applied, in one part and in two, left alone, and refused for each reason there is."""
+    verdicts: set[str] = set()
+    for kind, _, data in CORPUS:
+        if kind == "pending":
+            hostile = spoil_log(data)
+            try:
+                found = pending.read(hostile.buffer, hostile.good.geometry, hostile.identity)
+                disk = hostile.disk
+                parts = parts_to_apply(found, disk.geometry, disk.superblock.uuid, disk.bitmap.copy(), disk.table)
+                verdicts.add("failed" if found.failed_errno else f"{len(parts)} parts")
+                bitmap, table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
+                check_slots_fit(
+                    disk.geometry, apply_in_memory(parts, disk.geometry, bitmap, table, hostile.good.has_base), hostile.good.size_bytes
+                )
+            except FvdError as error:
+                verdicts.add(str(error))
+    for reason in (
+        "0 parts", "1 parts", "2 parts", "failed", "has only", "damaged, or none", "which this program does not know", "another disk's",
+        "in another place", "does not have the size", "records where", "names a map", "names an entry", "a slot that cannot be",
+        "contradicts itself", "does not build on", "another chunk has it too", "has no slot, but", "slots at most", "has been cut off",
     ):  # fmt: skip
         assert any(reason in verdict for verdict in verdicts), f"no kept input is judged: {reason}"
 

@@ -18,6 +18,7 @@ from fvd.device.node import Node, open_node
 from fvd.errors import Conflict, DeviceError
 from fvd.format import pending as layout
 from fvd.format.geometry import Layout
+from fvd.format.maps import map_hash
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, LossReason, Superblock, encode
 from fvd.volume import opening, pending, recovery
 from fvd.volume.check import check
@@ -311,8 +312,6 @@ def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
     found.open.apply(bitmap, table)
     frozen_now = int(header["epoch"][0])
     other = 1 - frozen_now % 2
-    from fvd.format.maps import map_hash
-
     header["areas"]["base_hash"][0, other] = map_hash(superblock(path).uuid, bitmap, table)
     records = np.frombuffer(memory.buffer, layout.RECORD, offset=layout.HEADER_BYTES + other * int(header["capacity"][0]) * 16)
     records[0]["key"], records[0]["value"] = 1 << 56, 1 | 1 << 16
@@ -325,6 +324,36 @@ def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
         assert driver.pread(0, 4096) == A
         _, table_now = driver.call(driver.volume.engine.snapshot_maps)
         assert table_now[1] == 9
+
+
+def test_each_part_must_be_possible_whoever_looks(path: Path, pending_dir: Path) -> None:
+    """A frozen part that marks blocks of a chunk without a slot, and an open one that takes it back: no engine has written that."""
+    make(path)
+    driver = start(path)
+    driver.pwrite(0, A)
+    driver.flush()
+    crash(driver)
+    (name,) = logs(pending_dir)
+    memory = surviving.find(pending_dir / name)
+    header: Any = np.frombuffer(memory.buffer, layout.HEADER, 1)
+    now = int(header["epoch"][0]) & 1
+    bitmap, table = layout_maps(path)
+    uuid = superblock(path).uuid
+    word = int(bitmap[0])
+    for area, value in ((1 - now, word | 1 << 40), (now, word)):
+        header["areas"]["base_hash"][0, area] = map_hash(uuid, bitmap, table)
+        records = np.frombuffer(memory.buffer, layout.RECORD, offset=layout.HEADER_BYTES + area * int(header["capacity"][0]) * 16)
+        records[0]["key"], records[0]["value"] = 1 << 56, value
+        header["areas"]["count"][0, area] = 1
+        bitmap[0] = value
+    del header, records
+    memory.close()
+    before = path.read_bytes()
+    with pytest.raises(Conflict, match="has no slot"):
+        open_volume(volume(path))
+    assert path.read_bytes() == before
+    with driven(path, read_only=True) as driver:
+        assert "has no slot" in driver.volume.notices[0] and driver.pread(0, 4096) == A
 
 
 def _identity(path: Path) -> layout.LogIdentity:
