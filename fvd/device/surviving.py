@@ -35,8 +35,8 @@ class SurvivingMemory:
             self._mapping.close()
 
     def remove(self) -> None:
-        """The name goes, and with the last mapping the memory. Again is fine."""
-        with contextlib.suppress(OSError), _folder(self.path.parent) as folder:
+        """The name goes, and with the last mapping the memory. Again is fine, and so is a folder that is not ours to change."""
+        with contextlib.suppress(OSError, FvdError), _folder(self.path.parent, _owners_of(self.path.parent)) as folder:
             os.unlink(self.path.name, dir_fd=folder)
 
 

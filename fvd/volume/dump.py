@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from fvd.device import surviving
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Node, open_node
 from fvd.errors import Corrupt, DeviceError, FvdError
 from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL
 from fvd.format.journal import iter_commits
 from fvd.format.maps import CELL, EMPTY, MapKind, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
+from fvd.format.pending import HEADER, HEADER_BYTES
+from fvd.format.pending import MAGIC as LOG_MAGIC
 from fvd.format.superblock import MAGIC, SUPERBLOCK, Superblock, decode
+from fvd.volume import pending
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.provider import provider_for
 from fvd.volume.superblocks import read_slots, read_superblock, uuid_text
@@ -48,6 +52,7 @@ def _dump(volume: VolumeName, node: Node, cells: bool) -> dict[str, Any]:
         superblock = read_superblock(node)
     except Corrupt as error:
         return found | {"error": str(error)}
+    found["pending_log"] = _log(node, superblock)
     geometry = superblock.geometry
     try:
         ring = node.pread(geometry.journal_offset_bytes, geometry.journal_size_bytes)
@@ -98,6 +103,51 @@ def _superblock(page: bytes, slot: int) -> dict[str, Any]:
         elif name == "magic":
             found[name] = value.tobytes().decode("latin-1")
         elif not name.startswith("reserved"):
+            found[name] = int(value)
+    return found
+
+
+def _log(node: Node, superblock: Superblock) -> dict[str, Any] | None:
+    """The log that the superblock names: whether it is believed, and its header, believed or not. None: it names none."""
+    record = superblock.log
+    if record is None:
+        return None
+    found: dict[str, Any] = {"path": record.path}
+    if isinstance(node, Node):  # of anything else nobody knows what place it is
+        left = pending.find(superblock, surviving.lasting_place(node), surviving.host_id(), surviving.boot_id())
+        found["state"] = left.kind.value
+        if left.problem:
+            found["problem"] = left.problem
+        if left.found is not None:
+            left.found.close()
+    try:
+        memory = surviving.find(record.path)
+    except FvdError as error:
+        return found | {"valid": False, "problem": str(error)}
+    try:
+        return found | _log_header(bytes(memory.buffer[:HEADER_BYTES]))
+    finally:
+        memory.close()
+
+
+def _log_header(page: bytes) -> dict[str, Any]:
+    if len(page) < HEADER_BYTES or not page.startswith(LOG_MAGIC):
+        return {"valid": False}
+    row = np.frombuffer(page, HEADER)[0]
+    found: dict[str, Any] = {}
+    for name in HEADER.names or ():
+        value = row[name]
+        if name == "areas":
+            found[name] = [{"base_hash": f"{int(area['base_hash']):#018x}", "count": int(area["count"])} for area in value]
+        elif name == "uuid":
+            found[name] = uuid_text(value.tobytes())
+        elif name in ("boot", "host"):
+            found[name] = value.tobytes().hex()
+        elif name in ("log_magic", "identity"):
+            found[name] = value.tobytes().rstrip(b"\0").decode(errors="replace")
+        elif name == "log_checksum":
+            found[name] = f"{int(value):#x}"
+        elif not name.endswith("reserved"):
             found[name] = int(value)
     return found
 

@@ -10,6 +10,7 @@ import enum
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from fvd.device import surviving
@@ -163,7 +164,11 @@ def make(superblock: Superblock, generation: int, node: Node, hash_of_maps: int)
 
 def remove_others(superblock: Superblock, node: Node, keep: SurvivingMemory | None) -> None:
     """What earlier opens of the disk in this place have left goes, when nothing of it is needed any more."""
-    for path in surviving.kept(_prefix(superblock, surviving.lasting_place(node))):
+    prefix = _prefix(superblock, surviving.lasting_place(node))
+    paths = surviving.kept(prefix)
+    if superblock.log is not None and Path(superblock.log.path).name.startswith(prefix):
+        paths.append(Path(superblock.log.path))  # perhaps another user's server made it, where this one's are not kept
+    for path in paths:
         if keep is None or path != keep.path:
             try:
                 memory = surviving.find(path)

@@ -6,6 +6,7 @@ from fvd.device.claim import Ownership, claim
 from fvd.device.node import open_node
 from fvd.errors import Conflict, NotFound, Unsupported
 from fvd.format.superblock import Superblock
+from fvd.volume import pending
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.provider import provider_for
 from fvd.volume.seams import Presence
@@ -34,6 +35,9 @@ def remove(name: str | VolumeName) -> bool:
                     return False
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
             wipe_superblocks(node)
+            if isinstance(found, Superblock):
+                # After that, durably: a disk that is still there is never without the log that it names.
+                pending.remove_others(found, node, None)
             place.retire()
         place.reclaim()
     return isinstance(found, Superblock) or not provider.fixed_size

@@ -15,6 +15,8 @@ import pytest
 
 from fvd.cli.failure import exit_code_table
 from fvd.cli.main import build_parser
+from fvd.device import surviving
+from fvd.errors import PermissionDenied
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
@@ -160,3 +162,25 @@ def test_the_unit_is_valid(tmp_path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
     wrong = [line for line in done.stderr.splitlines() if "fvd@" in line and "not found" not in line.lower()]
     assert wrong == []
+
+
+def test_what_a_killed_server_had_acknowledged_outlives_the_unit(pending_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd makes the folder above the logs, with the mode that the unit says, and must not remove it between two starts."""
+    text = (ROOT / "systemd" / "fvd@.service").read_text()
+    settings = dict(re.findall(r"^(RuntimeDirectory\w*)=(.*)$", text, re.MULTILINE))
+    assert settings["RuntimeDirectoryPreserve"] == "yes"
+    assert surviving._candidates(0)[0] == Path("/run") / settings["RuntimeDirectory"] / "pending"
+    assert not re.search(r"^(PrivateTmp|TemporaryFileSystem|InaccessiblePaths|DynamicUser|User)=", text, re.MULTILINE), "other folders then"
+    memory = surviving.make("a.1", 4096)
+    memory.close()
+    pending_dir.parent.chmod(int(settings["RuntimeDirectoryMode"], 8))
+    again = surviving.find(memory.path)
+    again.remove()
+    again.close()
+    surviving.make("a.2", 4096).close()
+    assert [path.name for path in pending_dir.iterdir()] == ["a.2"]
+    assert settings["RuntimeDirectoryMode"] == "0711", "others pass through to the sockets of their disks"
+    for mode in (0o733, 0o731, 0o713):  # whoever may write there could put a log in place of ours
+        pending_dir.parent.chmod(mode)
+        with pytest.raises(PermissionDenied):
+            surviving.find(pending_dir / "a.2")

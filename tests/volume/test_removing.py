@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from loops import loop_device, mounted, run, sparse
 
-from disks import MIB, driven, make, volume
+from disks import MIB, crash, driven, make, start, volume
+from fvd.device import surviving
 from fvd.device.claim import claim
 from fvd.device.node import open_node
-from fvd.errors import Conflict, InUse, InvalidArgument, NoSpace, NotFound, Unsupported
+from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NoSpace, NotFound, Unsupported
 from fvd.format.geometry import Layout
 from fvd.format.superblock import SLOT_OFFSETS_BYTES
 from fvd.volume import removing as removing_module
@@ -34,6 +35,40 @@ def test_a_file_is_gone(path: Path) -> None:
     assert remove(volume(path))
     assert not path.exists()
     assert not remove(volume(path))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_log_of_a_dead_server_goes_with_it(path: Path, pending_dir: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was made where this user would not make it; and no other disk's."""
+    other = path.with_name("other.img")
+    for each in (path, other):
+        make(each)
+        driver = start(each)
+        driver.pwrite(0, b"A" * 4096)
+        crash(driver)
+    assert len(list(pending_dir.iterdir())) == 2
+    if elsewhere:
+        monkeypatch.setattr(surviving, "kept", lambda prefix: [])
+    assert remove(volume(path)) and len(list(pending_dir.iterdir())) == 1
+    with driven(other) as driver:
+        assert driver.pread(0, 1) == b"A"
+
+
+def test_a_remove_that_fails_leaves_the_log(path: Path, pending_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(path)
+    driver = start(path)
+    driver.pwrite(0, b"A" * 4096)
+    crash(driver)
+
+    def fail(node: object) -> None:
+        raise DeviceError("the medium has gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removing_module, "wipe_superblocks", fail)
+        with pytest.raises(DeviceError):
+            remove(volume(path))
+    with driven(path) as driver:
+        assert driver.pread(0, 1) == b"A"
 
 
 def test_a_device_holds_no_disk_afterwards(path: Path) -> None:
