@@ -179,6 +179,7 @@ def test_without_the_rule_it_does(device: HeldBack) -> None:
     assert found == OLD, "acknowledged and flushed by the successor, and overwritten by a dead process"
 
 
+@pytest.mark.alone
 def test_a_living_owner_is_named_at_once_whatever_its_device_does(device: HeldBack) -> None:
     with owner(device.device) as process:
         device.hold()

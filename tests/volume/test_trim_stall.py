@@ -61,6 +61,7 @@ def test_discards_of_a_long_trim_are_few_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.release_only
+@pytest.mark.alone
 def test_no_read_waits_for_what_was_trimmed(tmp_path: Path) -> None:
     """A generous bound beside the measured one (bench/run.py trims): a machine under test has other work."""
     ratios = []
