@@ -103,8 +103,8 @@ cdef int base_covered(Engine e, uint64_t first, uint64_t end) except -1 nogil:
 
 
 cdef void base_release(Engine e) noexcept nogil:
-    """Every block is here for good, and nothing that was asked of the base before is still to come: nobody will ask it again."""
-    if e.release_after and e.durable_commits >= e.release_after and e.base_inflight == 0 and e.retries == NULL:
+    """R36: every block is here for good, and nothing that was asked of the base before is still to come: nobody will ask it again."""
+    if e.release_after and (e.durable_commits >= e.release_after or BUG(68)) and e.base_inflight == 0 and e.retries == NULL:
         e.release_after = 0
         e.base_released = True
         e.want |= WANT_BASE
@@ -270,7 +270,7 @@ cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:
     if slot_of(e, chunk) != EMPTY:
         return True
     # Where every chunk has its place nobody takes another's.
-    return slots_at_hand(e) > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) else 0)
+    return slots_at_hand(e) > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) and not (BUG(67) and e.exhausted) else 0)
 
 
 cdef inline void no_slot_for_copy(Engine e) noexcept nogil:

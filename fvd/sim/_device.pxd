@@ -35,7 +35,7 @@ cdef class SimulatedDevice:
     cdef public list pending
     cdef public object fault, inspect, announce, conclude
     cdef public double stuck_share, torn_share, overtaking_share
-    cdef public bint page_cache, zeroes
+    cdef public bint page_cache, zeroes, base_closed
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted

@@ -67,6 +67,8 @@ class SimulatedDevice:
     """Share of operations that overtake those under way in the same place: reads and writes of one place are never all in order."""
     zeroes: bool
     """It writes zeros without being sent any (the default); else it says that it cannot."""
+    base_closed: bool
+    """Whether the base has been given up: no operation may read it."""
     page_cache: bool
     """Writes go to a page cache, which after a failed flush may hold pages that the medium never gets."""
     fail_number: int
@@ -91,6 +93,9 @@ class SimulatedDevice:
 
     def grow(self, size_bytes: int, filler: bytes) -> None:
         """More storage at the end, holding what it held before. Raises ValueError beyond the capacity."""
+
+    def keep_size(self) -> None:
+        """The present size is durable: whoever made the storage longer has seen to that."""
 
     def set_faults(self, rates: Mapping[str, float]) -> None:
         """The share of operations of each category (CATEGORIES) that fails; what is not named does not."""

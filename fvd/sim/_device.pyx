@@ -125,6 +125,10 @@ cdef class SimulatedDevice:
             self.image_array[self.size_bytes : size_bytes] = 0
         self.size_bytes = size_bytes
 
+    def keep_size(self):
+        """See _device.pyi."""
+        self.durable_size_bytes = self.size_bytes
+
     def set_faults(self, rates):
         """The share of operations of each category (CATEGORIES) that fails, as a dict; what is not named does not fail."""
         cdef int i
@@ -271,6 +275,8 @@ cdef class SimulatedDevice:
         if op.kind == OP_FLUSH:
             return 0
         if op.kind == OP_READ:
+            if op.target == TARGET_BASE and self.base_closed:
+                raise AssertionError(f"a read of a base that has been given up: {op}")
             if end > (self.size_bytes if op.target == TARGET_STORAGE else self.base_size):
                 raise AssertionError(f"a read past the end: {op}")
             if error == 0:

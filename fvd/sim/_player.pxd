@@ -30,7 +30,9 @@ cdef struct Guest:              # a request in flight
     uint8_t fua
     uint8_t no_hole
     uint8_t alone               # nothing else was in flight when it was submitted
-    uint8_t growable            # it was submitted when the storage had not its greatest size
+    uint8_t growable            # it was submitted when the storage had not its greatest size, as the engine knows it
+    uint8_t promised            # the guest's reserve had room for it
+    uint32_t chunks             # slots that it may take: 0 of what takes none
     uint8_t active
 
 cdef class Player:
@@ -41,11 +43,15 @@ cdef class Player:
     cdef readonly uint64_t requests_done
     cdef public uint64_t failed_at  # from this moment no flush may succeed
     cdef uint64_t changes_at_failure        # pending then; there may never be more
-    cdef public bint errors_expected, exhausted, cancelled, has_base, promises_flush, every_write_durable
+    cdef public bint errors_expected, exhausted, fails_when_full, cancelled, has_base, promises_flush, every_write_durable
     cdef public object log          # a list that is told every event, or None
     cdef public object mapped       # called with the (first sector, sectors) of a write acknowledged as durable, or None
     cdef dict holes_active, holes_ended     # chunk -> trims and write-zeroes of it in flight; when the last one of it ended
     cdef public object on_done      # called with (cookie, kind, error, data) instead of the oracle, or None
+    cdef public object attend       # called when the engine wants something of `attended`, or at `due_ns` of the device's clock; or None
+    cdef public uint32_t attended
+    cdef public uint64_t due_ns
+    cdef uint64_t reserve_left, chunks_in_flight, waited
     cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
     # what random requests look like
@@ -60,10 +66,11 @@ cdef class Player:
     cdef Dice request_dice
     cdef Guest *guests
     cdef uint32_t room, free_hint
-    cdef uint64_t serial
+    cdef uint64_t serial, exhausted_until
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0
     cdef int pump(self) except -1
+    cdef int check_waiting(self) except -1
     cdef bint turn(self) except -1
     cdef int take(self, Operation op) except -1
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1

@@ -43,12 +43,19 @@ class Player:
     """Requests may fail with EIO, or with what the device fails with."""
     exhausted: bool
     """Writes may fail with ENOSPC."""
+    fails_when_full: bool
+    """The disk is open with on_full=error."""
     cancelled: bool
     """Requests may fail with ESHUTDOWN."""
     log: list[str] | None
     """Is told every event."""
     mapped: Callable[[int, int], None] | None
     """Is told (first sector, sectors) of writes acknowledged as durable, if no trim or write-zeroes was in flight beside them."""
+    attend: Callable[[], None] | None
+    """Called, as a driver calls its Python side, while the engine wants something of `attended`, and from `due_ns` of the device's clock
+    on: one thing at each call."""
+    attended: int
+    due_ns: int
     in_flight_count: int
     depth: int
     @property
@@ -68,6 +75,9 @@ class Player:
 
     def deliver(self, operation: Operation | None) -> None:
         """Hand a completed operation of the device to the engine, and take what comes of it."""
+
+    def end_exhaustion(self) -> None:
+        """From now on there is room: only writes that were submitted before may still fail with ENOSPC."""
 
     def abandon(self) -> None:
         """The disk is gone: nothing in flight will end."""

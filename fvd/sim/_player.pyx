@@ -12,7 +12,7 @@ from libc.string cimport memcmp, memset
 from fvd.device.op cimport OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
     DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
-    REQUEST_ZERO, Engine, Extent,
+    REQUEST_ZERO, Engine, Extent, Request,
 )
 from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_WRITE, Operation, SimulatedDevice
 from fvd.sim._dice cimport Dice
@@ -30,6 +30,7 @@ cdef enum:
     AROUND = 8                  # sectors that a verifying read takes in beside the write's own
     RETRY_NS = 250_000_000
     FOREVER = 5_000_000         # events without which anything must have ended
+    BUSY = 10_000               # calls of `attend` at one moment
 
 cdef extern from *:
     """
@@ -62,7 +63,7 @@ cdef class Player:
         self.trims = base_bytes is None or geometry.table_entries > 0
         self.promises_flush = cache_mode != "unsafe"
         self.every_write_durable = cache_mode in ("writethrough", "directsync")
-        self.failed_at = self.changes_at_failure = NEVER
+        self.failed_at = self.changes_at_failure = self.due_ns = NEVER
         self.room = 64
         self.guests = <Guest *> calloc(self.room, sizeof(Guest))
         if self.guests == NULL:
@@ -118,7 +119,12 @@ cdef class Player:
         guest.alone = self.in_flight_count == 0
         guest.first_sector = first_sector
         guest.sectors = sectors
-        guest.growable = self.device.size_bytes < self.most_bytes
+        guest.growable = self.engine.storage_size < self.most_bytes
+        if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
+            guest.chunks = <uint32_t> ((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
+            guest.promised = guest.chunks <= self.reserve_left
+            self.reserve_left -= min(self.reserve_left, <uint64_t> guest.chunks)
+            self.chunks_in_flight += guest.chunks
         if kind == KIND_READ or kind == KIND_WRITE:
             guest.room = <uint8_t *> aligned(sectors * SECTOR + skew + 1)
             if guest.room == NULL:
@@ -169,25 +175,59 @@ cdef class Player:
         cdef uint32_t flags
         cdef DeviceOp op
         cdef Operation added
+        cdef uint32_t turns = 0
+        cdef bint attending = True
         while self.to_verify:
             first, sectors = self.to_verify.pop()
             self.send(KIND_READ, first, sectors, False, False, 0)
         self.engine.tick(self.device.now_ns)
-        for i in range(self.engine.op_count):
-            op = self.engine.ops[i]
-            added = self.device.add(op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, op.buffer, op.durable)
-            if self.log is not None:
-                self.log.append(f"  device gets {added!r}")
-            if self.failed_at != NEVER and added.kind == OP_WRITE and self.device.category_of(added) != CATEGORY_WRITE:
-                raise Violation(f"metadata is written after a flush or a metadata write had failed: {added}")
-        self.engine.op_count = 0
-        i = 0
-        while i < self.engine.done_count:
-            cookie, error, flags = self.engine.done[i].cookie, self.engine.done[i].error, self.engine.done[i].flags
-            i += 1
-            self.finished(cookie, error, flags)
-        self.engine.done_count = 0
+        while attending:
+            for i in range(self.engine.op_count):
+                op = self.engine.ops[i]
+                added = self.device.add(op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, op.buffer, op.durable)
+                if self.log is not None:
+                    self.log.append(f"  device gets {added!r}")
+                if self.failed_at != NEVER and added.kind == OP_WRITE and self.device.category_of(added) != CATEGORY_WRITE:
+                    raise Violation(f"metadata is written after a flush or a metadata write had failed: {added}")
+            self.engine.op_count = 0
+            i = 0
+            while i < self.engine.done_count:
+                cookie, error, flags = self.engine.done[i].cookie, self.engine.done[i].error, self.engine.done[i].flags
+                i += 1
+                self.finished(cookie, error, flags)
+            self.engine.done_count = 0
+            # One thing at a time: what comes of it is judged before the next.
+            attending = self.attend is not None and (self.engine.want & self.attended or self.device.now_ns >= self.due_ns)
+            if attending:
+                self.attend()
+                turns += 1
+                if turns > BUSY:
+                    raise Violation("whoever attends to the engine is called again and again, and nothing comes of it")
+        self.check_waiting()
         return self.pump() if self.to_verify else 0
+
+    cdef int check_waiting(self) except -1:
+        """Who waits for a slot does so because there is none, and not because copies have taken what was the guest's."""
+        cdef Request *r = self.engine.wait_slot.head
+        cdef uint64_t reserve = self.engine.reserve_slots
+        cdef uint64_t free_slots = self.engine.free_count + self.engine.to_discard_count
+        cdef Guest *guest
+        if r != NULL:
+            if free_slots:
+                raise Violation(f"writes wait for a slot though {free_slots} are free")
+            if reserve and self.engine.stat_waited != self.waited:
+                self.waited = self.engine.stat_waited
+                while r != NULL:
+                    guest = &self.guests[r.cookie & 0xFFFFF]
+                    if guest.promised:
+                        raise Violation(f"request {r.cookie >> 20} waits for a slot that copies were to leave to the guest")
+                    r = r.next
+        if self.engine.capacity >= self.engine.chunks:
+            self.reserve_left = 0       # each chunk has its own
+        elif free_slots >= reserve and reserve > self.chunks_in_flight:
+            # Those under way may take theirs yet.
+            self.reserve_left = max(self.reserve_left, reserve - self.chunks_in_flight)
+        return 0
 
     def exchange(self):
         """Take what the engine wants done, and what it has done, without an event of the device."""
@@ -239,6 +279,7 @@ cdef class Player:
         guest.room = NULL
         guest.active = 0
         self.in_flight_count -= 1
+        self.chunks_in_flight -= guest.chunks
         return 0
 
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1:
@@ -255,11 +296,13 @@ cdef class Player:
         expected = (
             error == 0
             or (error == -108 and self.cancelled)
-            or (error == -28 and self.exhausted and guest.growable)
+            or (error == -28 and (self.exhausted or cookie >> 20 <= self.exhausted_until) and guest.growable)
             or (self.errors_expected and (error == -5 or error == self.device.fail_with))
         )
         if not expected:
             raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
+        if error == -28 and guest.promised and not self.errors_expected:
+            raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} finds no slot though copies were to leave one to the guest")
         if guest.kind == KIND_TRIM or guest.kind == KIND_ZERO:
             self.hole_ended(guest)
         if guest.kind == KIND_READ:
@@ -330,6 +373,12 @@ cdef class Player:
                 end = min(end, guest.first_sector + guest.sectors + AROUND)
                 self.to_verify.append((first, end - first))
         return 0
+
+    def end_exhaustion(self):
+        """See _player.pyi."""
+        if self.exhausted:
+            self.exhausted = False
+            self.exhausted_until = self.serial
 
     def abandon(self):
         """The disk is gone: nothing in flight will end."""

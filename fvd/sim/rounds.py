@@ -74,6 +74,8 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
     dice = Dice(world.seed, ROUNDS, number)
     shape = world.shape
     world.say(f"round {number}")
+    if world.place is not None:
+        world.place.begin_round()
     if shape.faulty and dice.random() < 0.7:
         world.start_faults(shape.faults, one=shape.fail_one)
     # What a kill left is in danger only until the next flush.

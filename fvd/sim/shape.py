@@ -22,6 +22,24 @@ Area = tuple[int, int]  # first sector, sectors
 
 
 @dataclass(slots=True)
+class Growth:
+    """How a world's storage grows where the allocator grows it."""
+
+    place: Literal["file", "group", "fixed"]
+    """A file, that says nothing; a group, that tells of room; a device, that only others can enlarge."""
+    pace: Literal["fast", "slow", "slower"]
+    """How long a step takes; with `slower` each longer than the one before."""
+    trouble: float
+    """Share of steps that fail, hang, stop half-way or say what is not so."""
+    room_steps: int
+    """What there is room for at first, in grow steps."""
+    timeout_seconds: float
+    """After this a step counts as slow."""
+    low_water_chunks: int
+    """The mark; 0: the usual one."""
+
+
+@dataclass(slots=True)
 class Shape:
     """A world's constants. Sizes in bytes, sectors (512 bytes) or chunks, as named."""
 
@@ -75,6 +93,10 @@ class Shape:
     """One chosen operation of each life fails."""
     growth: Literal["ready", "late", "never"] = "ready"
     """Storage that is asked for comes at once, some time later, or only when everything else has ended."""
+    allocator: Growth | None = None
+    """The real allocator grows the storage instead."""
+    steered: bool = False
+    """The real steering prefetches instead of the dice."""
     crash_at: str = ""
     """The category of operation that crashes wait for; "": they wait for none."""
     copying: bool = False
@@ -221,6 +243,22 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
     shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False
+
+
+def draw_growth(shape: Shape, dice: Dice) -> None:
+    """Whether the allocator grows the disk's storage, and the steering its copies. From dice of its own: it changes nothing else."""
+    geometry = shape.geometry
+    grows = geometry.layout is Layout.COMPACT and shape.storage_chunks < geometry.chunks
+    if dice.random() < (0.6 if grows else 0.1):
+        shape.allocator = Growth(
+            place=dice.choice(("file", "file", "group", "group", "fixed")),
+            pace=dice.choice(("fast", "fast", "slow", "slower")),
+            trouble=dice.choice((0.0, 0.1, 0.5)),
+            room_steps=dice.choice((0, 1, 4, 1000, 1000)),
+            timeout_seconds=dice.choice((0.01, 1.0, 30.0)),
+            low_water_chunks=dice.choice((0, 0, 1, 2, 5)),
+        )
+    shape.steered = shape.copying and dice.random() < 0.5
 
 
 def draw_placement(shape: Shape, dice: Dice) -> None:

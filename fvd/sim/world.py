@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fvd.errors import NotFound
 from fvd.format import pending
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
@@ -18,21 +19,25 @@ from fvd.sim._device import SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
+from fvd.sim.agenda import SECOND_NS
+from fvd.sim.copies import TICK_NS, Copies
 from fvd.sim.corners import draw_corner
 from fvd.sim.device_node import DeviceNode
+from fvd.sim.growing import LONGEST_REST_SECONDS, Place
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_log, draw_placement, draw_zeroing
+from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_growth, draw_log, draw_placement, draw_zeroing
 from fvd.volume.check import check_node
-from fvd.volume.loading import LoadedDisk
+from fvd.volume.loading import LoadedDisk, covers_base
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.pending import FoundLog
+from fvd.volume.policy import guest_reserve_bytes
 from fvd.volume.provision import write_disk
 from fvd.volume.recovery import recover_disk
 from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
-WANT_GROWTH, WANT_EVENT = 1, 2
-SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING = range(1, 8)  # streams of a seed
+WANT_GROWTH, WANT_EVENT, WANT_STEER, WANT_BASE = 1, 2, 4, 8
+SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
 LOG = 20
 BOUNDS = 37
 CORNER, ENDING = 30, 31
@@ -60,6 +65,7 @@ def shape_of(seed: int) -> Shape:
     if corner is None:
         draw_copying(shape, Dice(seed, COPYING))
         draw_zeroing(shape, Dice(seed, ZEROING))
+        draw_growth(shape, Dice(seed, GROWTH))
     draw_log(shape, Dice(seed, LOG))
     draw_bounds(shape, Dice(seed, BOUNDS))
     return shape
@@ -101,6 +107,15 @@ class World:
         self.device.inspect = self.metadata.inspect
         self.device.conclude = self.metadata.conclude
         self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
+        growth = self.shape.allocator
+        self.place: Place | None = None
+        """Where the storage grows by the real allocator; None: `grow` does it."""
+        if growth is not None:
+            self.place = Place(self.device, geometry, growth, Dice(seed, STORAGE, events), self.filler, self.say)
+        self.copies: Copies | None = None
+        """Where the real steering makes the copies; None: the dice do."""
+        if self.shape.steered and self.shape.base_bytes is not None:
+            self.copies = Copies(self.device, geometry, self.shape.base_bytes, Dice(seed, STEERING, events), self.say)
         self.engine: Any
         self.player: Player
         self.open()
@@ -127,8 +142,18 @@ class World:
         disk: LoadedDisk = recover_disk(self.node(), read_only=read_only, found=self.found_log())
         if not read_only and not disk.journal_state.clean and self.device.volatile_blocks:
             raise Violation("a writable open goes on from what a crash may still take back (R13)")
+        # A base that is not needed is not opened.
+        self.device.base_closed = covers_base(disk.superblock, disk.bitmap)
+        if self.copies is not None and self.copies.gone and not self.device.base_closed:
+            raise NotFound("the disk needs its base again, which had been given up")
         self.metadata.begin(disk)
-        shape = self.shape
+        shape, geometry = self.shape, self.geometry
+        if self.place is None:
+            mark_bytes = shape.low_water_chunks * geometry.chunk_size_bytes
+            reserve_bytes = mark_bytes // 2
+        else:
+            mark_bytes = self.place.low_water_bytes
+            reserve_bytes = guest_reserve_bytes(geometry, mark_bytes)
         return engine_on(
             disk,
             base_size_bytes=shape.base_bytes,
@@ -136,8 +161,8 @@ class World:
             read_only=read_only,
             cache_mode=shape.cache_mode,
             on_full=shape.on_full,
-            wake_below_bytes=shape.low_water_chunks * self.geometry.chunk_size_bytes,
-            guest_reserve_bytes=shape.low_water_chunks // 2 * self.geometry.chunk_size_bytes,
+            wake_below_bytes=mark_bytes,
+            guest_reserve_bytes=reserve_bytes,
             discard=shape.discard,
             zero_chunks=shape.zero_chunks,
             bounce_limit_bytes=shape.bounce_limit_bytes,
@@ -173,6 +198,8 @@ class World:
 
     def open(self, *, read_only: bool = False) -> None:
         """A new life. Faults come with `start_faults`."""
+        if self.place is not None:
+            self.place.end_life(power=False)
         engine = self.make_engine(read_only=read_only)
         if hasattr(self, "player"):
             self.requests_before += self.player.requests_done
@@ -196,6 +223,18 @@ class World:
         )
         self.player.log = self.log
         self.player.mapped = self.metadata.mapped
+        self.player.fails_when_full = self.shape.on_full == "error"
+        self.player.attend = self._attend
+        if self.copies is not None:
+            self.copies.end_life()
+            if not read_only and not self.device.base_closed:
+                self.player.attended |= WANT_STEER | WANT_BASE
+                self.copies.begin_life(engine)
+        if self.place is not None and not read_only:
+            self.player.attended |= WANT_GROWTH
+            self.place.begin_life(engine, self.player, engine.storage_size_bytes)
+        if self.copies is not None:
+            return
         if self.shape.copying and not read_only and self.dice.random() < 0.8:
             self._steer_copies(self.dice)
         if self.shape.eager and not read_only:
@@ -232,6 +271,13 @@ class World:
         """One event of the device. False when nothing is pending."""
         return self.player.step()
 
+    def _attend(self) -> None:
+        """What the engine wants of a driver's Python side, one thing at a time."""
+        if self.copies is not None and self.engine.want & self.player.attended & (WANT_STEER | WANT_BASE):
+            self.copies.attend()
+        elif self.place is not None:
+            self.place.attend()
+
     def grow(self) -> bool:
         """One more step of storage. False when there is no more."""
         limit = self.greatest_bytes
@@ -254,6 +300,12 @@ class World:
         if pick < 0.15:
             self.device.advance(10_000_000_000)
             self.say("ten seconds pass")
+        elif pick < 0.35 and (self.place is not None or self.copies is not None):
+            self.pass_time(dice.choice((0.003, 0.3, 2.0, 30.0)), dice)
+        elif pick < 0.85 and self.place is not None:
+            self.place.disturb(dice)
+            self.player.exchange()
+            self.place.check()
         elif pick < 0.5:
             if self.shape.growth == "ready" or (self.shape.growth == "late" and dice.random() < 0.2):
                 self.grow()
@@ -266,7 +318,27 @@ class World:
         else:
             self.engine.commit_soon()
         if self.shape.copying and dice.random() < 0.3:
-            self._steer_copies(dice)
+            if self.copies is None:
+                self._steer_copies(dice)
+            else:
+                self.copies.disturb(dice)
+
+    def pass_time(self, seconds: float, dice: Dice) -> None:
+        """So much of it, and what is planned comes at its time."""
+        end_ns = self.device.now_ns + round(seconds * SECOND_NS)
+        self.say(f"{seconds} s pass")
+        while True:
+            next_ns = self.device.now_ns + TICK_NS if self.copies is not None else end_ns + 1
+            if self.place is not None:
+                next_ns = min(next_ns, self.place.agenda.next_ns)
+            if next_ns > end_ns:
+                break
+            self.device.advance(max(0, next_ns - self.device.now_ns))
+            self.player.exchange()
+            for _ in range(dice.randint(0, 3)):
+                self.player.step()
+        self.device.advance(max(0, end_ns - self.device.now_ns))
+        self.player.exchange()
 
     def _steer_copies(self, dice: Dice) -> None:
         """Somebody switches copy-on-read, or wants something of the base prefetched, or no longer."""
@@ -303,8 +375,17 @@ class World:
             if self.engine.waiting_writes == 0:
                 raise Violation(f"{player.in_flight_count} requests never end: {sorted(set(player.in_flight.values()))}")
             self._check_wants()
-            if not self.grow():
+            if self.place is not None:
+                if not self.place.healed and self.dice.random() < 0.3:
+                    self.pass_time(60.0, self.dice)  # time enough for the longest rest between two steps
+                else:
+                    self.place.wait_for_room()
+            elif not self.grow():
                 raise Violation("writes wait for space though the storage has its greatest size")
+        if self.place is not None and self.dice.random() < 0.3:
+            self._settle_growth(self.place)
+        if self.copies is not None and not self.engine.failed_errno and self.shape.windows is None and self.dice.random() < 0.5:
+            self.finish_copies(self.copies)
         self._check_leaks()
         self._check_wants()
         if not self.engine.failed_errno and self.dice.random() < 0.5:
@@ -312,15 +393,40 @@ class World:
             player.drain()
             self._check_slots()
 
+    def _settle_growth(self, place: Place) -> None:
+        """There is room, and time: in the end nobody wants more storage than there is."""
+        place.heal()
+        while not place.satisfied:
+            place.go_on(LONGEST_REST_SECONDS)
+            self.player.drain()
+        place.check()
+
+    def finish_copies(self, copies: Copies) -> None:
+        """The guest is quiet until all of the base has been copied, and is given up."""
+        grows = self.place is not None or self.shape.growth != "never"
+        if self.place is not None:
+            self.place.heal()
+
+        def tick() -> None:
+            self.device.advance(TICK_NS)
+            self.player.drain()
+            if self.place is None and grows and self.engine.want & WANT_GROWTH:
+                self.grow()
+
+        copies.finish(tick, grows=grows)
+
     def _check_wants(self) -> None:
         """Whoever grows the storage and tells of failures does so only when asked."""
         engine = self.engine
+        if engine.failed_errno and not engine.want & WANT_EVENT:
+            raise Violation("the engine has failed and does not say so")
+        if self.place is not None:
+            self.place.check()
+            return
         free_bytes = engine.free_slots * self.geometry.chunk_size_bytes
         short = engine.waiting_writes or free_bytes < engine.wake_below_bytes
         if short and self.geometry.table_entries and engine.capacity_slots < self.geometry.chunks and not engine.want & WANT_GROWTH:
             raise Violation(f"{engine.waiting_writes} writes wait, {engine.free_slots} slots are free, and no growth is asked for")
-        if engine.failed_errno and not engine.want & WANT_EVENT:
-            raise Violation("the engine has failed and does not say so")
 
     def _check_slots(self) -> None:
         """With nothing under way and nothing pending: slots in use are those that the table names."""
@@ -362,6 +468,8 @@ class World:
         if self.player.in_flight_count:
             raise Violation(f"close never ends: {sorted(set(self.in_flight.values()))}")
         self._check_leaks()
+        if self.place is not None:
+            self.place.close()
         failed = self.engine.failed_errno
         if not failed:
             # A closed disk is durable as a whole, whatever the cache mode.
@@ -387,6 +495,8 @@ class World:
     def cut_power(self) -> None:
         self.say("power fails")
         self.log_memory = None
+        if self.place is not None:
+            self.place.end_life(power=False)
         self.device.crash()
         self.player.abandon()
 
@@ -394,6 +504,8 @@ class World:
         """The process dies, another one opens the disk: what was acknowledged and not flushed is as it is seen now, or lost later."""
         self.killed = True
         self.say("the process is killed")
+        if self.place is not None:
+            self.place.end_life(power=True)
         self.device.kill()
         self.player.abandon()
         self.oracle.survive_kill()
@@ -445,6 +557,8 @@ class World:
                 part = view[at : at + length]
                 if state == _EXTENT_ZERO and part.any():
                     raise Violation(f"block status calls {length} bytes at {start} zeros, and they are not")
+                if state == _EXTENT_BASE and self.device.base_closed:
+                    raise Violation(f"block status calls {length} bytes at {start} those of a base that is not needed")
                 if state == _EXTENT_BASE:
                     base = base_content(self.shape.base_bytes or 0, start, length)
                     if bytes(part) != base.ljust(length, b"\0"):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bugs import needs_bugs, seeded
@@ -26,19 +27,21 @@ from fvd.sim._oracle import Violation
 from fvd.sim.rounds import Outcome, run
 from fvd.volume import recovery
 from fvd.volume.loading import LoadedDisk, read_map
+from fvd.volume.policy import Action, GrowthPolicy
 from fvd.volume.recovery import RecoverablePages, recover_disk
+from fvd.volume.steering import Steering
 
 COMPILED = (
     *range(1, 24),
     *range(26, 32),
     *range(33, 37),
-    *range(37, 41),
-    42,
+    *range(37, 43),
+    67,  # the guest's reserve where storage cannot grow
+    68,  # the end of the base
     *range(71, 78),  # changes to the engine that once went unnoticed; 70 was none (docs/simulation.md)
 )
 BY_SCENARIO_ONLY = (
     32,  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash
-    41,  # who took a slot is not seen from outside
 )
 MOST_REQUESTS = 200_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
@@ -73,6 +76,55 @@ def recovery_flushes_nothing() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def told_of_room_in_vain() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrowthPolicy, "room_made", lambda policy, now, free_bytes: [])
+        yield
+
+
+@contextmanager
+def woken_too_late() -> Iterator[None]:
+    def below(policy: GrowthPolicy) -> int:
+        return max(0, policy.free_bytes - policy._geometry.chunk_size_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrowthPolicy, "look_below_bytes", property(below))
+        yield
+
+
+@contextmanager
+def an_error_counts_for_more_than_the_size() -> Iterator[None]:
+    ended = GrowthPolicy.ended
+
+    def believing(policy: GrowthPolicy, now: float, size: int | None, error: FvdError | None, *rest: Any, **others: Any) -> list[Action]:
+        return ended(policy, now, size if error is None else None, error, *rest, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrowthPolicy, "ended", believing)
+        yield
+
+
+@contextmanager
+def a_pause_of_prefetching_has_no_end() -> Iterator[None]:
+    pause = Steering._pause
+
+    def for_ever(steering: Steering, *about: Any) -> None:
+        pause(steering, *about)
+        steering._resume_ns = 1 << 62
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steering, "_pause", for_ever)
+        yield
+
+
+# Habits of what surrounds the engine (docs/growth.md, docs/base.md), by what they would be without.
+HABITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "told of room in vain": told_of_room_in_vain,
+    "woken too late": woken_too_late,
+    "an error counts for more than the size": an_error_counts_for_more_than_the_size,
+    "a pause of prefetching has no end": a_pause_of_prefetching_has_no_end,
+}
 IN_PYTHON: dict[int, Callable[[], AbstractContextManager[None]]] = {24: read_only_opens_skip_replay, 25: recovery_flushes_nothing}
 
 
@@ -95,7 +147,7 @@ def hunt(first: int) -> tuple[int, int, Exception]:
     pytest.fail(f"went unnoticed in {requests} requests, seeds {first} to {seed - 1}")
 
 
-def report(bug: int, first: int) -> None:
+def report(bug: int | str, first: int) -> None:
     for start in range(first, first + STARTS * FAR, FAR):
         seed, requests, found = hunt(start)
         print(f"bug {bug}: found after {requests} requests, seeds {start} to {seed}: {type(found).__name__}: {found}")
@@ -113,6 +165,12 @@ def test_random_worlds_find(bug: int, first_seed: int) -> None:
 def test_random_worlds_find_what_is_missing_in_python(bug: int, first_seed: int) -> None:
     with IN_PYTHON[bug]():
         report(bug, first_seed)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_random_worlds_find_what_the_allocator_and_the_steering_do_no_more(habit: str, first_seed: int) -> None:
+    with HABITS[habit]():
+        report(habit, first_seed)
 
 
 @needs_bugs
