@@ -46,8 +46,8 @@ class Qmp:
 
 
 @contextlib.contextmanager
-def running(command: list[str], qmp_path: Path) -> Iterator[Qmp]:
-    """A QEMU program that listens for QMP there; ended by SIGTERM."""
+def running(command: list[str], qmp_path: Path, *, dies: bool = False) -> Iterator[Qmp]:
+    """A QEMU program that listens for QMP there; ended by SIGTERM, or if it `dies`, by SIGKILL."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -66,7 +66,7 @@ def running(command: list[str], qmp_path: Path) -> Iterator[Qmp]:
         qmp.close()
     finally:
         if process.poll() is None:
-            process.terminate()
+            (process.kill if dies else process.terminate)()
         try:
             process.communicate(timeout=10)
         except subprocess.TimeoutExpired:  # it waits for a server that is away, as long as `reconnect-delay` says
@@ -75,11 +75,11 @@ def running(command: list[str], qmp_path: Path) -> Iterator[Qmp]:
 
 
 @contextlib.contextmanager
-def storage_daemon(folder: Path, *words: str) -> Iterator[Qmp]:
+def storage_daemon(folder: Path, *words: str, dies: bool = False) -> Iterator[Qmp]:
     """qemu-storage-daemon: a QEMU with no machine."""
     path = folder / "qsd.qmp"
     monitor = ["--chardev", f"socket,id=qmp,path={path},server=on,wait=off", "--monitor", "qmp"]
-    with running(["qemu-storage-daemon", *monitor, *words], path) as qmp:
+    with running(["qemu-storage-daemon", *monitor, *words], path, dies=dies) as qmp:
         yield qmp
 
 
