@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked fuzzed lint test test-long test-checked test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
+.PHONY: help setup build checked fuzzed lint test test-long mutants test-checked test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
 .PHONY: bench bench-quick bench-full bench-report bench-publish
 
 VENV := .venv
@@ -52,6 +52,9 @@ test: setup ## everything: both builds, the linters, all tests, real LVM include
 
 test-long: setup ## the same with all that is left out of it, in both builds, and longer plays (an hour and more); before an issue is resolved
 	$(RUN_TESTS) --long $(PYTEST_WORDS)
+
+mutants: checked ## one-line changes to the engine, drawn by a seed, and what finds each (part of test-long; 15 minutes)
+	$(PY) tests/mutants/hunt.py
 
 test-checked: checked ## the part of make test that runs in the checked build
 	$(RUN_TESTS) --only 'checked *' $(PYTEST_WORDS)
