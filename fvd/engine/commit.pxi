@@ -14,6 +14,8 @@ cdef bint commit_wanted(Engine e) noexcept nogil:
 cdef int commit_maybe(Engine e) except -1 nogil:
     if e.commit_state != COMMIT_IDLE or e.failed_errno or e.read_only or not commit_wanted(e):
         return 0
+    if BUG(64) and e.discarding:
+        return 0
     return commit_begin(e)
 
 

@@ -378,3 +378,24 @@ cdef bint is_committed(Engine e, uint64_t chunk, uint64_t first, uint64_t end) n
         if delta_find(&e.frozen, change_key(KIND_BITMAP, word)) != NULL:
             return False
     return True
+
+
+cdef bint mapped_durably(Engine e, uint64_t chunk, uint32_t slot, uint64_t first, uint64_t end) noexcept nogil:
+    """R38: whether the commits that are durable map these blocks, which are present, to this slot. If not, what was written there may have
+    been lost with the flush or write-back that failed, and the slot shows what it held before it was this chunk's."""
+    cdef uint64_t block = first, stop
+    if changes(&e.open) + changes(&e.frozen) + changes(&e.soft) == 0:
+        return True
+    if not e.raw and committed_value(e, KIND_TABLE, chunk, slot) != slot:
+        return False
+    while block < end:
+        stop = min(end, (block | 63) + 1)
+        if ~committed_value(e, KIND_BITMAP, block >> 6, e.bitmap[block >> 6]) & bits_mask(block, stop):
+            return False
+        block = stop
+    return True
+
+
+cdef inline uint64_t bits_mask(uint64_t first, uint64_t end) noexcept nogil:
+    """The bits of blocks [first, end) in their word, which is one."""
+    return (~<uint64_t> 0 >> (64 - (end - first))) << (first & 63)

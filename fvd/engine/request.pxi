@@ -173,6 +173,8 @@ cdef int read_step(Engine e, Request *r) except -1 nogil:
     if not present or slot == EMPTY:
         read_absent(e, r, start, end, present)
         return 1
+    if e.failed_errno and not mapped_durably(e, chunk, slot, first, ((end - 1) >> e.block_shift) + 1) and not BUG(61):
+        return give_up(r, -EIO)     # R38
     device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start)
     if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0:
         issue_plain(e, r, OP_READ, device_offset, end - start, buffer, False)

@@ -23,6 +23,11 @@ cdef class Operation:
     cdef readonly uint64_t number, token, offset_bytes, length_bytes
     cdef readonly int kind, target
     cdef readonly bint durable, took_effect, overtook
+    cdef readonly bint took_report  # it fails by what the device was to say of others' blocks
+    cdef bint by_itself             # it fails by its own data: it asks for nobody's report
+    cdef bint asked                 # it has, and has not been told of yet
+    cdef bint queued                # it waits for a worker
+    cdef bint working               # it occupies one
     cdef public int32_t result
     cdef public uint64_t held_until
     cdef uint64_t submitted_at      # the moment: what had completed by then a flush covers
@@ -41,7 +46,21 @@ cdef class SimulatedDevice:
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
     cdef readonly uint32_t logical_block_bytes
     cdef readonly object base_bytes
-    cdef dict lost                  # block -> what the medium holds, of cached blocks that it never got
+    cdef readonly dict lost         # block -> what the medium holds, of blocks that count as written, and that it never got
+    # errors that are told once
+    cdef public bint told_once, fua, sampler
+    cdef readonly int32_t report    # of blocks that were lost: nobody has been told yet
+    cdef readonly uint64_t losses, reverted, landings   # blocks that were lost, were seen to be, and came late
+    cdef uint64_t page_errors, sampled
+    # workers for flushes, discards and zeroing
+    cdef readonly uint32_t workers
+    cdef uint32_t working, discarding
+    cdef list queue
+    cdef uint64_t under_way[8]     # operations by category
+    # what happens by itself
+    cdef bint weather
+    cdef double writeback_share, eviction_share, landing_share
+    cdef dict landing               # block -> (content, number, moment), of failed operations that may reach the storage yet
     cdef object image_array
     cdef uint8_t *image
     cdef uint64_t base_size, metadata_start, maps_start, data_start
@@ -68,6 +87,19 @@ cdef class SimulatedDevice:
     cdef int put(self, Operation op, double share, bint late=*) except -1
     cdef int catch_up(self, Operation op, double share) except -1
     cdef int lose_cached(self) except -1
+    cdef int lose_block(self, uint64_t block) except -1
+    cdef double failed_share(self) noexcept
+    cdef int begin_durable(self, Operation op, int32_t error) except -1
+    cdef int ask_for_report(self, Operation op) except -1
+    cdef int occupy(self, Operation op) except -1
+    cdef int release(self, Operation op) except -1
+    cdef int nothing_pending(self) except -1
+    cdef int ask_sampler(self, Operation op) noexcept
+    cdef int make_durable(self, Operation op) except -1
+    cdef int happen(self) except -1
+    cdef int evict(self, double share) except -1
+    cdef int land(self, double share) except -1
+    cdef int may_land(self, Operation op) except -1
     cdef int revert_lost(self) except -1
     cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1
     cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept

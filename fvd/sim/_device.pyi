@@ -30,6 +30,8 @@ class Operation:
     took_effect: bool
     overtook: bool
     """It takes effect before an earlier one in the same place, and is told of after it."""
+    took_report: bool
+    """It fails because the device had to tell somebody of blocks that it lost, whose ever they were."""
     result: int
     """0, or the negative errno with which it completes; settable until then."""
     held_until: int
@@ -71,6 +73,22 @@ class SimulatedDevice:
     """Whether the base has been given up: no operation may read it."""
     page_cache: bool
     """Writes go to a page cache, which after a failed flush may hold pages that the medium never gets."""
+    told_once: bool
+    """Blocks that could not be made durable are told of once: to the first flush or durable write that ends from then on. The others end
+    well. Else a flush that fails is told so itself."""
+    fua: bool
+    """Without a page cache: a durable write makes its own blocks durable and asks nobody (the default); else it is a write and a flush."""
+    sampler: bool
+    """With a page cache: somebody asks at the end of each flush or durable write whether anything was lost since, whoever was told."""
+    report: int
+    """The negative errno that the next who asks is told; 0: nothing was lost, or somebody has been told."""
+    lost: dict[int, bytes]
+    """Block -> what the medium holds, of those that are seen, count as written, and were lost."""
+    losses: int
+    reverted: int
+    """Blocks that were lost and are seen no more."""
+    landings: int
+    """Blocks of failed operations that came after all."""
     fail_number: int
     """The operation with this number fails."""
     fail_with: int
@@ -103,6 +121,25 @@ class SimulatedDevice:
     def set_slow(self, shares: Mapping[str, float]) -> None:
         """The share of events, by category of operation, that are held back for long, so that much else happens meanwhile: an operation may
         take effect late, and may be told of late."""
+    workers: int
+    def set_workers(self, workers: int) -> None:
+        """Flushes, discards and zeroing occupy one each of so many workers until they complete, and queue for them; 0: as many as it takes.
+        While all of them discard, everything else takes longer."""
+
+    def set_weather(self, *, writeback: float = 0.0, eviction: float = 0.0, landing: float = 0.0) -> None:
+        """What happens by itself, as shares of events: the page cache's own write-back fails and loses blocks; blocks that were lost are
+        evicted, so that reads show what the medium holds; blocks of operations that failed reach the storage after all, until something
+        else is written there or a flush that began after them has ended."""
+
+    def happen_at_rest(self) -> None:
+        """The same, but for write-back, when no event is to come: while a disk is opened."""
+
+    def end_landing(self) -> None:
+        """What failed operations have on their way comes now or never."""
+
+    def ask(self) -> int:
+        """Somebody else who has the storage open asks what was lost. Returns the negative errno, which nobody else is told then; or 0."""
+
     def advance(self, by_ns: int) -> None: ...
     def submit(self, operations: Iterable[tuple[int, int, int, int, int, int, bool]]) -> None:
         """(token, kind, target, offset_bytes, length_bytes, buffer_address, durable), as Engine.take_operations gives them."""

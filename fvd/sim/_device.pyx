@@ -31,6 +31,7 @@ cdef enum:
     LOOK_BACK = 64              # operations that one may overtake
 
 cdef uint64_t STUCK = <uint64_t> 1 << 60
+cdef uint64_t QUEUED = <uint64_t> 1 << 61
 
 
 cdef class Operation:
@@ -79,7 +80,10 @@ cdef class SimulatedDevice:
             raise MemoryError("simulated device")
         self.pending = []
         self.lost = {}
+        self.landing = {}
+        self.queue = []
         self.zeroes = True
+        self.fua = True
         self.moment = 1
 
     def __dealloc__(self):
@@ -179,9 +183,57 @@ cdef class SimulatedDevice:
         if self.overtaking_share and self.dice.chance(self.overtaking_share):
             self.overtake(op)
         self.pending.append(op)
+        self.under_way[self.category_of(op)] += 1
+        if self.workers:
+            self.occupy(op)
         if op.kind == OP_WRITE and op.offset_bytes < self.data_start and self.announce is not None:
             self.announce(op)
         return op
+
+    def set_workers(self, uint32_t workers):
+        """See _device.pyi."""
+        self.workers = workers
+
+    cdef int occupy(self, Operation op) except -1:
+        """A flush, discard or zeroing takes a worker, or waits for one; while all of them discard, everything else is slow."""
+        if op.kind == OP_READ or op.kind == OP_WRITE:
+            if self.discarding >= self.workers:
+                op.held_until = max(op.held_until, self.moment + self.dice.between(1, 50))
+        elif self.working < self.workers:
+            op.working = True
+            self.working += 1
+            self.discarding += op.kind == OP_DISCARD
+        else:
+            op.queued = True
+            op.held_until = QUEUED
+            self.queue.append(op)
+        return 0
+
+    cdef int release(self, Operation op) except -1:
+        cdef Operation following
+        if op.queued:
+            self.queue.remove(op)
+        if not op.working:
+            return 0
+        op.working = False
+        self.working -= 1
+        self.discarding -= op.kind == OP_DISCARD
+        if self.queue:
+            following = <Operation> self.queue.pop(0)
+            following.queued = False
+            following.working = True
+            following.held_until = 0
+            self.working += 1
+            self.discarding += following.kind == OP_DISCARD
+            self.hold(following)
+        return 0
+
+    cdef int nothing_pending(self) except -1:
+        self.pending.clear()
+        self.queue.clear()
+        self.working = self.discarding = 0
+        memset(self.under_way, 0, sizeof(self.under_way))
+        return 0
 
     cdef void overtake(self, Operation op) noexcept:
         """What is under way where this one goes, one of them a write, takes effect after it; and it is told of after that."""
@@ -214,9 +266,12 @@ cdef class SimulatedDevice:
         cdef Py_ssize_t count = len(self.pending)
         cdef Operation op = <Operation> self.pending[self.dice.below(count)]
         cdef Operation other
+        if self.weather:
+            self.happen()
         if op.held_until > self.moment:
             ready = [other for other in self.pending if other.held_until <= self.moment]
-            ready = ready or [other for other in self.pending if other.held_until < STUCK] or self.pending
+            ready = (ready or [other for other in self.pending if other.held_until < STUCK]
+                     or [other for other in self.pending if other.held_until < QUEUED])
             op = <Operation> ready[self.dice.below(len(ready))]
         # Mostly microseconds; now and then milliseconds.
         self.now_ns += self.dice.between(1000, 200000) if not self.dice.chance(0.01) else self.dice.between(1000000, 50000000)
@@ -271,6 +326,8 @@ cdef class SimulatedDevice:
         if op.kind == OP_ZERO and not self.zeroes:
             op.result = -EOPNOTSUPP
             return 0
+        if self.told_once and (op.kind == OP_FLUSH or op.durable):
+            return self.begin_durable(op, error)
         op.result = error
         if op.kind == OP_FLUSH:
             return 0
@@ -293,38 +350,115 @@ cdef class SimulatedDevice:
             raise AssertionError(f"a write that is not aligned to logical blocks: {op}")
         if op.kind == OP_WRITE and op.offset_bytes < self.data_start and self.inspect is not None:
             self.inspect(op)
-        return self.put(op, 1.0 if error == 0 else 0.5)
+        return self.put(op, 1.0 if error == 0 else self.failed_share())
+
+    cdef double failed_share(self) noexcept:
+        """Of the blocks of a write that fails: so many are written. Where they may still come, often none at first."""
+        return 0.0 if self.landing_share and self.dice.chance(0.5) else 0.5
+
+    cdef int begin_durable(self, Operation op, int32_t error) except -1:
+        """A flush or a durable write takes effect, where a failure is told to one of those who ask: others' blocks may be lost with it.
+
+        Somewhere between now and its end it asks for what there is to be told; so what it takes, it may be told of long after others."""
+        cdef uint64_t block, size = self.logical_block_bytes
+        if op.kind == OP_WRITE:
+            if op.target != TARGET_STORAGE or op.offset_bytes + op.length_bytes > self.size_bytes:
+                raise AssertionError(f"a write outside the storage: {op}")
+            if op.offset_bytes < self.data_start and self.inspect is not None:
+                self.inspect(op)
+            if error and ((self.fua and not self.page_cache) or self.dice.chance(0.5)):
+                op.by_itself = True
+                op.result = error
+                return self.put(op, self.failed_share())
+            op.late = 0
+            self.put(op, 1.0)
+            if error:
+                # Its blocks are seen and count as written: some of them are not.
+                for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
+                    if self.dice.chance(0.7):
+                        self.lose_block(block)
+        if error:
+            if op.kind == OP_FLUSH or not self.page_cache:
+                self.lose_cached()
+            self.report = error
+            self.page_errors += self.page_cache
+        if self.dice.chance(0.5):
+            self.ask_for_report(op)
+            if op.result == 0:
+                self.make_durable(op)
+        return 0
+
+    cdef int ask_for_report(self, Operation op) except -1:
+        """A flush or a durable write asks: the first is told of what was lost, whose ever it was."""
+        op.asked = True
+        if self.report == 0 or op.by_itself or (op.kind != OP_FLUSH and self.fua and not self.page_cache):
+            return 0
+        op.result = self.report
+        op.took_report = True
+        self.report = 0
+        return 0
+
+    cdef int ask_sampler(self, Operation op) noexcept:
+        """Whoever is told that it ended well asks once more, and hears of everything that was lost in the page cache since it last did."""
+        if op.result == 0 and self.sampler and self.page_errors != self.sampled:
+            op.result = self.fail_with
+            op.took_report = True
+        self.sampled = self.page_errors
+        return 0
+
+    def ask(self):
+        """See _device.pyi."""
+        error, self.report = self.report, 0
+        return error
 
     cdef int end(self, Operation op) except -1:
-        cdef uint64_t i, kept, block, size = self.logical_block_bytes
         if not op.took_effect:
             raise RuntimeError(f"{op} completes before it takes effect")
         self.pending.remove(op)
+        self.under_way[self.category_of(op)] -= 1
+        if self.workers:
+            self.release(op)
         self.moment += 1
+        if self.told_once and not op.by_itself and (op.kind == OP_FLUSH or op.durable):
+            if not op.asked:
+                self.ask_for_report(op)
+            self.ask_sampler(op)
         if op.result:
-            if op.kind == OP_FLUSH and self.page_cache:
+            if op.kind == OP_FLUSH and self.page_cache and not op.took_report:
                 self.lose_cached()
+            if self.landing_share and op.kind != OP_FLUSH and op.kind != OP_READ and not op.took_report:
+                self.may_land(op)
             return 0
         if op.kind == OP_WRITE and op.offset_bytes < self.maps_start and self.conclude is not None:
             self.conclude(op)
         self.catch_up(op, 1.0)
         if op.kind == OP_WRITE or op.kind == OP_ZERO:
             self.completed_at[op.number] = self.moment
-            if op.durable:
-                for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
-                    self.settle_block(block, op.number, 0)
-        elif op.kind == OP_FLUSH:
-            kept = 0
-            for i in range(self.touched_count):
-                block = self.touched[i]
-                self.settle_block(block, 0, op.submitted_at + 1)
-                if self.newest[block] != NULL:
-                    self.touched[kept] = block
-                    kept += 1
-                else:
-                    self.listed[block] = 0
-            self.touched_count = kept
-            self.durable_size_bytes = max(self.durable_size_bytes, op.size_at_submission)
+        if op.durable or op.kind == OP_FLUSH:
+            self.make_durable(op)
+        return 0
+
+    cdef int make_durable(self, Operation op) except -1:
+        """What a flush covers, or a durable write's own blocks."""
+        cdef uint64_t i, kept, block, size = self.logical_block_bytes
+        if op.kind == OP_WRITE:
+            for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
+                self.settle_block(block, op.number, 0)
+            return 0
+        kept = 0
+        for i in range(self.touched_count):
+            block = self.touched[i]
+            self.settle_block(block, 0, op.submitted_at + 1)
+            if self.newest[block] != NULL:
+                self.touched[kept] = block
+                kept += 1
+            else:
+                self.listed[block] = 0
+        self.touched_count = kept
+        self.durable_size_bytes = max(self.durable_size_bytes, op.size_at_submission)
+        if self.landing:
+            # What had ended when a flush began is no longer on its way when it has ended.
+            self.landing = {at: item for at, item in self.landing.items() if item[2] > op.submitted_at}
         return 0
 
     def persist(self, Operation operation, blocks=None):
@@ -384,6 +518,8 @@ cdef class SimulatedDevice:
         cdef int missing = 1 if before != NULL else 2
         cdef const uint8_t *held = self.image + block * size
         cdef bytes medium = None
+        if self.landing:
+            self.landing.pop(block, None)       # what comes later to the same place is not overtaken by what had failed before
         if self.lost and before == NULL:
             medium = self.lost.pop(block, None)
             if medium is not None:
@@ -445,20 +581,92 @@ cdef class SimulatedDevice:
             version = older
 
     cdef int lose_cached(self) except -1:
-        """A flush of the page cache failed: of what was written some pages count as clean now, though the medium never gets them."""
+        """Write-back, or a flush of the device's cache, failed: of what was written some blocks count as clean now, though the medium
+        never gets them."""
         cdef uint64_t i, block
-        cdef Version *version
         for i in range(self.touched_count):
             block = self.touched[i]
-            version = self.newest[block]
-            if version == NULL or self.completed_at[version.number] == 0 or self.dice.chance(0.5):
+            if self.newest[block] == NULL or self.completed_at[self.newest[block].number] == 0 or self.dice.chance(0.5):
                 continue
-            while version.older != NULL:
-                version = version.older
-            self.lost[block] = (<char *> (version + 1))[: self.logical_block_bytes]
-            self.forget(self.newest[block])
-            self.newest[block] = NULL
+            self.lose_block(block)
         return 0
+
+    cdef int lose_block(self, uint64_t block) except -1:
+        cdef Version *version = self.newest[block]
+        if version == NULL:
+            return 0
+        while version.older != NULL:
+            version = version.older
+        self.lost[block] = (<char *> (version + 1))[: self.logical_block_bytes]
+        self.forget(self.newest[block])
+        self.newest[block] = NULL
+        self.losses += 1
+        return 0
+
+    # --- what happens by itself -------------------------------------------------------------------------------------
+
+    def set_weather(self, *, double writeback=0.0, double eviction=0.0, double landing=0.0):
+        """See _device.pyi."""
+        self.writeback_share, self.eviction_share, self.landing_share = writeback, eviction, landing
+        self.weather = writeback > 0 or eviction > 0 or landing > 0
+
+    cdef int happen(self) except -1:
+        cdef uint64_t before = self.losses
+        if self.page_cache and self.touched_count and self.dice.chance(self.writeback_share):
+            self.lose_cached()
+            if self.losses != before:
+                self.report = self.fail_with
+                self.page_errors += 1
+        if self.lost and self.dice.chance(self.eviction_share):
+            self.evict(0.3)
+        if self.landing and self.dice.chance(self.landing_share):
+            self.land(0.5)
+        return 0
+
+    def happen_at_rest(self):
+        """See _device.pyi."""
+        if self.lost and self.dice.chance(self.eviction_share):
+            self.evict(0.3)
+        if self.landing and self.dice.chance(0.3):
+            self.land(0.5)
+
+    cdef int evict(self, double share) except -1:
+        """Clean pages leave the cache: what is read again is what the medium holds."""
+        cdef uint64_t size = self.logical_block_bytes
+        for block in [block for block in self.lost if self.dice.chance(share)]:
+            if (block + 1) * size <= self.size_bytes:
+                memcpy(self.image + <uint64_t> block * size, <const uint8_t *> <bytes> self.lost[block], size)
+            del self.lost[block]
+            self.reverted += 1
+        return 0
+
+    cdef int may_land(self, Operation op) except -1:
+        """It failed; what is on its way to some of its blocks may still reach them."""
+        cdef uint64_t size = self.logical_block_bytes
+        cdef uint64_t i
+        cdef double share = 1.0 if self.dice.chance(0.5) else 0.5
+        for i in range(op.length_bytes // size):
+            if share == 1.0 or self.dice.chance(share):
+                content = (<char *> op.buffer)[i * size : (i + 1) * size] if op.kind == OP_WRITE else (
+                    bytes((DISCARDED if op.kind == OP_DISCARD else 0,)) * size)
+                self.landing[op.offset_bytes // size + i] = (content, op.number, self.moment)
+        return 0
+
+    cdef int land(self, double share) except -1:
+        """Blocks of operations that had failed reach the storage; what does not come now may come later."""
+        if self.dice.chance(0.5):
+            share = 1.0
+        for block in [block for block in self.landing if share == 1.0 or self.dice.chance(share)]:
+            content, number, _ = self.landing.pop(block)
+            if (block + 1) * self.logical_block_bytes <= self.size_bytes:
+                self.put_block(block, <const uint8_t *> <bytes> content, number)
+                self.landings += 1
+        return 0
+
+    def end_landing(self):
+        """See _device.pyi."""
+        self.land(0.5)
+        self.landing.clear()
 
     cdef int revert_lost(self) except -1:
         cdef uint64_t size = self.logical_block_bytes
@@ -483,6 +691,7 @@ cdef class SimulatedDevice:
             self.listed[self.touched[i]] = 0
         self.touched_count = 0
         self.durable_size_bytes = self.size_bytes
+        self.landing.clear()
 
     def truncate(self, uint64_t size_bytes):
         """The storage ends here now; what lay beyond is gone."""
@@ -514,7 +723,7 @@ cdef class SimulatedDevice:
                 self.put(op, 1.0)
             elif op.kind == OP_WRITE or op.kind == OP_DISCARD or op.kind == OP_ZERO:
                 self.catch_up(op, 1.0)
-        self.pending.clear()
+        self.nothing_pending()
         self.revert_lost()
         found = []
         for i in range(self.touched_count):
@@ -535,8 +744,9 @@ cdef class SimulatedDevice:
     def put_back(self, image):
         """Hold this image (of the present size), all of it on the medium, with nothing pending: for another try from one crash."""
         self.flush_everything()
-        self.pending.clear()
+        self.nothing_pending()
         self.lost.clear()
+        self.report = 0
         memoryview(self.image_array)[: self.size_bytes] = image
 
     def crash(self):
@@ -552,6 +762,8 @@ cdef class SimulatedDevice:
                     self.catch_up(op, 0.5)
                 else:
                     self.put(op, 0.5)
+        if self.landing:
+            self.land(0.5)
         keep = (0.0, 0.1, 0.5, 0.9, 1.0)[self.dice.below(5)]
         for i in range(self.touched_count):
             block = self.touched[i]
@@ -568,17 +780,21 @@ cdef class SimulatedDevice:
                 version = version.older
             memcpy(self.image + block * size, <uint8_t *> (version + 1), size)
         self.revert_lost()
+        self.report = 0
+        self.sampled = self.page_errors
         # The size of a file is volatile too; that of a logical volume is not.
         if self.size_bytes > self.durable_size_bytes and self.dice.chance(0.3):
             self.truncate(self.durable_size_bytes)
         self.flush_everything()
-        self.pending.clear()
+        self.nothing_pending()
 
     def kill(self):
         """The process dies and the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
         cdef Operation op
         cdef uint64_t number
         for op in self.pending:
+            if op.took_report:
+                self.report = op.result     # a limit of the model: not told to the dead alone
             if op.kind == OP_DISCARD and not op.took_effect:
                 self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
             elif op.kind == OP_DISCARD:
@@ -590,8 +806,13 @@ cdef class SimulatedDevice:
                     self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
                 # The kernel ends it, whoever is there to see: a later flush covers it.
                 self.completed_at[op.number] = self.moment
-        self.pending.clear()
+        self.nothing_pending()
         # What a failed write left is seen, and a later flush writes what is there, whoever was to hear of the failure.
         for number in range(1, self.submitted + 1):
             if self.completed_at[number] == 0:
                 self.completed_at[number] = self.moment
+        if self.told_once and not self.page_cache:
+            self.revert_lost()      # nothing can be asked to forget a device's cache: it may not last longer than who filled it
+        if self.report == 0 and self.sampled != self.page_errors:
+            self.report = self.fail_with        # nor to an outsider alone
+        self.sampled = self.page_errors

@@ -10,6 +10,7 @@ cdef struct Write:              # what one request gives each of its sectors; ti
     uint8_t succeeded
     uint8_t durable
     uint8_t advisory            # a trim that may be ignored: allowed, but supersedes nothing
+    uint8_t doubted             # the storage lost what was not durable: a read may show what was before, until a flush promises this one
 
 cdef struct Entry:              # a write in one sector's history
     uint32_t write
@@ -49,6 +50,8 @@ cdef class Oracle:
     cdef uint64_t last_flush                # when the last flush that succeeded began
     cdef uint64_t *reads                    # when the reads under way began
     cdef uint32_t read_count, read_room
+    cdef public bint lands_late     # a write that failed may still reach the storage after a read that did not show it
+    cdef uint64_t loose_sectors     # a read is not judged in chunks of so many sectors with anything in them that is not durable; 0: it is
 
     cdef int begin_life(self) except -1
     cdef uint64_t tick_(self) noexcept
@@ -64,6 +67,7 @@ cdef class Oracle:
     cdef uint64_t read_begun(self) except 0
     cdef void read_dropped(self, uint64_t began) noexcept
     cdef int read_ended(self, uint64_t first_sector, uint64_t sectors, uint64_t began, const uint8_t *data) except -1
+    cdef bint unsettled_near(self, uint64_t sector) noexcept
     cdef int judge(self, const uint8_t *data, int64_t *out) except -1
     cdef int add(self, uint64_t index, uint32_t write) except -1
     cdef void prune(self, History *history) noexcept

@@ -32,6 +32,16 @@ class Oracle:
     def drop_read(self, began: int) -> None:
         """That read will show nothing."""
 
+    lands_late: bool
+    """A write that failed may still reach the storage after a read that did not show it."""
+    def doubt(self) -> None:
+        """The storage lost blocks that it had shown: reads may show what was there before, of everything that is not durable, until a flush
+        promises it."""
+
+    def outlive_kill(self, *, sent_again: bool) -> None:
+        """The process that served the disk was killed, and nothing acknowledged is lost: it binds as before. What was not answered is still
+        under way if it is sent again, and may have happened or not if it is not."""
+
     def survive_kill(self) -> None:
         """The process that served the disk was killed and the device goes on: what was not durable may be seen or not, from now on.
 

@@ -315,6 +315,46 @@ cdef class Oracle:
     def drop_read(self, uint64_t began):
         self.read_dropped(began)
 
+    def doubt(self):
+        """See _oracle.pyi."""
+        cdef uint64_t i
+        cdef uint32_t j
+        cdef History *history
+        for i in range(1, self.write_count):
+            if not self.writes[i].durable:
+                self.writes[i].doubted = 1
+        for i in range(self.touched_count):
+            history = &self.histories[self.touched[i]]
+            for j in range(history.count):
+                history.entries[j].outdated = OPEN
+
+    cdef bint unsettled_near(self, uint64_t sector) noexcept:
+        """Whether anything in the chunk of this sector is not durable: new blocks of it may lie where anything has been."""
+        cdef uint64_t first = sector // self.loose_sectors * self.loose_sectors
+        cdef uint64_t end = first + self.loose_sectors
+        cdef uint64_t i, place
+        cdef uint32_t j
+        cdef History *history
+        for i in range(self.touched_count):
+            place = self.sector_at(self.touched[i])
+            if not first <= place < end:
+                continue
+            history = &self.histories[self.touched[i]]
+            for j in range(history.count):
+                if not self.writes[history.entries[j].write].durable:
+                    return True
+        return False
+
+    def outlive_kill(self, *, bint sent_again):
+        """See _oracle.pyi."""
+        cdef uint32_t i
+        cdef uint64_t now = self.tick_()
+        self.read_count = 0
+        if not sent_again:
+            for i in range(1, self.write_count):
+                if self.writes[i].ended == OPEN:
+                    self.writes[i].ended = now
+
     def survive_kill(self):
         """See _oracle.pyi."""
         cdef uint64_t i
@@ -357,13 +397,14 @@ cdef class Oracle:
             value = self.value_of(data + i * SECTOR, sector)
             history = &self.histories[index]
             if history.count == 0:
-                if value != self.settled[index]:
+                if value != self.settled[index] and not (self.loose_sectors and self.unsettled_near(sector)):
                     raise self.violation(index, value, 0, "a read showed")
                 continue
             floor = 0
             for j in range(history.count):
                 write = &self.writes[history.entries[j].write]
-                if write.succeeded and write.ended < began and not write.advisory and write.began > floor:
+                if (write.succeeded and write.ended < began and not write.advisory and write.began > floor
+                        and (write.durable or not write.doubted)):
                     floor = write.began
             found = 0
             only = NULL
@@ -374,11 +415,13 @@ cdef class Oracle:
                     found += 1
                     only = entry
             if found == 0:
+                if self.loose_sectors and self.unsettled_near(sector):
+                    continue
                 raise self.violation(index, value, floor, "a read showed")
             # What had ended before this read and was not shown came before what was: no later read may show it again.
             for j in range(history.count):
                 entry = &history.entries[j]
-                if self.writes[entry.write].ended >= began:
+                if self.writes[entry.write].ended >= began or (self.lands_late and not self.writes[entry.write].succeeded):
                     continue
                 if entry == only if found == 1 else self.shows(entry.write, index, sector, value):
                     continue

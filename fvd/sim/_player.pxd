@@ -54,11 +54,16 @@ cdef class Player:
     cdef uint64_t reserve_left, chunks_in_flight, waited
     cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
+    cdef uint64_t reverted          # blocks that the device lost and no longer shows, when that was last looked at
+    cdef bint doubts                # there have been such in this life
     # what random requests look like
     cdef public uint32_t depth, least_depth     # the queue drains to between the two after each request
     cdef uint64_t largest_sectors, unit_sectors, block_sectors, chunk_sectors, disk_sectors, most_bytes
     cdef double skew_share, verify_share, side_share
     cdef list to_verify            # (first sector, sectors) of writes that have ended
+    cdef list to_send_again         # (kind, first sector, sectors, fua, no_hole, write) that the last life has not answered
+    cdef uint32_t reads_in_flight
+    cdef public uint64_t most_discards, discard_bytes   # in flight at once, and of each; 0: any
     cdef double weights[8]
     cdef double weight_sum
     cdef uint64_t areas[16]         # pairs (first sector, sectors) where requests fall
@@ -68,12 +73,16 @@ cdef class Player:
     cdef uint32_t room, free_hint
     cdef uint64_t serial, exhausted_until
 
-    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0
+    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
+                       uint32_t again=*) except 0
+    cdef int send_some_again(self, bint every) except -1
     cdef int pump(self) except -1
-    cdef int check_waiting(self) except -1
+    cdef int check_progress(self) except -1
     cdef bint turn(self) except -1
     cdef int take(self, Operation op) except -1
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1
+    cdef int check_bounds(self, Operation op) except -1
+    cdef int check_waiting(self) except -1
     cdef int check_allocated(self, Guest *guest) except -1
     cdef int hole_began(self, Guest *guest) except -1
     cdef int hole_ended(self, Guest *guest) except -1

@@ -56,6 +56,9 @@ class Player:
     on: one thing at each call."""
     attended: int
     due_ns: int
+    most_discards: int
+    discard_bytes: int
+    """So many discards may be in the device at once, each of so many bytes or one chunk; 0: any number."""
     in_flight_count: int
     depth: int
     @property
@@ -66,6 +69,12 @@ class Player:
         self, kind: str, first_sector: int = 0, sectors: int = 0, *, fua: bool = False, no_hole: bool = False, skew_bytes: int = 0
     ) -> int:
         """Hand one request to the engine. Returns its cookie: in `in_flight` until it ends. `skew_bytes`: how crooked its buffer."""
+
+    def unanswered(self) -> list[tuple[int, int, int, bool, bool, int]]:
+        """What has no answer yet: (kind, first sector, sectors, fua, no_hole, the oracle's number of the write or 0)."""
+
+    def send_again(self, requests: Sequence[tuple[int, int, int, bool, bool, int]]) -> None:
+        """A client sends again what another life has not answered, the same contents, in any order and among new requests."""
 
     def exchange(self) -> None:
         """Take what the engine wants done, and what it has done, without an event of the device. Raises Violation."""

@@ -9,12 +9,15 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memset
 
-from fvd.device.op cimport OP_WRITE, DeviceOp
+from fvd.device.op cimport OP_FLUSH, OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
     DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
     REQUEST_ZERO, Engine, Extent, Request,
 )
-from fvd.sim._device cimport CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_WRITE, Operation, SimulatedDevice
+from fvd.sim._device cimport (
+    CATEGORY_DISCARD, CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_READ, CATEGORY_WRITE, CATEGORY_ZERO,
+    Operation, SimulatedDevice,
+)
 from fvd.sim._dice cimport Dice
 from fvd.sim._oracle cimport Oracle
 
@@ -31,6 +34,9 @@ cdef enum:
     RETRY_NS = 250_000_000
     FOREVER = 5_000_000         # events without which anything must have ended
     BUSY = 10_000               # calls of `attend` at one moment
+    MOST_FLUSHES = 2            # a commit's and a checkpoint's
+    MOST_MAP_WRITES = 4
+    MOST_ZEROING = 32
 
 cdef extern from *:
     """
@@ -72,6 +78,9 @@ cdef class Player:
         self.to_verify = []
         self.holes_active = {}
         self.holes_ended = {}
+        self.to_send_again = []
+        self.reverted = device.reverted
+        oracle.lands_late = device.landing_share > 0
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -92,10 +101,15 @@ cdef class Player:
         """Hand one request to the engine. Returns its cookie; it is in `in_flight` until it has ended."""
         return self.send(KINDS.index(kind), first_sector, sectors, fua, no_hole, skew_bytes)
 
-    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew) except 0:
+    cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
+                       uint32_t again=0) except 0:
+        """`again`: the oracle's number of a write that another life has not answered."""
         cdef uint32_t slot = self.free_hint
         cdef uint64_t low, high, unit
         cdef Guest *guest
+        if kind == KIND_CLOSE and self.to_send_again:
+            self.send_some_again(True)
+            slot = self.free_hint
         while slot < self.room and self.guests[slot].active:
             slot += 1
         if slot == self.room:
@@ -132,9 +146,14 @@ cdef class Player:
             guest.buffer = guest.room + skew
         guest.active = 1
         self.in_flight_count += 1
+        self.reads_in_flight += kind == KIND_READ
         if kind == KIND_READ:
             memset(guest.buffer, 0xEE, sectors * SECTOR)
             guest.began = self.oracle.read_begun()
+        elif again:
+            guest.write = again
+            if kind == KIND_WRITE:
+                self.oracle.fill(again, first_sector, sectors, guest.buffer)
         elif kind == KIND_WRITE:
             guest.write = self.oracle.begin(first_sector, sectors, False, False)
             self.oracle.fill(guest.write, first_sector, sectors, guest.buffer)
@@ -157,7 +176,7 @@ cdef class Player:
         else:
             self.cancelled = True   # a close ends the writes that wait for space
         if guest.write:
-            guest.began = self.oracle.clock
+            guest.began = self.oracle.tick_() if again else self.oracle.clock
         if kind == KIND_TRIM or kind == KIND_ZERO:
             self.hole_began(guest)
         if self.log is not None:
@@ -180,6 +199,8 @@ cdef class Player:
         while self.to_verify:
             first, sectors = self.to_verify.pop()
             self.send(KIND_READ, first, sectors, False, False, 0)
+        if self.to_send_again:
+            self.send_some_again(False)
         self.engine.tick(self.device.now_ns)
         while attending:
             for i in range(self.engine.op_count):
@@ -189,6 +210,8 @@ cdef class Player:
                     self.log.append(f"  device gets {added!r}")
                 if self.failed_at != NEVER and added.kind == OP_WRITE and self.device.category_of(added) != CATEGORY_WRITE:
                     raise Violation(f"metadata is written after a flush or a metadata write had failed: {added}")
+                if op.kind >= OP_FLUSH or op.offset_bytes < self.device.data_start:
+                    self.check_bounds(added)
             self.engine.op_count = 0
             i = 0
             while i < self.engine.done_count:
@@ -229,6 +252,28 @@ cdef class Player:
             self.reserve_left = max(self.reserve_left, reserve - self.chunks_in_flight)
         return 0
 
+    def unanswered(self):
+        """See _player.pyi."""
+        cdef uint32_t i
+        cdef Guest *guest
+        found = list(self.to_send_again)
+        for i in range(self.room):
+            guest = &self.guests[i]
+            if guest.active and guest.kind != KIND_CLOSE:
+                found.append((guest.kind, guest.first_sector, guest.sectors, bool(guest.fua), bool(guest.no_hole), guest.write))
+        return found
+
+    def send_again(self, requests):
+        """See _player.pyi."""
+        self.to_send_again = list(requests)
+
+    cdef int send_some_again(self, bint every) except -1:
+        """In any order, mixed with new ones."""
+        while self.to_send_again and (every or not self.device.pending or self.dice.chance(0.3)):
+            kind, first, sectors, fua, no_hole, write = self.to_send_again.pop(self.dice.below(len(self.to_send_again)))
+            self.send(kind, first, sectors, fua, no_hole, 0, write)
+        return 0
+
     def exchange(self):
         """Take what the engine wants done, and what it has done, without an event of the device."""
         self.pump()
@@ -245,9 +290,57 @@ cdef class Player:
             self.pump()
         if not self.device.pending:
             return False
+        if self.in_flight_count:
+            self.check_progress()
         op = self.device.event()
+        if self.device.reverted != self.reverted:
+            self.reverted = self.device.reverted
+            self.doubts = True
+            self.oracle.doubt()
         self.take(op)
         return True
+
+    cdef int check_bounds(self, Operation op) except -1:
+        """However much there is to do behind the guests' requests, only so much of it is handed to the device at once."""
+        cdef int category = self.device.category_of(op)
+        cdef uint64_t count = self.device.under_way[category]
+        cdef uint64_t most = NEVER
+        if category == CATEGORY_FLUSH:
+            most = MOST_FLUSHES
+        elif category == CATEGORY_JOURNAL:
+            most = 1
+        elif category == CATEGORY_MAP:
+            most = MOST_MAP_WRITES
+        elif category == CATEGORY_ZERO:
+            most = MOST_ZEROING
+        elif category == CATEGORY_DISCARD and self.most_discards:
+            most = self.most_discards
+            if op.length_bytes > max(self.discard_bytes, self.chunk_sectors * SECTOR):
+                raise Violation(f"{op} is longer than {self.discard_bytes} bytes and a chunk")
+        if count > most:
+            raise Violation(f"{count} operations of one kind in the device, like {op}; {most} are allowed")
+        return 0
+
+    cdef int check_progress(self) except -1:
+        """What requests may wait for: reads for reads alone; and for discards only writes that have no other slot."""
+        cdef Request *r
+        cdef uint32_t waiting = 0
+        cdef uint64_t discards
+        if self.engine.retries != NULL or self.engine.closing != NULL:
+            return 0
+        if self.reads_in_flight and not self.has_base and self.device.under_way[<int> CATEGORY_READ] == 0:
+            raise Violation(f"{self.reads_in_flight} reads wait for something else than reads: {self.device.pending[:4]}")
+        discards = self.device.under_way[<int> CATEGORY_DISCARD]
+        if discards and discards == <uint64_t> len(self.device.pending):
+            r = self.engine.wait_slot.head
+            while r != NULL:
+                waiting += 1
+                r = r.next
+            if waiting != self.in_flight_count:
+                raise Violation(f"{self.in_flight_count - waiting} requests wait for discards: {self.device.pending[:4]}")
+            if waiting and self.engine.free_slots:
+                raise Violation(f"{waiting} writes wait for discards though slots are free")
+        return 0
 
     def deliver(self, Operation operation):
         """Hand a completed operation of the device to the engine, and take what comes of it."""
@@ -261,7 +354,7 @@ cdef class Player:
                 self.log.append(f"  device completes {op!r}")
             if op.result:
                 category = self.device.category_of(op)
-                if category == CATEGORY_FLUSH or category == CATEGORY_JOURNAL or category == CATEGORY_MAP:
+                if category == CATEGORY_FLUSH or category == CATEGORY_JOURNAL or category == CATEGORY_MAP or op.took_report:
                     # From the first flush or metadata write that failed no flush may succeed.
                     self.failed_at = min(self.failed_at, self.oracle.tick_())
             self.engine.complete(op.token, op.result)
@@ -280,6 +373,7 @@ cdef class Player:
         guest.active = 0
         self.in_flight_count -= 1
         self.chunks_in_flight -= guest.chunks
+        self.reads_in_flight -= guest.kind == KIND_READ
         return 0
 
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1:
@@ -311,7 +405,11 @@ cdef class Player:
                 if flags & DONE_ALL_ZERO and guest.sectors and (
                         guest.buffer[0] or memcmp(guest.buffer, guest.buffer + 1, guest.sectors * SECTOR - 1)):
                     raise Violation(f"a read at sector {guest.first_sector} said that it shows zeros, and shows something else")
+                # What storage lost and no longer shows it may have held before it was this disk's, until the engine has been told.
+                if self.doubts and guest.began < self.failed_at:
+                    self.oracle.loose_sectors = self.disk_sectors if self.has_base else self.chunk_sectors
                 self.oracle.read_ended(guest.first_sector, guest.sectors, guest.began, guest.buffer)
+                self.oracle.loose_sectors = 0
             else:
                 self.oracle.read_dropped(guest.began)
         elif guest.kind == KIND_FLUSH:
@@ -384,6 +482,7 @@ cdef class Player:
         """The disk is gone: nothing in flight will end."""
         cdef uint32_t i
         self.to_verify = []
+        self.to_send_again = []
         for i in range(self.room):
             if self.guests[i].active:
                 self.forget(&self.guests[i])

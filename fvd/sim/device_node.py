@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fvd.device.node import Bytes, Data
+from fvd.errors import DeviceError
 from fvd.sim._device import FLUSH, STORAGE, WRITE, SimulatedDevice
 
 
@@ -22,6 +23,7 @@ class DeviceNode:
         return self._device.size_bytes
 
     def pread(self, offset_bytes: int, length_bytes: int, /) -> Bytes:
+        self._device.happen_at_rest()
         return self._bytes[offset_bytes : offset_bytes + length_bytes].copy()
 
     def pread_into(self, offset_bytes: int, buffer: Bytes, /) -> None:
@@ -35,7 +37,10 @@ class DeviceNode:
         self._bytes[offset_bytes : offset_bytes + length_bytes] = 0
 
     def flush(self) -> None:
-        """Also what the engine before had written and not flushed."""
+        """Also what the engine before had written and not flushed. Raises DeviceError when blocks of it were lost and nobody was told."""
+        self._device.happen_at_rest()
+        if error := self._device.ask():
+            raise DeviceError(f"{self.path}: a flush failed with {error}")
         self._device.flush_everything()
 
     def forget_cache(self) -> None:
@@ -61,8 +66,8 @@ class Budget:
 class VolatileNode(DeviceNode):
     """The same, but every write and flush is an operation of the device: volatile until a flush, and one that power may fail at."""
 
-    def __init__(self, device: SimulatedDevice, budget: Budget) -> None:
-        super().__init__(device, direct=True)
+    def __init__(self, device: SimulatedDevice, budget: Budget, *, direct: bool = True) -> None:
+        super().__init__(device, direct=direct)
         self._budget = budget
 
     def _operate(self, kind: int, offset_bytes: int, data: Bytes | None) -> None:
@@ -72,6 +77,8 @@ class VolatileNode(DeviceNode):
         self._device.take_effect(operation)
         self._budget.spend()
         self._device.finish(operation)
+        if operation.result:
+            raise DeviceError(f"{self.path}: an operation failed with {operation.result}")
 
     def pwrite(self, offset_bytes: int, data: Data, /) -> None:
         source = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)

@@ -89,6 +89,8 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
     if shape.settle_share and Dice(world.seed, ENDING, number).random() < shape.settle_share:
         world.settle()
     ending = dice.random()
+    if (shape.impatient and world.engine.failed_errno) or (shape.deadly and ending < 0.35):
+        ending = 0.65
     if ending < 0.5:
         outcome.crashes += 1
         if shape.crash_at:

@@ -19,6 +19,7 @@ SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide",
 MOST_SECTORS = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
 
 Area = tuple[int, int]  # first sector, sectors
+TOLD_ONCE = 0.0  # share of worlds
 
 
 @dataclass(slots=True)
@@ -88,6 +89,20 @@ class Shape:
     """Of buffers that are not aligned."""
     faults: Mapping[str, float] = field(default_factory=dict)
     """Share of the device's operations that fail, by category."""
+    told_once: bool = False
+    """What could not be made durable is told to one of those who ask, and to nobody else."""
+    fua: bool = True
+    """Without a page cache: a durable write asks the device for nothing but its own blocks; else it is a write and a flush."""
+    outsider: bool = False
+    """With a page cache: somebody else has the same open file, and asks now and then."""
+    writeback_share: float = 0.0
+    """Of events at which the page cache loses pages by itself, while faults are on."""
+    eviction_share: float = 0.0
+    """Of events at which lost blocks are evicted, once there are any."""
+    landing_share: float = 0.0
+    """Of events at which failed operations reach the storage after all, once there are any."""
+    impatient: bool = False
+    """A server whose disk has failed is killed at the end of the round."""
     fail_with: int = EIO
     fail_one: bool = False
     """One chosen operation of each life fails."""
@@ -109,6 +124,14 @@ class Shape:
     """The whole base, always, whatever the guest does."""
     copy_limit_bytes: int = 8 << 20
     base_timeout_ns: int = 0
+    resends: bool = False
+    """The client sends again what a killed server has not answered."""
+    deaths: int = 0
+    """As many at most die while they open a disk whose server was killed."""
+    deadly: bool = False
+    """Servers are killed rather than that power fails."""
+    workers: int = 0
+    """Of the device, for flushes, discards and zeroing: others queue. 0: as many as it takes."""
     log: bool = True
     """Changes that are pending are in a log that outlives the process."""
     short_log: bool = False
@@ -296,6 +319,31 @@ def draw_bounds(shape: Shape, dice: Dice) -> None:
     # Discards take long: slots gather that wait for theirs.
     shape.slow = dict(shape.slow) | {"discard": dice.choice((0.5, 0.9))}
     shape.kinds = dict(shape.kinds) | {"trim": max(shape.kinds.get("trim", 0.0), 0.5)}
+
+
+def draw_weather(shape: Shape, dice: Dice) -> None:
+    """How the storage fails, and what it does by itself. From dice of its own: it changes nothing else."""
+    shape.told_once = dice.random() < TOLD_ONCE
+    shape.fua = dice.random() < 0.3
+    shape.outsider = dice.random() < 0.5 and shape.cache_mode not in ("none", "directsync")
+    shape.eviction_share = dice.choice((0.0, 0.02, 0.2, 0.2))
+    shape.landing_share = dice.choice((0.0, 0.0, 0.001, 0.001, 0.01, 0.1))
+    if shape.told_once and shape.faulty:
+        shape.writeback_share = dice.choice((0.0, 0.001, 0.01))
+    shape.impatient = dice.random() < 0.5
+    shape.resends = True
+    shape.deaths = dice.choice((0, 0, 1, 2))
+    shape.deadly = dice.random() < 0.3
+    if shape.landing_share and dice.random() < 0.2:
+        shape.faults = dict(shape.faults) | {"journal": 0.2}
+    shape.workers = dice.choice((0, 0, 1, 2, 4))
+    if shape.workers and dice.random() < 0.5:
+        shape.slow = dict(shape.slow) | {"discard": 0.9}
+    if shape.told_once and dice.random() < 0.1:
+        # Many at once that make something durable, of which one fails now and then.
+        shape.faults = dict(shape.faults) | {"flush": 0.02, "write": 0.02}
+        shape.kinds = dict(shape.kinds) | {"fua": 2.0, "flush": 1.0}
+        shape.depth = max(shape.depth, 8)
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

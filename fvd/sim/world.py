@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fvd.errors import NotFound
+from fvd.errors import DeviceError, NotFound
 from fvd.format import pending
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
@@ -22,10 +22,10 @@ from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
 from fvd.sim.agenda import SECOND_NS
 from fvd.sim.copies import TICK_NS, Copies
 from fvd.sim.corners import draw_corner
-from fvd.sim.device_node import DeviceNode
+from fvd.sim.device_node import Budget, DeviceNode, PowerFailure, VolatileNode
 from fvd.sim.growing import LONGEST_REST_SECONDS, Place
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_growth, draw_log, draw_placement, draw_zeroing
+from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_growth, draw_log, draw_placement, draw_weather, draw_zeroing
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, covers_base
 from fvd.volume.name import VolumeName, parse_name
@@ -38,12 +38,14 @@ from fvd.volume.starting import engine_on
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 WANT_GROWTH, WANT_EVENT, WANT_STEER, WANT_BASE = 1, 2, 4, 8
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
+WEATHER = 40
 LOG = 20
 BOUNDS = 37
 CORNER, ENDING = 30, 31
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
+SAMPLED = True  # whoever serves a disk through a page cache has a second open file that hears what the first is not told
 NAME: VolumeName = parse_name("file:/simulated")
 
 
@@ -66,6 +68,7 @@ def shape_of(seed: int) -> Shape:
         draw_copying(shape, Dice(seed, COPYING))
         draw_zeroing(shape, Dice(seed, ZEROING))
         draw_growth(shape, Dice(seed, GROWTH))
+        draw_weather(shape, Dice(seed, WEATHER))
     draw_log(shape, Dice(seed, LOG))
     draw_bounds(shape, Dice(seed, BOUNDS))
     return shape
@@ -103,9 +106,7 @@ class World:
         self.log_generation = 0
         self.killed = False  # the life before ended so
         self.metadata = Metadata(self.device.image, self.superblock, remembering=self.shape.rot)
-        self.device.announce = self.metadata.announce
-        self.device.inspect = self.metadata.inspect
-        self.device.conclude = self.metadata.conclude
+        self._watch_metadata()
         self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
         growth = self.shape.allocator
         self.place: Place | None = None
@@ -116,9 +117,14 @@ class World:
         """Where the real steering makes the copies; None: the dice do."""
         if self.shape.steered and self.shape.base_bytes is not None:
             self.copies = Copies(self.device, geometry, self.shape.base_bytes, Dice(seed, STEERING, events), self.say)
+        self.device.told_once, self.device.fua, self.device.sampler = self.shape.told_once, self.shape.fua, SAMPLED
         self.engine: Any
         self.player: Player
         self.open()
+
+    def _watch_metadata(self) -> None:
+        self.device.announce, self.device.inspect = self.metadata.announce, self.metadata.inspect
+        self.device.conclude = self.metadata.conclude
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +214,8 @@ class World:
         self.device.fail_number = 0
         self.device.fail_with = self.shape.fail_with
         self.device.set_slow(self.shape.slow)
+        self.device.set_weather(eviction=self.shape.eviction_share, landing=self.shape.landing_share)
+        self.device.set_workers(self.shape.workers)
         self.device.stuck_share = self.shape.stuck_share
         self.device.torn_share = self.shape.torn_share
         self.device.overtaking_share = self.shape.overtaking_share
@@ -222,6 +230,7 @@ class World:
             cache_mode=self.shape.cache_mode,
         )
         self.player.log = self.log
+        self.player.most_discards, self.player.discard_bytes = self.shape.most_discards, self.shape.discard_bytes
         self.player.mapped = self.metadata.mapped
         self.player.fails_when_full = self.shape.on_full == "error"
         self.player.attend = self._attend
@@ -250,10 +259,13 @@ class World:
         self.device.set_faults({**rates, **self.shape.advice})
         if one:
             self.device.fail_number = self.device.submitted + self.dice.randint(1, 200)
+        shape = self.shape
+        self.device.set_weather(writeback=shape.writeback_share, eviction=shape.eviction_share, landing=shape.landing_share)
         self.player.errors_expected = True
 
     def stop_faults(self) -> None:
         self.device.set_faults({})
+        self.device.set_weather(eviction=self.shape.eviction_share, landing=self.shape.landing_share)
         self.device.fault = None
         self.device.fail_number = 0
 
@@ -322,6 +334,8 @@ class World:
                 self._steer_copies(dice)
             else:
                 self.copies.disturb(dice)
+        if self.shape.outsider and dice.random() < 0.3 and (error := self.device.ask()):
+            self.say(f"somebody else is told of what was lost: {error}")
 
     def pass_time(self, seconds: float, dice: Dice) -> None:
         """So much of it, and what is planned comes at its time."""
@@ -501,19 +515,70 @@ class World:
         self.player.abandon()
 
     def kill(self) -> None:
-        """The process dies, another one opens the disk: what was acknowledged and not flushed is as it is seen now, or lost later."""
+        """The process dies, another one opens the disk, dies while it does so, and so on.
+
+        With a log everything acknowledged is there, and the client sends again what was not answered. Without one, or if blocks were lost,
+        what was acknowledged and not flushed is as it is seen now, or lost later.
+        """
         self.killed = True
         self.say("the process is killed")
+        whole = self.log_memory is not None and not self.engine.failed_errno and not self.device.lost and not self.device.report
+        unanswered = self.player.unanswered() if whole and self.shape.resends else []
+        self.stop_faults()
         if self.place is not None:
             self.place.end_life(power=True)
         self.device.kill()
         self.player.abandon()
-        self.oracle.survive_kill()
-        self.open()
+        if not self._die_while_opening():
+            self.oracle.outlive_kill(sent_again=self.shape.resends) if whole else self.oracle.survive_kill()
+            self.log_memory = None
+            self.say("power fails")
+            self.device.crash()
+            self.reopen()
+            return
+        try:
+            self.open()
+        except DeviceError as error:
+            # What was lost since anybody asked is told to the first open; the second finds what is left.
+            self.say(f"refused: {error}")
+            whole = False
+            self.open()
+        self.oracle.outlive_kill(sent_again=self.shape.resends) if whole else self.oracle.survive_kill()
+        self.device.end_landing()
         self.check()
         shown = self.read_all()
-        self.oracle.adopt_after_kill(shown)
+        if whole:
+            self._judge_as_read(shown)
+            self.player.send_again(unanswered)
+        else:
+            self.oracle.adopt_after_kill(shown)
         self._check_extents(shown)
+
+    def _die_while_opening(self) -> bool:
+        """Some who open the disk are killed at it, after any of their operations. False: power fails there."""
+        for _ in range(self.dice.randint(0, self.shape.deaths) if self.shape.deaths else 0):
+            # Recovery goes on from commits that nobody has looked at.
+            self.device.inspect = self.device.announce = self.device.conclude = None
+            try:
+                budget = Budget(self.dice.randint(1, 8))
+                recover_disk(VolatileNode(self.device, budget, direct=self.node().direct), read_only=False, found=self.found_log())
+            except PowerFailure:
+                self.say("the next one is killed while it opens the disk")
+            except DeviceError as error:
+                self.say(f"refused: {error}")
+            finally:
+                self._watch_metadata()
+            if self.dice.random() < 0.2:
+                return False
+            self.device.kill()
+        return True
+
+    def _judge_as_read(self, shown: bytearray) -> None:
+        """Everything acknowledged is seen, as by a read that begins now."""
+        at = 0
+        for first, count in self.shape.windows or [(0, self.shape.sectors)]:
+            self.oracle.check_read(first, self.oracle.begin_read(), bytes(shown[at : at + count * SECTOR_BYTES]))
+            at += count * SECTOR_BYTES
 
     def reopen(self) -> None:
         """Open after a crash: judge everything, and go on from there."""

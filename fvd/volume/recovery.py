@@ -43,11 +43,12 @@ def recover_disk(node: RecoverablePages, *, read_only: bool, found: FoundLog | N
     from now on.
     """
     disk = load_disk(node)
+    ended = found is None and disk.superblock.log is None  # as far as anybody knows, with a close
     if found is not None and found.log.failed_errno:
         found = None  # R24: never applied
     if read_only:
         return disk if found is None else _in_memory(disk, found)
-    if disk.journal_state.clean and node.direct and (found is None or found.log.empty):
+    if disk.journal_state.clean and node.direct and ended:
         return disk
     try:
         make_durable(node)

@@ -1,16 +1,21 @@
-"""Rule R13: the server is killed while a commit is readable but not durable, starts again, and then power fails.
+"""Rule R13: the server is killed while a commit is readable but not durable, or on its way though it has failed, starts again, and then
+power fails.
 
-The flush itself is in fvd.volume.recovery; here the same history is played with it and without it.
+The flush itself is in fvd.volume.recovery; here the same histories are played with it and without it, or with what was read before it.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from fvd.errors import Corrupt
+from fvd.sim import world
 from fvd.sim._device import WRITE
 from fvd.sim._oracle import Violation
-from fvd.sim.stage import Stage
+from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
 from fvd.volume import recovery
+from fvd.volume.loading import LoadedDisk, load_disk
+from fvd.volume.pending import FoundLog
 
 
 def kill_restart_write_power_cut() -> None:
@@ -39,3 +44,48 @@ def test_without_it_a_durable_write_is_lost(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(recovery, "make_durable", lambda node: None)
     with pytest.raises(Violation):
         kill_restart_write_power_cut()
+
+
+def failed_commit_lands_before_the_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit that gave chunk 0 its slot has failed, and reaches the device while the next server opens the disk, which gives the slot
+    to chunk 1. Power fails before that is committed."""
+    stage = Stage(storage_chunks=1)
+    stage.now("write", 0, 8)
+    stage.player.errors_expected = True
+    stage.submit("flush")
+    stage.finish_all(but=lambda op: op.kind == WRITE)
+    (journal,) = stage.pending()
+    start, page = journal.offset_bytes, journal.content
+    before = bytes(stage.image[start : start + len(page)])
+    stage.effect(journal)
+    stage.image[start : start + len(page)] = before  # nothing of it is there yet
+    journal.result = -5
+    stage.finish(journal)
+    flush = recovery.make_durable
+
+    def late(node: recovery.RecoverablePages) -> None:
+        stage.image[start : start + len(page)] = page
+        flush(node)
+
+    monkeypatch.setattr(recovery, "make_durable", late)
+    stage.kill()
+    monkeypatch.setattr(recovery, "make_durable", flush)
+    stage.submit("write", SECTORS_PER_CHUNK, 8)
+    stage.finish_all()
+    stage.device.flush_everything()
+    stage.crash()
+
+
+def test_what_lands_before_the_flush_is_seen_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed_commit_lands_before_the_flush(monkeypatch)
+
+
+def test_what_was_read_before_the_flush_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def believing(node: recovery.RecoverablePages, *, read_only: bool, found: FoundLog | None) -> LoadedDisk:
+        before = load_disk(node)
+        recovery.recover_disk(node, read_only=read_only, found=found)
+        return before
+
+    monkeypatch.setattr(world, "recover_disk", believing)
+    with pytest.raises((Violation, Corrupt)):
+        failed_commit_lands_before_the_flush(monkeypatch)

@@ -27,6 +27,7 @@ from fvd.sim._oracle import Violation
 from fvd.sim.rounds import Outcome, run
 from fvd.volume import recovery
 from fvd.volume.loading import LoadedDisk, read_map
+from fvd.volume.pending import FoundLog
 from fvd.volume.policy import Action, GrowthPolicy
 from fvd.volume.recovery import RecoverablePages, recover_disk
 from fvd.volume.steering import Steering
@@ -36,6 +37,8 @@ COMPILED = (
     *range(26, 32),
     *range(33, 37),
     *range(37, 43),
+    61,  # a read of what a failure may have lost
+    64,  # a flush that waits for discards
     67,  # the guest's reserve where storage cannot grow
     68,  # the end of the base
     *range(71, 78),  # changes to the engine that once went unnoticed; 70 was none (docs/simulation.md)
@@ -53,8 +56,8 @@ FINDINGS = (Violation, FvdError, RuntimeError, AssertionError)
 
 @contextmanager
 def read_only_opens_skip_replay() -> Iterator[None]:
-    def stale(node: RecoverablePages, *, read_only: bool) -> LoadedDisk:
-        disk = recover_disk(node, read_only=read_only)
+    def stale(node: RecoverablePages, *, read_only: bool, found: FoundLog | None = None) -> LoadedDisk:
+        disk = recover_disk(node, read_only=read_only, found=found)
         if read_only and not disk.journal_state.clean:
             geometry = disk.geometry
             disk.bitmap, disk.table = empty_bitmap(geometry), empty_table(geometry)
