@@ -54,6 +54,11 @@ INFO_TYPES: dict[str, tuple[type, ...]] = {
     "prefetch_default": (bool,),
     "prefetch": (dict, type(None)),
     "base_released": (bool,),
+    "possible_loss": (dict, type(None)),
+    "pending_log": (str, type(None)),
+    "left_open": (bool,),
+    "pending_changes": (int,),
+    "notices": (list,),
 }
 
 

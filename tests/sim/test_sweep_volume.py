@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from fvd.volume import superblocks
 from fvd.volume.check import check_node
 from fvd.volume.loading import load_disk
 from fvd.volume.name import parse_name
-from fvd.volume.opening import renew_superblock
+from fvd.volume.opening import begin_generation
 from fvd.volume.provision import write_disk
 from fvd.volume.recovery import recover_disk
 from fvd.volume.sparse_base import runs, zero_blocks
@@ -181,10 +182,13 @@ def extend(scene: Scene) -> None:
 def open_with_one_superblock(scene: Scene) -> None:
     """A writable open puts a lost copy back, and never risks the other."""
     scene.may_be_absent = False
-    recover_disk(scene.node, read_only=False)
+    disk = recover_disk(scene.node, read_only=False)
     notices: list[str] = []
-    renew_superblock(scene.node, superblocks.read_superblock(scene.node), notices)
-    if not notices:
+    node: Any = scene.node
+    node.identity = ("file", 1, 2)  # a log has a place that it belongs to
+    _, log = begin_generation(node, disk, None, notices)
+    log.close()
+    if not any("superblock copy 1" in notice for notice in notices):
         raise Violation("a lost superblock was not noticed")
 
 
