@@ -49,6 +49,7 @@ class Case:
     base_bytes: int = 0
     layout: str = "compact"
     serving: tuple[str, ...] = ()
+    runs: int = 5  # in the long run
 
     @property
     def requests(self) -> int:
@@ -60,14 +61,14 @@ class Case:
 
 
 SHORT = (
-    Case("none", "none", "first", size=128 * MIB),
-    Case("writeback-mixed", "writeback", "mixed", block=4 * KIB, chunk=64 * KIB),
-    Case("none-mixed-base", "none", "mixed", block=16 * KIB, chunk=64 * KIB, base_bytes=40 * MIB + 12345),
+    Case("none", "none", "first", size=128 * MIB, runs=20),
+    Case("writeback-mixed", "writeback", "mixed", block=4 * KIB, chunk=64 * KIB, runs=20),
+    Case("none-mixed-base", "none", "mixed", block=16 * KIB, chunk=64 * KIB, base_bytes=40 * MIB + 12345, runs=20),
     Case("writeback-flushes-base", "writeback", "flushes", base_bytes=64 * MIB),
 )
 LONG = (
     *SHORT,
-    Case("writeback", "writeback", "first", size=128 * MIB),
+    Case("writeback", "writeback", "first", size=128 * MIB, runs=20),
     Case("none-base", "none", "first", size=256 * MIB, base_bytes=256 * MIB, block=16 * KIB),
     Case("none-mixed", "none", "mixed", block=4 * KIB, chunk=64 * KIB),
     Case("writeback-mixed-base", "writeback", "mixed", block=16 * KIB, chunk=64 * KIB, base_bytes=40 * MIB + 12345),
@@ -77,7 +78,6 @@ LONG = (
     Case("none-raw", "none", "mixed", layout="raw", block=16 * KIB),
     Case("unsafe-mixed", "unsafe", "mixed", block=4 * KIB, chunk=64 * KIB),
 )
-LONG_ROUNDS = 20
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_without_the_log_it_loses(guest: Path, tmp_path: Path, pending_dir: Path
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_a_guest_loses_nothing_in_many_runs(case: Case, guest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = time.time_ns() // 1000 % (1 << 40)
-    for seed in range(first, first + LONG_ROUNDS):
+    for seed in range(first, first + case.runs):
         folder = tmp_path / str(seed)
         folder.mkdir()
         told = play(case, guest, folder, seed)
