@@ -1,7 +1,8 @@
 """What a guest's reads wait for while much is trimmed: 4,096 chunks at once, with the discards that follow, and without.
 
 In process, a reader of one 4 KiB block each few milliseconds beside the trim, on a file and on loop devices: over a file of the disk, where
-a discard is work for a file system, and over memory. Longest times are single events, so rounds are many and the figure is the median.
+a discard is work for a file system, and over memory. Longest times are single events, which the machine has too: so each round reads as
+long without discards as with them, rounds are many, and the figure is the median.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ CHUNKS = 4096
 PLACES = ("file", "loop device over a file", "loop device over memory")
 EVERY_SECONDS = 0.003  # a read
 QUIET_SECONDS = 0.5  # before the trim, and after the last discard
+LEAST_SECONDS = 2.0  # of reading from the trim on
 LONGEST_SECONDS = 60.0  # that discards may take
 GOAL = "<= 5"
 
@@ -80,8 +82,8 @@ def fill(disk: Any, size_bytes: int) -> None:
     disk.flush()
 
 
-def trim(volume: str, *, discard: bool) -> dict[str, float]:
-    """One round: a new disk, filled, trimmed but for its last chunk."""
+def trim(volume: str, *, discard: bool, least_seconds: float) -> dict[str, float]:
+    """A new disk, filled, trimmed but for its last chunk, and read until all is free and at least so long."""
     size_bytes = CHUNKS * CHUNK_BYTES
     if volume.startswith("file:"):
         Path(volume[5:]).unlink(missing_ok=True)
@@ -107,7 +109,8 @@ def trim(volume: str, *, discard: bool) -> dict[str, float]:
         while disk.call(lambda: disk.volume.engine.free_slots) < CHUNKS - 1 and time.monotonic() < began + LONGEST_SECONDS:
             time.sleep(EVERY_SECONDS)
         freed = time.monotonic()
-        time.sleep(QUIET_SECONDS)
+        time.sleep(max(QUIET_SECONDS, began + least_seconds - freed))
+        reading = time.monotonic() - began
         reader.ending = True
         reader.join()
         counts = disk.call(disk.volume.engine.statistics)
@@ -116,6 +119,7 @@ def trim(volume: str, *, discard: bool) -> dict[str, float]:
         "longest_ms": reader.longest_ms(began - 0.05),
         "trim_ms": 1e3 * (trimmed - began),
         "all_ms": 1e3 * (freed - began),
+        "reading_seconds": reading,
         "discards": counts["discards"],
         "most_discards_in_flight": counts["most_discards_in_flight"],
     }
@@ -128,8 +132,10 @@ def measure(plan: Plan) -> dict[str, Any]:
         try:
             with place(name) as volume:
                 for number in range(plan.of(3, 7, 15)):
-                    for discard in (True, False) if number % 2 == 0 else (False, True):
-                        sample = trim(volume, discard=discard)
+                    seconds = LEAST_SECONDS
+                    for discard in (True, False):
+                        sample = trim(volume, discard=discard, least_seconds=seconds)
+                        seconds = sample["reading_seconds"]
                         samples.append({"round": number, "place": name, "discard": discard, **sample})
         except CannotMeasure as reason:
             failed[name] = str(reason)

@@ -82,7 +82,7 @@ cdef enum:
     MOST_ZEROING = 32               # each holds a thread of the kernel's, and memory if it fails
     MOST_DISCARDING = 8             # of a disk at once: whoever waits behind discards waits for no more of them
     DISCARD_BYTES = 32 << 20        # of one discard, or one slot
-    FIRST_DISCARD_BYTES = 1 << 20   # of all in flight, before anything is known of the device
+    FIRST_DISCARD_BYTES = 1         # of all in flight, before anything is known of the device: one slot
     WINDOW = 32                     # of 1 MiB of zeros each: as much as the greatest write of NBD clients
     MOST_PUNCHED = 4096             # chunks that one request makes absent before others have their turn
     BOUNCE_LIMIT_BYTES = 64 << 20
@@ -98,7 +98,8 @@ cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL  # those that a crash may ta
 cdef uint64_t RETRY_AFTER_NS = 250000000ULL
 cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
 cdef uint64_t SLOW_DISCARD_NS = 10000000ULL         # longer than a read should wait for one
-cdef uint64_t CLOSE_DISCARDS_NS = 2000000000ULL      # a close begins no discard after this long
+cdef uint64_t CLOSE_DISCARDS_NS = 5000000000ULL      # a close begins no discard after this long, and
+cdef uint64_t CLOSE_SLOW_NS = 250000000ULL          # goes on soon after: nobody reads any more, but somebody waits
 cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a base that fails
 
 include "memory.pxi"

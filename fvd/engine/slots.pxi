@@ -147,13 +147,15 @@ cdef int discards_begin(Engine e) except -1 nogil:
 cdef int discard_ended(Engine e, Op *op, int32_t error) except -1 nogil:
     """Its slots are free, also if it failed."""
     cdef uint64_t slots = op.length_bytes >> e.chunk_shift
+    cdef uint64_t took_ns = e.now_ns - op.begun_ns
+    cdef uint64_t slow_ns = SLOW_DISCARD_NS if e.closing == NULL else CLOSE_SLOW_NS
     e.discarding -= 1
     e.discarding_slots -= slots
-    if e.now_ns - op.begun_ns <= SLOW_DISCARD_NS:
+    if took_ns <= slow_ns / 2:
         e.discard_room = min(e.discard_room + slots, e.most_discarding * e.discard_slots)
-    elif op.number > e.discard_cut:
-        # Once for all that are under way.
-        e.discard_room = max(e.discard_room / 2, 1)
+    elif took_ns > slow_ns and op.number > e.discard_cut:
+        # As many as would have ended in time; once for all that are under way.
+        e.discard_room = max(<uint64_t> (<double> e.discard_room * <double> slow_ns / <double> took_ns), 1)
         e.discard_cut = e.op_number
     if not BUG(38) and not (error and BUG(77)):
         slots_give(e, op.slot, op.slot + slots)
