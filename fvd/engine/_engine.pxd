@@ -73,7 +73,9 @@ cdef struct Op:                 # one device operation handed out
     Job *job
     Copy *copy
     Op *previous                # in-flight list of storage reads and writes
-    Op *next
+    Op *next                    # there, or among those whose end is held back
+    Op *older                   # durability operations in flight, in order of issue
+    Op *newer
     uint8_t *bounce             # owned
     uint8_t *buffer             # what the device fills or writes
     uint8_t *copy_to            # unaligned read: where the guest wants it
@@ -81,7 +83,7 @@ cdef struct Op:                 # one device operation handed out
     uint64_t copy_bytes
     uint64_t offset_bytes
     uint64_t length_bytes
-    uint64_t number             # order of issue
+    uint64_t number             # order of issue; of one that is held back: the newest operation that must have ended well first
     uint64_t begun_ns           # of a discard
     uint32_t index
     uint32_t generation
@@ -92,6 +94,7 @@ cdef struct Op:                 # one device operation handed out
     uint8_t listed
     uint8_t watched             # a Drain counts it
     uint8_t busy                # handed out and not completed
+    uint8_t durable             # a durability operation: a flush or a durable write
 
 cdef struct Drain:              # waits for the storage operations that were in flight in a range when it began
     uint64_t first_byte
@@ -226,7 +229,7 @@ cdef class Engine:
     cdef uint64_t data_offset, bitmap_offset, table_offset, journal_offset, journal_pages, words, bitmap_pages, table_pages
     cdef uint32_t block_shift, chunk_shift, uuid_crc
     cdef uint64_t uuid_seed
-    cdef bint raw, spread, has_base, read_only, unsafe, write_through, fail_when_full, discard
+    cdef bint raw, spread, has_base, read_only, unsafe, write_through, durable_writes, fail_when_full, discard
     # maps: what the guest sees now; `open` and `frozen` know what differs from storage
     cdef object bitmap_array, table_array, used_array
     cdef uint64_t *bitmap
@@ -307,6 +310,12 @@ cdef class Engine:
     cdef uint8_t *journal_buffer
     cdef uint64_t max_commit_pages
     cdef readonly int failed_errno
+    cdef readonly int flush_failed_errno    # of the first durability operation that this disk's own device failed
+    cdef Op *oldest_durable         # durability operations in flight
+    cdef Op *newest_durable
+    cdef Op *held                   # those that have ended well, and whose end does not count yet (R26); oldest first
+    cdef Op *last_held
+    cdef uint32_t held_count
     cdef bint clean_on_storage
     # checkpoint
     cdef uint8_t checkpoint_state

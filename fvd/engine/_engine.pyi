@@ -45,6 +45,7 @@ class Engine:
         first_discard_bytes: int = ...,
         request_window: int = ...,
         commit_limit_bytes: int | None = None,
+        durable_writes: bool = True,
     ) -> None:
         """An engine over maps that were loaded and replayed. Takes ownership of the arrays; does no I/O.
 
@@ -62,6 +63,7 @@ class Engine:
         `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
         that one request has under way at most. Defaults: docs/engine.md.
         `commit_limit_bytes`: so many bytes of records at most in one commit, where a quarter of the journal would hold more.
+        `durable_writes`: whether a guest's durable write may be one operation; False where the storage may run out of room (R29).
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
@@ -73,6 +75,14 @@ class Engine:
     @property
     def failed_errno(self) -> int:
         """0, or the errno after which nothing that needs durability succeeds any more."""
+
+    @property
+    def flush_failed_errno(self) -> int:
+        """0, or the errno of the first durability operation (flush, durable write) that this disk's own device failed."""
+
+    def note_failed_flush(self, error_number: int) -> None:
+        """A flush beside this engine's own failed with this errno (positive): from here on as if it had been its own. Raises
+        InvalidArgument."""
 
     def set_storage_size(self, size_bytes: int) -> None:
         """The storage has this size now; writes that waited for a slot go on. Raises Corrupt if a slot in use lies beyond it."""

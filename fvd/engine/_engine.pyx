@@ -128,6 +128,40 @@ def _check_log_layout():
 
 _check_log_layout()
 
+
+cdef int op_ended(Engine e, Op *op, int32_t error) except -1 nogil:
+    """An operation has ended, and its end counts."""
+    if op.what == WHAT_PLAIN:
+        if error and op.request.error == 0:
+            op.request.error = error
+        return request_release(e, op.request)
+    if op.what == WHAT_JOB:
+        op.job.pending -= 1
+        if error and op.job.error == 0:
+            op.job.error = error
+        return job_continue(e, op.job) if op.job.pending == 0 else 0
+    if op.what == WHAT_COPY_READ:
+        return copy_read(e, op.copy, error)
+    if op.what == WHAT_READ_COPY:
+        if error == 0:
+            memcpy(op.copy_to, op.bounce + op.copy_skip, op.copy_bytes)
+        elif op.request.error == 0:
+            op.request.error = error
+        bounce_give(e, op.bounce, op.length_bytes)
+        request_release(e, op.request)
+        return list_walk(e, &e.wait_bounce) if e.wait_bounce.head != NULL else 0
+    if op.what == WHAT_FLUSH:
+        return commit_flushed(e, error)
+    if op.what == WHAT_JOURNAL:
+        return journal_written(e, error)
+    if op.what == WHAT_MAP:
+        return checkpoint_wrote(e, op.slot, error)
+    if op.what == WHAT_MAP_FLUSH:
+        return checkpoint_end(e, error)
+    discard_ended(e, op, error)
+    return commit_maybe(e) if BUG(64) else 0
+
+
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 SEEDED_BUGS = bool(HAS_BUGS)
 
@@ -170,7 +204,7 @@ cdef class Engine:
                  wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
                  copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000,
                  most_discards=MOST_DISCARDING, discard_bytes=DISCARD_BYTES, first_discard_bytes=FIRST_DISCARD_BYTES,
-                 request_window=WINDOW, commit_limit_bytes=None, pending_log=None):
+                 request_window=WINDOW, commit_limit_bytes=None, pending_log=None, durable_writes=True):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
         cdef uint64_t[::1] words, used
@@ -205,6 +239,7 @@ cdef class Engine:
         self.read_only = read_only
         self.unsafe = cache_mode == "unsafe"
         self.write_through = cache_mode in ("writethrough", "directsync")
+        self.durable_writes = durable_writes
         self.fail_when_full = on_full == "error"
         self.discard = discard
         if most_discards < 1 or request_window < 1:
@@ -424,50 +459,21 @@ cdef class Engine:
         if record.listed:
             op_unlist(self, record)
         record.busy = 0
-        op = record[0]
-        record.next = self.free_ops
-        self.free_ops = record
         self.inflight_ops -= 1
-        if op.watched:
-            drain_note(self, &op)   # first: a drain that what follows begins has not counted it
-        if op.target == TARGET_BASE:
-            self.base_inflight -= 1
-            if base_tried(self, &op, error):
-                return 0
-            base_release(self)
-        if op.what == WHAT_PLAIN:
-            if error and op.request.error == 0:
-                op.request.error = error
-            request_release(self, op.request)
-        elif op.what == WHAT_JOB:
-            op.job.pending -= 1
-            if error and op.job.error == 0:
-                op.job.error = error
-            if op.job.pending == 0:
-                job_continue(self, op.job)
-        elif op.what == WHAT_COPY_READ:
-            copy_read(self, op.copy, error)
-        elif op.what == WHAT_READ_COPY:
-            if error == 0:
-                memcpy(op.copy_to, op.bounce + op.copy_skip, op.copy_bytes)
-            elif op.request.error == 0:
-                op.request.error = error
-            bounce_give(self, op.bounce, op.length_bytes)
-            request_release(self, op.request)
-            if self.wait_bounce.head != NULL:
-                list_walk(self, &self.wait_bounce)
-        elif op.what == WHAT_FLUSH:
-            commit_flushed(self, error)
-        elif op.what == WHAT_JOURNAL:
-            journal_written(self, error)
-        elif op.what == WHAT_MAP:
-            checkpoint_wrote(self, op.slot, error)
-        elif op.what == WHAT_MAP_FLUSH:
-            checkpoint_end(self, error)
+        if record.durable:
+            durable_ended(self, record, error)
         else:
-            discard_ended(self, &op, error)
-            if BUG(64):
-                commit_maybe(self)
+            op = record[0]
+            record.next = self.free_ops
+            self.free_ops = record
+            if op.watched:
+                drain_note(self, &op)   # first: a drain that what follows begins has not counted it
+            if op.target == TARGET_BASE:
+                self.base_inflight -= 1
+                if base_tried(self, &op, error):
+                    return 0
+                base_release(self)
+            op_ended(self, &op, error)
         if self.closing != NULL:
             return close_step(self)
         if self.plan_count and self.prefetch_count < self.prefetch_slots:
@@ -564,6 +570,13 @@ cdef class Engine:
     def cancel_all_waiting(self, int error_number):
         """End every write that waits for a slot with this errno (positive). Returns how many."""
         return self.cancel_waiting(0, 0, -error_number)
+
+    def note_failed_flush(self, int error_number):
+        """A flush beside this engine's own failed with this errno (positive), and may have taken a report that was due here (R30)."""
+        if error_number <= 0:
+            raise InvalidArgument(f"errno {error_number}: it must be positive")
+        if not BUG(47):
+            fail(self, -error_number)
 
     def commit_soon(self):
         """Commit what is pending without waiting for the timer or a flush, copies too."""
@@ -773,7 +786,7 @@ cdef class Engine:
         held = {
             "operations": self.inflight_ops, "requests": self.open_requests, "busy_chunks": self.busy_count,
             "bounce_bytes": self.bounce_used, "reserved_journal_bytes": self.reserved_bytes, "drains": int(self.drains != NULL),
-            "copies": self.copy_count, "copy_bytes": self.copy_bytes, "retries": int(self.retries != NULL),
+            "copies": self.copy_count, "copy_bytes": self.copy_bytes, "retries": int(self.retries != NULL), "held": self.held_count,
             "discards": 0 if self.closed else self.to_discard_count,    # a close begins those only that do not take long
         }
         return {name: count for name, count in held.items() if count}

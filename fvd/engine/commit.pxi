@@ -380,6 +380,76 @@ cdef int checkpoint_end(Engine e, int32_t error) except -1 nogil:
     return commit_next(e)
 
 
+# --- durability operations: flushes and durable writes ----------------------------------------------------------------
+
+cdef int durable_ended(Engine e, Op *record, int32_t error) except -1 nogil:
+    """R26: the kernel tells a failure once, to whichever durability operation asks first. So the good end of one is believed when every
+    other that was in flight at that moment has ended well too: one of them may fail, with the report that was due here."""
+    cdef uint64_t barrier
+    if record.older != NULL:
+        record.older.newer = record.newer
+    else:
+        e.oldest_durable = record.newer
+    if record.newer != NULL:
+        record.newer.older = record.older
+    else:
+        e.newest_durable = record.older
+    if record.watched:
+        record.watched = 0
+        drain_note(e, record)       # what it wrote lies where it will, whether or not its end counts yet
+    if error and not BUG(11):
+        # R27: whoever issued it. The failure of a durable write of a guest may be another write's lost page, or the device's lost cache.
+        if not (record.what == WHAT_PLAIN and BUG(44)) and not (record.what == WHAT_JOB and BUG(45)):
+            flush_failed(e, error)
+            error = -EIO            # not ENOSPC: room would not mend it
+    barrier = 0 if e.newest_durable == NULL or BUG(43) else e.newest_durable.number
+    held_release(e)
+    if error == 0 and e.failed_errno and not BUG(11):
+        error = -EIO
+    if error or barrier == 0:
+        return record_ended(e, record, error)
+    record.number = barrier
+    record.next = NULL
+    if e.held == NULL:
+        e.held = record
+    else:
+        e.last_held.next = record
+    e.last_held = record
+    e.held_count += 1
+    return 0
+
+
+cdef int record_ended(Engine e, Op *record, int32_t error) except -1 nogil:
+    cdef Op op = record[0]
+    record.next = e.free_ops
+    e.free_ops = record
+    log_durability(e, -1)       # R24: when its failure has been noted
+    return op_ended(e, &op, error)
+
+
+cdef Op *held_take(Engine e) noexcept nogil:
+    cdef Op *record = e.held
+    e.held = record.next
+    e.held_count -= 1
+    return record
+
+
+cdef int held_release(Engine e) except -1 nogil:
+    """Those count now behind which nothing is in flight any more. Barriers rise along the list: an operation only ever waits for older ones."""
+    while e.held != NULL and (e.oldest_durable == NULL or e.oldest_durable.number > e.held.number
+                              or (BUG(46) and e.oldest_durable.number == e.held.number)):
+        record_ended(e, held_take(e), 0)
+    return 0
+
+
+cdef int flush_failed(Engine e, int32_t error) except -1 nogil:
+    """A durability operation of this disk's own has failed."""
+    if e.flush_failed_errno == 0:
+        e.flush_failed_errno = -error
+        e.want |= WANT_EVENT
+    return fail(e, error)
+
+
 # --- failure and close --------------------------------------------------------------------------------------------
 
 cdef int fail(Engine e, int32_t error) except -1 nogil:
@@ -388,6 +458,8 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
         e.failed_errno = -error if error < 0 else error
         log_failed(e)
         e.want |= WANT_EVENT
+    while e.held != NULL:
+        record_ended(e, held_take(e), -EIO)     # R26: this failure may have taken their reports
     list_fail_done(e, &e.flush_now)
     list_fail_done(e, &e.flush_next)
     if not BUG(74):

@@ -144,6 +144,15 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     out.durable = durable
     e.op_count += 1
     e.inflight_ops += 1
+    if durable or kind == OP_FLUSH:
+        op.durable = 1
+        op.older = e.newest_durable
+        if op.older != NULL:
+            op.older.newer = op
+        else:
+            e.oldest_durable = op
+        e.newest_durable = op
+        log_durability(e, 1)
     if target == TARGET_STORAGE and (kind == OP_WRITE or kind == OP_ZERO):
         e.stat_device_writes += kind == OP_WRITE
         # Just before writing: nothing may leave the regions it belongs to.

@@ -60,11 +60,11 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
     if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) != 0:
         return modify_begin(e, r, chunk, slot, start, end)
     if r.flags & FLAG_FUA:
-        # R9: durable data is enough only when the mapping is durable already.
-        if is_committed(e, chunk, first, last) or BUG(10):
+        # R9: durable data is enough only when the mapping is durable already. R29: else, and where storage may run out, a flush follows.
+        if e.durable_writes and (is_committed(e, chunk, first, last) or BUG(10)):
             durable = True
         else:
-            r.needs_commit = 1
+            r.needs_commit = not BUG(49)
     issue_plain(e, r, OP_WRITE, e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start), end - start, buffer, durable)
     r.cursor = end
     return 1
@@ -364,6 +364,7 @@ cdef int job_continue(Engine e, Job *j) except -1 nogil:
     """All operations of the job's phase have ended: the next phase."""
     cdef Request *r = j.request
     cdef uint64_t head
+    cdef bint durable
     if j.phase == PHASE_ZERO:
         slot_zeroed(e, j)
         j.phase = PHASE_READ
@@ -388,9 +389,13 @@ cdef int job_continue(Engine e, Job *j) except -1 nogil:
             memset(j.bounce + head, 0, j.guest_end - j.guest_start)
         else:
             memcpy(j.bounce + head, r.buffer + (j.guest_start - r.start), j.guest_end - j.guest_start)
-        if r.flags & FLAG_FUA and not is_committed(e, j.busy.chunk, j.first_block, j.end_block):
-            r.needs_commit = 1
-        job_write(e, j, (r.flags & FLAG_FUA) != 0)
+        durable = False
+        if r.flags & FLAG_FUA:
+            if e.durable_writes and is_committed(e, j.busy.chunk, j.first_block, j.end_block):
+                durable = True
+            else:
+                r.needs_commit = 1      # R29
+        job_write(e, j, durable)
         return 0
     return job_finish(e, j)
 

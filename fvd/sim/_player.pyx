@@ -354,8 +354,8 @@ cdef class Player:
                 self.log.append(f"  device completes {op!r}")
             if op.result:
                 category = self.device.category_of(op)
-                if category == CATEGORY_FLUSH or category == CATEGORY_JOURNAL or category == CATEGORY_MAP or op.took_report:
-                    # From the first flush or metadata write that failed no flush may succeed.
+                if category == CATEGORY_FLUSH or category == CATEGORY_JOURNAL or category == CATEGORY_MAP or op.took_report or op.durable:
+                    # From the first flush, durable write or metadata write that failed no flush may succeed.
                     self.failed_at = min(self.failed_at, self.oracle.tick_())
             self.engine.complete(op.token, op.result)
             if self.failed_at != NEVER:

@@ -103,6 +103,8 @@ class Shape:
     """Of events at which failed operations reach the storage after all, once there are any."""
     impatient: bool = False
     """A server whose disk has failed is killed at the end of the round."""
+    durable_writes: bool = True
+    """A guest's durable write is one operation; else a plain write and then a flush."""
     fail_with: int = EIO
     fail_one: bool = False
     """One chosen operation of each life fails."""
@@ -344,6 +346,11 @@ def draw_weather(shape: Shape, dice: Dice) -> None:
         shape.faults = dict(shape.faults) | {"flush": 0.02, "write": 0.02}
         shape.kinds = dict(shape.kinds) | {"fua": 2.0, "flush": 1.0}
         shape.depth = max(shape.depth, 8)
+
+
+def draw_durable(shape: Shape, dice: Dice) -> None:
+    """How durable writes are made. From dice of its own: it changes nothing else."""
+    shape.durable_writes = dice.random() < 0.6
 
 
 def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:

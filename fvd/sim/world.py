@@ -25,7 +25,7 @@ from fvd.sim.corners import draw_corner
 from fvd.sim.device_node import Budget, DeviceNode, PowerFailure, VolatileNode
 from fvd.sim.growing import LONGEST_REST_SECONDS, Place
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_growth, draw_log, draw_placement, draw_weather, draw_zeroing
+from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_durable, draw_growth, draw_log, draw_placement, draw_weather, draw_zeroing
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, covers_base
 from fvd.volume.name import VolumeName, parse_name
@@ -39,7 +39,7 @@ FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never
 WANT_GROWTH, WANT_EVENT, WANT_STEER, WANT_BASE = 1, 2, 4, 8
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
 WEATHER = 40
-LOG = 20
+LOG, DURABLE = 20, 21
 BOUNDS = 37
 CORNER, ENDING = 30, 31
 _EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
@@ -69,6 +69,7 @@ def shape_of(seed: int) -> Shape:
         draw_zeroing(shape, Dice(seed, ZEROING))
         draw_growth(shape, Dice(seed, GROWTH))
         draw_weather(shape, Dice(seed, WEATHER))
+        draw_durable(shape, Dice(seed, DURABLE))
     draw_log(shape, Dice(seed, LOG))
     draw_bounds(shape, Dice(seed, BOUNDS))
     return shape
@@ -181,6 +182,7 @@ class World:
             first_discard_bytes=shape.first_discard_bytes,
             request_window=shape.request_window,
             commit_limit_bytes=shape.commit_limit_bytes,
+            durable_writes=shape.durable_writes,
         )
 
     def found_log(self) -> FoundLog | None:

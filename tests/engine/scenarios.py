@@ -206,7 +206,168 @@ def write_over_zeros_beside_another_write() -> None:
     stage.crash()
 
 
+def _two_durable_writes(stage: Stage) -> tuple[int, int, object, object]:
+    """Two durable writes of committed blocks, both in the device."""
+    stage.now("write", 0, 2 * SECTORS_PER_BLOCK)
+    stage.now("flush")
+    stage.player.errors_expected = True
+    first = stage.submit("write", 0, 8, fua=True)
+    second = stage.submit("write", SECTORS_PER_BLOCK, 8, fua=True)
+    one, other = stage.pending()
+    if not (one.durable and other.durable):
+        raise RuntimeError("the scenario no longer fits the engine")
+    return first, second, one, other
+
+
+def durable_write_beside_one_that_fails() -> None:
+    """R26: a durable write ends well beside another, which fails: that one may have taken the report of what the first did not reach."""
+    log: list[str] = []
+    stage = Stage(log=log)
+    first, _, one, other = _two_durable_writes(stage)
+    stage.finish(one)
+    if first not in stage.in_flight:
+        raise Violation("a durable write counted while another was in flight that may have taken its flush's report")
+    stage.effect(other)
+    other.result = -5
+    stage.finish(other)
+    if f"done {first >> 20}: write -5" not in log:
+        raise Violation(f"a durable write was acknowledged beside one that took the flush's report: {log[-1]}")
+
+
+def flush_beside_one_that_fails() -> None:
+    """R26: the flush of a commit ends well while a durable write is in flight, which then fails."""
+    stage = Stage()
+    _, _, one, other = _two_durable_writes(stage)
+    flush = stage.submit("flush")
+    stage.finish_all(but=lambda op: op in (one, other))
+    if flush not in stage.in_flight:
+        raise Violation("a flush was answered while durable writes were in flight that may have taken its report")
+    stage.effect(one)
+    one.result = -5
+    stage.finish(one)
+    if flush in stage.in_flight:
+        raise Violation("a flush that was held back is not answered when it can no longer succeed")
+    stage.finish_all()
+    stage.settle()
+
+
+def journal_write_beside_a_durable_write() -> None:
+    """R26: a commit's journal write has ended well, and a durable write that was in flight then fails: nothing is committed."""
+    stage = Stage()
+    _, _, one, other = _two_durable_writes(stage)
+    stage.finish(other)
+    stage.submit("write", 600, 8)
+    stage.finish_all(but=lambda op: op is one or op is other)
+    before = stage.counts()["commits"]
+    flush = stage.submit("flush")
+    stage.finish_all(but=lambda op: op is one)
+    if stage.counts()["commits"] != before or flush not in stage.in_flight:
+        raise Violation("a commit counts while a durable write is in flight that may have taken its flush's report")
+    stage.finish(one)
+    stage.finish_all()
+    if stage.counts()["commits"] != before + 1 or flush in stage.in_flight:
+        raise Violation("a commit does not go on when everything that it was held back for has ended well")
+    stage.crash()
+
+
+def three_durable_writes_in_the_order_of_their_ends() -> None:
+    """R26: the first to end waits for the two that were in flight then, not for one of them only; and not for one that came later."""
+    stage = Stage()
+    first, _, one, other = _two_durable_writes(stage)
+    third = stage.submit("write", 16, 8, fua=True)
+    (last,) = stage.pending(lambda op: op is not one and op is not other)
+    stage.finish(one)
+    stage.finish(other)
+    if first not in stage.in_flight:
+        raise Violation("a durable write counted before the last was in that was in flight when it ended: that may take its flush's report")
+    fourth = stage.submit("write", 32, 8, fua=True)
+    (later,) = stage.pending(lambda op: op is not last)
+    stage.finish(last)
+    if first in stage.in_flight or third not in stage.in_flight:
+        raise Violation("a durable write waits for a flush or write that began after its own end")
+    stage.finish(later)
+    if fourth in stage.in_flight or third in stage.in_flight:
+        raise Violation("durable writes wait for nothing")
+    stage.settle()
+
+
+def failed_durable_write_is_a_failed_flush() -> None:
+    """R27: a durable write fails. What failed may be the device's cache, or another write's page; the next flush would succeed."""
+    stage = Stage()
+    _, _, one, other = _two_durable_writes(stage)
+    stage.finish(other)
+    stage.effect(one)
+    one.result = -28
+    stage.finish(one)
+    flush = stage.submit("flush")
+    stage.finish_all()
+    if flush in stage.in_flight or not stage.engine.failed_errno:
+        raise Violation("a flush succeeds, or never ends, after a durable write has failed")
+
+
+def failed_durable_part_of_a_block_is_a_failed_flush() -> None:
+    """R27: the same of a write that has to be read, modified and written."""
+    stage = Stage(logical_block_bytes=4096)
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.now("flush")
+    stage.player.errors_expected = True
+    stage.submit("write", 1, 1, fua=True)
+    stage.finish(*stage.pending(lambda op: op.kind == READ))
+    (write,) = stage.pending()
+    stage.effect(write)
+    write.result = -5
+    stage.finish(write)
+    stage.now("flush")
+    if not stage.engine.failed_errno:
+        raise Violation("a flush succeeds after a durable write of a part of a block has failed")
+
+
+def failed_flush_beside_the_engine() -> None:
+    """R30: somebody else's flush of the same device has failed; a flush of the disk is under way, another is asked for afterwards."""
+    stage = Stage()
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.player.errors_expected = True
+    stage.submit("flush")
+    stage.pending()
+    stage.engine.note_failed_flush(5)
+    stage.finish_all()
+    stage.now("flush")
+    if stage.engine.failed_errno != 5:
+        raise Violation("a flush succeeds after one beside the engine has failed")
+
+
+def durable_write_on_storage_that_may_be_full() -> None:
+    """R29: where the storage may run out, a durable write is a plain one and then a flush: its failure takes nobody's report, and stays
+    its own; its success is none before the flush."""
+    stage = Stage(durable_writes=False)
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.now("flush")
+    write = stage.submit("write", 0, 8, fua=True)
+    (plain,) = stage.pending()
+    if plain.durable:
+        raise Violation("a durable write that may meet the end of the storage, and then takes a flush's report")
+    stage.finish(plain)
+    flush = stage.pending()
+    if write not in stage.in_flight or [op.kind for op in flush] != [FLUSH]:
+        raise Violation("a durable write was acknowledged without a flush")
+    stage.finish_all()
+    stage.player.errors_expected = True
+    stage.submit("write", 8, 8, fua=True)
+    (full,) = stage.pending()
+    stage.effect(full)
+    full.result = stage.device.fail_with = -28
+    stage.finish(full)
+    if stage.engine.failed_errno:
+        raise Violation("a write that found no room counts as a failed flush")
+    stage.player.errors_expected = False
+    stage.now("write", 8, 8, fua=True)
+    stage.now("flush")
+    stage.crash()
+
+
 FAULTS_ONCE_FOUND = (
+    flush_beside_one_that_fails,
+    journal_write_beside_a_durable_write,
     write_over_zeros_beside_another_write,
     write_into_a_chunk_being_trimmed,
     close_reaches_a_full_storage,
@@ -358,4 +519,10 @@ DIRECTED = {
     40: slots_wanted_before_their_discard,
     41: copies_leave_the_guest_its_reserve,
     42: a_request_longer_than_its_window,
+    43: durable_write_beside_one_that_fails,
+    44: failed_durable_write_is_a_failed_flush,
+    45: failed_durable_part_of_a_block_is_a_failed_flush,
+    46: three_durable_writes_in_the_order_of_their_ends,
+    47: failed_flush_beside_the_engine,
+    49: durable_write_on_storage_that_may_be_full,
 }

@@ -37,6 +37,7 @@ COMPILED = (
     *range(26, 32),
     *range(33, 37),
     *range(37, 43),
+    49,
     61,  # a read of what a failure may have lost
     64,  # a flush that waits for discards
     67,  # the guest's reserve where storage cannot grow
@@ -45,6 +46,7 @@ COMPILED = (
 )
 BY_SCENARIO_ONLY = (
     32,  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash
+    *range(43, 48),  # the simulated device tells a failure to everybody
 )
 MOST_REQUESTS = 200_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
