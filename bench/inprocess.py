@@ -22,14 +22,16 @@ MOST_TIMES = 8 << 20  # requests whose times are kept
 PATTERNS = {"randread": (False, True), "randwrite": (True, True), "read": (False, False), "write": (True, False)}  # (writes, random)
 
 
-def run(volume_name: str, pattern: str, block_bytes: int, depth: int, seconds: float, requests: int, seed: int) -> dict[str, Any]:
+def run(
+    volume_name: str, pattern: str, block_bytes: int, depth: int, seconds: float, requests: int, seed: int, cache: str
+) -> dict[str, Any]:
     from fvd.volume._load import load
     from fvd.volume.opening import open_volume
 
     write, random = PATTERNS[pattern]
     times_ns = np.zeros(MOST_TIMES, np.uint32)
     times_ns.fill(1)  # its pages are there before the load begins
-    with load(open_volume(volume_name)) as driver:
+    with load(open_volume(volume_name, cache=cache)) as driver:
         before = time.process_time()
         operations, took = driver.run(
             write=write,
@@ -66,8 +68,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--requests", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cache", default="none")
     options = parser.parse_args()
-    found = run(options.volume, options.pattern, options.block_bytes, options.depth, options.seconds, options.requests, options.seed)
+    found = run(
+        options.volume,
+        options.pattern,
+        options.block_bytes,
+        options.depth,
+        options.seconds,
+        options.requests,
+        options.seed,
+        options.cache,
+    )
     print(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,11 @@ def loop_device(path: Path, *options: str) -> Iterator[str]:
         yield device
     finally:
         run("losetup", "--detach", device)
+        # It goes when its last user has closed it, and somebody may just be looking at all devices.
+        backing = Path("/sys/block", Path(device).name, "loop/backing_file")
+        deadline = time.monotonic() + 20
+        while backing.exists() and str(path.resolve()) in backing.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fvd.api.copying import absolute, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
-from fvd.api.opened import OpenedVerbs, storage_failure
+from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import (
     CacheMode,
     CheckReport,
@@ -85,7 +85,11 @@ def open(
             log.warning("%s", notice)
         deliveries = Deliveries([hub], on_event)
         hub.tell_loss(opened)
-        driver = drive(opened, on_failure=lambda: hub.publish("storage_error", opened, storage_failure(opened)))
+
+        def failed() -> None:
+            hub.publish("storage_error", opened, storage_failure(opened), **failure_details(opened))
+
+        driver = drive(opened, on_failure=failed)
         return Disk(driver, hub, deliveries)
     except BaseException:
         opened.close()

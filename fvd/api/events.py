@@ -88,6 +88,9 @@ class Event:
     copied_bytes: int = 0  # of prefetching and of the base: what no longer comes from it
     total_bytes: int = 0  # ... of so much
     eta_seconds: float | None = None  # ... until the rest has come; None: nobody can tell
+    failed_errno: int = 0  # of storage_error after a flush or metadata write that failed: why
+    failed_seconds: float | None = None  # ... when: Unix time
+    failed_source: str = ""  # ... whose it was: this volume, or another one on the same device, whose flush took the only report
 
 
 def event_from_json(answer: dict[str, Any]) -> Event:

@@ -5,6 +5,7 @@ Answers are plain values, for a control socket as for this process. What looks a
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,8 +33,9 @@ class OpenedVerbs:
     def info(self, uri: str | None = None) -> dict[str, Any]:
         from fvd.volume.info import info
 
-        found: dict[str, Any] = self._call(lambda: info(self._disk) | copying.info_of_open(self._disk))
-        return {**found, "uri": uri, "failed": bool(found.get("failed_errno"))}
+        found: dict[str, Any] = self._call(lambda: info(self._disk) | copying.info_of_open(self._disk) | failure_details(self._disk))
+        failed_errno = found.get("failed_errno") or 0
+        return {**found, "uri": uri, "failed": bool(failed_errno), "failed_reason": os.strerror(failed_errno) if failed_errno else ""}
 
     def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
         """The map, or its beginning: ``more`` says which."""
@@ -91,8 +93,21 @@ class OpenedVerbs:
 
 
 def storage_failure(disk: OpenVolume) -> str:
-    """What there is to say once a flush or journal write has failed; empty: none has. From any thread."""
-    failed_errno = disk.engine.failed_errno
-    if not failed_errno:
+    """What there is to say once a flush or metadata write has failed; empty: none has. In the loop's thread."""
+    failure = None if disk.failing is None else disk.failing.failure
+    if failure is None:
         return ""
-    return f"the storage failed ({os.strerror(failed_errno)}); writes are refused until the disk is closed and opened again"
+    when = datetime.datetime.fromtimestamp(failure.seconds).astimezone().isoformat(" ", "milliseconds")
+    whose = "" if failure.source == str(disk.name) else f", of {failure.source}, which lies on the same device"
+    return (
+        f"a flush failed at {when}{whose}: {failure.reason}. What was written since the last one that succeeded may be lost; "
+        "writes that must be durable are refused until the disk is closed and opened again"
+    )
+
+
+def failure_details(disk: OpenVolume) -> dict[str, Any]:
+    """The same as plain values, for `info` and events. In the loop's thread."""
+    failure = None if disk.failing is None else disk.failing.failure
+    if failure is None:
+        return {}
+    return {"failed_errno": failure.errno, "failed_seconds": failure.seconds, "failed_source": failure.source}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fvd.api.address import parse_listen
 from fvd.api.copying import absolute, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
-from fvd.api.opened import OpenedVerbs, storage_failure
+from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import (
     CacheMode,
     Export,
@@ -273,6 +273,7 @@ class Served:
                     export_name,
                     disk.engine,
                     storage_fd=disk.node.fd,
+                    sampler_fd=disk.node.sampler_fd,
                     base_fd=-1 if disk.base is None else disk.base.fd,
                     remote=None if disk.base is None else disk.base.remote,
                     size_bytes=disk.geometry.virtual_size_bytes,
@@ -330,6 +331,8 @@ class Served:
         self._hubs[export_name].attach(disk)
         if disk.allocator is not None:
             disk.allocator.attach(disk.engine, self._post)
+        if disk.failing is not None:
+            disk.failing.attach(self._server.post)
         return True
 
     def _act_on_want(self, export_name: str, wants: int) -> None:
@@ -342,8 +345,8 @@ class Served:
                 disk.allocator.on_want(disk.engine)
         if wants & _WANT_EVENT:
             disk.engine.want &= ~_WANT_EVENT
-            if failure := storage_failure(disk):
-                self._hubs[export_name].publish("storage_error", disk, failure)
+            if disk.failing is not None and disk.failing.noticed():
+                self._hubs[export_name].publish("storage_error", disk, storage_failure(disk), **failure_details(disk))
         if wants & (_WANT_STEER | _WANT_BASE):
             disk.engine.want &= ~(_WANT_STEER | _WANT_BASE)
             self._begin(export_name)

@@ -114,7 +114,11 @@ class Info:
     cache: CacheMode | None = None
     on_full: OnFull | None = None
     waiting_writes: int = 0  # writes that wait for storage
-    failed: bool = False  # a flush or journal write failed: writes are refused until the disk is opened again
+    failed: bool = False  # a flush, durable write or metadata write failed: writes are refused until the disk is opened again
+    failed_errno: int = 0  # why
+    failed_reason: str = ""  # its text
+    failed_seconds: float | None = None  # when: Unix time
+    failed_source: str = ""  # whose: this volume, or another on the same device; a path: a flush beside a disk
     growth: dict[str, Any] | None = None  # steps so far, how long they took, the last failure
     statistics: dict[str, int] | None = None  # since it was opened
     copy_on_read: bool = False  # as it is now; of a closed disk: as it will be opened unless one says otherwise

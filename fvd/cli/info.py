@@ -50,6 +50,7 @@ def describe_info(found: Info) -> list[str]:
         ("state", describe_state(found)),
         *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(found))),
         *(("note", line) for line in found.notices),
+        *(("failed", line) for line in describe_failure(found)),
         ("uuid", found.uuid),
         ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
         *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),
@@ -89,6 +90,17 @@ def describe_loss(found: Info) -> list[str]:
         return [loss.message, "serve it, check the guest's data, then acknowledge"]
     since = datetime.datetime.fromtimestamp(loss.seconds).astimezone().isoformat(" ")
     return [f"since {since}: {loss.message}", f"check the guest's data; fvd-lv acknowledge {found.volume} when you have seen it"]
+
+
+def describe_failure(found: Info) -> list[str]:
+    """What an administrator must know of a disk that promises nothing any more."""
+    if not found.failed:
+        return []
+    when = ""
+    if found.failed_seconds is not None:
+        when = f" at {datetime.datetime.fromtimestamp(found.failed_seconds).astimezone().isoformat(' ', 'milliseconds')}"
+    whose = f", of {found.failed_source}" if found.failed_source not in ("", found.volume) else ""
+    return [f"a flush{whose}{when}: {found.failed_reason}; close the disk, mend the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
 
 
 def describe_copies(found: Info) -> list[str]:

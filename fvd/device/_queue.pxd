@@ -22,6 +22,9 @@ cdef struct Disk:
     PyObject *source        # a Source: base operations go there; borrowed from Queue.attached; NULL: to base_fd
     uint64_t base_inflight  # operations of the base that have not ended
     uint32_t discard        # how storage discards: see DiscardHow
+    int sampler_fd          # an open file of its own that hears every page's failure, whoever was told of it (R28); -1: none
+    uint64_t asked_at       # the batch of completions at which it was asked last
+    int64_t sampled         # and what it said
 
 cdef struct Watch:
     uint64_t key
@@ -55,8 +58,8 @@ cdef class Queue:
     cdef readonly uint64_t inflight     # operations started whose end turn() has not reported
     cdef readonly bint interrupted      # the last turn() was cut short by a signal
     # Descriptors stay the caller's, and must outlive what was started on them.
-    # `source`: None, or a Source for the base instead of base_fd.
-    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=*) except -1
+    # `source`: None, or a Source for the base instead of base_fd. `sampler_fd`: asked before each good end of a flush or durable write.
+    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=*, int sampler_fd=*) except -1
     cdef int detach(self, uint32_t disk) except -1
     # The disk needs its base no longer. Raises RuntimeError, and changes nothing, while operations of the base are in flight.
     cdef int release_base(self, uint32_t disk) except -1

@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
+from fvd._core cimport BUG
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
 from fvd.errors import DeviceError
@@ -69,6 +70,8 @@ cdef extern from *:
     ssize_t preadv2(int fd, const iovec *parts, int count, off_t offset, int flags) nogil
     ssize_t pwritev2(int fd, const iovec *parts, int count, off_t offset, int flags) nogil
     int fdatasync(int fd) nogil
+    int sync_file_range(int fd, off_t offset, off_t size, unsigned flags) nogil
+    const unsigned SYNC_FILE_RANGE_WAIT_BEFORE
     int fallocate(int fd, int mode, off_t offset, off_t size) nogil
     int ioctl(int fd, unsigned long request, ...) nogil
     int c_close "close"(int fd) nogil
@@ -147,6 +150,8 @@ cdef enum DiscardHow:
 # On a block device: zeros by its own means, which may unmap, or EOPNOTSUPP; never by writing (BLKDEV_ZERO_NOFALLBACK in block/fops.c).
 cdef int ZERO_HOW = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
+cdef off_t NOWHERE = <off_t>1 << 62
+
 cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations in flight looks whether one is overdue
 
 cdef enum:
@@ -198,7 +203,7 @@ cdef class Queue:
         free(self.watches)
         free(self.sources)
 
-    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=None) except -1:
+    cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=None, int sampler_fd=-1) except -1:
         cdef Disk *grown
         cdef uint32_t room = max(disk + 1, 2 * self.disk_room)
         if disk >= self.disk_room:
@@ -212,6 +217,8 @@ cdef class Queue:
             raise OSError(errno, os.strerror(errno))
         self.disks[disk].storage_fd = storage_fd
         self.disks[disk].base_fd = base_fd
+        self.disks[disk].sampler_fd = sampler_fd
+        self.disks[disk].asked_at = 0
         self.disks[disk].discard = DISCARD_DEVICE if block_device else DISCARD_PUNCH
         self.disks[disk].source = NULL
         self.disks[disk].base_inflight = 0
@@ -232,7 +239,7 @@ cdef class Queue:
 
     cdef int detach(self, uint32_t disk) except -1:
         self.release_base(disk)
-        self.disks[disk].storage_fd = -1
+        self.disks[disk].storage_fd = self.disks[disk].sampler_fd = -1
         return 0
 
     cdef int release_base(self, uint32_t disk) except -1:
@@ -396,6 +403,17 @@ cdef int64_t discard_result(Disk *disk, int64_t result) noexcept nogil:
     return 0 if result == -EINVAL else result     # EINVAL: a kernel before 6.12, or a range that is not aligned
 
 
+cdef bint is_sampled(Disk *disk, const DeviceOp *op) noexcept nogil:
+    """Whether the good end of this operation is one only if the sampler has heard of nothing."""
+    return disk.sampler_fd >= 0 and op.target == TARGET_STORAGE and (op.kind == OP_FLUSH or op.durable) and not BUG(48)
+
+
+cdef int64_t ask_sampler(Disk *disk) noexcept nogil:
+    """R28: whether a page of this file has failed to reach the device since the sampler was opened, whoever was told. No page lies where
+    it asks, so it waits for nothing."""
+    return 0 if sync_file_range(disk.sampler_fd, NOWHERE, 1, SYNC_FILE_RANGE_WAIT_BEFORE) == 0 else -errno
+
+
 # --- io_uring ---------------------------------------------------------------------------------------------------
 
 cdef struct Pending:
@@ -418,6 +436,7 @@ cdef class UringQueue(Queue):
     cdef uint32_t spill_room
     cdef uint32_t spill_count
     cdef uint32_t polls                 # poll requests in the kernel
+    cdef uint64_t batch                 # of completions that were taken together, from 1
 
     def __cinit__(self):
         self.kind = "io_uring"
@@ -571,7 +590,16 @@ cdef class UringQueue(Queue):
             result = transfer_result(op.kind, pending.moved, op.length_bytes, result)
         elif op.kind == OP_DISCARD:
             result = discard_result(&self.disks[pending.disk], result)
+        if result == 0 and is_sampled(&self.disks[pending.disk], op):
+            result = self.sampled(&self.disks[pending.disk])
         return self.finish(number, result)
+
+    cdef int64_t sampled(self, Disk *disk) noexcept nogil:
+        """One question serves all of a batch: they had ended before it."""
+        if disk.asked_at != self.batch:
+            disk.asked_at = self.batch
+            disk.sampled = ask_sampler(disk)
+        return disk.sampled
 
     cdef int finish(self, uint32_t number, int64_t result) except -1 nogil:
         cdef Pending *pending = &self.pending[number]
@@ -668,6 +696,7 @@ cdef class UringQueue(Queue):
         cdef uint64_t owner, number
         while True:
             count = io_uring_cq_ready(&self.ring)
+            self.batch += 1
             for i in range(count):
                 cqe = &cq.cqes[(cq.khead[0] + i) & cq.ring_mask]
                 owner = cqe.user_data >> 62
@@ -734,11 +763,15 @@ cdef class BlockingQueue(Queue):
 
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:
         cdef uint32_t i
+        cdef int64_t result
         for i in range(count):
             if ops[i].target == TARGET_BASE and self.disks[disk].source != NULL:
                 self.start_at_source(disk, &ops[i])
                 continue
-            self.add_event(EVENT_OP, ops[i].token, run_op(&self.disks[disk], &ops[i]), disk)
+            result = run_op(&self.disks[disk], &ops[i])
+            if result == 0 and is_sampled(&self.disks[disk], &ops[i]):
+                result = ask_sampler(&self.disks[disk])
+            self.add_event(EVENT_OP, ops[i].token, result, disk)
             self.inflight += 1
         return 0
 
@@ -881,8 +914,8 @@ cdef class Driver:
     def __init__(self, *, force_blocking=False, entries=1024):
         self.queue = open_queue(force_blocking, entries)
 
-    def attach(self, int storage_fd, int base_fd=-1, Source remote=None, uint32_t disk=0):
-        self.queue.attach(disk, storage_fd, base_fd, remote)
+    def attach(self, int storage_fd, int base_fd=-1, Source remote=None, uint32_t disk=0, int sampler_fd=-1):
+        self.queue.attach(disk, storage_fd, base_fd, remote, sampler_fd)
 
     def release_base(self, uint32_t disk=0):
         self.queue.release_base(disk)

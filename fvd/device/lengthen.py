@@ -32,7 +32,7 @@ class Lengthener:
         return found.f_bavail * found.f_frsize
 
     def lengthen(self, size_bytes: int) -> None:
-        """A sparse file is at least `size_bytes` long when this returns, durably, and no byte of it has changed.
+        """A sparse file is at least `size_bytes` long when this returns, and no byte of it has changed. Not durable before its next flush.
 
         Raises NoSpace, PermissionDenied, DeviceError.
         """
@@ -41,8 +41,9 @@ class Lengthener:
                 return
             # Not ftruncate: a call that hung, and goes on when the disk has long been opened by another process and has grown,
             # would cut it off. This can only lengthen. It allocates the block of the last byte and leaves the rest sparse.
+            # R28: no fsync. This descriptor shares the disk's open file, and would take the report of a page that the kernel lost; the
+            # flush of the commit that first names a slot there makes the size durable too.
             os.posix_fallocate(self._fd, size_bytes - 1, 1)
-            os.fsync(self._fd)
 
     def close(self) -> None:
         """No more calls; the descriptor goes when one that is still running has ended. Again is fine."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from fvd.device.node import Identity, identity_of, sync_directory, typed_errors
+from fvd.device.node import Identity, identity_of, sync_descriptor, sync_directory, typed_errors
 
 
 def exists(path: str) -> bool:
@@ -63,7 +63,7 @@ def write_new(path: str, content: bytes, *, mode: int) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(descriptor)
+            sync_descriptor(descriptor, path)
 
 
 def replace(path: str, target: str) -> None:

@@ -20,6 +20,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from fvd.device.failures import reported
+from fvd.device.stack import Stack, stack_of
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,6 +41,8 @@ BLKZEROOUT = 0x127F
 
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_ZERO_RANGE = 16
+_SYNC_FILE_RANGE_WAIT_BEFORE = 1
+_NOWHERE_BYTES = 1 << 62
 _STATX_DIOALIGN = 0x2000
 _AT_EMPTY_PATH = 0x1000
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
@@ -117,9 +121,13 @@ class Node:
         logical_block_bytes: int,
         identity: Identity,
         notice: str | None = None,
+        sampler_fd: int = -1,
     ) -> None:
         self.path = path
         self.fd = fd
+        # R28: another open file of the same node, from before anything was written: it hears of every page that the kernel could not
+        # write, whoever else was told. -1: transfers do not go through the page cache, or nothing is written.
+        self.sampler_fd = sampler_fd
         self.is_block = is_block
         self.read_only = read_only
         self.direct = direct
@@ -210,8 +218,15 @@ class Node:
 
     def flush(self) -> None:
         """Everything written before is durable when this returns. Raises DeviceError: then nothing may be assumed of earlier writes."""
-        with typed_errors("flushing", self.path):
+        with typed_errors("flushing", self.path), reported(lambda: self.stack().devices, self.path):
             os.fdatasync(self._open_fd())
+            if self.sampler_fd >= 0:
+                _ask_sampler(self.sampler_fd)
+
+    def stack(self) -> Stack:
+        """What it lies on now. Asks sysfs; raises DeviceError when it has been closed."""
+        with typed_errors("looking at", self.path):
+            return stack_of(os.fstat(self._open_fd()))
 
     def forget_cache(self) -> None:
         """What is read from here on comes from the device, as far as it had been flushed, not from the page cache."""
@@ -220,9 +235,10 @@ class Node:
 
     def close(self) -> None:
         """Closes the descriptor; again is fine. Flushes nothing."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        descriptors, self.fd, self.sampler_fd = (self.fd, self.sampler_fd), -1, -1
+        for fd in descriptors:
+            if fd >= 0:
+                os.close(fd)
 
     def _open_fd(self) -> int:
         if self.fd < 0:
@@ -282,6 +298,7 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
                 direct = False
                 status = os.fstat(fd)
                 block_bytes = _logical_block_bytes(fd, is_block, direct)
+            sampler_fd = -1 if read_only or (is_block and direct) else _open_sampler(name, status)
         except BaseException:
             os.close(fd)
             raise
@@ -294,7 +311,31 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
         logical_block_bytes=block_bytes,
         identity=identity_of(status),
         notice=notice,
+        sampler_fd=sampler_fd,
     )
+
+
+def _open_sampler(name: str, status: os.stat_result) -> int:
+    """An open file of its own of the node with this status: not a duplicate, which shares its reports."""
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if identity_of(os.fstat(fd)) != identity_of(status):
+        os.close(fd)
+        raise DeviceError(f"{name} has become another file while it was opened; try again")
+    return fd
+
+
+def _ask_sampler(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_uint]
+    if libc.sync_file_range(fd, _NOWHERE_BYTES, 1, _SYNC_FILE_RANGE_WAIT_BEFORE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def sync_descriptor(fd: int, path: str) -> None:
+    """An fsync, of which everything hears that lies on the same device when it fails. Raises OSError."""
+    with reported(lambda: stack_of(os.fstat(fd)).devices, path):
+        os.fsync(fd)
 
 
 def _open_file(name: str, access: int, flags: int, sharing: int | None) -> int:
@@ -338,7 +379,7 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     with typed_errors("flushing the directory", name):
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            sync_descriptor(fd, name)
         finally:
             os.close(fd)
 

@@ -435,7 +435,7 @@ cdef Op *held_take(Engine e) noexcept nogil:
 
 
 cdef int held_release(Engine e) except -1 nogil:
-    """Those count now behind which nothing is in flight any more. Barriers rise along the list: an operation only ever waits for older ones."""
+    """Those count now behind which nothing is in flight any more. Barriers rise along the list: each only waits for older operations."""
     while e.held != NULL and (e.oldest_durable == NULL or e.oldest_durable.number > e.held.number
                               or (BUG(46) and e.oldest_durable.number == e.held.number)):
         record_ended(e, held_take(e), 0)

@@ -306,14 +306,14 @@ cdef class Server:
     def unwatch(self, int fd):
         self.queue.unwatch(self.watches.pop(fd))
 
-    def add_export(self, Backend backend not None, int storage_fd, int base_fd, Source remote=None):
-        """Returns the export's number. `remote`: the base, instead of base_fd."""
+    def add_export(self, Backend backend not None, int storage_fd, int base_fd, Source remote=None, int sampler_fd=-1):
+        """Returns the export's number. `remote`: the base, instead of base_fd; `sampler_fd`: as Queue.attach."""
         cdef uint32_t number = 0
         cdef Export **grown
         cdef Export *export
         while number < self.export_count and self.exports[number].backend != NULL:
             number += 1
-        self.queue.attach(number, storage_fd, base_fd, remote)
+        self.queue.attach(number, storage_fd, base_fd, remote, sampler_fd)
         if number == self.export_count:
             grown = <Export **>realloc(self.exports, (number + 1) * sizeof(Export *))
             if grown != NULL:

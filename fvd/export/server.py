@@ -90,6 +90,16 @@ class _Call:
     future: Future[Any] = field(default_factory=Future)
 
 
+def _logged(function: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            function()
+        except Exception:
+            log.exception("what was to be done in the serving thread failed")
+
+    return run
+
+
 class NbdServer:
     """Serves any number of exports on one address, in one thread.
 
@@ -146,6 +156,7 @@ class NbdServer:
         storage_fd: int,
         base_fd: int = -1,
         remote: Source | None = None,
+        sampler_fd: int = -1,
         size_bytes: int,
         read_only: bool = False,
         block_size_bytes: int = 4096,
@@ -154,7 +165,8 @@ class NbdServer:
         on_want: Callable[[int], None] | None = None,
     ) -> None:
         """Offer a disk. The descriptors, and `remote` (an open fvd.device._remote.Remote instead of `base_fd`), stay the caller's and
-        must outlive close_export(); those of the base, release_base(). `block_size_bytes` is what requests are
+        must outlive close_export(); those of the base, release_base(). `sampler_fd`: another open file of the storage, asked whether it has
+        heard of a lost page before a flush counts. `block_size_bytes` is what requests are
         preferably aligned to. `on_want` is called in the serving thread with the engine's Want bits, once until they are cleared."""
         for text in (name, description):
             if len(text.encode()) > handshake.MAXIMUM_NAME_BYTES or "\0" in text:
@@ -170,7 +182,7 @@ class NbdServer:
         def attach() -> None:
             if name in self._exports:
                 raise Conflict(f"an export named {name!r} is already served")
-            number = self._loop.add_export(backend, storage_fd, base_fd, remote)
+            number = self._loop.add_export(backend, storage_fd, base_fd, remote, sampler_fd)
             preferred = min(block_size_bytes, MAXIMUM_PAYLOAD_BYTES)
             export = handshake.Export(name, number, size_bytes, read_only, minimum_block_bytes, preferred, description)
             self._exports[name] = export
@@ -280,6 +292,13 @@ class NbdServer:
                 raise Timeout(f"the serving thread did not answer within {timeout_s} s") from None
             raise
         return result
+
+    def post(self, function: Callable[[], object]) -> None:
+        """As `call`, without waiting for it; nothing happens when the server does not run. What it raises is logged."""
+        with self._lock:
+            if self._serving is not None:
+                self._calls.append(_Call(_logged(function)))
+                self._wake_up()
 
     def counters(self) -> dict[str, Any]:
         """Requests, bytes and connections, in total and by export."""

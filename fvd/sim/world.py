@@ -25,7 +25,18 @@ from fvd.sim.corners import draw_corner
 from fvd.sim.device_node import Budget, DeviceNode, PowerFailure, VolatileNode
 from fvd.sim.growing import LONGEST_REST_SECONDS, Place
 from fvd.sim.metadata import Metadata
-from fvd.sim.shape import Shape, draw, draw_bounds, draw_copying, draw_durable, draw_growth, draw_log, draw_placement, draw_weather, draw_zeroing
+from fvd.sim.shape import (
+    Shape,
+    draw,
+    draw_bounds,
+    draw_copying,
+    draw_durable,
+    draw_growth,
+    draw_log,
+    draw_placement,
+    draw_weather,
+    draw_zeroing,
+)
 from fvd.volume.check import check_node
 from fvd.volume.loading import LoadedDisk, covers_base
 from fvd.volume.name import VolumeName, parse_name

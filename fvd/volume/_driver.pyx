@@ -290,7 +290,8 @@ cdef class Driver:
         try:
             self.queue = open_queue(self.force_blocking, 256)
             base = self.volume.base
-            self.queue.attach(0, self.volume.node.fd, -1 if base is None else base.fd, None if base is None else base.remote)
+            node = self.volume.node
+            self.queue.attach(0, node.fd, -1 if base is None else base.fd, None if base is None else base.remote, node.sampler_fd)
             self.volume.detach_base = self._release_base
             self.has_copying = self.volume.copying is not None
             self.queue.watch(self.wake_fd, _WAKE_KEY)
@@ -299,6 +300,8 @@ cdef class Driver:
                 self.volume.notices.append(self.queue.notice)
             if self.volume.allocator is not None:
                 self.volume.allocator.attach(self.engine, self.post)
+            if self.volume.failing is not None:
+                self.volume.failing.attach(self.post)
         except BaseException as error:
             self.failure = error
             self.dead = True
@@ -387,9 +390,8 @@ cdef class Driver:
         self.engine.want = 0        # first: what is wanted meanwhile is another wish
         if wants & WANT_GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
-        if wants & WANT_EVENT and self.engine.failed_errno and self.on_failure is not None:
-            told, self.on_failure = self.on_failure, None       # once: the failure is sticky
-            told()
+        if wants & WANT_EVENT and self.volume.failing is not None and self.volume.failing.noticed() and self.on_failure is not None:
+            self.on_failure()
         if wants & (WANT_STEER | WANT_BASE):
             if self.volume.copying is not None:
                 try:

@@ -41,7 +41,8 @@ class Storage(Protocol):
         """The size now, asked of the open descriptor. Whatever `grow_to` reported, this is the truth. Raises DeviceError."""
 
     def grow_to(self, size_bytes: int) -> None:
-        """Makes the storage at least `size_bytes` long, durably, without changing a byte that it holds; never makes it shorter.
+        """Makes the storage at least `size_bytes` long, without changing a byte that it holds; never makes it shorter. The size is durable
+        after the next flush of the storage at the latest, and nothing is flushed here.
 
         May stop half-way. Raises NoSpace (the group or file system is full), Unsupported (cannot grow), Timeout, DeviceError.
         """

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fvd.device import surviving
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Node, open_node
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, Corrupt, InvalidArgument, NotFound
+from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.pending import mark_acknowledged
@@ -25,6 +26,7 @@ from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
 from fvd.volume import pending
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
+from fvd.volume.failing import FailureWatch
 from fvd.volume.loading import LoadedDisk, covers_base, naming
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, guest_reserve_bytes
@@ -62,6 +64,7 @@ class OpenVolume:
     notices: list[str]  # what is not as it was asked for: lines for the user
     _resources: ExitStack
     base_released: bool = False  # nothing will ever be read from the base again, so it is not open
+    failing: FailureWatch | None = None  # None: read-only
     copying: Copying | None = None  # None: nothing is ever copied here (read-only, or no base)
     loss: PossibleLoss | None = None  # acknowledged writes may be gone, and no administrator has said yet that it was seen
     log: pending.OpenLog | None = None  # None: read-only
@@ -155,6 +158,7 @@ def open_volume(
         undo.callback(node.close)
         held.check_covers(node)
         notices = [node.notice] if node.notice else []
+        stack = node.stack()
         with naming(str(volume)):
             disk, left = recover(node, str(volume), read_only=read_only, discard_pending=discard_pending, notices=notices)
         if place.size_bytes is not None:
@@ -191,10 +195,13 @@ def open_volume(
                 discard=discard,
                 zero_chunks=zero_chunks,
                 pending_log=None if log is None or log.memory is None else log.memory.buffer,
+                durable_writes=not stack.may_fill,
             )
         undo.callback(engine.forget_log)
-        allocator = None
+        allocator = failing = None
         if not read_only:
+            failing = FailureWatch(str(volume), engine, partial(_devices_of, node, stack.devices))
+            undo.callback(failing.close)
             allocator = Allocator(
                 place.storage(node),
                 disk.geometry,
@@ -222,6 +229,7 @@ def open_volume(
             base_released=released,
             loss=loss,
             log=log,
+            failing=failing,
         )
         if not read_only:
             undo.callback(lambda: end_generation(opened))
@@ -232,6 +240,14 @@ def open_volume(
                 opened.copying.start(options)
         opened._resources = undo.pop_all()
         return opened
+
+
+def _devices_of(node: Node, at_open: frozenset[int]) -> frozenset[int]:
+    """What it lies on now: a volume that grew may have come to lie on one more."""
+    try:
+        return at_open | node.stack().devices
+    except DeviceError:  # closed meanwhile
+        return at_open
 
 
 def _copying(volume: OpenVolume, on_event: Callable[[GrowthEvent | BaseEvent], None] | None) -> Copying:

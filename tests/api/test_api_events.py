@@ -306,10 +306,16 @@ def test_a_failed_storage_is_told_once(volume: str, caplog: pytest.LogCaptureFix
     for _ in range(2):
         with pytest.raises(fvd.DeviceError):
             disk.flush()
+    found = disk.info()
     with pytest.raises(fvd.DeviceError):
         disk.close()
     assert kinds(called) == ["storage_error", "closed"]
-    assert "writes are refused until the disk is closed and opened again" in called[0].message
+    told = called[0]
+    assert "are refused until the disk is closed and opened again" in told.message and os.strerror(told.failed_errno) in told.message
+    assert told.failed_seconds is not None and 0 <= told.time - told.failed_seconds < 10 and told.failed_source == volume
+    assert found.failed and found.failed_reason == os.strerror(found.failed_errno)
+    assert (found.failed_errno, found.failed_seconds, found.failed_source) == (told.failed_errno, told.failed_seconds, told.failed_source)
+    assert called[1].failed_errno == 0 and called[1].failed_seconds is None
     assert "closing failed" in called[1].message
     assert [record.levelname for record in caplog.records if "storage error" in record.getMessage()] == ["ERROR"]
 

@@ -99,6 +99,17 @@ def test_info_says_what_becomes_of_the_base() -> None:
     assert "nbd://images/debian (1.0 GiB, nbd)" in text and "base: released" in text
 
 
+def test_info_of_a_disk_that_has_failed() -> None:
+    """When, why, and whose flush it was; nothing of it where nothing has failed."""
+    found = _info()
+    assert not any("failed" in line for line in info.describe_info(found))
+    failed = replace(found, failed=True, failed_errno=5, failed_reason="Input/output error", failed_seconds=0.5, failed_source=found.volume)
+    (line,) = [line for line in info.describe_info(failed) if "failed" in line]
+    assert "Input/output error" in line and "00.500" in line and found.volume not in line
+    (line,) = [line for line in info.describe_info(replace(failed, failed_source="file:/other")) if "failed" in line]
+    assert "of file:/other" in line
+
+
 def _info() -> fvd.Info:
     sizes = {"virtual_size": GIB, "mapped_bytes": 0, "present_bytes": 0, "storage_size": GIB, "metadata_size": MIB, "max_storage_size": GIB}
     more = {"free_bytes": 0, "low_water_bytes": 0, "block_size": 65536, "chunk_size": MIB, "journal_size": MIB, "grow_step": GIB}

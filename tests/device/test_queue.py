@@ -357,3 +357,37 @@ def test_falls_back_where_the_kernel_refuses(error: int, words: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("blocking ") and words in done.stdout
+
+
+@pytest.fixture
+def broken_sampler() -> Iterator[int]:
+    """A descriptor of which the sampler's question is an error: a pipe's."""
+    reader, writer = os.pipe()
+    yield reader
+    os.close(reader)
+    os.close(writer)
+
+
+def test_sampler_is_asked_where_durability_is_answered(driver: Driver, storage: int, broken_sampler: int) -> None:
+    """R28: it has heard of a lost page, so nothing is durable; everything else is as it is."""
+    driver.attach(storage, sampler_fd=broken_sampler)
+    operations: list[Op] = [
+        ("write", 0, pattern(1)),
+        ("write_durable", PAGE, pattern(2)),
+        ("flush",),
+        ("read", 0, PAGE),
+        ("discard", 0, PAGE),
+    ]
+    results = [result for operation in operations for result, _ in driver.run([operation])]
+    assert results == [0, -errno.ESPIPE, -errno.ESPIPE, 0, 0]
+    assert [result for result, _ in driver.run([("write_durable", 0, pattern(number)) for number in range(32)])] == [-errno.ESPIPE] * 32
+
+
+def test_sampler_of_one_disk_only(driver: Driver, storage: int, broken_sampler: int, tmp_path: Path) -> None:
+    sampler = os.open(tmp_path / "storage", os.O_RDONLY)
+    driver.attach(storage, disk=0, sampler_fd=sampler)
+    driver.attach(storage, disk=1, sampler_fd=broken_sampler)
+    driver.attach(storage, disk=2)
+    results = driver.run([("write_durable", 0, pattern(1)), ("flush",)] * 3, disks=[0, 0, 1, 1, 2, 2])
+    assert [result for result, _ in results] == [0, 0, -errno.ESPIPE, -errno.ESPIPE, 0, 0]
+    os.close(sampler)

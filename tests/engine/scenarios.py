@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
+from fvd.device._queue import Driver
 from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO
 from fvd.sim._oracle import Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
@@ -336,6 +340,22 @@ def failed_flush_beside_the_engine() -> None:
         raise Violation("a flush succeeds after one beside the engine has failed")
 
 
+def lost_page_that_somebody_else_was_told_of() -> None:
+    """R28: the flush itself ends well, and so does a durable write, but the sampler has heard of a lost page."""
+    reader, writer = os.pipe()  # of which the sampler's question is an error
+    with tempfile.TemporaryFile() as storage:
+        storage.truncate(1 << 16)
+        for blocking in (False, True):
+            driver = Driver(force_blocking=blocking)
+            driver.attach(storage.fileno(), sampler_fd=reader)
+            flushed, written = (driver.run([operation])[0][0] for operation in (("flush",), ("write_durable", 0, bytes(4096))))
+            driver.close()
+            if 0 in (flushed, written):
+                raise Violation("a flush or durable write counts though the sampler says that a page is lost")
+    os.close(reader)
+    os.close(writer)
+
+
 def durable_write_on_storage_that_may_be_full() -> None:
     """R29: where the storage may run out, a durable write is a plain one and then a flush: its failure takes nobody's report, and stays
     its own; its success is none before the flush."""
@@ -524,5 +544,6 @@ DIRECTED = {
     45: failed_durable_part_of_a_block_is_a_failed_flush,
     46: three_durable_writes_in_the_order_of_their_ends,
     47: failed_flush_beside_the_engine,
+    48: lost_page_that_somebody_else_was_told_of,
     49: durable_write_on_storage_that_may_be_full,
 }

@@ -46,7 +46,7 @@ COMPILED = (
 )
 BY_SCENARIO_ONLY = (
     32,  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash
-    *range(43, 48),  # the simulated device tells a failure to everybody
+    *range(43, 49),  # the simulated device tells a failure to everybody
 )
 MOST_REQUESTS = 200_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds

@@ -1,0 +1,70 @@
+"""What lies below a file or block device, as sysfs tells: whose failed flush is also its own, and whether it may run out of room.
+
+Knows no disk format. What sysfs does not tell (the devices of a btrfs, a network's storage) is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+# Device-mapper volumes that take their blocks from a pool when they are first written.
+_POOL_SUFFIXES = ("-tpool", "-vpool")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a node lies on."""
+
+    devices: frozenset[int]  # device numbers, its own and its file system's too; file systems without a device have a number as well
+    may_fill: bool  # a write to it may find no room: it takes its blocks from something that it shares
+
+
+def stack_of(status: os.stat_result, sysfs: str = "/sys") -> Stack:
+    """Of a regular file or block device, from its stat result. Never raises: what cannot be read is left out."""
+    is_block = stat.S_ISBLK(status.st_mode)
+    # A regular file's blocks are its file system's until it writes them: sparse, or shared, or on a file system that never overwrites.
+    may_fill = not is_block
+    devices: set[int] = set()
+    waiting = [status.st_rdev if is_block else status.st_dev]
+    while waiting:
+        number = waiting.pop()
+        if number in devices:
+            continue
+        devices.add(number)
+        folder = Path(f"{sysfs}/dev/block/{os.major(number)}:{os.minor(number)}")
+        if _text(folder / "dm" / "uuid").endswith(_POOL_SUFFIXES):
+            may_fill = True
+        if (folder / "partition").exists():
+            waiting += _numbers(folder.resolve().parent / "dev")
+        for slave in _listed(folder / "slaves"):
+            waiting += _numbers(folder / "slaves" / slave / "dev")
+        backing = _text(folder / "loop" / "backing_file")
+        if backing:
+            may_fill = True
+            with contextlib.suppress(OSError):  # deleted, or in another mount namespace
+                below = Path(backing).stat()
+                waiting.append(below.st_rdev if stat.S_ISBLK(below.st_mode) else below.st_dev)
+    return Stack(frozenset(devices), may_fill)
+
+
+def _numbers(path: Path) -> list[int]:
+    major, _, minor = _text(path).partition(":")
+    return [os.makedev(int(major), int(minor))] if major.isdigit() and minor.isdigit() else []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="surrogateescape").removesuffix("\n")
+    except OSError:
+        return ""
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))  # noqa: PTH208 - names are all that is wanted
+    except OSError:
+        return []
