@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = os.environ.get("FVD_TEST_BUILD", "release")
-TREES = {"release": ROOT, "checked": ROOT / "build" / "checked", "mutants": ROOT / "build" / "mutants"}
+TREES = {"release": ROOT, "checked": ROOT / "build" / "checked"}
 if BUILD not in TREES:
     raise SystemExit(f"FVD_TEST_BUILD={BUILD}: choose {' or '.join(TREES)}")
 TREE = TREES[BUILD]

@@ -37,6 +37,9 @@ def build(mutants: list[Mutant]) -> None:
         raise SystemExit("no checked build: make checked")
     shutil.rmtree(TREE, ignore_errors=True)
     shutil.copytree(CHECKED, TREE, ignore=shutil.ignore_patterns("build", "*.c"))
+    (TREE / "tests").mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", TREE / "tests")
+    shutil.copytree(ROOT / "tests/engine", TREE / "tests/engine")
     apply(TREE, mutants)
     environment = os.environ | {"FVD_BUILD": "checked", "FVD_ONLY": "fvd.engine._engine"}
     command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
@@ -49,7 +52,7 @@ def build(mutants: list[Mutant]) -> None:
 def play(number: int, first: int, most: int) -> None:
     """Prints what is being done, and last of all what was found."""
     sys.path.insert(0, str(TREE))
-    os.environ["FVD_TEST_BUILD"] = "mutants"
+    os.environ["FVD_TEST_BUILD"] = "release"  # the tree that the tests lie in
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from fvd.engine import _engine
@@ -95,7 +98,7 @@ def tests() -> None:
     print("tests", flush=True)
     signal.setitimer(signal.ITIMER_VIRTUAL, TESTS_CPU_SECONDS)
     failure = FirstFailure()
-    if pytest.main(["-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests/engine")], plugins=[failure]) != 0:
+    if pytest.main(["-q", "-x", "-p", "no:cacheprovider", f"--rootdir={TREE}", str(TREE / "tests/engine")], plugins=[failure]) != 0:
         print(f"\nfound tests {failure.name}", flush=True)
         raise SystemExit(0)
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
