@@ -89,6 +89,7 @@ class FakeDisk:
         self.base = SimpleNamespace(fd=3, remote=None) if base and not released else None
         self.base_released = released
         self.loss = None
+        self.failing = None
         self.copying = FakeCopying() if base and not released and not read_only else None
         self.trace: list[str] = []
 
