@@ -99,6 +99,8 @@ cdef int base_covered(Engine e, uint64_t first, uint64_t end) except -1 nogil:
         # The last of them is in the next commit, which takes everything along.
         e.soft_due = True
         e.release_after = e.commits + 1
+        if BUG(68):
+            base_release(e)
     return 0
 
 

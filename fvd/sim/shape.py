@@ -284,6 +284,21 @@ def draw_growth(shape: Shape, dice: Dice) -> None:
             low_water_chunks=dice.choice((0, 0, 1, 2, 5)),
         )
     shape.steered = shape.copying and dice.random() < 0.5
+    if shape.copying and geometry.layout is Layout.COMPACT and geometry.chunks > 8 and shape.windows is None and dice.random() < 0.6:
+        # Copies and the guest have too little storage between them, and there is hardly more.
+        shape.storage_chunks = dice.randint(4, geometry.chunks - 2)
+        shape.allocator = Growth(
+            place=dice.choice(("file", "group", "fixed")),
+            pace="fast",
+            trouble=0.0,
+            room_steps=0,
+            timeout_seconds=1.0,
+            low_water_chunks=dice.choice((2, 4, 8)),
+        )
+        shape.kinds = dict(shape.kinds) | {"read": 1.0, "write": 2.0, "trim": 1.0, "flush": 0.3}
+        shape.areas = [(0, shape.sectors)]
+        shape.prefetch = True
+        shape.longest_round = min(shape.longest_round, 80)
 
 
 def draw_placement(shape: Shape, dice: Dice) -> None:

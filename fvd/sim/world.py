@@ -403,8 +403,8 @@ class World:
                 raise Violation(f"{player.in_flight_count} requests never end: {sorted(set(player.in_flight.values()))}")
             self._check_wants()
             if self.place is not None:
-                if not self.place.healed and self.dice.random() < 0.3:
-                    self.pass_time(60.0, self.dice)  # time enough for the longest rest between two steps
+                if not self.place.healed and self.dice.random() < 0.5:
+                    self.pass_time(40.0, self.dice)  # the longest rest between two steps has begun
                 else:
                     self.place.wait_for_room()
             elif not self.grow():
