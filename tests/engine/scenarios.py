@@ -117,6 +117,28 @@ def write_into_a_chunk_being_trimmed() -> None:
     stage.crash()
 
 
+def write_beside_a_trim_of_the_last_block() -> None:
+    """R7: a trim of the only present block of a chunk waits for a write in flight there; it will free the slot. A first write to another
+    block of the chunk comes meanwhile, and must not join it."""
+    stage = Stage()
+    stage.now("write", 0, SECTORS_PER_BLOCK)
+    stage.submit("write", 0, 8)
+    (slow,) = stage.pending()
+    stage.submit("trim", 0, SECTORS_PER_BLOCK)
+    joins = stage.submit("write", SECTORS_PER_BLOCK, 8)
+    (other,) = stage.pending(lambda op: op is not slow) or (None,)
+    stage.finish(slow)
+    stage.finish_all(but=lambda op: op is other)
+    if other is not None:
+        stage.finish(other)
+    stage.finish_all()
+    if joins in stage.in_flight:
+        raise Violation("a write beside a trim did not end")
+    stage.now("read", 0, 2 * SECTORS_PER_BLOCK)
+    stage.now("flush")
+    stage.crash()
+
+
 def close_reaches_a_full_storage() -> None:
     """A write that waits for another one to end when the disk is closed, and only then finds the storage full: nobody grows it now."""
     stage = Stage(storage_chunks=1)
@@ -546,4 +568,5 @@ DIRECTED = {
     47: failed_flush_beside_the_engine,
     48: lost_page_that_somebody_else_was_told_of,
     49: durable_write_on_storage_that_may_be_full,
+    76: write_beside_a_trim_of_the_last_block,
 }

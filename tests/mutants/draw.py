@@ -161,7 +161,12 @@ def candidates(root: Path) -> list[Mutant]:
     for path in sorted((root / ENGINE).glob("*.p[yx][xi]")):
         if path.suffix not in (".pyx", ".pxi"):
             continue
+        seeded: int | None = None  # the indentation of an `if BUG(...)` whose lines these are
         for number, function, line, _ in logical_lines(path):
+            indentation = len(line) - len(line.lstrip())
+            if seeded is not None and indentation > seeded:
+                continue
+            seeded = indentation if re.match(r"\s*if BUG\(\d+\):$", line) else None
             if function in LEFT_OUT_FUNCTIONS or LEFT_OUT.search(line):
                 continue
             for kind, before, after, switched in changes(line):

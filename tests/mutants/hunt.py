@@ -142,7 +142,13 @@ def main() -> int:
         print(*mutants, sep="\n")
         return 0
     build(mutants)
+    by, how = judge(NOTHING, given.first, AT_FIRST)
+    if by:
+        raise SystemExit(f"without any change {by} find something: {how}")
     return report([mutant for mutant in mutants if not given.only or mutant.number in given.only], given.first, given.requests)
+
+
+NOTHING = Mutant(0, "", 0, "", "", "nothing", "nothing", "")
 
 
 def report(mutants: list[Mutant], first: int, most: int) -> int:

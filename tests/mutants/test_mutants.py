@@ -73,6 +73,14 @@ def test_only_the_drawn_lines_are_rewritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.pure
+def test_nothing_is_drawn_of_a_seeded_bug(tmp_path: Path) -> None:
+    (tmp_path / "fvd/engine").mkdir(parents=True)
+    text = "cdef int f(Engine e) except -1 nogil:\n    if BUG(1):\n        g(e)\n    if not BUG(2):\n        h(e)\n    k(e)\n"
+    (tmp_path / "fvd/engine/some.pxi").write_text(text)
+    assert [mutant.before for mutant in candidates(tmp_path)] == ["h(e)", "k(e)"]
+
+
+@pytest.mark.pure
 def test_what_is_called_equivalent_is_still_there() -> None:
     """An argument about a line that is gone or was changed is none."""
     assert set(EQUIVALENT) <= {mutant.key for mutant in candidates(ROOT)}
