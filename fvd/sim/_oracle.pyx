@@ -320,6 +320,7 @@ cdef class Oracle:
         cdef uint64_t i
         cdef uint32_t j
         cdef History *history
+        self.doubted_at = self.tick_()
         for i in range(1, self.write_count):
             if not self.writes[i].durable:
                 self.writes[i].doubted = 1
@@ -418,6 +419,8 @@ cdef class Oracle:
                 if self.loose_sectors and self.unsettled_near(sector):
                     continue
                 raise self.violation(index, value, floor, "a read showed")
+            if began < self.doubted_at:
+                continue
             # What had ended before this read and was not shown came before what was: no later read may show it again.
             for j in range(history.count):
                 entry = &history.entries[j]

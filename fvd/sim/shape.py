@@ -19,7 +19,7 @@ SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide",
 MOST_SECTORS = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
 
 Area = tuple[int, int]  # first sector, sectors
-TOLD_ONCE = 0.0  # share of worlds
+TOLD_ONCE = 0.7  # share of worlds
 
 
 @dataclass(slots=True)
@@ -353,6 +353,9 @@ def draw_weather(shape: Shape, dice: Dice) -> None:
     shape.deadly = dice.random() < 0.3
     if shape.landing_share and dice.random() < 0.2:
         shape.faults = dict(shape.faults) | {"journal": 0.2}
+    if shape.copying:
+        # A server that is killed between two commits: what was copied beside what is pending, and then written, is in the log alone.
+        shape.deadly = dice.random() < 0.7
     shape.workers = dice.choice((0, 0, 1, 2, 4))
     if shape.workers and dice.random() < 0.5:
         shape.slow = dict(shape.slow) | {"discard": 0.9}
