@@ -407,6 +407,48 @@ def durable_write_on_storage_that_may_be_full() -> None:
     stage.crash()
 
 
+def copy_beside_what_is_pending() -> None:
+    """R22: a copy changes a word that is pending already; the guest writes over what was copied, and the server is killed."""
+    stage = Stage(base_bytes=1 << 20, copy_on_read=True)
+    stage.now("write", 0, 8)
+    stage.now("read", SECTORS_PER_BLOCK, 8)
+    before = stage.counts()["allocations"]
+    stage.now("write", SECTORS_PER_BLOCK, 8)
+    if stage.counts()["allocations"] != before:
+        raise RuntimeError("nothing was copied: the scenario no longer fits the engine")
+    stage.kill()
+    stage.crash()
+
+
+def copies_that_a_commit_takes_along() -> None:
+    """R22: a commit that is under way took a copy's changes along; the guest writes over what was copied, and the server is killed."""
+    stage = Stage(base_bytes=1 << 20, copy_on_read=True)
+    stage.now("read", 2 * SECTORS_PER_BLOCK, 8)
+    stage.engine.commit_soon()
+    (flush,) = stage.pending()
+    before = stage.counts()["allocations"]
+    write = stage.submit("write", 2 * SECTORS_PER_BLOCK, 8)
+    stage.finish_all(but=lambda op: op is flush)
+    if write in stage.in_flight or flush.kind != FLUSH or stage.counts()["allocations"] != before:
+        raise RuntimeError("the scenario no longer fits the engine")
+    stage.kill()
+    stage.crash()
+
+
+def more_changes_than_the_log_takes() -> None:
+    """R25: while a commit's flush does not end there are more first writes than the log of pending changes has room for."""
+    stage = Stage(virtual_size_bytes=8 << 20, short_log=True)
+    for number in range(100):
+        stage.submit("write", number * SECTORS_PER_BLOCK, 8)
+        stage.finish_all(but=lambda op: op.kind == FLUSH)
+    if not stage.in_flight:
+        raise Violation("the log of pending changes took more than it has room for")
+    stage.finish_all()
+    stage.settle()
+    stage.kill()
+    stage.crash()
+
+
 FAULTS_ONCE_FOUND = (
     flush_beside_one_that_fails,
     journal_write_beside_a_durable_write,
@@ -568,5 +610,8 @@ DIRECTED = {
     47: failed_flush_beside_the_engine,
     48: lost_page_that_somebody_else_was_told_of,
     49: durable_write_on_storage_that_may_be_full,
+    50: copy_beside_what_is_pending,
+    54: copies_that_a_commit_takes_along,
+    59: more_changes_than_the_log_takes,
     76: write_beside_a_trim_of_the_last_block,
 }

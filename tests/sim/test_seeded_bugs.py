@@ -37,7 +37,11 @@ COMPILED = (
     *range(26, 32),
     *range(33, 37),
     *range(37, 43),
+    44,
+    45,
     49,
+    *range(51, 54),
+    56,
     61,  # a read of what a failure may have lost
     64,  # a flush that waits for discards
     67,  # the guest's reserve where storage cannot grow
@@ -47,7 +51,11 @@ COMPILED = (
 )
 BY_SCENARIO_ONLY = (
     32,  # random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash
-    *range(43, 49),  # the simulated device tells a failure to everybody
+    43,  # two that make something durable end in this order, and one took the other's report: not in 110,000 requests
+    *range(46, 49),
+    50,  # copies beside what is pending, and a kill before the next commit: not in 120,000 requests
+    54,
+    59,
     76,  # random worlds mostly find it, but one hunt of three did not
 )
 MOST_REQUESTS = 200_000
@@ -80,6 +88,18 @@ def read_only_opens_skip_replay() -> Iterator[None]:
 def recovery_flushes_nothing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "make_durable", lambda node: None)
+        yield
+
+
+@contextmanager
+def recovery_ignores_what_was_frozen() -> Iterator[None]:
+    parts = recovery.parts_to_apply
+
+    def last(*about: Any) -> Any:
+        return parts(*about)[-1:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "parts_to_apply", last)
         yield
 
 
@@ -132,7 +152,11 @@ HABITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "an error counts for more than the size": an_error_counts_for_more_than_the_size,
     "a pause of prefetching has no end": a_pause_of_prefetching_has_no_end,
 }
-IN_PYTHON: dict[int, Callable[[], AbstractContextManager[None]]] = {24: read_only_opens_skip_replay, 25: recovery_flushes_nothing}
+IN_PYTHON: dict[int, Callable[[], AbstractContextManager[None]]] = {
+    24: read_only_opens_skip_replay,
+    25: recovery_flushes_nothing,
+    55: recovery_ignores_what_was_frozen,
+}
 
 
 @pytest.fixture(scope="module")

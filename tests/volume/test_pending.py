@@ -189,6 +189,7 @@ def test_an_open_by_an_older_version_ends_the_log(path: Path, pending_dir: Path)
 
 
 def test_a_log_of_another_generation_is_not_believed(path: Path) -> None:
+    """R21."""
     make(path)
     written_and_killed(path)
     found = superblock(path)
@@ -242,6 +243,7 @@ def test_without_memory_the_disk_works_and_says_what_is_not_covered(path: Path, 
 
 
 def test_a_log_that_says_that_a_flush_failed_is_never_applied(path: Path, pending_dir: Path) -> None:
+    """R24."""
     make(path)
     written_and_killed(path)
     (name,) = logs(pending_dir)
