@@ -3,9 +3,9 @@
 
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
 comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state
-makes no Python object. Its parts: memory.pxi (pools, the pending changes), log.pxi (the log of them), slots.pxi (which slot a chunk gets), request.pxi (requests,
-reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what to copy next), commit.pxi
-(flush, journal, checkpoint, failure, close).
+makes no Python object. Its parts: memory.pxi (pools, the pending changes), log.pxi (the log of them), slots.pxi (which slot a chunk
+gets), request.pxi (requests, reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what
+to copy next), commit.pxi (flush, journal, checkpoint, failure, close).
 """
 
 from libc.errno cimport EINVAL, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS, ESHUTDOWN
@@ -110,6 +110,7 @@ include "write.pxi"
 include "copy.pxi"
 include "prefetch.pxi"
 include "commit.pxi"
+
 
 def _check_log_layout():
     fields = LOG_HEADER.fields

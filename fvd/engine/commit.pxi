@@ -371,7 +371,7 @@ cdef int checkpoint_wrote(Engine e, uint32_t staging, int32_t error) except -1 n
 cdef int checkpoint_end(Engine e, int32_t error) except -1 nogil:
     if error:
         return fail(e, error)
-    if e.failed_errno and not BUG(71):
+    if e.failed_errno:
         return 0
     e.checkpoint_state = CHECKPOINT_IDLE
     e.tail = e.tail_after       # R4: only now; 0 means the next commit is the oldest that matters

@@ -396,7 +396,7 @@ cdef class Player:
         if not expected:
             raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
         if error == -28 and guest.promised and not self.errors_expected:
-            raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} finds no slot though copies were to leave one to the guest")
+            raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} finds no slot though copies were to leave it one")
         if guest.kind == KIND_TRIM or guest.kind == KIND_ZERO:
             self.hole_ended(guest)
         if guest.kind == KIND_READ:

@@ -83,6 +83,20 @@ def ring_full_behind_a_slow_checkpoint() -> None:
         stage.crash()
 
 
+def base_given_up_before_that_is_durable() -> None:
+    """R36: the guest has written everything that the base reaches, and no commit says so yet."""
+    stage = Stage(base_bytes=1 << 20)
+    stage.now("write", 0, 2048)
+    if stage.engine.base_released:
+        raise Violation("the base is given up before the commit of its last sector")
+    stage.crash()
+    stage.now("write", 0, 2048)
+    stage.now("flush")
+    if not stage.engine.base_released:
+        raise Violation("every sector of the base is here, and it is kept")
+    stage.settle()
+
+
 def failed_flush_is_remembered() -> None:
     """R10: the device fails one flush; the next one would succeed."""
     stage = Stage()
@@ -613,5 +627,6 @@ DIRECTED = {
     50: copy_beside_what_is_pending,
     54: copies_that_a_commit_takes_along,
     59: more_changes_than_the_log_takes,
+    68: base_given_up_before_that_is_durable,
     76: write_beside_a_trim_of_the_last_block,
 }
