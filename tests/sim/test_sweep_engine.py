@@ -38,6 +38,7 @@ class Scene(Stage):
 
     def judge(self) -> None:
         self.player.abandon()
+        self.log_memory = None  # power has failed, and the host's memory with it
         self.open()
         self.check()
         self.oracle.check_after_crash(self.read_all())
