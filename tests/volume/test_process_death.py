@@ -141,7 +141,7 @@ class Nursery:
             time.sleep(0.002)
         os.kill(int(pid), signal.SIGKILL)
         said = list(iter(self._parent.stderr.readline, b"ended -9\n"))  # what it logged before
-        assert b"" not in said and not any(b"ended" in line for line in said), said
+        assert b"" not in said and not any(line.startswith(b"ended ") for line in said), said
         return bytes(told) + (self._parent.stdout.read() or b"")
 
     def close(self) -> None:
