@@ -445,8 +445,6 @@ class Place:
         """At a moment when nothing is posted and no want of the engine is open."""
         free_bytes = self.engine.free_slots * self.geometry.chunk_size_bytes
         short = self.engine.waiting_writes or free_bytes < self.low_water_bytes
-        # Not of a group that tells of room, while nobody waits: whether something must be planned there at each moment is not settled.
-        short = short and (self.engine.waiting_writes or not self.storage.tells_of_room)
         if short and self.engine.storage_size_bytes < self.geometry.max_storage_size_bytes and self.agenda.next_ns == NEVER:
             raise Violation(f"{self.engine.waiting_writes} writes wait and {free_bytes} bytes are free, and nothing is done about it")
         for name, value in self.allocator.figures().items():

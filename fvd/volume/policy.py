@@ -313,8 +313,8 @@ class GrowthPolicy:
             self._asking = True
             self._asked_pool_at = now
             return [AskPool(), WakeAt(now + FORCED_TRY_SECONDS)]
-        if self._is_asking(now):
-            return []
+        if (until := self._asking_until(now)) is not None:
+            return [WakeAt(until)]  # again: a step that somebody asked for meanwhile has set the alarm to a time of its own
         return self._try(now)
 
     def _try(self, now: float) -> list[Action]:
@@ -358,13 +358,16 @@ class GrowthPolicy:
     def _must_ask(self, now: float) -> bool:
         """A step that a group refused is not simply tried again where somebody tells of room: lvextend opens the physical volumes for
         writing even when it fails, which is a change that udev tells every other disk of the group that rests."""
-        if not self._tells_of_room or not self._group_refused or self._is_asking(now) or self._begun_at is None:
+        if not self._tells_of_room or not self._group_refused or self._asking_until(now) or self._begun_at is None:
             return False
         return now < self._begun_at + FORCED_TRY_SECONDS
 
-    def _is_asking(self, now: float) -> bool:
-        """Whether an answer may still come: a command that hangs for ever must not be what everything waits for."""
-        return self._asking and self._asked_pool_at is not None and now < self._asked_pool_at + FORCED_TRY_SECONDS
+    def _asking_until(self, now: float) -> float | None:
+        """Until when an answer is awaited; None: it is not. A command that hangs for ever must not be what everything waits for."""
+        if not self._asking or self._asked_pool_at is None:
+            return None
+        until = self._asked_pool_at + FORCED_TRY_SECONDS
+        return until if now < until else None
 
     def pool_told(self, now: float, group: str | None, group_free_bytes: int | None, free_bytes: int) -> list[Action]:
         """The answer to `AskPool`; None: nobody could tell, so it is tried."""

@@ -297,7 +297,7 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
     now, rests = 1.0, []
     for _ in range(6):
         assert growth.tick(now, 0) == [AskPool(), WakeAt(now + 300.0)]
-        assert growth.tick(now, 0) == growth.room_made(now, 0) == []  # the answer is on its way
+        assert growth.tick(now, 0) == growth.room_made(now, 0) == [WakeAt(now + 300.0)]  # the answer is on its way
         wake = only(growth.pool_told(now + 0.1, "vg0", 0, 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(round(wake.when - now - 0.1, 6))
@@ -347,9 +347,19 @@ def test_a_question_that_is_never_answered_is_not_waited_for_for_ever() -> None:
     """A command that hangs in the kernel."""
     growth = refused()
     assert growth.tick(1.0, 0) == [AskPool(), WakeAt(301.0)]
-    assert growth.tick(299.0, 0) == []
+    assert growth.tick(299.0, 0) == [WakeAt(301.0)]
     assert "Start" in kinds(growth.tick(301.0, 0))
     assert "Start" not in kinds(growth.pool_told(302.0, "vg0", 10 * STEP, 0))  # the answer, after all: a step is under way
+
+
+def test_a_step_asked_for_beside_a_question_leaves_the_question_its_alarm() -> None:
+    """The question hangs, the step fails and sets the alarm for its own rest: when that has passed somebody must still wake up."""
+    growth = refused()
+    growth.tick(1.0, 0)
+    growth.extend(2.0, STEP)
+    rests_until = only(growth.ended(3.0, STEP, NoSpace("full"), 0), WakeAt).when
+    assert growth.tick(rests_until, 0) == [WakeAt(301.0)]
+    assert AskPool() in growth.tick(301.0, 0)
 
 
 def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
