@@ -46,6 +46,17 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def answering(path: Path) -> Path:
+    """As soon as somebody listens there: the file is there a moment before."""
+    eventually(lambda: answers(path))
+    return path
+
+
 # --- Requests -----------------------------------------------------------------------------------------------------------
 
 
@@ -401,8 +412,7 @@ print("done")
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
-        eventually((tmp_path / "socket").exists)
-        with Client(str(tmp_path / "socket")) as client:
+        with Client(str(answering(tmp_path / "socket"))) as client:
             assert client.start().call(WRITE, 0, data=pattern(1, 4096)).error == 0
             process.send_signal(signal.SIGTERM)
             assert process.communicate(timeout=TIMEOUT_S)[0] == "closed\ndone\n"
