@@ -415,7 +415,7 @@ cdef class Engine:
             if self.unsafe or self.read_only:
                 return request_release(self, r)
             # What an earlier life has acknowledged this flush makes durable too: also when this one has written nothing yet.
-            r.needs_commit = not (BUG(66) and self.stat_device_writes == 0 and self.open.words + self.open.entries == 0)
+            r.needs_commit = 1
             return request_release(self, r)
         if kind == REQUEST_CLOSE:
             r.start = r.cursor = r.end = 0

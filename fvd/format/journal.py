@@ -199,7 +199,7 @@ def _read_commit(headers: Headers, first: int, parts: int) -> tuple[np.void, boo
     mine = pages[present]
     if np.any(mine["part"] != numbers[present]):
         raise Corrupt(f"journal: a page among the {parts} of the commit at {first} says that it is of another commit")
-    for name in _SAME_IN_ALL_PARTS:
+    for name in _SAME_IN_ALL_PARTS if len(mine) > 1 else ():
         if np.any(mine[name] != mine[0][name]):
             raise Corrupt(f"journal: the pages of the commit at {first} differ in {name}")
     if int(mine[0]["parts"]) != parts:

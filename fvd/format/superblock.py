@@ -285,7 +285,7 @@ def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
         of_the_log = () if superblock.log is not None else _OF_THE_LOG
         of_the_loss = () if superblock.loss is not None else _OF_THE_LOSS
         for name in (*_RESERVED, *of_the_log, *of_the_loss):
-            if any(row[name].tobytes()):
+            if row[name].tobytes().strip(b"\0"):
                 raise InvalidArgument(f"{name} is not zero")
     return superblock
 
@@ -294,7 +294,7 @@ def _interpret_log(row: np.void) -> LogRecord | None:
     if not int(row["autoclear_features"]) & PENDING_LOG:
         return None
     padded, size = row["log_path"].tobytes(), int(row["log_path_size"])
-    if size > MAX_LOG_PATH_BYTES or any(padded[size:]):
+    if size > MAX_LOG_PATH_BYTES or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"log_path_size is {size}, which does not fit the path")
     try:
         return LogRecord(row["log_boot"].tobytes(), row["log_host"].tobytes(), padded[:size].decode())
@@ -313,7 +313,7 @@ def _interpret_loss(row: np.void) -> PossibleLoss | None:
 def _interpret_base(row: np.void) -> BaseReference | None:
     padded = row["base_locator"].tobytes()
     size = int(row["base_locator_size"])
-    if size > MAX_LOCATOR_BYTES or any(padded[size:]):
+    if size > MAX_LOCATOR_BYTES or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"base_locator_size is {size}, which does not fit the locator")
     base_format = BaseFormat(int(row["base_format"]))
     if base_format is BaseFormat.NONE:

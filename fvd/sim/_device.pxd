@@ -44,6 +44,7 @@ cdef class SimulatedDevice:
     cdef public uint64_t fail_number
     cdef public int32_t fail_with
     cdef readonly uint64_t size_bytes, durable_size_bytes, capacity_bytes, now_ns, submitted
+    cdef uint64_t used_bytes                # the greatest size so far: beyond it the image is zero
     cdef readonly uint32_t logical_block_bytes
     cdef readonly object base_bytes
     cdef readonly dict lost         # block -> what the medium holds, of blocks that count as written, and that it never got

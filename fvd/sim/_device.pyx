@@ -67,7 +67,7 @@ cdef class SimulatedDevice:
         self.base_bytes = base_bytes
         self.base_size = 0 if base_bytes is None else base_bytes
         self.metadata_start, self.maps_start, self.data_start = regions
-        self.image_array = np.empty(capacity_bytes, np.uint8)
+        self.image_array = np.zeros(capacity_bytes, np.uint8)   # of memory that nobody has touched: most of a vast one stays so
         view = self.image_array
         self.image = &view[0]
         self.newest = <Version **> calloc(capacity_bytes // logical_block_bytes + 1, sizeof(Version *))
@@ -126,8 +126,9 @@ cdef class SimulatedDevice:
             tail[:whole].reshape(-1, len(pattern))[:] = pattern
             tail[whole:] = pattern[: count - whole]
         elif count:
-            self.image_array[self.size_bytes : size_bytes] = 0
+            self.image_array[self.size_bytes : min(size_bytes, self.used_bytes)] = 0
         self.size_bytes = size_bytes
+        self.used_bytes = max(self.used_bytes, size_bytes)
 
     def keep_size(self):
         """See _device.pyi."""

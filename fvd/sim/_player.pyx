@@ -7,7 +7,7 @@ disk is provisioned, recovered or found on its device.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from fvd.device.op cimport OP_FLUSH, OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
@@ -528,7 +528,7 @@ cdef class Player:
             self.engine.done_count = 0
             if error:
                 raise Violation(f"a read of a disk at rest failed with {error}")
-            room[:] = (<char *> buffer)[: sectors * SECTOR]
+            memcpy(<char *> room, buffer, sectors * SECTOR)
         finally:
             free(buffer)
             self.engine.copy_on_read = copying

@@ -16,6 +16,9 @@ from typing import Literal
 from fvd.sim import bytewise, combinations
 from fvd.sim.rounds import Counts, Outcome, run
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 32 << 20
+
 LISTEN_SECONDS = 0.2  # for Ctrl-C
 STALL_SECONDS = 300.0  # a world takes milliseconds; what takes this long never ends
 
@@ -101,7 +104,7 @@ def torture(
     heard = began
     with (
         _interrupts() as interrupted,
-        ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_leave_interrupts_to_the_parent) as pool,
+        ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_prepare) as pool,
     ):
         running: dict[Future[tuple[list[tuple[Outcome, Found | None]], float]], range] = {}
         try:
@@ -152,8 +155,12 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _prepare() -> None:
+    """Interrupts are the parent's. Memory is kept from world to world: a sixth of the time went into clearing fresh pages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _batches(first: int, worlds: int | None, jobs: int, most: int) -> Iterator[range]:

@@ -606,11 +606,11 @@ class World:
 
     def _open_read_only(self) -> None:
         """A read-only open shows what a writable one does, and writes nothing."""
-        before = bytes(self.image)
+        before = np.array(self.image)
         self.open(read_only=True)
         shown = self.read_all()
         self._check_refusals({WRITE: _EROFS, ZERO: _EROFS, TRIM: _EROFS}, 0)
-        if self.image != before:
+        if not np.array_equal(self.image, before):
             raise Violation("a read-only open wrote to the disk")
         self.open()
         if self.read_all() != shown:
