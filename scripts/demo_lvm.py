@@ -345,7 +345,7 @@ def story(made: Made, step: int, folder: Path) -> None:
     run("fvd-lv", "check", volume)
     holds(info(volume)["clean"] is False, "info says that the disk was not closed cleanly")
 
-    title("8. Opened again: everything that was flushed is there")
+    title("8. Opened again: everything that was acknowledged is there")
     server, uri = start_server(volume, socket, LOG)
     verify_after_crash(load, uri, show_rate=False)
 

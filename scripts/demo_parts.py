@@ -143,12 +143,13 @@ class Transfer:
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         self.buffer = nbd.Buffer.from_buffer(memory)
         self.cookie = 0
+        self.writes = False
         self.offset = 0
         self.begun = 0.0
 
 
 class Client:
-    """Keeps 16 requests in flight, and knows which of its writes a flush has covered.
+    """Keeps 16 requests in flight, and knows which of its writes a flush has covered, and which were answered since.
 
     Each request is for ``piece`` bytes. ``rate``: no more requests than that in a second; None: as many as the disk takes.
     """
@@ -162,7 +163,7 @@ class Client:
         self.piece = piece
         self.rate = rate
         self.flushed: list[int] = []  # durable, whatever happens now
-        self.sent: list[int] = []  # acknowledged or not: each sector is old or new
+        self.answered: list[int] = []  # since then: there as long as the host lives
         self.acknowledged = 0
         self.slowest = 0.0
         self.free = [Transfer(piece) for _ in range(IN_FLIGHT)]
@@ -182,9 +183,8 @@ class Client:
             if kill_after is not None and self.acknowledged >= kill_after[0]:
                 kill_after[1].kill()
             transfer = self.free.pop()
-            transfer.offset = self.places.pop()
+            transfer.writes, transfer.offset = True, self.places.pop()
             fill(transfer.bytes, transfer.offset)
-            self.sent.append(transfer.offset)
             transfer.begun = time.monotonic()
             transfer.cookie = self.handle.aio_pwrite(transfer.buffer, transfer.offset)
             self.pending.append(transfer)
@@ -200,15 +200,15 @@ class Client:
                 transfer = self._end_oldest()
                 fill(expected, transfer.offset)
                 if not np.array_equal(transfer.bytes, expected):
-                    holds(False, f"the flushed {size(self.piece)} at offset {transfer.offset} are there")
+                    holds(False, f"the acknowledged {size(self.piece)} at offset {transfer.offset} are there")
             if offset is not None:
                 transfer = self.free.pop()
-                transfer.offset, transfer.begun = offset, time.monotonic()
+                transfer.writes, transfer.offset, transfer.begun = False, offset, time.monotonic()
                 transfer.cookie = self.handle.aio_pread(transfer.buffer, offset)
                 self.pending.append(transfer)
 
     def judge(self, offsets: list[int]) -> tuple[int, int]:
-        """Of what was written and not flushed: how many sectors are new, and how many old (zeros); anything else ends the demo."""
+        """Of what was written and not answered: how many sectors are new, and how many old (zeros); anything else ends the demo."""
         new = old = 0
         expected = np.empty(self.piece, np.uint8)
         for offset in offsets:
@@ -217,9 +217,14 @@ class Client:
             is_new = (sectors == expected.reshape(-1, 512)).all(axis=1)
             is_old = ~sectors.any(axis=1)
             if not (is_new | is_old).all():
-                holds(False, f"the unflushed sectors of the {size(self.piece)} at offset {offset} are old or new, nothing else")
+                holds(False, f"the unanswered sectors of the {size(self.piece)} at offset {offset} are old or new, nothing else")
             new, old = new + int(is_new.sum()), old + int(is_old.sum())
         return new, old
+
+    @property
+    def unanswered(self) -> list[int]:
+        """What was under way when the server died."""
+        return [transfer.offset for transfer in self.pending]
 
     def close(self) -> None:
         self.handle.shutdown()
@@ -234,6 +239,8 @@ class Client:
 
     def _ended(self) -> None:
         transfer = self.pending.pop(0)
+        if transfer.writes:
+            self.answered.append(transfer.offset)
         self.slowest = max(self.slowest, time.monotonic() - transfer.begun)
         self.acknowledged += 1
         self.free.append(transfer)
@@ -252,8 +259,8 @@ class Client:
         while self.pending:
             self._end_oldest()
         self.handle.flush()
-        self.flushed += self.sent
-        self.sent.clear()
+        self.flushed += self.answered
+        self.answered.clear()
 
 
 def file_places(step: int) -> list[int]:
@@ -379,13 +386,15 @@ def kill_in_mid_load(load: Client, server: subprocess.Popen[str], after: int = 6
 
 
 def verify_after_crash(load: Client, uri: str, show_rate: bool = True) -> None:
-    """All that a flush had covered is there; of the rest each sector is old or new."""
-    amount = len(load.flushed) * load.piece
+    """All that was answered is there, flushed or not; of the rest each sector is old or new."""
+    acknowledged = load.flushed + load.answered
+    amount = len(acknowledged) * load.piece
     reader = Client(uri, [], load.piece)
-    with timed("verification of everything flushed", amount if show_rate else 0):
-        reader.verify(load.flushed)
-    new, old = reader.judge(load.sent)
+    with timed("verification of everything acknowledged", amount if show_rate else 0):
+        reader.verify(acknowledged)
+    new, old = reader.judge(load.unanswered)
     reader.close()
-    holds(True, f"all {size(amount)} that were flushed read back as written")
-    unflushed = size(len(load.sent) * load.piece)
-    holds(True, f"of {unflushed} sent after the last flush, each sector is new ({new}) or old ({old}), nothing else")
+    unflushed = size(len(load.answered) * load.piece)
+    holds(True, f"all {size(amount)} that were acknowledged read back as written, {unflushed} of them never flushed")
+    unanswered = size(len(load.unanswered) * load.piece)
+    holds(True, f"of {unanswered} that were not answered, each sector is new ({new}) or old ({old}), nothing else")
