@@ -89,3 +89,9 @@ class PermissionDenied(FvdError):
 
     exit_code = 12
     kind = "permission_denied"
+
+
+class OutOfMemory(FvdError, MemoryError):
+    """The system refused the memory that a disk needs."""
+
+    kind = "out_of_memory"

@@ -15,7 +15,7 @@ from types import FrameType
 import fvd
 from fvd.cli.failure import EXIT_BROKEN_PIPE, PROGRAM
 from fvd.cli.options import VOLUME_HELP, Subparsers, add_command
-from fvd.cli.output import SCHEMA_VERSION, duration
+from fvd.cli.output import SCHEMA_VERSION, duration, say
 from fvd.units import format_size
 
 EXAMPLES = """\
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             signal.signal(number, on_signal)
         reader = _Reader(events)
         for volume in events.unserved():
-            sys.stderr.write(f"{PROGRAM}: note: {volume} is not served; waiting for it\n")
+            say(f"{PROGRAM}: note: {volume} is not served; waiting for it")
         left = arguments.count
         for event in events:
             line = describe_event(event) if as_text else json.dumps({"schema_version": SCHEMA_VERSION, **asdict(event)})

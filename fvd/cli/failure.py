@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+_DEEPEST = 20  # errors that have led to one another
 
 
 def error_line(error: BaseException, volume: str | None) -> str:
@@ -33,11 +35,31 @@ def error_object(error: BaseException, volume: str | None) -> dict[str, Any]:
 def describe(error: BaseException) -> str:
     if isinstance(error, FvdError):
         return str(error)
+    if is_memory_short(error):
+        return "there is not enough memory; give this command more (ulimit -v, MemoryMax= of its unit), or end something else"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the command again to finish"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"internal error: {type(error).__name__}: {error}; please report it with the output of --verbose"
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether the system refused memory, in whichever of Python's ways it was told."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    words = ("failed to map segment", "annot allocate memory", "can't start new thread", "cannot enable executable stack")
+    return isinstance(error, ImportError | RuntimeError | SystemError) and any(word in str(error) for word in words)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a library has turned into an error of its own: an interrupt that came meanwhile, memory that was refused; else the error."""
+    seen: BaseException | None = error
+    for _ in range(_DEEPEST):
+        if isinstance(seen, KeyboardInterrupt) or (seen is not None and is_memory_short(seen)):
+            return seen
+        seen = None if seen is None else seen.__cause__ or seen.__context__
+    return error
 
 
 def kind_of(error: BaseException) -> str:

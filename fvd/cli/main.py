@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -31,7 +32,17 @@ from fvd.cli import (
     serve,
     torture,
 )
-from fvd.cli.failure import EXIT_BROKEN_PIPE, EXIT_USAGE, PROGRAM, error_line, error_object, exit_code_of, exit_code_table
+from fvd.cli.failure import (
+    EXIT_BROKEN_PIPE,
+    EXIT_USAGE,
+    PROGRAM,
+    cause_of,
+    error_line,
+    error_object,
+    exit_code_of,
+    exit_code_table,
+    is_memory_short,
+)
 from fvd.cli.options import add_common
 from fvd.errors import FvdError, InvalidArgument
 
@@ -66,8 +77,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if _wants_json(sys.argv[1:]):
-            print(json.dumps({"schema_version": output.SCHEMA_VERSION, "error": error_object(InvalidArgument(message), None)}, indent=2))
-        sys.stderr.write(f"{PROGRAM}: {message}; see {self.prog} --help\n")
+            with contextlib.suppress(OSError):
+                _print_error(InvalidArgument(message), None)
+        output.say(f"{PROGRAM}: {message}; see {self.prog} --help")
         sys.exit(EXIT_USAGE)
 
 
@@ -102,31 +114,57 @@ Sizes: 64K, 1.5G, 100GiB or bytes; G means GiB. See fvd-lv COMMAND --help, and f
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Usage errors and --help leave by SystemExit, as argparse does."""
-    arguments = build_parser().parse_args(argv)
+    try:
+        arguments = build_parser().parse_args(argv)
+    finally:
+        if (code := _flush()) is not None:  # --help and --version leave by SystemExit
+            sys.exit(code)
     logging.basicConfig(format=f"{PROGRAM}: note: %(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
     try:
-        code: int = arguments.run(arguments)
+        done: int = arguments.run(arguments)
         sys.stdout.flush()
-        return code
+        return done
     except BrokenPipeError:
-        output.silence_stdout()
+        output.silence(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except (FvdError, OSError, KeyboardInterrupt) as error:
+    except (FvdError, OSError, MemoryError, KeyboardInterrupt) as error:
         return _fail(error, arguments)
-    except Exception as error:  # a bug of ours: the line first, then what a report needs
-        traceback.print_exc()
-        return _fail(error, arguments)
+    except Exception as error:
+        cause = cause_of(error)
+        if cause is error and not is_memory_short(error):  # a bug of ours: the line first, then what a report needs
+            traceback.print_exc()
+        return _fail(cause, arguments)
+
+
+def _flush() -> int | None:
+    """What was printed reaches its reader; else the exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        output.silence(sys.stdout)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        output.silence(sys.stdout)
+        output.say(error_line(error, None))
+        return exit_code_of(error)
+    return None
 
 
 def _fail(error: BaseException, arguments: argparse.Namespace) -> int:
-    volume = getattr(arguments, "volume", None)
-    if arguments.output == "json":
+    volume = None if isinstance(error, output.OutputFailed) else getattr(arguments, "volume", None)
+    if isinstance(error, output.OutputFailed):
+        output.silence(sys.stdout)
+    elif arguments.output == "json":
         try:
-            print(json.dumps({"schema_version": output.SCHEMA_VERSION, "error": error_object(error, volume)}, indent=2), flush=True)
-        except BrokenPipeError:
-            output.silence_stdout()
-    sys.stderr.write(error_line(error, volume) + "\n")
+            _print_error(error, volume)
+        except OSError:
+            output.silence(sys.stdout)
+    output.say(error_line(error, volume))
     return exit_code_of(error)
+
+
+def _print_error(error: BaseException, volume: str | None) -> None:
+    print(json.dumps({"schema_version": output.SCHEMA_VERSION, "error": error_object(error, volume)}, indent=2), flush=True)
 
 
 def _wants_json(words: Sequence[str]) -> bool:

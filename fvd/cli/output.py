@@ -8,11 +8,16 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
+from fvd.errors import FvdError
 from fvd.units import format_size
 
 SCHEMA_VERSION = 1
+
+
+class OutputFailed(FvdError, OSError):
+    """What a command has to say cannot be written."""
 
 
 class Output:
@@ -80,7 +85,19 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def silence_stdout() -> None:
-    """The reader is gone: let nothing that is still buffered complain about it at exit."""
+def say(line: str) -> None:
+    """A line on stderr. If that cannot be written there is nobody to tell, and what is under way goes on."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def silence(stream: TextIO) -> None:
+    """Nobody reads it, or it is full: what is still buffered goes nowhere, and is not complained about at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, stream.fileno())
+        finally:
+            os.close(null)
+        stream.flush()

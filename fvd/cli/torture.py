@@ -267,6 +267,7 @@ def _console(arguments: argparse.Namespace, output: Output) -> int:
 
     options = _disk(arguments.disk or [])
     if not arguments.script:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # each gives up a line, and none ends the session
         return terminal.interact(options)
     try:
         result = console.run_script(arguments.script, options)

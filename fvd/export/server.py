@@ -257,7 +257,11 @@ class NbdServer:
         if self._thread is not None:
             raise Conflict("the server was started before")
         self._thread = threading.Thread(target=self._run_thread, name="fvd-nbd", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # no memory for a thread: stop() has nothing to wait for
+            self._thread = None
+            raise
         self._ready.result()
 
     def stop(self, timeout_s: float | None = None) -> None:

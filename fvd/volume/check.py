@@ -17,6 +17,7 @@ from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, em
 from fvd.format.superblock import PossibleLoss, Superblock, decode
 from fvd.volume.base import open_base
 from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
+from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.opening import OpenVolume, loss_after, recover
 from fvd.volume.pending import LOSSES, Left
@@ -93,6 +94,13 @@ def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = Non
     except Corrupt as error:
         report.errors.append(str(error))
         return report
+    with enough_memory(geometry):
+        _check_maps(node, name, superblock, report, progress)
+    return report
+
+
+def _check_maps(node: Pages, name: VolumeName, superblock: Superblock, report: CheckReport, progress: Progress | None) -> None:
+    geometry = superblock.geometry
     bitmap, table = empty_bitmap(geometry), empty_table(geometry)
     total_bytes = geometry.bitmap_size_bytes + geometry.table_size_bytes + geometry.journal_size_bytes
     meter = _Meter(progress, total_bytes)
@@ -102,7 +110,6 @@ def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = Non
     _check_contents(node, superblock, bitmap, table, report)
     meter.add(geometry.journal_size_bytes)
     _count(View(name, superblock, node.size_bytes(), bitmap, table, report.clean, open=False), report)
-    return report
 
 
 def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:

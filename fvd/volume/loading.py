@@ -20,6 +20,7 @@ from fvd.format.journal import JournalState, replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
 from fvd.format.superblock import Superblock
 from fvd.units import format_size
+from fvd.volume.memory import enough_memory
 from fvd.volume.superblocks import Pages, read_superblock
 
 READ_BYTES = 2 << 20  # a buffer that is used again costs no page faults and stays in the processor's cache
@@ -58,7 +59,7 @@ def load_disk(node: Pages) -> LoadedDisk:
     superblock = read_superblock(node)
     geometry = superblock.geometry
     size_bytes = node.size_bytes()
-    with naming(node.path):
+    with naming(node.path), enough_memory(geometry):
         check_metadata_fits(geometry, size_bytes)
         bitmap = empty_bitmap(geometry)
         read_map(node, superblock, MapKind.BITMAP, bitmap)

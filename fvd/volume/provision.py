@@ -23,6 +23,7 @@ from fvd.format.maps import Bitmap, MapKind, Table, empty_bitmap, empty_table, e
 from fvd.format.superblock import COPY_ON_READ, PREFETCH, BaseReference, Superblock
 from fvd.units import GIB, KIB, MIB, format_size
 from fvd.volume.base import examine_base, open_base
+from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeKind, VolumeName, parse_name
 from fvd.volume.overcommit import TAG_DISK, parse_limit
 from fvd.volume.policy import initial_size_bytes, least_size_bytes
@@ -142,7 +143,8 @@ def provision(
                 wipe_signatures(node)
         superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()), compatible_features=features)
         zeros = None if reference is None else _zeros_of(reference, geometry, node.identity)
-        write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
+        with enough_memory(geometry):
+            write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
         # Read back before anyone is told that it is there: what cannot be opened is no disk.
         view = view_of(volume, node)
         if view.superblock != superblock:

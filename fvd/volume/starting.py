@@ -6,10 +6,16 @@ from typing import Any
 
 from fvd.engine._engine import Engine
 from fvd.volume.loading import LoadedDisk
+from fvd.volume.memory import enough_memory
 
 
 def engine_on(disk: LoadedDisk, **options: Any) -> Engine:
-    """Takes the disk's arrays. `options` are those of Engine that say how it is used, not what it is. Raises as Engine."""
+    """Takes the disk's arrays. `options` are those of Engine that say how it is used, not what it is. Raises as Engine, and OutOfMemory."""
+    with enough_memory(disk.geometry):
+        return _engine(disk, options)
+
+
+def _engine(disk: LoadedDisk, options: dict[str, Any]) -> Engine:
     return Engine(
         disk.geometry,
         uuid=disk.superblock.uuid,
