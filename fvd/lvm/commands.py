@@ -1,7 +1,7 @@
 """The commands of lvm2 that fvd uses, each with explicit fields, units and configuration, retried where a failure is known to pass.
 
-Failures become typed errors that quote lvm's own line. Knows volumes and groups by name; what lies in them is not its business.
-docs/lvm.md says why each setting is there.
+What came of a command is read from its exit status and from what is reported afterwards; a failure becomes a typed error that quotes lvm's
+own line (`failures.py`). Knows volumes and groups by name; what lies in them is not its business. docs/lvm.md says why each setting is.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 
-from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
-from fvd.lvm import runner
+from fvd.errors import FvdError, InvalidArgument, NotFound
+from fvd.lvm import failures, runner
 from fvd.lvm.extents import PHYSICAL_FIELDS, SEGMENT_FIELDS, Piece, parse_pieces
-from fvd.lvm.report import GROUP_FIELDS, VOLUME_FIELDS, LogicalVolume, VolumeGroup, parse_groups, parse_volumes
-from fvd.lvm.runner import Finished, last_line
+from fvd.lvm.failures import failure, passes
+from fvd.lvm.report import (
+    ACCESS_FIELDS,
+    GROUP_FIELDS,
+    VOLUME_FIELDS,
+    LogicalVolume,
+    VolumeGroup,
+    parse_access,
+    parse_groups,
+    parse_volumes,
+)
+from fvd.lvm.runner import Finished
 
 TIMEOUT_SECONDS = 60.0
 TRIES = 3
@@ -31,38 +41,23 @@ _SETTINGS = {
     ),
     "activation": ("monitoring=0", "verify_udev_operations=1"),
     "global": ("wait_for_locks=1", "suffix=0"),
-    "log": ("silent=0", "level=0", "indent=0", 'prefix=""', "command_names=0"),
-    "report": ("compact_output=0", "prefixes=0", "quoted=1", "binary_values_as_numeric=0", 'list_item_separator=","'),
+    "log": ("silent=0", "level=0", "verbose=0", "indent=1", 'prefix=""', "command_names=0", "report_command_log=0"),
+    "report": (
+        'output_format="basic"',
+        "buffered=1",
+        "compact_output=0",
+        'compact_output_cols=""',
+        "prefixes=0",
+        "columns_as_rows=0",
+        "quoted=1",
+        "binary_values_as_numeric=0",
+        'list_item_separator=","',
+    ),
 }
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix")
-# What lvm says when there is no more room, in the versions from 2.02 to 2.03.
-_NO_SPACE = re.compile(r"insufficient (free space|suitable|allocatable)|free extents|not enough free|no free extents", re.IGNORECASE)
-_NOT_FOUND = re.compile(
-    r"failed to find logical volume|volume group \"?\S*\"? not found|not found in volume group|one or more specified logical", re.IGNORECASE
-)
-_IN_USE = re.compile(
-    r"\bin use\b|is used by another device|contains a filesystem in use|can't open|held open|device or resource busy", re.IGNORECASE
-)
-_ELSEWHERE = re.compile(r"cannot access VG \S+ with system ID|locked by another host|LV locked by other host", re.IGNORECASE)
-_SHARED = re.compile(r"lock manager|lvmlockd|clustered volume group|skipping clustered", re.IGNORECASE)
-_NO_DM = re.compile(
-    r"device-mapper driver missing|failure to communicate with kernel device-mapper|/dev/mapper/control: open failed", re.IGNORECASE
-)
-_NO_RIGHTS = re.compile(r"permission denied|operation not permitted|must be root|requires root", re.IGNORECASE)
-_EXISTS = re.compile(r"already exists in volume group", re.IGNORECASE)
+# lvm tells them by --verbose when it does so itself; no field of a report has it.
 _LOADED = re.compile(r"^\s*Loading table for \S+", re.MULTILINE)
 _SUSPENDED = re.compile(r"^\s*Suspending \S+", re.MULTILINE)
-# What --verbose tells on the way; the reason of a failure is another line.
-_CHATTER = re.compile(
-    r"^\s*(Reloading config|Logging initiali|Archiving|Creating|Extending logical|Loading table|Suspending|Resuming|Ignoring|log/|WARNING:)"
-    r".*$",
-    re.MULTILINE,
-)
-_NO_CHANGE = re.compile(r"matches existing size|not larger than existing size", re.IGNORECASE)
-# They pass by themselves: somebody scans the device, or has the lock file in hand.
-_PASSES = re.compile(
-    r"resource temporarily unavailable|can't get lock|failed to lock|read locks? failed|device or resource busy", re.IGNORECASE
-)
 
 
 class Lvm:
@@ -75,25 +70,25 @@ class Lvm:
 
     def volumes(self, *groups: str) -> list[LogicalVolume]:
         """The visible logical volumes of these groups (none named: of all). Raises NotFound, Unsupported, PermissionDenied, Timeout."""
-        return parse_volumes(self._report("lvs", VOLUME_FIELDS, groups).stdout)
+        return parse_volumes(self._report("lvs", VOLUME_FIELDS, groups))
 
     def find(self, group: str, name: str) -> LogicalVolume | None:
         """One volume; None: neither it nor perhaps its group exists. Waits while another command changes the group."""
         try:
-            found = parse_volumes(self._report("lvs", VOLUME_FIELDS, [f"{group}/{name}"]).stdout)
+            # Selected, not named: that it is absent is an answer then, not a failure.
+            found = parse_volumes(self._report("lvs", VOLUME_FIELDS, [group], select=_named(name)))
         except NotFound:
             return None
         return found[0] if found else None
 
     def groups(self, *groups: str) -> list[VolumeGroup]:
         """These groups (none named: all). Raises NotFound."""
-        return parse_groups(self._report("vgs", GROUP_FIELDS, groups).stdout)
+        return parse_groups(self._report("vgs", GROUP_FIELDS, groups))
 
     def pieces(self, *groups: str) -> dict[str, list[Piece]]:
         """Where the linear volumes of these groups lie, by UUID."""
-        segments = self._run(["lvs", "--segments", *_REPORT, "--options", SEGMENT_FIELDS], list(groups))
-        physical = self._run(["pvs", *_REPORT, "--options", PHYSICAL_FIELDS], [])
-        return parse_pieces(segments.stdout, physical.stdout)
+        segments = self._report("lvs", SEGMENT_FIELDS, groups, "--segments")
+        return parse_pieces(segments, self._report("pvs", PHYSICAL_FIELDS, []))
 
     def group(self, name: str) -> VolumeGroup:
         """One group. Raises NotFound."""
@@ -108,10 +103,13 @@ class Lvm:
         """A linear volume, active, tagged from its first moment, never activated by itself; known signatures in it are wiped before udev
         may look at them. Raises Conflict (it exists), NoSpace, NotFound."""
         added = [word for tag in tags for word in ("--addtag", tag)]
-        self._run(
+        done = self._tried(
             ["lvcreate", "--yes", "--type", "linear", "--wipesignatures", "y", "--zero", "y", "--activate", "y"],
             ["--setautoactivation", "n", *added, "--size", _size(size_bytes), "--name", name, group],
         )
+        if done.exit_code:
+            # That there is a volume of this name is no field that tells whose it is: a command that stopped half-way leaves one too.
+            raise self._why(done, [group], size_bytes)
 
     def extend(self, group: str, name: str, size_bytes: int) -> bool:
         """The volume has at least `size_bytes` afterwards, in whole extents. False: its device may be something else all the same.
@@ -122,10 +120,15 @@ class Lvm:
         """
         words = ["lvextend", "--verbose", "--size", _size(size_bytes), f"{group}/{name}"]
         done = self._once(words, {"activation": ("udev_sync=0",)})
-        if done.exit_code and _NO_CHANGE.search(done.stderr + done.stdout):
-            return False
-        _raise_for(done)
-        return bool(_LOADED.search(done.stderr) and _SUSPENDED.search(done.stderr))
+        if done.exit_code == 0:
+            return bool(_LOADED.search(done.stderr) and _SUSPENDED.search(done.stderr))
+        if done.killed or done.crashed:
+            raise failure(done)
+        found = self._look(group, name)
+        if isinstance(found, LogicalVolume) and found.size_bytes >= size_bytes:
+            return False  # so it was before, or the command failed after it had committed
+        wanted_bytes = size_bytes - found.size_bytes if isinstance(found, LogicalVolume) else 0
+        raise self._why(done, [group], wanted_bytes, missing=found is None)
 
     def activate(self, volume: LogicalVolume) -> None:
         """Its device is there afterwards, for this host only. Fine if it is active."""
@@ -153,15 +156,25 @@ class Lvm:
 
     def _change(self, volume: LogicalVolume, *words: str) -> None:
         """Of this volume, whatever has its name by now: where that is another, nothing happens."""
-        self._run(["lvchange", *words], ["--select", f"lv_uuid={volume.uuid}", volume.full_name])
+        self._on(volume, ["lvchange", *words], f"lv_uuid={volume.uuid}")
 
     def remove(self, volume: LogicalVolume, tag: str) -> None:
         """Gives its extents back to the group, if it still is the volume that was looked at, and has this tag: what somebody has finished
         meanwhile stays. Absent is fine. Raises InUse."""
         try:
-            self._run(["lvremove", "--yes", "--select", f"lv_uuid={volume.uuid} && lv_tags={{{tag}}}"], [volume.full_name])
+            self._on(volume, ["lvremove", "--yes"], f"lv_uuid={volume.uuid} && lv_tags={{{tag}}}")
         except NotFound:
             return
+
+    def _on(self, volume: LogicalVolume, words: list[str], select: str) -> None:
+        done = self._tried(words, ["--select", select, volume.full_name])
+        if done.exit_code == 0:
+            return
+        found = self._look(volume.group, volume.name)
+        gives_up = words[0] == "lvremove" or words[1:3] == ["--activate", "n"]
+        if gives_up and isinstance(found, LogicalVolume) and found.open and not done.killed:
+            raise failure(done, failures.IN_USE)
+        raise self._why(done, [volume.group], missing=found is None)
 
     def drop_loaded_table(self, device_name: str) -> None:
         """The device keeps the table it has: one that was loaded and not yet used is forgotten. Its extents may be another's."""
@@ -173,23 +186,75 @@ class Lvm:
 
     # --- Running ---------------------------------------------------------------------------------------------------------------------
 
-    def _report(self, command: str, fields: str, what: Sequence[str]) -> Finished:
-        return self._run([command, *_REPORT, "--options", fields], list(what))
+    def _report(self, command: str, fields: str, what: Sequence[str], *words: str, select: str = "") -> str:
+        """What a reporting command prints."""
+        done = self._tried(_reporting(command, fields, *words, select=select), list(what))
+        if done.exit_code:
+            raise self._why(done, what)
+        return done.stdout
 
-    def _run(self, words: list[str], what: list[str]) -> Finished:
+    def _look(self, group: str, name: str) -> LogicalVolume | FvdError | None:
+        """After a failure, of which this must not hide the reason. None: it is not there; an error: lvm does not say."""
+        try:
+            done = self._once([*_reporting("lvs", VOLUME_FIELDS, select=_named(name)), group], {})
+            found = parse_volumes(done.stdout)
+        except FvdError as error:
+            return error
+        return failure(done) if done.exit_code else found[0] if found else None
+
+    def _why(self, done: Finished, groups: Sequence[str], wanted_bytes: int = 0, *, missing: bool = False) -> FvdError:
+        """The error of a failed command on these groups: by what is reported of them where that tells it, otherwise by its words.
+
+        `missing`: the volume that it was for is not there.
+        """
+        if done.killed or done.crashed or not groups:
+            return failure(done)
+        select = " || ".join(f'vg_name="{group}"' for group in groups)
+        try:
+            # A group of another host, or one with a lock manager, is hidden from an ordinary look.
+            seen = self._once(_reporting("vgs", ACCESS_FIELDS, "--foreign", "--shared", select=select), {})
+            ours = seen
+            if any(group.system_id for group in parse_access(seen.stdout).values()):
+                ours = self._once(_reporting("vgs", ACCESS_FIELDS, select=select), {})
+            there, here = parse_access(seen.stdout), parse_access(ours.stdout)
+        except FvdError:
+            return failure(done)
+        if seen.exit_code or ours.exit_code:
+            return failure(done)
+        meaning = None
+        if set(groups) - there.keys():
+            meaning = failures.NOT_FOUND
+        elif any(group.shared for group in there.values()):
+            meaning = failures.SHARED
+        elif there.keys() - here.keys():
+            meaning = failures.ELSEWHERE
+        elif missing:
+            meaning = failures.NOT_FOUND
+        elif wanted_bytes > sum(group.free_bytes for group in here.values()):
+            meaning = failures.NO_SPACE
+        return failure(done, meaning)
+
+    def _tried(self, words: list[str], what: list[str]) -> Finished:
         """Again where it is worth it: everything here is fine to be done twice."""
         for last in (*[False] * (TRIES - 1), True):
             done = self._once([*words, *what], {})
-            passes = done.crashed or (done.exit_code != 0 and _PASSES.search(done.stderr))
-            if last or not passes:
+            if last or not passes(done):
                 break
             time.sleep(RETRY_SECONDS)
-        _raise_for(done)
         return done
 
     def _once(self, words: list[str], settings: dict[str, tuple[str, ...]]) -> Finished:
         config = " ".join(f"{section}{{{' '.join((*values, *settings.get(section, ())))}}}" for section, values in _SETTINGS.items())
         return runner.run_command([words[0], "--config", config, *words[1:]], self._timeout_seconds)
+
+
+def _reporting(command: str, fields: str, *words: str, select: str = "") -> list[str]:
+    selected = ["--select", select] if select else []
+    return [command, *words, *_REPORT, *selected, "--options", fields]
+
+
+def _named(name: str) -> str:
+    return f'lv_name="{name}"'
 
 
 def _size(size_bytes: int) -> str:
@@ -201,28 +266,5 @@ def _size(size_bytes: int) -> str:
 
 def _raise_for(done: Finished) -> None:
     """The typed error of a command that failed; nothing for one that did not."""
-    if done.exit_code == 0:
-        return
-    said = last_line(_CHATTER.sub("", done.stderr)) or last_line(done.stdout) or f"exit status {done.exit_code}"
-    program = done.words[0]
-    if done.killed:
-        raise DeviceError(f"{program} was killed by signal {-done.exit_code}")
-    for pattern, kind, advice in _MEANINGS:
-        for line in done.stderr.splitlines():
-            if line.lstrip().startswith("WARNING:"):
-                continue  # true, perhaps, and not why it failed
-            if pattern.search(line):
-                raise kind(f"{program}: {line.strip()}{advice}")
-    raise DeviceError(f"{program} failed: {said}")
-
-
-_MEANINGS: tuple[tuple[re.Pattern[str], type[FvdError], str], ...] = (
-    (_NO_DM, Unsupported, "; this kernel has no device-mapper, so no logical volume can be used here (modprobe dm-mod)"),
-    (_ELSEWHERE, InUse, "; the group belongs to another host"),
-    (_SHARED, Unsupported, "; shared and clustered groups are not supported yet"),
-    (_NO_SPACE, NoSpace, "; add a physical volume to the group (vgextend), or remove something"),
-    (_EXISTS, Conflict, ""),
-    (_NOT_FOUND, NotFound, ""),
-    (_NO_RIGHTS, PermissionDenied, "; logical volumes need root"),
-    (_IN_USE, InUse, ""),
-)
+    if done.exit_code != 0:
+        raise failure(done)

@@ -14,9 +14,12 @@ from fvd.errors import Unsupported
 
 VOLUME_FIELDS = (
     "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_inactive_table,lv_permissions,"
-    "lv_kernel_major,lv_kernel_minor,lv_health_status,vg_extent_size,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+    "lv_kernel_major,lv_kernel_minor,lv_device_open,lv_health_status,vg_extent_size,vg_permissions,vg_exported,vg_partial,vg_clustered,"
+    "vg_shared"
 )
 GROUP_FIELDS = "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+# Of groups that may not be ours to use, too.
+ACCESS_FIELDS = "vg_name,vg_systemid,vg_free,vg_clustered,vg_shared"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class LogicalVolume:
     role: frozenset[str]
     active: bool
     active_elsewhere: bool
+    open: bool  # by anybody: a process, a mapping above it
     suspended: bool
     inactive_table: bool  # one is loaded and not in use
     writable: bool
@@ -68,6 +72,15 @@ class VolumeGroup:
     state: GroupState
 
 
+@dataclass(frozen=True)
+class Access:
+    """What may keep a group from this host."""
+
+    system_id: str  # of the host that has it; "": anybody's
+    free_bytes: int
+    shared: bool
+
+
 def parse_volumes(answer: str) -> list[LogicalVolume]:
     """The rows of `lvs -o VOLUME_FIELDS`. Raises Unsupported for an answer in another form."""
     return [_checked(_volume, row) for row in _rows(answer, "lv")]
@@ -76,6 +89,11 @@ def parse_volumes(answer: str) -> list[LogicalVolume]:
 def parse_groups(answer: str) -> list[VolumeGroup]:
     """The rows of `vgs -o GROUP_FIELDS`. Raises Unsupported."""
     return [_checked(_group, row) for row in _rows(answer, "vg")]
+
+
+def parse_access(answer: str) -> dict[str, Access]:
+    """The rows of `vgs -o ACCESS_FIELDS`, by group. Raises Unsupported."""
+    return dict(_checked(_access, row) for row in _rows(answer, "vg"))
 
 
 def _rows(answer: str, kind: str) -> Iterator[dict[str, Any]]:
@@ -105,6 +123,7 @@ def _volume(row: dict[str, Any]) -> LogicalVolume:
         role=_set(row["lv_role"]),
         active=bool(row["lv_active"]),
         active_elsewhere=row["lv_active_remotely"] in ("1", "active remotely", "remotely active"),
+        open=row["lv_device_open"] in ("1", "open"),
         suspended=row["lv_suspended"] in ("1", "suspended"),
         inactive_table=row["lv_inactive_table"] in ("1", "inactive table present"),
         writable=not row["lv_permissions"].startswith("read-only"),  # "unknown" while it is not active
@@ -127,12 +146,20 @@ def _group(row: dict[str, Any]) -> VolumeGroup:
     )
 
 
+def _access(row: dict[str, Any]) -> tuple[str, Access]:
+    return row["vg_name"], Access(row["vg_systemid"], int(row["vg_free"]), _shared(row))
+
+
+def _shared(row: dict[str, Any]) -> bool:
+    return bool(row["vg_shared"] in ("1", "shared") or row["vg_clustered"] in ("1", "clustered"))
+
+
 def _group_state(row: dict[str, Any]) -> GroupState:
     return GroupState(
         writable=row["vg_permissions"] == "writeable",
         exported=row["vg_exported"] in ("1", "exported"),
         partial=row["vg_partial"] in ("1", "partial"),
-        shared=row["vg_shared"] in ("1", "shared") or row["vg_clustered"] in ("1", "clustered"),
+        shared=_shared(row),
     )
 
 

@@ -112,6 +112,8 @@ class Machine:
     def used(self, program: str) -> list[list[str]]:
         return [words for words in self.commands if words[0] == program]
 
+    EMPTY = json.dumps({"report": [{"lv": []}]})
+
     # --- The last call ---------------------------------------------------------------------------------------------------------------
 
     def run(self, words: Sequence[str], timeout_seconds: float) -> Finished:
@@ -136,14 +138,12 @@ class Machine:
         return words
 
     def _lvs(self, words: list[str]) -> tuple[int, str, str]:
-        groups, one, error = self._named(words)
+        groups, error = self._named(words)
         if error:
-            return 5, "", error
+            return 5, self.EMPTY, error
         rows = [self._lv_row(group, name, volume) for group in groups for name, volume in self.groups[group].volumes.items()]
-        if one is not None:
-            rows = [row for row in rows if row["lv_name"] == one]
-            if not rows:
-                return 5, "", f'  Failed to find logical volume "{groups[0]}/{one}"'
+        if (match := self._selected(words, "lv_name")) is not None:
+            rows = [row for row in rows if row["lv_name"] in match]
         if "--segments" in words:
             rows = [
                 {
@@ -164,12 +164,15 @@ class Machine:
         return 0, json.dumps({"report": [{"pv": rows}]}), ""
 
     def _vgs(self, words: list[str]) -> tuple[int, str, str]:
-        groups, _, error = self._named(words)
+        groups, error = self._named(words)
         if error:
-            return 5, "", error
+            return 5, self.EMPTY, error
+        if (match := self._selected(words, "vg_name")) is not None:
+            groups = [name for name in groups if name in match]
         rows = [
             {
                 "vg_name": name,
+                "vg_systemid": "",
                 "vg_uuid": name,
                 "vg_size": str(self.groups[name].size),
                 "vg_free": str(self.groups[name].free),
@@ -293,17 +296,17 @@ class Machine:
 
     # --- Parts -----------------------------------------------------------------------------------------------------------------------
 
-    def _named(self, words: list[str]) -> tuple[list[str], str | None, str]:
-        """The groups that are named at the end, one volume, or what is wrong."""
+    def _named(self, words: list[str]) -> tuple[list[str], str]:
+        """The groups that are named at the end, or what is wrong."""
         names = words[words.index("--options") + 2 :]
-        if len(names) == 1 and "/" in names[0]:
-            group, _, name = names[0].partition("/")
-            missing = [] if group in self.groups else [group]
-            groups, one = [group], name
-        else:
-            missing = [name for name in names if name not in self.groups]
-            groups, one = names or list(self.groups), None
-        return groups, one, "".join(f'  Volume group "{name}" not found\n  Cannot process volume group {name}\n' for name in missing)
+        missing = [name for name in names if name not in self.groups]
+        error = "".join(f'Volume group "{name}" not found\nCannot process volume group {name}\n' for name in missing)
+        return names or list(self.groups), error
+
+    @staticmethod
+    def _selected(words: list[str], field: str) -> list[str] | None:
+        """The values of a field that are asked for; None: all."""
+        return re.findall(rf'{field}="([^"]*)"', words[words.index("--select") + 1]) if "--select" in words else None
 
     def _group_state(self, name: str) -> dict[str, str]:
         return {"vg_permissions": "writeable", "vg_exported": "", "vg_partial": "", "vg_clustered": "", "vg_shared": ""} | self.groups[
@@ -328,6 +331,7 @@ class Machine:
             "lv_permissions": "writeable" if volume.device else "unknown",
             "lv_kernel_major": "-1" if number is None else str(os.major(number)),
             "lv_kernel_minor": "-1" if number is None else str(os.minor(number)),
+            "lv_device_open": "open" if volume.device and self._is_open(volume.device) else "",
             "lv_health_status": "",
             **self._group_state(group),
         }
@@ -342,14 +346,20 @@ class Machine:
 
     def _deactivate(self, group: str, name: str, volume: Volume) -> bool:
         assert volume.device is not None
-        try:
-            os.close(os.open(volume.device, os.O_RDONLY | os.O_EXCL))
-        except OSError:
+        if self._is_open(volume.device):
             return False
         run("losetup", "--detach", volume.device)
         volume.device = None
         (Path("/dev") / group / name).unlink()
         return True
+
+    @staticmethod
+    def _is_open(device: str) -> bool:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            return True
+        return False
 
     @staticmethod
     def _after(words: list[str], option: str) -> list[str]:

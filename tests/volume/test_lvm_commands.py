@@ -18,6 +18,7 @@ from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, 
 from fvd.lvm import dm, runner, sharing
 from fvd.lvm.commands import Lvm
 from fvd.lvm.extents import Piece, parse_pieces
+from fvd.lvm.failures import failure as failure_of
 from fvd.lvm.report import GroupState, LogicalVolume, parse_groups, parse_volumes
 from fvd.lvm.runner import Finished, Unfinished, run_command
 
@@ -33,6 +34,7 @@ VOLUME = LogicalVolume(
     role=frozenset({"public"}),
     active=True,
     active_elsewhere=False,
+    open=False,
     suspended=False,
     inactive_table=False,
     writable=True,
@@ -144,7 +146,7 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_command() -> None:
             "vgextend",
         ),
         (
-            "  Extending logical volume vg0/vm1\n  /proc/nope: mkdir failed\n  Reloading config files",
+            "  Extending logical volume vg0/vm1\n/proc/nope: mkdir failed\n  Reloading config files",
             DeviceError,
             "/proc/nope: mkdir failed",
         ),
@@ -158,16 +160,39 @@ def test_failures_become_types(said: str, error: type[FvdError], hint: str, monk
         Lvm().activate(VOLUME)
 
 
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "said"),
+    [
+        # The cause comes first; what is indented was told on the way.
+        ("", "  Reloading config files\nCannot change VG vg0.\nCannot process volume group vg0\n", "Cannot change VG vg0"),
+        ("", "WARNING: VG vg0 is missing PV x.\nSee vgreduce.\n", "See vgreduce"),
+        ("", "  WARNING: Running as a non-root user.\n  Gremlins.\n", "Gremlins"),
+        # In a report's own log, where 2.03.26 and later put it unless they are told otherwise.
+        ('{"report": [], "log": [{"log_type": "warn", "log_message": "no"}, {"log_type": "error", "log_message": "yes"}]}', "", "yes"),
+        ('{"report": []}', "", "exit status 5"),
+        ('{"log": 1}', "", '{"log": 1}'),
+        ("  one\n  two\n", "", "two"),
+    ],
+)
+def test_the_line_that_says_why_is_quoted(stdout: str, stderr: str, said: str) -> None:
+    assert str(failure_of(Finished(("lvs",), 5, stdout, stderr, 0.0))).startswith(f"lvs failed: {said}")
+
+
 def test_a_failure_that_passes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fvd.lvm.commands.RETRY_SECONDS", 0.0)
     answers = iter([(5, "  Can't get lock for vg0"), (5, "  device-mapper: remove ioctl failed: Device or resource busy"), (0, "")])
     monkeypatch.setattr(runner, "run_command", lambda words, timeout: Finished(tuple(words), *next((c, "", e) for c, e in answers), 0.0))
     Lvm().activate(VOLUME)
-    always = iter([(5, "  Can't get lock for vg0")] * 5)
-    monkeypatch.setattr(runner, "run_command", lambda words, timeout: Finished(tuple(words), *next((c, "", e) for c, e in always), 0.0))
+    seen: list[str] = []
+
+    def fail(words: list[str], timeout: float) -> Finished:
+        seen.append(words[0])
+        return Finished(tuple(words), 5, "", "  Can't get lock for vg0", 0.0)
+
+    monkeypatch.setattr(runner, "run_command", fail)
     with pytest.raises(DeviceError, match="lock"):
         Lvm().activate(VOLUME)
-    assert len(list(always)) == 2
+    assert seen == ["lvchange"] * 3 + ["lvs", "vgs"]  # the looks that tell why are not worth a wait
 
 
 def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +224,9 @@ def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> No
             'prefix=""',
             "quoted=1",
             "compact_output=0",
+            "report_command_log=0",
+            "indent=1",
+            "verbose=0",
         ):
             assert setting in config
     create = seen[2]
@@ -221,7 +249,7 @@ def test_a_growth_step_is_never_repeated_unasked(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(runner, "run_command", fail)
         with pytest.raises(DeviceError):
             Lvm().extend("vg0", "vm1", 1 << 30)
-        assert seen == ["lvextend"]
+        assert seen.count("lvextend") == 1 and seen[0] == "lvextend" and len(seen) <= 3
 
 
 @pytest.mark.parametrize(("interruptions", "seconds"), [(1, 0.5), (2, 30), (3, 30)])
