@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -33,7 +33,8 @@ from fvd.units import parse_size
 if TYPE_CHECKING:
     from fvd.control.server import ControlServer
     from fvd.control.streaming import Stream
-    from fvd.export.server import NbdServer, Tcp, Unix
+    from fvd.export.listening import Listen, Socket
+    from fvd.export.server import NbdServer
     from fvd.volume.name import VolumeName
     from fvd.volume.opening import OpenVolume
 
@@ -47,6 +48,7 @@ def serve(
     *volumes: str,
     socket: str | os.PathLike[str] | None = None,
     listen: str | tuple[str, int] | None = None,
+    listeners: Sequence[Socket] | None = None,
     cache: CacheMode = "none",
     read_only: bool = False,
     on_full: OnFull = "wait",
@@ -60,7 +62,8 @@ def serve(
     on_end: Callable[[], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Served:
-    """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP.
+    """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP, or on ``listeners``:
+    stream sockets that listen already, a service manager's, say, which are closed at the end, and whose names stay.
 
     ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote.
     ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
@@ -76,6 +79,7 @@ def serve(
         volumes,
         socket=socket,
         listen=listen,
+        listeners=listeners,
         cache=cache,
         read_only=read_only,
         on_full=on_full,
@@ -102,6 +106,7 @@ class Served:
         *,
         socket: str | os.PathLike[str] | None,
         listen: str | tuple[str, int] | None,
+        listeners: Sequence[Socket] | None,
         cache: CacheMode,
         read_only: bool,
         on_full: OnFull,
@@ -117,11 +122,12 @@ class Served:
     ) -> None:
         if not volumes:
             raise InvalidArgument("name at least one volume to serve")
-        if (socket is None) == (listen is None):
-            raise InvalidArgument("say where to serve: either socket=PATH or listen=HOST:PORT")
+        if [socket, listen, listeners].count(None) != 2:
+            raise InvalidArgument("say where to serve: either socket=PATH or listen=HOST:PORT, or listeners that are there already")
         self._names = volumes
         self._socket = socket
         self._listen = listen
+        self._listeners = listeners
         self._cache = cache
         self._read_only = read_only
         self._on_full = on_full
@@ -304,9 +310,11 @@ class Served:
             self._ready.set()
             self._resources = undo.pop_all()
 
-    def _address(self) -> Unix | Tcp:
-        from fvd.export.server import Tcp, Unix
+    def _address(self) -> Listen:
+        from fvd.export.listening import Given, Tcp, Unix
 
+        if self._listeners is not None:
+            return Given(tuple(self._listeners))
         if self._listen is not None:
             host, port = parse_listen(self._listen) if isinstance(self._listen, str) else self._listen
             return Tcp(host, port)

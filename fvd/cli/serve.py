@@ -8,20 +8,29 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import fvd
+from fvd.api.serving import Served
+from fvd.cli.activation import take_sockets, unix_path
 from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
+from fvd.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from fvd.export.listening import Socket
 
 EXAMPLES = """\
   fvd-lv serve file:vm1.img --socket /run/vm1.sock
   fvd-lv serve file:vm1.img file:vm2.img --listen localhost:10809
   fvd-lv serve /dev/sdb --socket vm.sock --cache none --on-full error
   fvd-lv serve vg0/vm1 --socket /run/vm1.sock --copy-on-read on --prefetch on --prefetch-rate 50M
+  nbdinfo -- [ fvd-lv serve file:vm1.img --read-only ]
 
-Prints one line for each volume when all are ready: its NBD URI. With one volume the empty export name is that volume too.
-Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, and the next open on this host commits what it had acknowledged."""
+Prints one line for each volume when all are ready: its NBD URI; nothing where it was handed a socket (LISTEN_FDS). With one volume the
+empty export name is that volume too. Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, and the next open on this host
+commits what it had acknowledged."""
 
 CACHE_HELP = """as in QEMU. none (default): O_DIRECT, flushed when the guest flushes; writeback: the same through
 the page cache; writethrough, directsync: every write is durable when it is answered, with and without the page cache;
@@ -31,8 +40,8 @@ unsafe: guest flushes are ignored, a crash of the host may lose data"""
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "serve", "serve disks over NBD", run, EXAMPLES)
     parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; several are told apart by export name")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket; not needed where a service manager hands one over")
     where.add_argument("--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP: whoever reaches it reads and writes")
     parser.add_argument("--cache", choices=("none", "writeback", "writethrough", "directsync", "unsafe"), default="none", help=CACHE_HELP)
     parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
@@ -78,23 +87,38 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output)
     refuse_options(arguments, arguments.prefetch != "on", ("prefetch_delay", "prefetch_rate", "profile"), "--prefetch on")
     refuse_options(arguments, arguments.read_only, ("discard_pending",), "serve without --read-only, which is never refused")
+    sockets = take_sockets()
+    _check_where(arguments, sockets)
     with contextlib.closing(_Stop()) as stop:
-        return _serve(arguments, output, stop)
+        return _serve(arguments, output, stop, sockets)
 
 
-def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop) -> int:
+def _check_where(arguments: argparse.Namespace, sockets: list[Socket]) -> None:
+    """Raises InvalidArgument unless there is one place to listen at."""
+    if not sockets and arguments.socket is None and arguments.listen is None:
+        raise InvalidArgument("say where to serve: --socket PATH or --listen HOST:PORT (or start it from a .socket unit of systemd)")
+    if not sockets:
+        return
+    if arguments.listen is not None:
+        raise InvalidArgument("--listen beside a socket that was handed over (LISTEN_FDS): leave out one of the two")
+    if arguments.socket is not None and os.path.abspath(arguments.socket) not in [unix_path(one) for one in sockets]:  # noqa: PTH100 - text
+        raise InvalidArgument(f"--socket {arguments.socket} is not the socket that was handed over (LISTEN_FDS): leave out one of the two")
+
+
+def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: list[Socket]) -> int:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # Whoever asks twice is not kept waiting by storage that does not answer.
         signal.signal(number, signal.SIG_DFL)
         stop.set()
+        if stop.opening:  # which may wait: for another owner to go, for a lock of lvm's, for a base
+            raise _Asked
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    with fvd.serve(
-        *arguments.volumes,
-        socket=arguments.socket,
+    served = Served(
+        tuple(arguments.volumes),
+        socket=None if sockets else arguments.socket,
         listen=arguments.listen,
+        listeners=sockets or None,
         cache=arguments.cache,
         read_only=arguments.read_only,
         on_full=arguments.on_full,
@@ -106,13 +130,28 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop) -> int:
         socket_mode=arguments.socket_mode,
         socket_group=arguments.socket_group,
         on_end=stop.set,
-    ) as served:
+        on_event=None,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    with served:
+        try:
+            stop.opening = True
+            served.open()
+            stop.opening = False
+        except _Asked:  # nothing has been said, nobody has been served
+            return 0
         exports = [{"volume": export.volume, "export": export.name, "uri": export.uri} for export in served.exports]
-        output.result({"pid": os.getpid(), "volumes": exports}, [export.uri for export in served.exports])
+        if not sockets or output.is_json:  # whoever made the socket knows where it is, and may have words of its own on our output
+            output.result({"pid": os.getpid(), "volumes": exports}, [export.uri for export in served.exports])
         notify(f"READY=1\nSTATUS=serving {', '.join(export.volume for export in served.exports)}\nMAINPID={os.getpid()}")
         stop.wait()
         notify("STOPPING=1")
     return 0
+
+
+class _Asked(KeyboardInterrupt):
+    """A signal asked to end what had not begun to serve."""
 
 
 class _Stop:
@@ -123,6 +162,7 @@ class _Stop:
     """
 
     def __init__(self) -> None:
+        self.opening = False
         self._set = threading.Event()
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import logging
 import os
 import socket
-import stat
 import threading
 import time
 from collections import deque
@@ -26,11 +24,12 @@ from urllib.parse import quote
 
 from fvd.device._queue import Source
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout
+from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout
 from fvd.export import handshake
 from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import MAXIMUM_PAYLOAD_BYTES
 from fvd.export._server import Backend, Server
+from fvd.export.listening import BoundName, Given, Listen, Tcp, Unix, check_given, open_listener
 from fvd.units import MIB
 
 Result = TypeVar("Result")
@@ -38,28 +37,9 @@ log = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 4096
 _SEND_BUFFER_BYTES = 1 << 20
-_BACKLOG = 128
 _ACCEPTS_PER_STEP = 64
 _EVENTS_PER_STEP = 64  # of one handshake: requests of others go in between
 _SO_SNDBUFFORCE = 32
-_SOCKET_PATH_BYTES = 107
-
-
-@dataclass(frozen=True)
-class Unix:
-    """Listen on a Unix socket; `group` is a name or a number."""
-
-    path: str
-    mode: int = 0o600
-    group: str | int | None = None
-
-
-@dataclass(frozen=True)
-class Tcp:
-    """Listen on TCP; port 0 takes a free one."""
-
-    host: str = "127.0.0.1"
-    port: int = 10809
 
 
 @dataclass(frozen=True)
@@ -108,7 +88,7 @@ class NbdServer:
 
     def __init__(
         self,
-        listen: Unix | Tcp,
+        listen: Listen,
         *,
         limits: Limits | None = None,
         busy_poll_us: int = 0,
@@ -142,9 +122,9 @@ class NbdServer:
         self._ready: Future[None] = Future()
         self._failure: BaseException | None = None
         self._stopping = False
-        self._accept_later = False
-        self._listener: socket.socket | None = None
-        self._bound: tuple[int, int] | None = None  # device and inode of our Unix socket
+        self._accept_later: set[int] = set()  # of listeners: their queue may hold more
+        self._listeners: dict[int, socket.socket] = {}
+        self._bound: BoundName | None = None  # of our Unix socket
 
     # --- Exports ------------------------------------------------------------------------------------------------
 
@@ -222,11 +202,16 @@ class NbdServer:
 
     def uri(self, name: str = "") -> str:
         """The NBD URI of an export. For TCP with port 0, once the server runs."""
-        if isinstance(self._listen, Unix):
-            return f"nbd+unix:///{quote(name, safe='')}?socket={quote(str(Path(self._listen.path).absolute()), safe='/')}"
-        host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
-        port = self._listener.getsockname()[1] if self._listener is not None else self._listen.port
-        return f"nbd://{host}:{port}/{quote(name, safe='')}"
+        match self._listen:
+            case Unix(path):
+                return _unix_uri(path, name)
+            case Tcp(host, port):
+                taken = next((listener.getsockname()[1] for listener in self._listeners.values()), port)
+                return _tcp_uri(host, taken, name)
+            case Given((first, *_)):
+                address = first.getsockname()
+                return _unix_uri(os.fsdecode(address), name) if first.family == socket.AF_UNIX else _tcp_uri(address[0], address[1], name)
+        raise InvalidArgument("no socket was given to listen on")
 
     @property
     def notice(self) -> str:
@@ -340,8 +325,15 @@ class NbdServer:
         for attach in self._postponed:
             attach()
         self._postponed.clear()
-        self._listener, self._bound = open_listener(self._listen)
-        self._loop.watch(self._listener.fileno())
+        if isinstance(self._listen, Given):
+            check_given(self._listen)
+            listeners = self._listen.sockets
+        else:
+            listener, self._bound = open_listener(self._listen)
+            listeners = (listener,)
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        for fd in self._listeners:
+            self._loop.watch(fd)
         with self._lock:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._serving = threading.get_ident()
@@ -351,14 +343,12 @@ class NbdServer:
 
     def _step(self) -> None:
         ready = self._loop.turns()
-        if self._accept_later:
-            ready.append(self._listener.fileno() if self._listener is not None else -1)
-        for fd in [*ready, *self._again]:
+        for fd in [*ready, *self._accept_later, *self._again]:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-            elif self._listener is not None and fd == self._listener.fileno():
-                self._accept(self._listener)
+            elif fd in self._listeners:
+                self._accept(self._listeners[fd])
             elif fd in self._clients:
                 self._shake(fd, self._clients[fd])
         self._run_calls()
@@ -383,7 +373,7 @@ class NbdServer:
                 call.future.set_exception(error)
 
     def _shut_down(self) -> None:
-        self._close_listener()
+        self._close_listeners()
         for fd in list(self._clients):
             self._reject(fd, "the server stops")
         self._loop.drain(int(self._limits.drain_s * 1e9))
@@ -399,7 +389,7 @@ class NbdServer:
             self._serving = None
             wake, self._wake = self._wake, -1
             calls, self._calls = self._calls, deque()
-        self._close_listener()
+        self._close_listeners()
         for client in self._clients.values():
             client.socket.close()
         self._clients.clear()
@@ -410,24 +400,21 @@ class NbdServer:
             if call.future.set_running_or_notify_cancel():
                 call.future.set_exception(Conflict("the NBD server has stopped"))
 
-    def _close_listener(self) -> None:
-        if self._listener is None:
-            return
-        if isinstance(self._listen, Unix):
-            with contextlib.suppress(OSError):
-                path = Path(self._listen.path)
-                status = path.lstat()
-                if (status.st_dev, status.st_ino) == self._bound:  # not another server's by now
-                    path.unlink()
-        with contextlib.suppress(KeyError):
-            self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
-        self._listener = None
+    def _close_listeners(self) -> None:
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            bound.remove()
+        listeners, self._listeners = self._listeners, {}
+        self._accept_later.clear()
+        for fd, listener in listeners.items():
+            with contextlib.suppress(KeyError):
+                self._loop.unwatch(fd)
+            listener.close()
 
     # --- Handshakes ---------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
-        self._accept_later = False
+        self._accept_later.discard(listener.fileno())
         for _ in range(_ACCEPTS_PER_STEP):
             try:
                 client, _address = listener.accept()
@@ -437,7 +424,7 @@ class NbdServer:
                 if error.errno in (errno.ECONNABORTED, errno.EINTR):
                     continue
                 log.error("accept: %s", error.strerror)  # out of descriptors or memory: the queue will not ring again for this one
-                self._accept_later = True
+                self._accept_later.add(listener.fileno())
                 return
             if len(self._clients) + self._loop.connection_count >= self._limits.connections:
                 log.warning("turned a client away: %d are connected", self._limits.connections)
@@ -450,7 +437,7 @@ class NbdServer:
             self._clients[client.fileno()] = entry
             self._loop.watch(client.fileno())
             self._shake(client.fileno(), entry)
-        self._accept_later = True  # there may be more
+        self._accept_later.add(listener.fileno())  # there may be more
         self._wake_up()
 
     def _shake(self, fd: int, client: _Client) -> None:
@@ -513,88 +500,12 @@ class NbdServer:
         return self._clients.pop(fd)
 
 
-# --- Sockets ----------------------------------------------------------------------------------------------------
+def _unix_uri(path: str, name: str) -> str:
+    return f"nbd+unix:///{quote(name, safe='')}?socket={quote(str(Path(path).absolute()), safe='/')}"
 
 
-def open_listener(listen: Unix | Tcp) -> tuple[socket.socket, tuple[int, int] | None]:
-    """A listening socket, and of a Unix one its (device, inode)."""
-    try:
-        return _listen_unix(listen) if isinstance(listen, Unix) else (_listen_tcp(listen), None)
-    except PermissionError as error:
-        raise PermissionDenied(f"listening on {listen}: {error.strerror}") from error
-    except FileNotFoundError as error:
-        raise NotFound(f"listening on {listen}: {error.strerror}") from error
-    except socket.gaierror as error:
-        raise InvalidArgument(f"listening on {listen}: {error.strerror}") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InUse(f"listening on {listen}: the address is in use") from error
-        raise InvalidArgument(f"listening on {listen}: {error}") from error
-
-
-def _listen_tcp(listen: Tcp) -> socket.socket:
-    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _name, address = found[0]
-    listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _listen_unix(listen: Unix) -> tuple[socket.socket, tuple[int, int]]:
-    """Given its owner before it listens: until then nobody can connect."""
-    path = Path(listen.path)
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-        raise InvalidArgument(f"the socket path {path} is longer than {_SOCKET_PATH_BYTES} bytes")
-    group = -1 if listen.group is None else listen.group if isinstance(listen.group, int) else _group_id(listen.group)
-    _remove_dead(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        listener.bind(str(path))
-        try:
-            if group >= 0:
-                os.chown(path, -1, group)
-            path.chmod(listen.mode)
-            listener.listen(_BACKLOG)
-            status = path.lstat()
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-    except BaseException:
-        listener.close()
-        raise
-    return listener, (status.st_dev, status.st_ino)
-
-
-def _group_id(name: str) -> int:
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise InvalidArgument(f"there is no group {name!r}") from None
-
-
-def _remove_dead(path: Path) -> None:
-    """Remove the socket of a process that has ended. Anything else at the path is refused."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise Conflict(f"{path} exists and is no socket: remove it, or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            path.unlink(missing_ok=True)
-            return
-        except BlockingIOError:
-            pass  # its queue is full: alive
-    raise InUse(f"a process listens on {path}")
+def _tcp_uri(host: str, port: int, name: str) -> str:
+    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
 
 
 def _tune(client: socket.socket) -> None:

@@ -91,7 +91,8 @@ class Disks:
 
     def start(self, server: NbdServer) -> Running:
         server.start()
-        address = server._listener.getsockname() if server._listener is not None else ""
+        listen = server._listen
+        address = listen.path if isinstance(listen, Unix) else next(one.getsockname() for one in server._listeners.values())
         self.running.append(Running(server, address))
         return self.running[-1]
 
