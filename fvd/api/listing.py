@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fvd.api.types import Group, Info, Listed, info_from_json
 from fvd.api.verbs import closed_info
-from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied, Unsupported
+from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported
 
 if TYPE_CHECKING:
     from fvd.lvm.extents import Piece
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 # Someone who does not answer is left out rather than waited for.
 ANSWER_TIMEOUT_SECONDS = 5.0
+LISTING_SECONDS = 12.0  # for all of them: one connection that is not taken, and one answer that does not come, after each other
+ASKED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -94,21 +99,61 @@ def _named_groups(places: tuple[str, ...]) -> list[str]:
 
 
 def _served() -> list[Listed]:
-    from fvd.control.client import ControlClient
+    """All asked at once, so that those who do not answer take the time of one."""
     from fvd.control.paths import all_sockets
-    from fvd.control.protocol import ServerGone
 
-    found = []
-    for path in all_sockets():
-        try:
-            with ControlClient(path, timeout_seconds=ANSWER_TIMEOUT_SECONDS) as client:
-                served = info_from_json(client.ask("info"))
-            found.append(Listed(served.volume, "served", served))
-        except ServerGone:
-            continue  # its process has died; the next one replaces it
-        except FvdError as error:
-            found.append(Listed(f"(control socket {path})", error.kind, None, str(error)))
-    return sorted(found, key=lambda listed: listed.volume)
+    paths = all_sockets()
+    found: dict[Path, Listed | None] = {}
+
+    def ask(mine: list[Path]) -> None:
+        for path in mine:
+            found[path] = _ask(path)
+
+    deadline = time.monotonic() + LISTING_SECONDS
+    lanes = [paths[at::ASKED_AT_ONCE] for at in range(min(ASKED_AT_ONCE, len(paths)))]
+    # Daemons: whoever answers drop by drop keeps a thread until its time is over, and nobody waits for it.
+    threads = [threading.Thread(target=ask, args=(lane,), name="fvd-list", daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    answers = dict(found)
+    late = [_unasked(path, Timeout(f"{path}: not asked within {LISTING_SECONDS:g} seconds")) for path in paths if path not in answers]
+    return sorted([listed for listed in answers.values() if listed is not None] + late, key=lambda listed: listed.volume)
+
+
+def _ask(path: Path) -> Listed | None:
+    """What the server at a socket says of its disk; None: it has died, and the next one replaces it."""
+    from fvd.control.client import ControlClient
+    from fvd.control.protocol import ServerGone
+    from fvd.control.trust import is_believed_about
+
+    uid = -1
+    try:
+        with ControlClient(path, timeout_seconds=ANSWER_TIMEOUT_SECONDS) as client:
+            uid = client.peer_uid
+            served = info_from_json(client.ask("info"))
+        if not is_believed_about(uid, served.volume, path.name):
+            raise PermissionDenied(f"{path}: user {uid} listens there and speaks of a volume that is not his")
+    except ServerGone:
+        return None
+    except FvdError as error:
+        return _unasked(path, error, uid)
+    return Listed(served.volume, "served", served)
+
+
+def _unasked(path: Path, error: FvdError, uid: int = -1) -> Listed:
+    """By the name that the server has noted, unless that is another user's claim."""
+    from fvd.control.paths import noted_volume
+    from fvd.control.trust import is_believed_about
+
+    if uid < 0:  # nobody took the connection
+        with contextlib.suppress(OSError):
+            uid = path.lstat().st_uid
+    volume = noted_volume(path)
+    if volume is None or not is_believed_about(uid, volume, path.name):
+        volume = f"(control socket {path})"
+    return Listed(volume, error.kind, None, str(error))
 
 
 # --- Volume groups ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.hints import how_to_serve
@@ -26,19 +27,24 @@ NOT_SERVED = NotServed()
 def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
     """The answer of the process that serves the volume, or NOT_SERVED. Raises what the verb raised there, Timeout, PermissionDenied."""
     from fvd.control.client import ControlClient
-    from fvd.control.paths import find_socket
+    from fvd.control.paths import find_sockets
     from fvd.control.protocol import ServerGone
+    from fvd.control.trust import is_believed
 
-    path = find_socket(name.path)
-    if path is None or not _is_its_device(name):
+    paths = find_sockets(name.path)
+    if not paths or not _is_its_device(name):
         return NOT_SERVED
-    client = ControlClient(path, timeout_seconds=TIMEOUT_SECONDS[verb])
-    try:
-        client.connect()
-    except ServerGone:
-        return NOT_SERVED  # the socket of a process that has died
-    with client:
-        return client.ask(verb, **arguments)
+    for path in paths:
+        client = ControlClient(path, timeout_seconds=TIMEOUT_SECONDS[verb])
+        try:
+            client.connect()
+        except ServerGone:
+            continue  # the socket of a process that has died
+        with client:
+            if is_believed(client.peer_uid, name.path):
+                return client.ask(verb, **arguments)
+        logging.getLogger(__name__).warning("%s: user %d listens at %s, to whom it does not belong: not asked", name, client.peer_uid, path)
+    return NOT_SERVED
 
 
 def ask_served(name: VolumeName, verb: str, **arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fvd.control import protocol
 from fvd.control.paths import short_address
 from fvd.control.protocol import Request, ServerGone
+from fvd.control.trust import is_stranger, peer_uid
 from fvd.errors import PermissionDenied, Timeout
 
 # Growing a file or checking a large disk takes its time; a server that says nothing for this long is stuck.
@@ -24,6 +26,8 @@ class ControlClient:
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._socket: socket.socket | None = None
+        self.peer_uid = -1
+        """Whose process listens there, as soon as it is connected: see fvd.control.trust."""
 
     def connect(self) -> None:
         """Does nothing when connected. Raises ServerGone, PermissionDenied, Timeout."""
@@ -43,23 +47,26 @@ class ControlClient:
         except (TimeoutError, BlockingIOError):
             connection.close()
             raise Timeout(f"{self._path}: the server does not take connections") from None
-        connection.settimeout(self._timeout_seconds)
+        self.peer_uid = peer_uid(connection)
         self._socket = connection
 
     def ask(self, verb: str, **arguments: Any) -> Any:
-        """The result of a verb; raises the error that the served disk raised, or Timeout."""
+        """The result of a verb; raises the error that the served disk raised, or Timeout: the whole answer must be there by then."""
         if self._socket is None:
             self.connect()
         assert self._socket is not None
+        deadline = time.monotonic() + self._timeout_seconds
         try:
+            self._socket.settimeout(self._timeout_seconds)
             self._socket.sendall(protocol.encode_request(Request(verb, arguments)))
             lines = protocol.Lines(protocol.ANSWER_LIMIT_BYTES)
             while True:
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
                 data = self._socket.recv(1 << 18)
                 if not data:
                     raise ServerGone(f"{self._path}: the server went away before it answered; ask again")
                 if got := lines.feed(data):
-                    return protocol.decode_answer(got[0])
+                    return protocol.decode_answer(got[0], strange=is_stranger(self.peer_uid))
         except TimeoutError:
             self.close()
             raise Timeout(f"{self._path}: no answer to {verb} in {self._timeout_seconds:g} seconds") from None

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fvd.control import protocol
-from fvd.control.paths import all_sockets, short_address, socket_name
+from fvd.control.paths import all_sockets, find_sockets, short_address, socket_name
 from fvd.control.protocol import Request
 from fvd.control.streaming import HEARTBEAT_SECONDS
+from fvd.control.trust import is_believed_about, is_stranger, peer_uid
 from fvd.control.wakeup import Wakeup
 from fvd.control.watching import SocketWatch
 from fvd.errors import FvdError, NotFound, PermissionDenied
@@ -45,6 +46,7 @@ class _Peer:
     path: Path
     history: bool
     link: socket.socket | None = None
+    uid: int = -1  # whose process listens there
     lines: protocol.Lines = field(default_factory=lambda: protocol.Lines(protocol.STREAM_LINE_LIMIT_BYTES))
     answered: bool = False  # on this connection
     connected_at: float = 0.0
@@ -170,9 +172,9 @@ class Follower:
         """Connects to every server that is wanted and not followed yet. All that one says is new if it was not there at first."""
         assert self._watch is not None
         self._watch.refresh()
-        wanted = None if self._volume_paths is None else _socket_names(self._volume_paths)
-        for path in all_sockets():
-            if path in self._peers or path in self._ignored or (wanted is not None and path.name not in wanted):
+        wanted = all_sockets() if self._volume_paths is None else [each for path in self._volume_paths for each in find_sockets(path)]
+        for path in wanted:
+            if path in self._peers or path in self._ignored:
                 continue
             peer = self._peers[path] = _Peer(path, history=self._history or not first)
             if first:
@@ -185,6 +187,7 @@ class Follower:
         try:
             with short_address(peer.path) as address:
                 link.connect(address)
+            peer.uid = peer_uid(link)
             link.sendall(protocol.encode_request(Request(VERB, {"history": peer.history or bool(peer.server)})))
         except (FileNotFoundError, ConnectionRefusedError):
             link.close()
@@ -219,9 +222,9 @@ class Follower:
         try:
             for line in peer.lines.feed(data):
                 if not peer.answered:
-                    self._answered(peer, protocol.decode_answer(line))
+                    self._answered(peer, protocol.decode_answer(line, strange=is_stranger(peer.uid)))
                     continue
-                streamed = protocol.decode_streamed(line)
+                streamed = protocol.decode_streamed(line, strange=is_stranger(peer.uid))
                 if streamed.event is not None:
                     self._happened(peer, streamed.event)
                 if streamed.end:
@@ -262,6 +265,8 @@ class Follower:
             sizes = {name: int(answer[name]) for name in peer.sizes}
         except (KeyError, TypeError, ValueError):
             raise protocol.ProtocolError(f"{peer.path}: an answer that is none to {VERB}") from None
+        if not is_believed_about(peer.uid, volume, peer.path.name):
+            raise PermissionDenied(f"{peer.path}: user {peer.uid} listens there and speaks of a volume that is not his")
         if peer.server and server != peer.server:
             self._tell_gone(peer, "its server has ended without closing the disk, and another one serves it now")
             peer.number, peer.closed = 0, False
@@ -272,6 +277,8 @@ class Follower:
 
     def _happened(self, peer: _Peer, event: dict[str, Any]) -> None:
         number = event.get("number")
+        if event.get("volume") != peer.volume:
+            raise protocol.ProtocolError(f"{peer.path}: an event of another volume than the server's")
         if not isinstance(number, int) or isinstance(number, bool):
             raise protocol.ProtocolError(f"{peer.path}: an event without a number")
         if peer.number is not None:

@@ -7,6 +7,7 @@ paths and renames all lead to the same socket. Knows nothing of what is said the
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from pathlib import Path
 from fvd.errors import NotFound, PermissionDenied
 
 SUFFIX = ".sock"
+LOCK_SUFFIX = ".lock"  # held by the server, beside its socket; says what it serves
+STRANGERS_LIMIT = 256
+_NAME = re.compile(rf"(dev-\d+-\d+|file-[0-9a-f]+-[0-9a-f]+){re.escape(SUFFIX)}")
+_LONGEST_NAME_BYTES = 4200
 
 
 def runtime_dir() -> Path:
@@ -47,7 +52,7 @@ def make_runtime_dir() -> Path:
 
 
 def search_dirs() -> list[Path]:
-    """The folders where sockets of served disks are looked for. Root sees every user's."""
+    """The folders where sockets of served disks are looked for, this user's first. Root sees every user's."""
     own = runtime_dir()
     if os.environ.get("FVD_RUNTIME_DIR") or os.getuid() != 0:
         return [own]
@@ -76,21 +81,49 @@ def socket_name(path: str | os.PathLike[str]) -> str:
     return f"file-{status.st_dev:x}-{status.st_ino:x}{SUFFIX}"
 
 
-def find_socket(path: str | os.PathLike[str]) -> Path | None:
-    """The socket of a volume that is being served, or was when its server died; None: there is none."""
+def find_sockets(path: str | os.PathLike[str]) -> list[Path]:
+    """Where a volume may be served, or was when its server died. A stranger's folder is looked into only for a volume that is his: what he
+    puts there must not even be able to keep anyone waiting."""
     try:
-        name = socket_name(path)
-    except NotFound:
-        return None
-    for folder in search_dirs():
-        if (folder / name).is_socket():
-            return folder / name
-    return None
+        name, owner = socket_name(path), Path(path).stat().st_uid
+    except (NotFound, OSError):
+        return []
+    own = runtime_dir()
+    return [folder / name for folder in search_dirs() if (folder == own or _owner(folder) == owner) and (folder / name).is_socket()]
 
 
 def all_sockets() -> list[Path]:
-    """Every control socket that this user can see, dead ones included."""
-    return [path for folder in search_dirs() for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_socket()]
+    """Control sockets that this user can see, dead ones included; of a stranger's folder no more than some hundred."""
+    own = runtime_dir()
+    return [path for folder in search_dirs() for path in _sockets_in(folder)[: None if folder == own else STRANGERS_LIMIT]]
+
+
+def _sockets_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(path.name) and path.is_socket())
+
+
+def _owner(folder: Path) -> int | None:
+    try:
+        return folder.lstat().st_uid
+    except OSError:
+        return None
+
+
+def noted_volume(path: Path) -> str | None:
+    """The volume's name as the server noted it beside its socket, for when it does not answer; None: it did not, or it is no such name."""
+    try:
+        fd = os.open(path.with_suffix(LOCK_SUFFIX), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        text = os.read(fd, _LONGEST_NAME_BYTES).decode()
+        return text if text.isprintable() and text else None
+    except (OSError, UnicodeDecodeError):
+        return None
+    finally:
+        os.close(fd)
 
 
 # sun_path holds 108 bytes, the last a zero.

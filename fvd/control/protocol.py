@@ -90,9 +90,11 @@ def decode_request(line: bytes) -> Request:
     return Request(verb, arguments)
 
 
-def decode_answer(line: bytes) -> Any:
-    """The result, or the error raised."""
+def decode_answer(line: bytes, *, strange: bool = False) -> Any:
+    """The result, or the error raised. `strange`: a stranger says it; his text gets no control characters to a terminal."""
     message = _object(line)
+    if strange:
+        message = _printable(message)
     if "result" in message:
         return message["result"]
     error = message.get("error")
@@ -109,8 +111,11 @@ class Streamed:
     end: bool = False
 
 
-def decode_streamed(line: bytes) -> Streamed:
+def decode_streamed(line: bytes, *, strange: bool = False) -> Streamed:
+    """`strange`: as in `decode_answer`."""
     message = _object(line)
+    if strange:
+        message = _printable(message)
     event = message.get("event")
     if event is not None and not isinstance(event, dict):
         raise ProtocolError(f"an event must be a JSON object, not {type(event).__name__}")
@@ -149,6 +154,17 @@ def check_arguments(arguments: dict[str, Any], allowed: dict[str, type]) -> dict
         if not isinstance(value, kinds) or isinstance(value, bool) != (allowed[name] is bool):
             raise InvalidArgument(f"argument {name!r} must be of type {allowed[name].__name__}, not {type(value).__name__}")
     return arguments
+
+
+def _printable(value: Any) -> Any:
+    """The same with each control character replaced, in names too. As deep as JSON was read."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(each) for name, each in value.items()}
+    return value
 
 
 def _line(message: dict[str, Any]) -> bytes:

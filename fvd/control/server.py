@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fvd.control import protocol
-from fvd.control.paths import make_runtime_dir, short_address, socket_name
+from fvd.control.paths import LOCK_SUFFIX, make_runtime_dir, short_address, socket_name
 from fvd.control.protocol import Request
 from fvd.control.streaming import HEARTBEAT_SECONDS, LAST_WORDS_SECONDS, STALLED_SECONDS, Sender, StreamVerb
 from fvd.errors import FvdError, InUse, InvalidArgument
@@ -70,7 +70,7 @@ class ControlServer:
     def start(self) -> None:
         """Raises InUse when a living process serves this volume; a dead one's socket is replaced."""
         path = make_runtime_dir() / socket_name(self._volume_path)
-        self._lock_fd = _claim(path.with_suffix(".lock"), self._volume)
+        self._lock_fd = _claim(path.with_suffix(LOCK_SUFFIX), self._volume)
         try:
             _refuse_live(path, self._volume)
             self._listener = _listen(path)
@@ -112,7 +112,7 @@ class ControlServer:
                 thread.join(STUCK_HANDLER_SECONDS)
         self._listener.close()
         self._listener = None
-        self.path.with_suffix(".lock").unlink(missing_ok=True)
+        self.path.with_suffix(LOCK_SUFFIX).unlink(missing_ok=True)
         os.close(self._lock_fd)
 
     def _start_thread(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
@@ -226,6 +226,8 @@ def _claim(path: Path, volume: str) -> int:
         except FileNotFoundError:
             still_there = False
         if still_there:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, volume.encode(), 0)
             return fd
         os.close(fd)  # its owner removed it between our open and our lock
 

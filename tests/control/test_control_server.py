@@ -73,8 +73,8 @@ def test_the_same_volume_by_any_name(server: ControlServer, volume: Path, tmp_pa
     (tmp_path / "hard").hardlink_to(volume)
     monkeypatch.chdir(tmp_path)
     for name in (volume, tmp_path / "link", tmp_path / "hard", "vm1.img"):
-        assert paths.find_socket(name) == server.path
-    assert paths.find_socket(tmp_path / "absent") is None
+        assert paths.find_sockets(name) == [server.path]
+    assert paths.find_sockets(tmp_path / "absent") == []
     assert paths.all_sockets() == [server.path]
 
 
@@ -110,7 +110,7 @@ def test_a_dead_process_is_replaced(volume: Path) -> None:
         "ControlServer('file:vm1', sys.argv[1], {}).start()\nos.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(volume)], check=False).returncode == -9
-    stale = paths.find_socket(volume)
+    [stale] = paths.find_sockets(volume)
     assert stale is not None
     with pytest.raises(ServerGone):
         ControlClient(stale).connect()
