@@ -26,6 +26,7 @@ NODE_NAME_BYTES = 31
 DEFAULT_TARGET = "vdb"
 # What XML 1.0 can carry in no way, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are mended
 _TARGET = re.compile(r"vd[a-z]{1,3}", re.ASCII)  # a virtio disk
 
 
@@ -203,6 +204,11 @@ def _notes(found: Info, server: dict[str, str], iothread: bool, target: str) -> 
         )
     if iothread:
         notes.append("libvirt: the domain needs <iothreads>1</iothreads>, or more.")
+    if _READ_TWICE.search(server.get("path", "")):
+        notes.append(
+            "QEMU 10 decodes the path in an NBD URI twice and refuses this one, for its & or %: give it what stands above, or serve the "
+            "disk at a path without them."
+        )
     if server["type"] == "unix":
         notes.append("QEMU must run on this host, as a user who may open the socket: see serve --socket-group and --socket-mode.")
     elif server["host"] in ("0.0.0.0", "::"):

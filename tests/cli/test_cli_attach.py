@@ -51,6 +51,11 @@ def served(**changes: Any) -> Info:
     return Info(**{**numbers, "base": None, **own, **changes})
 
 
+def by_description(answer: dict[str, Any]) -> str:
+    """For QEMU's programs in place of the URI: QEMU 10 reads no & or % in a socket's path there."""
+    return f"json:{json.dumps({'driver': 'raw', 'file': answer['blockdev']})}"
+
+
 def source(found: AttachInfo) -> ElementTree.Element:
     element = ElementTree.fromstring(found.libvirt_xml).find("source")
     assert element is not None
@@ -108,6 +113,13 @@ def test_the_forms_say_the_same() -> None:
     reconnect = source(found).find("reconnect")
     assert reconnect is not None
     assert reconnect.attrib == {"delay": str(blockdev["reconnect-delay"])}
+
+
+@pytest.mark.parametrize(("path", "noted"), [("/run/a%26b", True), ("/run/a%25b", True), ("/run/a%20b%3D", False)])
+def test_a_uri_that_qemu_10_refuses_is_noted(path: str, noted: bool) -> None:
+    found = describe(served(uri=f"nbd+unix:///a%26%25b?socket={path}"))
+    assert any("decodes the path" in note for note in found.notes) == noted
+    assert not any("%2" in text for text in [*found.qemu_args, json.dumps(found.qmp), found.libvirt_xml])
 
 
 def test_a_base_is_a_note_until_it_is_released() -> None:
@@ -236,7 +248,7 @@ def test_qemu_storage_daemon_opens_it(attached: tuple[Server, dict[str, Any]], w
                 qmp.send(answer["qmp"][0])
             uri = export(qmp, node, workdir / "out.sock")
             run("qemu-io", "-f", "raw", "-c", f"write -P {number + 1} {number}M 1M", "-c", "flush", uri)
-        run("qemu-io", "-f", "raw", "-c", f"read -P {number + 1} {number}M 1M", answer["uri"])
+        run("qemu-io", "-c", f"read -P {number + 1} {number}M 1M", by_description(answer))
 
 
 def test_the_guest_waits_for_a_server_that_comes_back(disk: str, fvd_lv: FvdLv, serving: Serving, workdir: Path) -> None:
@@ -252,7 +264,7 @@ def test_the_guest_waits_for_a_server_that_comes_back(disk: str, fvd_lv: FvdLv, 
             waiting.wait(1)
         second.enter_context(serving(disk))
         assert waiting.wait(60) == 0
-        run("qemu-io", "-f", "raw", "-c", "read -P 7 0 1M", "-c", "read -P 8 1M 1M", answer["uri"])
+        run("qemu-io", "-c", "read -P 7 0 1M", "-c", "read -P 8 1M 1M", by_description(answer))
 
 
 def test_discards_and_zeros_arrive(disk: str, fvd_lv: FvdLv, serving: Serving, workdir: Path) -> None:
