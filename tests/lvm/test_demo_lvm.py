@@ -132,6 +132,27 @@ def test_without_root_it_says_what_to_type() -> None:
     assert done.returncode == 1 and "needs root" in done.stdout and "sudo make demo VG=vg0 SPARE=/dev/sdx" in done.stdout
 
 
+def test_root_goes_on_as_root_where_others_may_not_enter(tmp_path: Path) -> None:
+    """A tree below /root: nobody may not even run its Python."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become nobody")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "python").symlink_to(sys.executable)
+    code = (
+        "import importlib.machinery, importlib.util, os, pathlib, sys\n"
+        f"sys.path.insert(0, {str(DEMO.parent)!r})\n"
+        f"loader = importlib.machinery.SourceFileLoader('demo', {str(DEMO)!r})\n"
+        "demo = importlib.util.module_from_spec(importlib.util.spec_from_loader('demo', loader))\n"
+        "loader.exec_module(demo)\n"
+        f"demo.sys.executable = {str(closed / 'python')!r}\n"
+        f"demo.become_nobody(pathlib.Path({str(tmp_path)!r}))\n"
+        "print('uid', os.getuid())\n"
+    )
+    done = run(sys.executable, "-B", "-c", code)
+    assert done.returncode == 0 and "others may not read this tree" in done.stdout and done.stdout.endswith("uid 0\n")
+
+
 @pytest.mark.parametrize("group", ["fvd-no-such-group", "vg0/vm1", "/dev/vg0"])
 def test_a_group_that_is_none(group: str) -> None:
     if os.geteuid() != 0 or not (shutil.which("lvs") or Path("/sbin/lvs").exists()):
