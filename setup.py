@@ -6,13 +6,19 @@ FVD_BUILD=checked: bounds and initialisation checks, internal invariants asserte
 FVD_BUILD=coverage: checked, with line tracing.
 FVD_BUILD=fuzz: checked, compiled by clang with AddressSanitizer and libFuzzer's counters (tests/fuzz); needs both in the process.
 FVD_ONLY=a.b,c.d: build only these modules.
+FVD_OPTIMIZE=0: the compiler's level, 3 if not set: a build that is only to work once is worth no more than a glance of the compiler's.
 """
 
 import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 BUILD = os.environ.get("FVD_BUILD", "release")
 if BUILD not in ("release", "checked", "coverage", "fuzz"):
@@ -35,7 +41,7 @@ DIRECTIVES = {
     "linetrace": BUILD == "coverage",
 }
 
-COMPILE = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", "-Wno-sign-compare"]
+COMPILE = [f"-O{os.environ.get('FVD_OPTIMIZE', '3')}", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", "-Wno-sign-compare"]
 SANITIZE: list[str] = []
 if BUILD == "fuzz":
     os.environ["CC"] = "clang"
@@ -44,6 +50,33 @@ if BUILD == "fuzz":
 
 # liburing is linked statically so that a wheel runs where only the kernel has io_uring.
 LINK = {"fvd.device._queue": ["-l:liburing.a"], "fvd.device._remote": ["-lnbd"]}
+
+# What is compiled against, and Debian's package for it.
+NEEDED = {"stdio.h": "libc6-dev", "Python.h": "python3-dev", "liburing.h": "liburing-dev", "libnbd.h": "libnbd-dev"}
+
+
+class BuildExtensions(build_ext):
+    """Says which packages are missing before a compiler stumbles over it, in words that pip shows."""
+
+    def run(self) -> None:
+        missing = self.missing_packages()
+        if missing:
+            raise SystemExit(
+                f"fvd cannot be compiled here: {', '.join(missing)} missing (Debian's names). Run: apt-get install {' '.join(missing)}"
+            )
+        super().run()
+
+    def missing_packages(self) -> list[str]:
+        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+        if shutil.which(compiler[0]) is None:
+            return ["gcc", *NEEDED.values()]  # nobody to ask for the headers
+        flags = [*shlex.split(os.environ.get("CPPFLAGS", "")), *shlex.split(os.environ.get("CFLAGS", ""))]
+        command = [*compiler, "-E", *flags, *(f"-I{folder}" for folder in self.include_dirs or []), "-x", "c", "-"]
+        return [
+            package
+            for header, package in NEEDED.items()
+            if subprocess.run(command, input=f"#include <{header}>\n", capture_output=True, text=True, check=False).returncode
+        ]
 
 
 def extensions() -> list[Extension]:
@@ -73,6 +106,7 @@ setup(
         build_dir=f"build/cython-{BUILD}",
         nthreads=int(os.environ.get("FVD_JOBS", "0")),
     ),
+    cmdclass={"build_ext": BuildExtensions},
     # Objects of one build are never taken for another's.
     options={"build": {"build_base": f"build/objects-{BUILD}"}},
 )
