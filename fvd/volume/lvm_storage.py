@@ -6,7 +6,6 @@ step that died before its commit, and extents that lvm gives to somebody else ne
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 
@@ -79,9 +78,9 @@ class LvmStorage:
             self._mend()
         try:
             self._extend(size_bytes)
-        except NoSpace:
+        except NoSpace as error:
             if self._committed_bytes < size_bytes:
-                self._take_rest(size_bytes)
+                self._take_rest(size_bytes, error)
 
     def _extend(self, size_bytes: int) -> None:
         """Raises what lvextend failed with, unless it has worked all the same: what is committed decides."""
@@ -119,23 +118,31 @@ class LvmStorage:
             raise DeviceError(f"{self._group}/{self._name} is another volume now; the one that is open cannot grow")
         self._committed_bytes = max(self._committed_bytes, found.size_bytes)
 
-    def _take_rest(self, size_bytes: int) -> None:
-        """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile."""
+    def _take_rest(self, size_bytes: int, refusal: NoSpace) -> None:
+        """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile.
+
+        What is free may be of no use to this volume: on a physical volume that may not be allocated from, or where only one of two stripes
+        finds room. So what is refused is halved, down to an extent.
+        """
         group = self._lvm.group(self._group)
-        have = self._committed_bytes
-        rest = group.free_bytes // group.extent_bytes * group.extent_bytes
-        if rest:
-            # What is free may be of no use (a physical volume that may not be allocated from): that is no more room than none.
-            with contextlib.suppress(NoSpace):
-                self._extend(min(size_bytes, have + rest))
+        have, extent_bytes = self._committed_bytes, group.extent_bytes
+        piece_bytes = min(group.free_bytes, -(-(size_bytes - have) // extent_bytes) * extent_bytes) // extent_bytes * extent_bytes
+        while piece_bytes and self._committed_bytes < size_bytes:
+            try:
+                self._extend(min(size_bytes, self._committed_bytes + piece_bytes))
+            except NoSpace as error:
+                refusal = error
+            left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
+            piece_bytes = min(piece_bytes // 2, left_bytes) // extent_bytes * extent_bytes
         if self._committed_bytes < size_bytes:
-            error = NoSpace(
-                f"volume group {self._group} is full: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
-                f"{format_size(self._committed_bytes - have)} could be had; add a physical volume (vgextend {self._group} DEVICE), and "
-                "writes go on by themselves"
+            left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
+            unused = f" ({format_size(left_bytes)} are free there and cannot be had for it)" if left_bytes else ""
+            full = NoSpace(
+                f"volume group {self._group} is full{unused}: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
+                f"{format_size(self._committed_bytes - have)} could be had; writes go on by themselves when it has more. {refusal}"
             )
-            error.left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
-            raise error
+            full.left_bytes = left_bytes
+            raise full
 
 
 def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = False) -> LogicalVolume:

@@ -117,9 +117,30 @@ def test_extents_that_are_of_no_use(machine: Machine, name: str) -> None:
     instead_of_lvextend(machine, lambda: (5, "", "  Insufficient suitable allocatable extents for logical volume vm1: 4 more required\n"))
     with storage_of(name) as storage:
         machine.commands.clear()
-        with pytest.raises(NoSpace, match=r"is full.*0 B could be had"):
+        with pytest.raises(NoSpace, match=r"is full \(48.0 MiB are free.*0 B could be had.*Insufficient suitable.*vgextend") as refused:
             storage.grow_to(32 * MIB)
-        assert len(machine.used("lvextend")) == 2
+        assert refused.value.left_bytes == 48 * MIB
+        # What was wanted, twice, for somebody may have made room; then half of it, down to an extent.
+        assert [words[words.index("--size") + 1] for words in machine.used("lvextend")] == [f"{mib * MIB}b" for mib in (32, 32, 24, 20)]
+
+
+@pytest.mark.parametrize(("usable", "tried"), [(24, (48, 48, 32, 24, 28)), (28, (48, 48, 32, 24, 28)), (16, (48, 48, 32, 24, 20))])
+def test_smaller_steps_find_what_can_be_had(machine: Machine, name: str, usable: int, tried: tuple[int, ...]) -> None:
+    """Some of what is free cannot be had: what can is found, and the line that says why is told."""
+    real = machine._lvextend
+
+    def some(words: list[str]) -> tuple[int, str, str]:
+        if machine._size(words) > usable * MIB:
+            return 5, "", "Insufficient suitable allocatable extents for logical volume vm1: 4 more required\n"
+        return real(words)
+
+    machine._lvextend = some  # type: ignore[method-assign]
+    with storage_of(name) as storage:
+        machine.commands.clear()
+        with pytest.raises(NoSpace, match=r"Insufficient suitable"):
+            storage.grow_to(48 * MIB)
+        assert storage.size_bytes() == usable * MIB
+        assert [words[words.index("--size") + 1] for words in machine.used("lvextend")] == [f"{mib * MIB}b" for mib in tried]
 
 
 def test_a_refusal_is_told_in_lvms_words(machine: Machine, name: str) -> None:
