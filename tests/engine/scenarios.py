@@ -7,7 +7,7 @@ import tempfile
 
 from fvd.device._queue import Driver
 from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO
-from fvd.sim._oracle import Violation
+from fvd.sim._oracle import SECTOR_BYTES, Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 
@@ -227,6 +227,22 @@ def guest_write_beside_a_copy_in_a_pending_word() -> None:
     stage.finish_all(but=lambda op: op is save)
     if write in stage.in_flight or flush in stage.in_flight:
         raise RuntimeError("the scenario no longer fits the engine")
+    stage.crash()
+
+
+def guest_write_over_copies_in_two_words() -> None:
+    """R14: blocks on both sides of a border between two words of the bitmap have been copied; a guest writes to them, and flushes."""
+    block_bytes, border = 4096, 64
+    sectors = block_bytes // SECTOR_BYTES
+    stage = Stage(base_bytes=1 << 20, block_size_bytes=block_bytes, chunk_size_bytes=1 << 20, grow_step_bytes=1 << 20)
+    stage.engine.copy_on_read = True
+    stage.now("read", (border - 2) * sectors, 4 * sectors)
+    stage.engine.copy_on_read = False
+    stage.now("write", (border - 1) * sectors, 2 * sectors)
+    counts = stage.counts()
+    if (counts["allocations"], counts["base_reads"], counts["device_writes"]) != (0, 1, 2):
+        raise RuntimeError("the scenario no longer fits the engine")
+    stage.now("flush")
     stage.crash()
 
 
@@ -627,6 +643,8 @@ DIRECTED = {
     50: copy_beside_what_is_pending,
     54: copies_that_a_commit_takes_along,
     59: more_changes_than_the_log_takes,
+    67: copies_leave_the_guest_its_reserve,
     68: base_given_up_before_that_is_durable,
+    75: guest_write_over_copies_in_two_words,
     76: write_beside_a_trim_of_the_last_block,
 }
