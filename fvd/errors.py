@@ -6,6 +6,16 @@ Lowest floor: imports nothing of the project. A message says what happened, to w
 from __future__ import annotations
 
 
+def quoted(value: object) -> str:
+    """A value as a message shows it: text in quotation marks, with nothing in it that a terminal would obey; of an error its words."""
+    if isinstance(value, BaseException):
+        reason = getattr(value, "strerror", None) or (value.args[0] if value.args else "no reason given")
+        return quoted(str(reason))[1:-1]
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return f"'{shown}'" if isinstance(value, str | bytes) else shown
+
+
 class FvdError(Exception):
     """Base of every error that fvd raises on purpose."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -12,6 +12,8 @@ GIB = 1 << 30
 TIB = 1 << 40
 
 _SUFFIX_BYTES = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB, "P": 1 << 50}
+_DECIMALS = "KMGTP"
+_DECIMAL = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP])B\s*", re.ASCII | re.IGNORECASE)
 _SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*([BKMGTP]?)(?:IB)?\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -22,8 +24,14 @@ def parse_size(text: str | int) -> int:
             raise InvalidArgument(f"a size cannot be negative: {text}")
         return text
     match = _SIZE.fullmatch(text)
+    if match is None and (decimal := _DECIMAL.fullmatch(text)):
+        number, suffix = decimal.group(1), decimal.group(2).upper()
+        raise InvalidArgument(
+            f"{quoted(text)} could be {number} times {1000 ** (_DECIMALS.index(suffix) + 1)} or times {_SUFFIX_BYTES[suffix]} bytes; write "
+            f"{number}{suffix} or {number}{suffix}iB, which both are the second"
+        )
     if match is None:
-        raise InvalidArgument(f"{text!r} is not a size; write for example 100G, 64K or 1048576")
+        raise InvalidArgument(f"{quoted(text)} is not a size; write for example 100G, 64K or 1048576")
     whole, fraction, suffix = match.groups()
     unit_bytes = _SUFFIX_BYTES[suffix.upper()]
     if not fraction:
@@ -31,7 +39,7 @@ def parse_size(text: str | int) -> int:
     scale: int = 10 ** len(fraction)
     size_bytes, rest = divmod(int(whole + fraction) * unit_bytes, scale)
     if rest:
-        raise InvalidArgument(f"{text!r} is not a whole number of bytes")
+        raise InvalidArgument(f"{quoted(text)} is not a whole number of bytes")
     return size_bytes
 
 

@@ -134,6 +134,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.cli.prefetch": ({"clock"}, "sleeps between two looks at how far it is"),
     "fvd.cli.profile": ({"clock"}, "waits before it records"),
     "fvd.cli.serve": ({"process", "file"}, "SIGTERM and SIGINT end it, through a pipe"),
+    "fvd.cli.suggest": ({"file"}, "the names in a folder, of which one may have been meant"),
     "fvd.cli.torture": ({"clock", "dice", "process", "file"}, "fresh seeds; how long it has run; SIGTERM ends it; a folder for an image"),
     "fvd.sim.foreign": ({"clock", "socket"}, "waits for an NBD server's answers"),
     "fvd.sim.qemu_nbd": ({"clock", "file", "process"}, "starts and kills qemu-nbd; its image"),

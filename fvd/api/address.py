@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 
 DEFAULT_HOST = "127.0.0.1"  # needs no resolver
 
@@ -12,5 +12,5 @@ def parse_listen(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and not bracketed):
-        raise InvalidArgument(f"{text!r} is not HOST:PORT; write for example localhost:10809 or [::1]:10809")
+        raise InvalidArgument(f"{quoted(text)} is not HOST:PORT; write for example localhost:10809 or [::1]:10809")
     return (host[1:-1] if bracketed else host) or DEFAULT_HOST, int(port)

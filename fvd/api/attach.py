@@ -15,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 
 from fvd.api.hints import how_to_serve, plain_name
 from fvd.api.types import Info
-from fvd.errors import InvalidArgument, NotFound
+from fvd.errors import InvalidArgument, NotFound, quoted
 
 # For so long QEMU holds a guest's requests back while the server is away; then they fail. Longer than the slowest `systemctl restart`
 # (systemd/fvd@.service: TimeoutStopSec, RestartSec), so that a restart, and a crash, is a pause for the guest and no error.
@@ -24,6 +24,9 @@ DEFAULT_PORT = "10809"
 # QEMU: at most 31 bytes; letters, digits, - . _, beginning with a letter.
 NODE_NAME_BYTES = 31
 DEFAULT_TARGET = "vdb"
+# "All addresses" is where a server listens, and nowhere a client can go.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+EVERYWHERE = "the server listens on all addresses of its host: for a machine on another host write its name or address instead of {host}"
 # What XML 1.0 can carry in no way, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are mended
@@ -68,11 +71,12 @@ def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGE
     """The texts for a disk whose ``uri`` is set. Raises InvalidArgument: no such target, or a path that XML cannot hold."""
     assert found.uri is not None
     if not _TARGET.fullmatch(target):
-        raise InvalidArgument(f"{target!r} is no name of a virtio disk in a virtual machine; write for example vdb")
-    export, server = parse_uri(found.uri)
+        raise InvalidArgument(f"{quoted(target)} is no name of a virtio disk in a virtual machine; write for example vdb")
+    uri, everywhere = reachable(found.uri)
+    export, server = parse_uri(uri)
     for text in (export, *server.values()):
         if _NOT_XML.search(text):
-            raise InvalidArgument(f"{text!r} contains characters that libvirt's XML cannot hold; serve the disk under another name")
+            raise InvalidArgument(f"{quoted(text)} contains characters that libvirt's XML cannot hold; serve the disk under another name")
     node = node_name(found)
     blockdev = _blockdev(node, export, server, found.read_only)
     thread = f"{node}-thread"
@@ -89,15 +93,28 @@ def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGE
     qemu_args += ["-device", ",".join([device["driver"], *keyval({key: value for key, value in device.items() if key != "driver"})])]
     return AttachInfo(
         volume=found.volume,
-        uri=found.uri,
+        uri=uri,
         export=export,
         read_only=found.read_only,
         qemu_args=qemu_args,
         blockdev=blockdev,
         qmp=qmp,
         libvirt_xml=_libvirt_xml(export, server, found.read_only, iothread, target),
-        notes=_notes(found, server, iothread, target),
+        notes=[*_notes(found, server, iothread, target), *([EVERYWHERE.format(host=server["host"])] if everywhere else [])],
     )
+
+
+def reachable(uri: str) -> tuple[str, bool]:
+    """An address that a client can connect to, and whether the server listens on all of its host's: then it is the loopback's."""
+    parts = urlsplit(uri)
+    try:
+        loopback = _LOOPBACK.get(parts.hostname or "")
+    except ValueError:
+        loopback = None
+    if loopback is None or parts.scheme != "nbd":
+        return uri, False
+    port = "" if parts.port is None else f":{parts.port}"
+    return parts._replace(netloc=f"{loopback}{port}").geturl(), True
 
 
 def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
@@ -106,7 +123,7 @@ def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
         parts = urlsplit(uri)
         port = parts.port  # raises ValueError when it is no number
     except ValueError as error:
-        raise InvalidArgument(f"{uri!r} is no NBD URI: {error}") from None
+        raise InvalidArgument(f"{quoted(uri)} is no NBD URI: {error}") from None
     export = unquote(parts.path[1:])
     if parts.scheme == "nbd+unix":
         path = dict(parse_qsl(parts.query.replace("+", "%2B"))).get("socket")  # in an NBD URI a plus is a plus
@@ -115,7 +132,7 @@ def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
     elif parts.scheme == "nbd" and parts.hostname:
         host = parts.netloc.rpartition(":")[0] if port is not None else parts.netloc
         return export, {"type": "inet", "host": host.strip("[]"), "port": DEFAULT_PORT if port is None else str(port)}
-    raise InvalidArgument(f"{uri!r} is no NBD URI that fvd knows: nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT")
+    raise InvalidArgument(f"{quoted(uri)} is no NBD URI that fvd knows: nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT")
 
 
 def node_name(found: Info) -> str:

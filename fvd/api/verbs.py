@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Placement, Provisioned, from_json, info_from_json
-from fvd.errors import InUse, InvalidArgument
+from fvd.errors import InUse, InvalidArgument, quoted
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ MAP_PIECE_EXTENTS = 100_000
 
 def provision(
     volume: str,
-    size: int | str,
+    size: int | str | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
     base_format: BaseFormat | None = None,
     copy_on_read: bool = False,
     prefetch: bool = False,
+    truncate_base: bool = False,
     layout: Layout = "compact",
     block_size: int | str = "64K",
     chunk_size: int | str = "1M",
@@ -45,6 +46,7 @@ def provision(
 ) -> Provisioned:
     """Make a virtual disk of ``size`` in a volume. The same again is fine (``created`` is False then), interrupted or not.
 
+    ``size``: None takes the base's, rounded up to 512 bytes; a disk smaller than its base is refused unless ``truncate_base``.
     ``base``: what shows through where the disk has nothing of its own: the path of a raw file or block device, an NBD URI, or, with
     ``base_format``, an image or URI that QEMU reads. ``copy_on_read`` and ``prefetch`` are what each open does that does not say otherwise:
     copy what is read from the base; copy all of it in the background. ``placement``: where new chunks go; ``append``: after the others;
@@ -59,7 +61,8 @@ def provision(
 
     made = make(
         volume,
-        virtual_size_bytes=parse_size(size),
+        virtual_size_bytes=None if size is None else parse_size(size),
+        truncate_base=truncate_base,
         block_size_bytes=parse_size(block_size),
         chunk_size_bytes=parse_size(chunk_size),
         journal_size_bytes=parse_size(journal_size),
@@ -252,4 +255,4 @@ def _choice(what: str, name: str, codes: Any) -> Any:
     try:
         return codes[name.upper()]
     except KeyError:
-        raise InvalidArgument(f"{what} {name!r}: choose {' or '.join(code.name.lower() for code in codes)}") from None
+        raise InvalidArgument(f"{what} {quoted(name)}: choose {' or '.join(code.name.lower() for code in codes)}") from None

@@ -16,6 +16,7 @@ import fvd
 from fvd.cli.failure import EXIT_BROKEN_PIPE, PROGRAM
 from fvd.cli.options import VOLUME_HELP, Subparsers, add_command
 from fvd.cli.output import SCHEMA_VERSION, duration, say
+from fvd.errors import quoted
 from fvd.units import format_size
 
 EXAMPLES = """\
@@ -103,5 +104,5 @@ class _Reader:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of events; write 1 or more")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number of events; write 1 or more")
     return int(text)

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import fvd
-from fvd.cli.options import Subparsers, add_command, add_volume
-from fvd.cli.output import Output, share
+from fvd.cli.options import Subparsers, add_command, add_volumes
+from fvd.cli.output import share
 from fvd.cli.prefetch import progress_text
+from fvd.cli.several import Answer, run_each
 from fvd.units import GIB, MIB, format_size
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   fvd-lv info file:vm1.img
   fvd-lv info file:vm1.img --output json | jq .mapped_bytes
+  fvd-lv info vg0/vm1 vg0/vm2 --output json | jq .volumes[].mapped_bytes
 
 Works on a closed disk and on a served one, through its control socket."""
 
@@ -27,13 +29,16 @@ WRITE_RATES_BYTES = (100 * MIB, GIB)
 
 
 def register(subparsers: Subparsers) -> None:
-    add_volume(add_command(subparsers, "info", "show what a disk is and how full", run, EXAMPLES))
+    add_volumes(add_command(subparsers, "info", "show what a disk is and how full", run, EXAMPLES))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = fvd.info(arguments.volume)
-    Output(arguments.output).result(asdict(found), [found.volume, *describe_info(found)])
-    return 0
+    return run_each(arguments, look, apart=True)
+
+
+def look(volume: str) -> Answer:
+    found = fvd.info(volume)
+    return asdict(found), [found.volume, *describe_info(found)], 0
 
 
 def describe_info(found: Info) -> list[str]:

@@ -68,7 +68,8 @@ def describe(found: list[Listed]) -> list[str]:
             disk.free_bytes,
             disk.max_storage_size if most is None else most,
         )
-        rows.append((listed.volume, *map(_size, sizes), disk.uri or listed.state))  # type: ignore[arg-type]
+        loss = "" if disk.possible_loss is None else "; writes may be lost: fvd-lv info"
+        rows.append((listed.volume, *map(_size, sizes), f"{disk.uri or listed.state}{loss}"))  # type: ignore[arg-type]
     return columns(rows, right=(1, 2, 3, 4, 5))
 
 

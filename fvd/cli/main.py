@@ -10,7 +10,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fvd import __version__
 from fvd.cli import (
@@ -44,7 +44,8 @@ from fvd.cli.failure import (
     is_memory_short,
 )
 from fvd.cli.options import add_common
-from fvd.errors import FvdError, InvalidArgument
+from fvd.cli.suggest import guess, guess_volume
+from fvd.errors import FvdError, InvalidArgument, NotFound, quoted
 
 COMMANDS = (
     provision,
@@ -74,6 +75,31 @@ needed) or a block device such as /dev/sdb, which does not grow by itself."""
 
 class _Parser(argparse.ArgumentParser):
     """Errors of usage in JSON too, for a program that asked for it."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As its parent's, with a guess at what was meant by an option that there is not."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = getattr(arguments, "command", None)
+            parser = self.commands.get(command, self) if command else self
+            known = [option for action in parser._actions for option in action.option_strings]
+            said = [f"there is no {quoted(word)}{guess(word.partition('=')[0], known)}" for word in unknown]
+            parser.error("; ".join(said))
+        return arguments
+
+    @property
+    def commands(self) -> dict[str, _Parser]:
+        """The parsers of its commands."""
+        return next((dict(action.choices) for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        if action.dest == "command":
+            meant = guess(str(value), names) or f"; there are {', '.join(names)}"
+            raise argparse.ArgumentError(None, f"there is no command {quoted(value)}{meant}")
+        raise argparse.ArgumentError(action, f"{quoted(value)} is none of {', '.join(names)}{guess(str(value), names)}")
 
     def error(self, message: str) -> NoReturn:
         if _wants_json(sys.argv[1:]):
@@ -159,7 +185,7 @@ def _fail(error: BaseException, arguments: argparse.Namespace) -> int:
             _print_error(error, volume)
         except OSError:
             output.silence(sys.stdout)
-    output.say(error_line(error, volume))
+    output.say(error_line(error, volume) + (guess_volume(volume) if volume and isinstance(error, NotFound) else ""))
     return exit_code_of(error)
 
 

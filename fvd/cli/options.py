@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fvd.api.address import parse_listen
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 from fvd.units import parse_size
 
 VOLUME_HELP = "VG/LV, file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
@@ -35,8 +35,27 @@ def seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write seconds, for example 30")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a time; write seconds, for example 30")
     return value
+
+
+def number(text: str) -> float:
+    """An argparse type: any number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number; write for example 1.5")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number; write for example 10") from None
 
 
 def mode(text: str) -> int:
@@ -46,7 +65,7 @@ def mode(text: str) -> int:
     except ValueError:
         value = -1
     if not 0 <= value <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file mode; write for example 0600")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a file mode; write for example 0600")
     return value
 
 
@@ -100,3 +119,7 @@ def add_common(parser: argparse.ArgumentParser, default: bool) -> None:
 
 def add_volume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("volume", metavar="VOLUME", help=VOLUME_HELP)
+
+
+def add_volumes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; several, one after the other")

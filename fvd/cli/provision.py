@@ -8,7 +8,7 @@ from typing import get_args
 
 import fvd
 from fvd.cli.info import describe_info
-from fvd.cli.options import ON_OFF, Subparsers, add_command, add_volume, size
+from fvd.cli.options import ON_OFF, Subparsers, add_command, add_volume, number, size
 from fvd.cli.output import Output
 from fvd.cli.progress import Progress
 
@@ -17,6 +17,7 @@ EXAMPLES = """\
   fvd-lv provision vg0/vm1 --size 100G --max-overcommit 3
   fvd-lv provision file:vm1.img --size 100G
   fvd-lv provision file:vm2.img --size 100G --base debian-12.raw
+  fvd-lv provision file:vm5.img --base debian-12.raw
   fvd-lv provision vg0/vm3 --size 100G --base nbd://images.example.com/debian-12 --prefetch on
   fvd-lv provision vg0/vm4 --size 100G --base debian-12.qcow2 --base-format qcow2 --copy-on-read on
   fvd-lv provision /dev/sdb --size 500G --layout raw
@@ -33,8 +34,9 @@ BASE_FORMATS: tuple[str, ...] = get_args(fvd.BaseFormat)
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "provision", "make a virtual disk in a volume", run, EXAMPLES)
     add_volume(parser)
-    parser.add_argument("--size", metavar="SIZE", type=size, required=True, help="size of the virtual disk, for example 100G")
+    parser.add_argument("--size", metavar="SIZE", type=size, help="size of the virtual disk, for example 100G; default: that of the base")
     parser.add_argument("--base", metavar="IMAGE", help=BASE_HELP)
+    parser.add_argument("--truncate-base", action="store_true", help="let the disk be smaller than its base, whose end is not seen then")
     parser.add_argument("--base-format", choices=BASE_FORMATS, help="what the base is; default: raw, and of an NBD URI nbd")
     parser.add_argument("--copy-on-read", choices=ON_OFF, default="off", help="keep what is read from the base; serve may say otherwise")
     parser.add_argument("--prefetch", choices=ON_OFF, default="off", help="copy all of the base in the background; likewise")
@@ -54,7 +56,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--max-overcommit",
         metavar="RATIO",
-        type=float,
+        type=number,
         help="refuse the disk if the group's disks could then become more than so many times what can be had; 1: no over-commit",
     )
     parser.add_argument("--force", action="store_true", help="overwrite foreign signatures (a file system, say); nothing else")
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             base_format=arguments.base_format,
             copy_on_read=arguments.copy_on_read == "on",
             prefetch=arguments.prefetch == "on",
+            truncate_base=arguments.truncate_base,
             layout=arguments.layout,
             block_size=arguments.block_size,
             chunk_size=arguments.chunk_size,

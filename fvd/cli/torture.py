@@ -13,14 +13,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fvd.cli.failure import PROGRAM
-from fvd.cli.options import Subparsers, add_command
-from fvd.cli.output import Output, terminal_width
+from fvd.cli.options import Subparsers, add_command, number, whole_number
+from fvd.cli.output import Output, say, terminal_width
 from fvd.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from fvd.sim.torture import Found, Kind, Tally
 
 EXIT_FOUND = 1
+EXIT_NOTHING = 1  # was played, so that nothing is known
+NOTHING = "nothing was played, so this says nothing; give it more --seconds, --requests or --worlds"
 DEPTH = 64  # requests in flight to another server
 IMAGE_BYTES = 16 << 20
 
@@ -34,23 +36,23 @@ EXAMPLES = """\
   fvd-lv torture --console --disk size=1M base=300K
   fvd-lv torture --script three-writes
 
-Exit code 0: nothing found; 1: something was, and the output has the one command that repeats it."""
+Exit code 0: nothing found; 1: something was, and the output has the one command that repeats it; or nothing was played."""
 
 
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "torture", "test the engine on a simulated disk that owns the order of every event", run, EXAMPLES)
-    parser.add_argument("--seed", type=int, metavar="N", help="the first world (default: a fresh one)")
-    parser.add_argument("--worlds", type=int, metavar="N", help="how many worlds")
-    parser.add_argument("--requests", type=int, metavar="N", help="stop after so many guest requests")
-    parser.add_argument("--seconds", type=float, metavar="S", help="stop after so much time")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="the first world (default: a fresh one)")
+    parser.add_argument("--worlds", type=whole_number, metavar="N", help="how many worlds")
+    parser.add_argument("--requests", type=whole_number, metavar="N", help="stop after so many guest requests")
+    parser.add_argument("--seconds", type=number, metavar="S", help="stop after so much time")
+    parser.add_argument("--jobs", type=whole_number, metavar="N", help="processes (default: one for each processor)")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     parser.add_argument("--bytes", action="store_true", help="requests of any byte, not only whole sectors, judged byte by byte")
     parser.add_argument("--combinations", action="store_true", help="each world another combination of features, 2,000 requests")
     one = parser.add_argument_group("one world")
     one.add_argument("--trace", action="store_true", help="print every event of the world of --seed")
     one.add_argument("--only", metavar="REQUESTS", help="play only these requests of it, as --shrink prints them")
-    one.add_argument("--events", type=int, default=0, metavar="N", help="another order of events for the same requests")
+    one.add_argument("--events", type=whole_number, default=0, metavar="N", help="another order of events for the same requests")
     one.add_argument("--shrink", action="store_true", help="find the fewest requests of the failing world of --seed that still fail")
     other = parser.add_argument_group("other servers")
     other.add_argument("--nbd", metavar="URI", help="play against this NBD server; what it holds is overwritten")
@@ -123,6 +125,9 @@ def _many(arguments: argparse.Namespace, output: Output) -> int:
     )
     meter.clear()
     output.result(asdict(tally) | {"requests_per_cpu_second": round(tally.requests_per_cpu_second)}, _report(tally, kind))
+    if not tally.requests and not tally.found:
+        say(f"{PROGRAM}: {NOTHING}")
+        return EXIT_NOTHING
     return EXIT_FOUND if tally.found else 0
 
 
@@ -139,7 +144,7 @@ def _report(tally: Tally, kind: Kind) -> list[str]:
     )
     lines.append(
         f"{tally.seconds:.0f} s; {tally.requests_per_cpu_second:.0f} requests a second on one core; "
-        + (f"{len(tally.found)} worlds failed" if tally.found else "nothing found")
+        + (f"{len(tally.found)} worlds failed" if tally.found else "nothing found" if tally.requests else "nothing played")
     )
     return lines
 
@@ -199,6 +204,9 @@ def _one(arguments: argparse.Namespace, output: Output) -> int:
     lines = [str(World(arguments.seed).shape), *log] if arguments.trace else []
     lines.append(f"seed {arguments.seed}: {outcome.requests} requests: {error or 'nothing found'}")
     output.result({"seed": arguments.seed} | asdict(outcome) | {"error": error, "log": log if arguments.trace else None}, lines)
+    if not outcome.requests and not error:
+        say(f"{PROGRAM}: nothing was played, so this says nothing; name other requests by --only")
+        return EXIT_NOTHING
     return EXIT_FOUND if error else 0
 
 

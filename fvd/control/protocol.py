@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from fvd.errors import FvdError, InvalidArgument
+from fvd.errors import FvdError, InvalidArgument, quoted
 
 SCHEMA_VERSION = 1
 REQUEST_LIMIT_BYTES = 64 << 10
@@ -118,7 +118,7 @@ def decode_streamed(line: bytes, *, strange: bool = False) -> Streamed:
         message = _printable(message)
     event = message.get("event")
     if event is not None and not isinstance(event, dict):
-        raise ProtocolError(f"an event must be a JSON object, not {type(event).__name__}")
+        raise ProtocolError("an event must be a JSON object")
     return Streamed(event, message.get("end") is True)
 
 
@@ -145,14 +145,17 @@ class Lines:
             raise ProtocolError(f"a message is longer than {self._limit_bytes} bytes")
 
 
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
 def check_arguments(arguments: dict[str, Any], allowed: dict[str, type]) -> dict[str, Any]:
     """The arguments, if each is known and of its type; a float may be written as an integer, as JSON has only numbers."""
     for name, value in arguments.items():
         if name not in allowed:
-            raise InvalidArgument(f"unknown argument {name!r}; known are: {', '.join(sorted(allowed)) or 'none'}")
+            raise InvalidArgument(f"unknown argument {quoted(name)}; known are: {', '.join(sorted(allowed)) or 'none'}")
         kinds = (int, float) if allowed[name] is float else allowed[name]
         if not isinstance(value, kinds) or isinstance(value, bool) != (allowed[name] is bool):
-            raise InvalidArgument(f"argument {name!r} must be of type {allowed[name].__name__}, not {type(value).__name__}")
+            raise InvalidArgument(f"argument {quoted(name)} must be {_KINDS[allowed[name]]}")
     return arguments
 
 
@@ -177,8 +180,8 @@ def _object(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not a line of JSON: {error}") from None
     if not isinstance(message, dict):
-        raise ProtocolError(f"a message must be a JSON object, not {type(message).__name__}")
+        raise ProtocolError("a message must be a JSON object")
     version = message.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise ProtocolError(f"schema version {version!r} is not known; this is version {SCHEMA_VERSION}")
+        raise ProtocolError(f"schema version {quoted(version)} is not known; this is version {SCHEMA_VERSION}")
     return message

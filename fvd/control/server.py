@@ -20,7 +20,7 @@ from fvd.control import protocol
 from fvd.control.paths import LOCK_SUFFIX, make_runtime_dir, short_address, socket_name
 from fvd.control.protocol import Request
 from fvd.control.streaming import HEARTBEAT_SECONDS, LAST_WORDS_SECONDS, STALLED_SECONDS, Sender, StreamVerb
-from fvd.errors import FvdError, InUse, InvalidArgument
+from fvd.errors import FvdError, InUse, InvalidArgument, quoted
 
 Handler = Callable[[dict[str, Any]], Any]
 
@@ -174,7 +174,7 @@ class ControlServer:
                 return request
             handler = self._handlers.get(request.verb)
             if handler is None:
-                raise InvalidArgument(f"{self._volume}: unknown verb {request.verb!r}; known are: {self._known()}")
+                raise InvalidArgument(f"{self._volume}: unknown verb {quoted(request.verb)}; known are: {self._known()}")
             return protocol.encode_result(handler(request.arguments))
         except Exception as error:  # whatever a handler raises is the asker's answer, never the server's end
             return protocol.encode_error(error)
@@ -241,7 +241,7 @@ def _refuse_live(path: Path, volume: str) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             return
         except OSError as error:
-            raise InUse(f"{volume}: {path} is in the way ({error.strerror}); remove it if nobody serves this volume") from None
+            raise InUse(f"{volume}: {path} is in the way ({error.strerror}); if nobody serves this volume, move it away") from None
     raise InUse(f"{volume}: another process answers at {path}; stop it first")
 
 

@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 
 from fvd.device.node import Node
-from fvd.errors import DeviceError, Timeout, Unsupported
+from fvd.errors import DeviceError, Timeout, Unsupported, quoted
 
 TIMEOUT_SECONDS = 30.0
 # /usr/sbin is not in an ordinary user's PATH on Debian.
@@ -30,7 +30,7 @@ class Signature:
     uuid: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.type}{f' {self.label!r}' if self.label else ''} (at byte {self.offset_bytes})"
+        return f"{self.type}{f' {quoted(self.label)}' if self.label else ''} (at byte {self.offset_bytes})"
 
 
 def find_signatures(target: Node | str | os.PathLike[str], *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Signature]:

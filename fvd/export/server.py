@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from fvd.device._queue import Source
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout
+from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
 from fvd.export import handshake
 from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import MAXIMUM_PAYLOAD_BYTES
@@ -150,7 +150,7 @@ class NbdServer:
         preferably aligned to. `on_want` is called in the serving thread with the engine's Want bits, once until they are cleared."""
         for text in (name, description):
             if len(text.encode()) > handshake.MAXIMUM_NAME_BYTES or "\0" in text:
-                raise InvalidArgument(f"the name or description of export {name[:64]!r} is too long for NBD, or contains NUL")
+                raise InvalidArgument(f"the name or description of export {quoted(name[:64])} is too long for NBD, or contains NUL")
         if not 1 <= minimum_block_bytes <= 65536 or minimum_block_bytes & (minimum_block_bytes - 1):
             raise InvalidArgument(f"the minimum block of {minimum_block_bytes} bytes is no power of two up to 64 KiB")
         if block_size_bytes < max(512, minimum_block_bytes) or block_size_bytes & (block_size_bytes - 1):
@@ -161,7 +161,7 @@ class NbdServer:
 
         def attach() -> None:
             if name in self._exports:
-                raise Conflict(f"an export named {name!r} is already served")
+                raise Conflict(f"an export named {quoted(name)} is already served")
             number = self._loop.add_export(backend, storage_fd, base_fd, remote, sampler_fd)
             preferred = min(block_size_bytes, MAXIMUM_PAYLOAD_BYTES)
             export = handshake.Export(name, number, size_bytes, read_only, minimum_block_bytes, preferred, description)
@@ -178,13 +178,13 @@ class NbdServer:
     def _close_export(self, name: str) -> None:
         export = self._exports.pop(name, None)
         if export is None:
-            raise NotFound(f"no export named {name!r} is served")
+            raise NotFound(f"no export named {quoted(name)} is served")
         self._loop.drain(int(self._limits.drain_s * 1e9), export.number)
         result = self._loop.request(export.number, close=True)
         self._loop.remove_export(export.number)
         self._on_want.pop(export.number, None)
         if result:
-            raise DeviceError(f"closing {name!r}: {os.strerror(-result)}; what was not flushed may be lost")
+            raise DeviceError(f"closing {quoted(name)}: {os.strerror(-result)}; what was not flushed may be lost")
 
     def release_base(self, name: str) -> None:
         """A disk needs its base no longer: the caller may close it. Raises Conflict while something is still read from it."""
@@ -192,11 +192,11 @@ class NbdServer:
         def release() -> None:
             export = self._exports.get(name)
             if export is None:
-                raise NotFound(f"no export named {name!r} is served")
+                raise NotFound(f"no export named {quoted(name)} is served")
             try:
                 self._loop.release_base(export.number)
             except RuntimeError as error:
-                raise Conflict(f"the base of {name!r} is in use: {error}") from error
+                raise Conflict(f"the base of {quoted(name)} is in use: {error}") from error
 
         self.call(release)
 

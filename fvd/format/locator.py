@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import IntEnum
 
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 
 MAX_LOCATOR_BYTES = 3072
 
@@ -74,20 +74,20 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
     try:
         raw = locator.encode()
     except UnicodeEncodeError as error:
-        raise InvalidArgument(f"the base {locator!r} is not UTF-8") from error
+        raise InvalidArgument(f"the base {quoted(locator)} is not UTF-8") from error
     if len(raw) > MAX_LOCATOR_BYTES:
         raise InvalidArgument(f"the base's name has {len(raw)} bytes; at most {MAX_LOCATOR_BYTES} fit")
     if base_format is BaseFormat.NONE:
         raise InvalidArgument(f"the base {locator} has no format")
     if any(ord(letter) < 0x20 or 0x7F <= ord(letter) < 0xA0 for letter in locator):
-        raise InvalidArgument(f"the base {locator!r} has a control character in its name; use another name for it, a link perhaps")
+        raise InvalidArgument(f"the base {quoted(locator)} has a control character in its name; use another name for it, a link perhaps")
     if locator.startswith("/"):
         if base_format is BaseFormat.NBD or base_format is BaseFormat.REMOTE_RAW:
             raise InvalidArgument(f"the base {locator} is a path, but its format {_name(base_format)} needs a URI")
         return
     scheme = scheme_of(locator)
     if scheme is None:
-        raise InvalidArgument(f"the base {locator!r} must be an absolute path or a URI")
+        raise InvalidArgument(f"the base {quoted(locator)} must be an absolute path or a URI")
     if scheme in NBD_SCHEMES:
         if base_format is not BaseFormat.NBD:
             raise InvalidArgument(f"the base {locator} is read through NBD, which has no format {_name(base_format)}; leave the format out")
@@ -103,7 +103,7 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
         _check_qemu(locator, scheme)
     else:
         raise InvalidArgument(
-            f"the base {locator!r}: fvd reads no {scheme}: names; it knows {', '.join((*NBD_SCHEMES, *QEMU_SCHEMES))}, and absolute paths"
+            f"the base {quoted(locator)}: fvd reads no {scheme}: names, only {', '.join((*NBD_SCHEMES, *QEMU_SCHEMES))}, and absolute paths"
         )
 
 
@@ -126,7 +126,9 @@ def _check_nbd(locator: str, scheme: str) -> None:
 def _check_qemu(locator: str, scheme: str) -> None:
     if scheme == "rbd":
         if not _RBD.fullmatch(locator):
-            raise InvalidArgument(f"the base {locator!r} must be rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:id=USER][:conf=/etc/ceph/FILE]")
+            raise InvalidArgument(
+                f"the base {quoted(locator)} must be rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:id=USER][:conf=/etc/ceph/FILE]"
+            )
         return
     authority, query = _uri(locator)
     if not authority.rpartition("@")[2]:
@@ -141,7 +143,7 @@ def _uri(locator: str) -> tuple[str, str]:
     """Authority and query."""
     found = _URI.fullmatch(locator)
     if not found:
-        raise InvalidArgument(f"the base {locator!r} is no URI of the kind SCHEME://HOST/NAME; other characters are written as %XX")
+        raise InvalidArgument(f"the base {quoted(locator)} is no URI of the kind SCHEME://HOST/NAME; other characters are written as %XX")
     authority = found["authority"]
     user = authority.rpartition("@")[0]
     # A superblock is read by everybody who may see the disk, and a program's arguments by everybody on the host.

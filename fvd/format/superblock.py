@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from fvd import _core
-from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported
+from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported, quoted
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
 from fvd.format.locator import MAX_LOCATOR_BYTES as MAX_LOCATOR_BYTES
 from fvd.format.locator import BaseFormat as BaseFormat
@@ -103,7 +103,7 @@ class BaseReference:
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, BaseFormat) or self.format is BaseFormat.NONE:
-            raise InvalidArgument(f"a base of format {self.format!r} does not exist")
+            raise InvalidArgument(f"a base of format {quoted(self.format)} does not exist")
         check_locator(self.locator, self.format)
         if not 0 <= self.size_bytes < _U64_END:
             raise InvalidArgument(f"the base's size {self.size_bytes} is not possible")

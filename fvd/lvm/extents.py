@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from fvd.errors import Unsupported
+from fvd.errors import Unsupported, quoted
 
 SEGMENT_FIELDS = "vg_name,lv_name,lv_uuid,segtype,seg_start,seg_size,seg_pe_ranges,vg_extent_size"
 PHYSICAL_FIELDS = "pv_name,pe_start"
@@ -40,7 +40,7 @@ def parse_pieces(segments: str, physical: str) -> dict[str, list[Piece]]:
             offset = starts[match["device"]] + int(match["first"]) * int(row["vg_extent_size"])
             found.setdefault(row["lv_uuid"], []).append(Piece(int(row["seg_start"]), int(row["seg_size"]), match["device"], offset))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unsupported(f"lvm2 answered in a form that fvd does not know ({error!r}); lvm2 2.03.12 or later is needed") from error
+        raise Unsupported(f"lvm2 answered in a form that fvd does not know ({quoted(error)}); lvm2 2.03.12 or later is needed") from error
     return {uuid: pieces for uuid, pieces in ((uuid, _in_order(pieces)) for uuid, pieces in found.items() if uuid not in others) if pieces}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fvd.errors import Unsupported
+from fvd.errors import Unsupported, quoted
 
 VOLUME_FIELDS = (
     "vg_name,lv_name,lv_uuid,lv_size,lv_tags,lv_layout,lv_role,lv_active,lv_active_remotely,lv_suspended,lv_inactive_table,lv_permissions,"
@@ -108,7 +108,7 @@ def _checked(parse: Any, row: dict[str, Any]) -> Any:
     try:
         return parse(row)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise Unsupported(f"lvm2 reports a field in a form that fvd does not know ({error!r}); lvm2 2.03.12 or later is needed") from error
+        raise Unsupported(f"lvm2 reports a field in a form unknown to fvd ({quoted(error)}); lvm2 2.03.12 or later is needed") from error
 
 
 def _volume(row: dict[str, Any]) -> LogicalVolume:

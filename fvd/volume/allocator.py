@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from fvd.errors import DeviceError, FvdError
+from fvd.errors import DeviceError, FvdError, quoted
 from fvd.format.geometry import Geometry
 from fvd.volume.growth import Pool, Storage
 from fvd.volume.policy import (
@@ -276,7 +276,7 @@ class Allocator:
             except FvdError as failure:
                 error = failure
             except Exception as failure:  # a storage's own bug must not end growth for ever
-                error = DeviceError(f"growing failed: {failure!r}")
+                error = DeviceError(f"growing failed: {quoted(failure)}")
             size_bytes, suspend_seconds = self._read_size(), self.storage.last_suspend_seconds
             self._in_loop(
                 lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes(), suspend_seconds=suspend_seconds))

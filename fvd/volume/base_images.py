@@ -14,7 +14,7 @@ import subprocess
 from typing import Any
 
 from fvd.device.node import Node
-from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported
+from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 from fvd.format.locator import BaseFormat
 from fvd.format.superblock import MAGIC, SLOT_OFFSETS_BYTES
 
@@ -118,7 +118,7 @@ def check_image(locator: str, base_format: BaseFormat, *, timeout_s: float) -> N
         found = json.loads(answer)
         _judge(found, locator, driver)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unsupported(f"qemu-img answered in a form that fvd does not know ({error!r}); QEMU 5.2 or later is needed") from error
+        raise Unsupported(f"qemu-img answered in a form that fvd does not know ({quoted(error)}); QEMU 5.2 or later is needed") from error
 
 
 def _judge(found: dict[str, Any], locator: str, driver: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 from fvd.format.locator import NBD_SCHEMES, BaseFormat, check_locator, scheme_of
 
 FORMATS = ("raw", "nbd", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels")
@@ -18,7 +18,7 @@ def parse_format(name: str | None) -> BaseFormat | None:
     if name is None:
         return None
     if name not in FORMATS:
-        raise InvalidArgument(f"base format {name!r}: choose one of {', '.join(FORMATS)}")
+        raise InvalidArgument(f"base format {quoted(name)}: choose one of {', '.join(FORMATS)}")
     return BaseFormat[name.upper()]
 
 
@@ -29,7 +29,7 @@ def parse_locator(name: str | os.PathLike[str], stated: BaseFormat | None) -> tu
     """
     text = os.fspath(name)
     if not isinstance(text, str):
-        raise InvalidArgument(f"the base {text!r} must be text, not bytes")
+        raise InvalidArgument(f"the base {quoted(text)} must be text, not bytes")
     scheme = None if isinstance(name, os.PathLike) else scheme_of(text)
     if scheme is None:
         # Links stay as the user named them.

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from fvd.errors import InvalidArgument
+from fvd.errors import InvalidArgument, quoted
 
 # lvm(8): letters, digits, + _ . -, not starting with a hyphen; "." and ".." are no names.
 _LVM_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}", re.ASCII)
@@ -64,24 +64,25 @@ def parse_name(text: str | VolumeName) -> VolumeName:
     if not text:
         raise InvalidArgument("a volume needs a name: VG/LV, file:PATH or /dev/X")
     if _CONTROL.search(text):
-        raise InvalidArgument(f"{text!r} is no volume name: it contains control characters")
+        raise InvalidArgument(f"{quoted(text)} is no volume name: it contains control characters")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidArgument(f"{text!r} is no volume name: it is not valid UTF-8") from error
+        raise InvalidArgument(f"{quoted(text)} is no volume name: it is not valid UTF-8") from error
     if text.startswith("file:"):
         return VolumeName(VolumeKind.FILE, _file_path(text))
     if text.startswith("/"):
         path = _plain(text)
         if not path.startswith("/dev/"):
-            raise InvalidArgument(f"{text!r} is not below /dev; for a file write file:{text}")
+            raise InvalidArgument(f"{quoted(text)} is not below /dev; for a file write file:{text}")
         parts = path.removeprefix("/dev/").split("/")
         if len(parts) == 2 and parts[0] not in _OTHER_FOLDERS:
             return _logical_volume(text, *parts)
         return VolumeName(VolumeKind.DEVICE, path)
     parts = text.split("/")
     if len(parts) != 2:
-        raise InvalidArgument(f"{text!r} is no volume name; write VG/LV, file:PATH or /dev/X")
+        guess = f"; did you mean file:{text}?" if text.isprintable() else ""
+        raise InvalidArgument(f"{quoted(text)} is no volume name; write VG/LV, file:PATH or /dev/X{guess}")
     return _logical_volume(text, *parts)
 
 
@@ -94,21 +95,22 @@ def _logical_volume(text: str, group: str, lv: str) -> VolumeName:
     """Raises InvalidArgument for what lvm would refuse, before any command is run."""
     if not _LVM_NAME.fullmatch(group) or not _LVM_NAME.fullmatch(lv):
         raise InvalidArgument(
-            f"{text!r} is no volume name: in VG/LV both are letters, digits and + _ . - and do not begin with a hyphen; a file is file:PATH"
+            f"{quoted(text)} is no volume name: in VG/LV both are letters, digits, + _ . - and begin with no hyphen; a file is file:PATH"
         )
     if group in _OTHER_FOLDERS:
-        raise InvalidArgument(f"{text!r} is no volume name: no volume group can be called {group}, for /dev/{group} is something else")
+        reason = f"no volume group can be called {group}, for /dev/{group} is something else"
+        raise InvalidArgument(f"{quoted(text)} is no volume name: {reason}")
     if lv.startswith(_RESERVED_PREFIXES) or any(part in lv for part in _RESERVED_PARTS):
-        raise InvalidArgument(f"{text!r} is no volume name: lvm keeps such names for volumes of its own (lvm(8), valid names)")
+        raise InvalidArgument(f"{quoted(text)} is no volume name: lvm keeps such names for volumes of its own (lvm(8), valid names)")
     if len((group + "-" + lv).replace("-", "--")) - 1 > _DM_NAME_BYTES:
-        raise InvalidArgument(f"{text!r} is too long: group and volume together may have about {_DM_NAME_BYTES} bytes")
+        raise InvalidArgument(f"{quoted(text)} is too long: group and volume together may have about {_DM_NAME_BYTES} bytes")
     return VolumeName(VolumeKind.LVM, f"/dev/{group}/{lv}", group, lv)
 
 
 def _file_path(text: str) -> str:
     path = text.removeprefix("file:")
     if not path or path.endswith(("/", "/.", "/..")) or path in (".", ".."):
-        raise InvalidArgument(f"{text!r} names no file; write file:PATH")
+        raise InvalidArgument(f"{quoted(text)} names no file; write file:PATH")
     return _plain(path)
 
 

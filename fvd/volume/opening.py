@@ -18,7 +18,7 @@ from fvd.device import surviving
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Node, open_node
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound
+from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound, quoted
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.pending import mark_acknowledged
@@ -143,9 +143,9 @@ def open_volume(
     """
     volume = parse_name(name)
     if cache not in CACHE_MODES:
-        raise InvalidArgument(f"cache mode {cache!r}: choose one of {', '.join(CACHE_MODES)}")
+        raise InvalidArgument(f"cache mode {quoted(cache)}: choose one of {', '.join(CACHE_MODES)}")
     if on_full not in ON_FULL:
-        raise InvalidArgument(f"on_full {on_full!r}: choose one of {', '.join(ON_FULL)}")
+        raise InvalidArgument(f"on_full {quoted(on_full)}: choose one of {', '.join(ON_FULL)}")
     if not (0 < base_timeout_s <= MAX_TIMEOUT_S):
         raise InvalidArgument(f"base timeout {base_timeout_s} s: it must be more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
     with ExitStack() as undo:

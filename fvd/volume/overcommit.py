@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fvd.errors import Conflict, InvalidArgument, NoSpace
+from fvd.errors import Conflict, InvalidArgument, NoSpace, quoted
 from fvd.lvm.report import LogicalVolume, VolumeGroup
 from fvd.units import format_size
 
@@ -160,7 +160,7 @@ def parse_limit(value: float | str | None) -> float | None:
     except ValueError:
         ratio = 0.0
     if not 0 < ratio < 1e6:
-        raise InvalidArgument(f"{value!r} is no over-commit ratio; write for example 1.5, and 1 for none at all")
+        raise InvalidArgument(f"{quoted(value)} is no over-commit ratio; write for example 1.5, and 1 for none at all")
     return ratio
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fvd.device import names
 from fvd.device.node import open_node
-from fvd.errors import Conflict, InvalidArgument
+from fvd.errors import Conflict, InvalidArgument, quoted
 from fvd.units import format_size
 
 VERSION = 1
@@ -150,7 +150,7 @@ def _header_size_bytes(path: str, line: bytes) -> int:
         raise _unusable(path, "it does not begin as a profile does")
     version, size_bytes = header["fvd_profile"], header.get("base_size_bytes")
     if type(version) is not int or version != VERSION:
-        raise _unusable(path, f"it is of version {version!r}, and {VERSION} is known")
+        raise _unusable(path, f"it is of version {quoted(version)}, and {VERSION} is known")
     if type(size_bytes) is not int or size_bytes <= 0:
         raise _unusable(path, "it does not say how large its base is")
     return size_bytes

@@ -17,7 +17,7 @@ from fvd.device.node import Identity, Node, open_node
 from fvd.device.signature import find_signatures, wipe_signatures
 from fvd.device.udev import known_content, udev_is_running
 from fvd.errors import Conflict, Corrupt, FvdError, InvalidArgument, NoSpace, NotFound
-from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
+from fvd.format.geometry import MIN_VIRTUAL_SIZE_BYTES, PAGE_BYTES, SECTOR_BYTES, Geometry, Layout, Placement
 from fvd.format.journal import first_page, page_offset_bytes
 from fvd.format.maps import Bitmap, MapKind, Table, empty_bitmap, empty_table, encode_pages, map_hash, map_offset_bytes, map_pages
 from fvd.format.superblock import COPY_ON_READ, PREFETCH, BaseReference, Superblock
@@ -53,7 +53,7 @@ class Provisioned:
 def provision(
     name: str | VolumeName,
     *,
-    virtual_size_bytes: int,
+    virtual_size_bytes: int | None,
     block_size_bytes: int = 64 * KIB,
     chunk_size_bytes: int = MIB,
     journal_size_bytes: int = 16 * MIB,
@@ -64,6 +64,7 @@ def provision(
     base_format: str | None = None,
     copy_on_read: bool = False,
     prefetch: bool = False,
+    truncate_base: bool = True,
     max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -75,11 +76,14 @@ def provision(
     `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
     `max_overcommit` refuses a disk that would take its volume group beyond that ratio (`overcommit.py`).
     `base`: a path or URI, `base_format`: see `examine_base`; what the base is known to have no data in becomes zeros of the disk's own.
+    `virtual_size_bytes` None: the base's, rounded up to a sector. `truncate_base`: a new disk may be smaller than its base.
     `copy_on_read` and `prefetch` are what opens of this disk do by default.
     Raises InvalidArgument, Conflict (naming what differs, or what is there), Corrupt, InUse, NoSpace, NotFound, PermissionDenied,
     Unsupported (a base that cannot be one), Timeout (its server does not answer), DeviceError.
     """
     volume = parse_name(name)
+    if virtual_size_bytes is None:
+        virtual_size_bytes = _size_over(volume, base, base_format)
     geometry = Geometry(
         virtual_size_bytes=virtual_size_bytes,
         block_size_bytes=block_size_bytes,
@@ -120,6 +124,11 @@ def provision(
     elif base is not None:
         reference = examine_base(base, base_format)
 
+    if reference is not None and virtual_size_bytes < reference.size_bytes and not truncate_base:
+        raise InvalidArgument(
+            f"{volume}: a disk of {virtual_size_bytes} bytes is smaller than its base ({reference.size_bytes} bytes), whose end the guest "
+            "would not see; leave out --size to take the base's, or say --truncate-base"
+        )
     building = provider.build(volume, plan)
     try:
         node = building.node
@@ -131,7 +140,7 @@ def provision(
                     return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
                 raise Conflict(
                     f"{volume} holds an fvd disk, but is not marked as one; if it is yours, lvchange --addtag {TAG_DISK} {volume} takes it "
-                    "back; if it is not, wipefs --all its device"
+                    "back; if it is not, choose another name"
                 )
             _refuse_contents(node, volume, found, force)
         if building.contents is not Contents.BLANK:
@@ -153,6 +162,14 @@ def provision(
         return Provisioned(volume, superblock, True, node.size_bytes(), view)
     finally:
         building.close()
+
+
+def _size_over(volume: VolumeName, base: str | os.PathLike[str] | None, base_format: str | None) -> int:
+    """The size of a disk over this base for which none was said."""
+    if base is None:
+        raise InvalidArgument(f"{volume}: say how large the disk is to be, for example --size 100G; only over a base it can be left out")
+    size_bytes = examine_base(base, base_format).size_bytes
+    return max(MIN_VIRTUAL_SIZE_BYTES, -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES)
 
 
 def _zeros_of(reference: BaseReference, geometry: Geometry, identity: Identity) -> Bitmap:
@@ -217,8 +234,18 @@ def _same_disk(
 ) -> Provisioned:
     differing = differences(found, geometry, base, features)
     if differing:
-        raise Conflict(f"{volume} is an fvd disk with other parameters: {'; '.join(differing)}. Remove it first, or use another name")
+        raise Conflict(f"{volume} is an fvd disk with other parameters: {'; '.join(differing)}. {_what_to_do(differing)}")
     return Provisioned(volume, found, False, size_bytes)
+
+
+def _what_to_do(differing: list[str]) -> str:
+    """Towards what was asked for, with nothing lost of what is there."""
+    if any(one.startswith("virtual_size ") for one in differing):
+        return (
+            "It was left as it is. For another size provision a new disk over it: serve this one --read-only, give its NBD URI as --base, "
+            "and say --prefetch on; then the new one needs it no longer"
+        )
+    return "It was left as it is, and keeps these; leave the options out, or use another name"
 
 
 def differences(found: Superblock, geometry: Geometry, base: BaseReference | None, features: int = 0) -> list[str]:
@@ -253,24 +280,27 @@ def _refuse_contents(node: Node, volume: VolumeName, found: FvdError, force: boo
     if force:
         return
     if not isinstance(found, NotFound):
-        raise Corrupt(f"{volume} holds a damaged fvd disk ({found}); --force overwrites it") from found
+        raise Corrupt(
+            f"{volume} holds a damaged fvd disk ({found}); fvd-lv check says more. If nobody needs anything of it, --force overwrites it"
+        ) from found
     if not node.is_block and (node.size_bytes() == 0 or holds_remains(node)):
         return
     signatures = find_signatures(node)
     if signatures:
-        raise Conflict(f"{volume} holds {', '.join(map(str, signatures))}; --force overwrites it")
+        raise Conflict(f"{volume} holds {', '.join(map(str, signatures))}; if nobody needs that, --force overwrites it")
     known = known_content(node.path) if node.is_block and udev_is_running() else None
     if known is not None:
         raise Conflict(
-            f"{volume} holds {known}, as udev's database says; --force overwrites it, and udevadm trigger --action=change {node.path} "
-            "has udev look again"
+            f"{volume} holds {known}, as udev's database says; if nobody needs that, --force overwrites it, and udevadm trigger "
+            f"--action=change {node.path} has udev look again"
         )
     if not node.is_block:
-        raise Conflict(f"{volume} is a file that holds something else ({format_size(node.size_bytes())}); --force overwrites it")
+        size = format_size(node.size_bytes())
+        raise Conflict(f"{volume} is a file that holds something else ({size}); if nobody needs that, --force overwrites it")
     # Without a known mark only the header can be judged: an unfinished provision and a removed disk leave zeros in it.
     head = min(node.size_bytes(), HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES
     if head and node.pread(0, head).any():
-        raise Conflict(f"{volume} holds data of an unknown kind at its beginning; --force overwrites it")
+        raise Conflict(f"{volume} holds data of an unknown kind at its beginning; if nobody needs that, --force overwrites it")
 
 
 def _check_room(node: Node, volume: VolumeName, geometry: Geometry) -> None:

@@ -307,7 +307,7 @@ def test_remove(fvd_lv: FvdLv, workdir: Path) -> None:
 
 def test_usage_errors(fvd_lv: FvdLv) -> None:
     assert "COMMAND" in fvd_lv(code=2).err
-    assert "invalid choice" in fvd_lv("explode", code=2).err
+    assert "there is no command 'explode'" in fvd_lv("explode", code=2).err
     assert "fvd-lv info --help" in fvd_lv("info", code=2).err
     assert json.loads(fvd_lv("info", "--output", "json", code=2).out)["error"]["kind"] == "invalid_argument"
 

@@ -1,0 +1,36 @@
+"""What somebody may have meant: the nearest of the names that there are. Knows no command; changes nothing, and never fails."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+from fvd.errors import FvdError
+from fvd.volume.name import VolumeKind, parse_name
+
+_LEAST_LIKENESS = 0.6
+_MOST_NAMES = 10_000
+
+
+def guess(word: str, known: Iterable[str]) -> str:
+    """``; did you mean --size?``, or nothing."""
+    near = difflib.get_close_matches(word, [name for name in known if name != word], n=1, cutoff=_LEAST_LIKENESS)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def guess_volume(volume: str) -> str:
+    """The same of a volume that is not there, among the files of its folder or the volumes of its group."""
+    with contextlib.suppress(OSError, FvdError):
+        name = parse_name(volume)
+        path = Path(name.path)
+        if name.kind is VolumeKind.FILE:
+            names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
+            return guess(volume, [f"{volume.removesuffix(path.name)}{one}" for one in names if one[0] != "." and one.isprintable()])
+        if name.kind is VolumeKind.LVM:
+            from fvd.api.listing import look_around
+
+            return guess(str(name), [listed.volume for listed in look_around(name.group).volumes])
+    return ""
