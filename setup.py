@@ -6,7 +6,7 @@ FVD_BUILD=checked: bounds and initialisation checks, internal invariants asserte
 FVD_BUILD=coverage: checked, with line tracing.
 FVD_BUILD=fuzz: checked, compiled by clang with AddressSanitizer and libFuzzer's counters (tests/fuzz); needs both in the process.
 FVD_ONLY=a.b,c.d: build only these modules.
-FVD_OPTIMIZE=0: the compiler's level, if not set 3, or 1 for the checked build: a build that is only to work once is worth no more than a glance of the compiler's.
+FVD_OPTIMIZE=0: the compiler's level; if not set 3, or 1 for the checked build. A build that is only to work once is worth no more.
 """
 
 import os
