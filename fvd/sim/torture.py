@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,10 @@ def play_one(seed: int, *, kind: Kind = "worlds") -> tuple[Outcome, Found | None
 
 def _play_batch(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, Found | None]], float]:
     began = time.process_time()
-    played = [play_one(seed, kind=kind) for seed in seeds]
+    played = []
+    for seed in seeds:
+        played.append(play_one(seed, kind=kind))
+        gc.collect()  # a world is a cycle, and may have a gibibyte
     # Disks of all sizes leave the heap in pieces that nothing fits into: without this a process takes gigabytes in an hour.
     ctypes.CDLL(None).malloc_trim(0)
     return played, time.process_time() - began
@@ -161,6 +165,7 @@ def _prepare() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    gc.freeze()  # what is imported is no garbage: a collection takes a millisecond
 
 
 def _batches(first: int, worlds: int | None, jobs: int, most: int) -> Iterator[range]:
