@@ -80,6 +80,25 @@ def test_overwrites_of_parts_of_blocks_go_on_after_a_failed_flush() -> None:
     assert log[-1].endswith("write 0"), log[-1]
 
 
+def test_reads_of_what_is_durable_go_on_after_a_failed_flush() -> None:
+    """Where nothing is pending, and beside what is (R38)."""
+    for pending in (False, True):
+        log: list[str] = []
+        stage = Stage(log=log)
+        stage.now("write", 0, SECTORS_PER_BLOCK)
+        stage.now("flush")
+        stage.player.errors_expected = True
+        stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+        stage.now("write", SECTORS_PER_CHUNK if pending else 0, SECTORS_PER_BLOCK)
+        stage.now("flush")
+        assert log[-1].endswith("flush -5"), log[-1]
+        stage.now("read", 0, SECTORS_PER_BLOCK)
+        assert log[-1].endswith("read 0"), log[-1]
+        if pending:
+            stage.now("read", SECTORS_PER_CHUNK, SECTORS_PER_BLOCK)
+            assert log[-1].endswith("read -5"), log[-1]
+
+
 def test_only_a_close_closes_cleanly() -> None:
     stage = Stage()
     engine = stage.engine
