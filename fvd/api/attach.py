@@ -26,7 +26,6 @@ NODE_NAME_BYTES = 31
 DEFAULT_TARGET = "vdb"
 # "All addresses" is where a server listens, and nowhere a client can go.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-EVERYWHERE = "the server listens on all addresses of its host: for a machine on another host write its name or address instead of {host}"
 # What XML 1.0 can carry in no way, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are mended
@@ -100,20 +99,20 @@ def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGE
         blockdev=blockdev,
         qmp=qmp,
         libvirt_xml=_libvirt_xml(export, server, found.read_only, iothread, target),
-        notes=[*_notes(found, server, iothread, target), *([EVERYWHERE.format(host=server["host"])] if everywhere else [])],
+        notes=_notes(found, server, iothread, target, everywhere=everywhere),
     )
 
 
 def reachable(uri: str) -> tuple[str, bool]:
     """An address that a client can connect to, and whether the server listens on all of its host's: then it is the loopback's."""
-    parts = urlsplit(uri)
     try:
+        parts = urlsplit(uri)
         loopback = _LOOPBACK.get(parts.hostname or "")
-    except ValueError:
-        loopback = None
+    except ValueError:  # no URI: parse_uri says why
+        return uri, False
     if loopback is None or parts.scheme != "nbd":
         return uri, False
-    port = "" if parts.port is None else f":{parts.port}"
+    port = parts.netloc.removeprefix("[").removeprefix(parts.hostname or "").removeprefix("]")  # with its colon, as it is written
     return parts._replace(netloc=f"{loopback}{port}").geturl(), True
 
 
@@ -198,7 +197,7 @@ def _quoted(text: str) -> str:
     return "'" + quoteattr(text, {"'": "&apos;", '"': "&quot;"})[1:-1] + "'"
 
 
-def _notes(found: Info, server: dict[str, str], iothread: bool, target: str) -> list[str]:
+def _notes(found: Info, server: dict[str, str], iothread: bool, target: str, *, everywhere: bool) -> list[str]:
     notes = [
         "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
         "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
@@ -228,6 +227,6 @@ def _notes(found: Info, server: dict[str, str], iothread: bool, target: str) -> 
         )
     if server["type"] == "unix":
         notes.append("QEMU must run on this host, as a user who may open the socket: see serve --socket-group and --socket-mode.")
-    elif server["host"] in ("0.0.0.0", "::"):
+    elif everywhere:
         notes.append(f"The server listens on every address: where QEMU runs on another host, write this host's name for {server['host']}.")
     return notes

@@ -151,6 +151,8 @@ def test_the_way_to_another_size_works(workdir: Path) -> None:
         ("nbd://0.0.0.0:10809/vm1", "nbd://127.0.0.1:10809/vm1", True),
         ("nbd://[::]:7/vm1", "nbd://[::1]:7/vm1", True),
         ("nbd://10.0.0.1:7/vm1", "nbd://10.0.0.1:7/vm1", False),
+        ("nbd://0.0.0.0/vm1", "nbd://127.0.0.1/vm1", True),
+        ("nbd://[::1/vm1", "nbd://[::1/vm1", False),
         ("nbd+unix:///vm1?socket=/0.0.0.0", "nbd+unix:///vm1?socket=/0.0.0.0", False),
     ],
 )
@@ -169,7 +171,7 @@ def test_what_is_given_to_a_machine_names_a_host(workdir: Path, host: str) -> No
         found = describe(server.info())
     assert host.strip("[]") not in (found.blockdev["server"]["host"], found.uri)
     assert "name='::'" not in found.libvirt_xml and "0.0.0.0" not in found.libvirt_xml
-    assert any("listens on all addresses" in note for note in found.notes)
+    assert any("listens on every address" in note for note in found.notes)
 
 
 def test_the_list_shows_a_possible_loss(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
