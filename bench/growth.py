@@ -143,6 +143,7 @@ class SlowGroup:
             role=frozenset({"public"}),
             active=True,
             active_elsewhere=False,
+            open=True,
             suspended=False,
             inactive_table=False,
             writable=True,
