@@ -276,7 +276,7 @@ class Allocator:
             except FvdError as failure:
                 error = failure
             except Exception as failure:  # a storage's own bug must not end growth for ever
-                error = DeviceError(f"growing failed: {quoted(failure)}")
+                error = DeviceError(f"growing failed: internal error: {type(failure).__name__}: {quoted(failure)}")
             size_bytes, suspend_seconds = self._read_size(), self.storage.last_suspend_seconds
             self._in_loop(
                 lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes(), suspend_seconds=suspend_seconds))
