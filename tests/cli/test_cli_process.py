@@ -84,7 +84,8 @@ def test_an_interrupt_at_any_moment_has_no_traceback(disk: str, words: list[str]
         time.sleep(round_ * 0.06)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGINT, 130, 0), err
+        unplayed = process.returncode == 1 and "nothing was played" in err  # torture, which ends well and has nothing to tell yet
+        assert process.returncode in (-signal.SIGINT, 130, 0) or unplayed, err
         assert "Traceback" not in err and "Exception ignored" not in err, (round_, err)
         assert err.count("\n") <= 1
         codes.append(process.returncode)

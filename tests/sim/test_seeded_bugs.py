@@ -63,6 +63,8 @@ RARELY = (67, 75, "told of room in vain")
 MOST_REQUESTS = 200_000
 RARELY_REQUESTS = 1_000_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
+# One of so many may be in vain: with eighty bugs a start that misses one now and then is chance, two of three are not.
+STARTS_FOR_ONE_MISS = 3
 FAR = 1_000_000  # from one of them to the next: no world is played twice
 # What a tester may say. Anything else (TypeError, MemoryError) would be a fault of the test, not a bug that was found. The simulated device
 # asserts that nothing reaches beyond it.
@@ -167,8 +169,8 @@ def first_seed() -> int:
     return int(os.environ.get("FVD_SIM_FIRST", time.time_ns() // 1000 % (1 << 40)))
 
 
-def hunt(first: int, most_requests: int = MOST_REQUESTS) -> tuple[int, int, Exception]:
-    """Plays worlds until one finds something: its seed, the requests of all of them, what it said."""
+def hunt(first: int, most_requests: int = MOST_REQUESTS) -> tuple[int, int, Exception | None]:
+    """Plays worlds until one finds something: its seed, the requests of all of them, what it said; None: it went unnoticed."""
     requests, seed = 0, first
     while requests < most_requests:
         outcome = Outcome()
@@ -178,14 +180,22 @@ def hunt(first: int, most_requests: int = MOST_REQUESTS) -> tuple[int, int, Exce
             return seed, requests + outcome.requests, found
         requests += outcome.requests
         seed += 1
-    pytest.fail(f"went unnoticed in {requests} requests, seeds {first} to {seed - 1}")
+    return seed - 1, requests, None
 
 
 def report(bug: int | str, first: int) -> None:
     most_requests = RARELY_REQUESTS if bug in RARELY else MOST_REQUESTS
-    for start in range(first, first + STARTS * FAR, FAR):
-        seed, requests, found = hunt(start, most_requests)
-        print(f"bug {bug}: found after {requests} requests, seeds {start} to {seed}: {type(found).__name__}: {found}")
+    missed, starts = 0, STARTS
+    while starts:
+        starts -= 1
+        seed, requests, found = hunt(first, most_requests)
+        if found is None:
+            missed += 1
+            starts = max(starts, STARTS_FOR_ONE_MISS - 1)
+            assert missed <= max(1, STARTS // STARTS_FOR_ONE_MISS), f"went unnoticed in {requests} requests, again; seeds {first} to {seed}"
+        how = "unnoticed in" if found is None else "found after"
+        print(f"bug {bug}: {how} {requests} requests, seeds {first} to {seed}: {type(found).__name__}: {found}")
+        first += FAR
 
 
 def by_frequency(bugs: Iterable[int | str]) -> list[Any]:
