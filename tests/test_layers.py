@@ -110,7 +110,10 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.volume.provision": ({"clock", "dice"}, "the UUID and the date of a new disk; injected in tests"),
     "fvd.volume.recovery": ({"clock", "file"}, "when a flush failed; the engine's buffers, by ctypes"),
     "fvd.export.server": ({"socket", "clock", "file"}, "the listening socket, handshakes with a time limit, the wake-up of the loop"),
-    "fvd.export.listening": ({"socket", "dice", "file"}, "sockets that listen, their names, owners and modes; names of temporary folders"),
+    "fvd.export.listening": (
+        {"socket", "dice", "file", "clock"},
+        "sockets that listen, their names, owners and modes; names of temporary folders; how long another server that begins is waited for",
+    ),
     "fvd.export._server": ({"socket", "clock", "file"}, "the serving loop: the clients' sockets, the engine's ticks"),
     "fvd.control.paths": ({"file"}, "finds and makes the folder of the control sockets, and the identity of a volume's file"),
     "fvd.control.client": ({"socket", "clock"}, "asks a served disk, and waits so long for the whole answer"),

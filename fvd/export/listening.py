@@ -8,12 +8,15 @@ from a living server.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import grp
 import os
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ Socket = socket.socket
 _BACKLOG = 128
 _SOCKET_PATH_BYTES = 107
 _TRIES = 5
+_LOCK_SECONDS = 2.0
+_RENAME_NOREPLACE = 1  # linux/fs.h
 _OLD = ".old"  # in the private folder: what is being taken away
 
 
@@ -140,7 +145,7 @@ def _listen_unix(listen: Unix) -> tuple[socket.socket, BoundName]:
     group = -1 if listen.group is None else listen.group if isinstance(listen.group, int) else _group_id(listen.group)
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _private_folder(folder) as private:
+        with _one_at_a_time(folder), _private_folder(folder) as private:
             _remove_dead(folder, path, private)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
@@ -154,7 +159,7 @@ def _listen_unix(listen: Unix) -> tuple[socket.socket, BoundName]:
                 listener.listen(_BACKLOG)
                 identity = _identity(private, new)
                 try:
-                    os.link(new, path.name, src_dir_fd=private, dst_dir_fd=folder, follow_symlinks=False)
+                    _move(private, new, folder, path.name)
                 except FileExistsError:
                     raise InUse(f"another process has just begun to listen on {path}") from None
             except BaseException:
@@ -164,6 +169,44 @@ def _listen_unix(listen: Unix) -> tuple[socket.socket, BoundName]:
     except BaseException:
         os.close(folder)
         raise
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: int) -> Iterator[None]:
+    """Servers begin in one folder one after the other: a name that one takes away to look at it would seem free to the next.
+
+    Where the folder may not be read, or its file system has no locks, they do not; who else holds the lock holds nobody up for long.
+    """
+    lock = -1
+    with contextlib.suppress(OSError):
+        lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while lock >= 0 and time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.002)
+            except OSError:
+                break
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _move(source: int, name: str, target: int, new_name: str) -> None:
+    """Raises FileExistsError rather than replace anything. It is renamed, not linked: the kernel knows a socket by its inode, and on file
+    systems that make one for each name (hostfs, 9p) nobody would be found under a second name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(source, os.fsencode(name), target, os.fsencode(new_name), _RENAME_NOREPLACE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number))
+    os.link(name, new_name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+    os.unlink(name, dir_fd=source)
 
 
 @contextlib.contextmanager
@@ -217,9 +260,10 @@ def _remove_dead(folder: int, path: Path, private: int) -> None:
         if _identity(private, _OLD) == (status.st_dev, status.st_ino) and not _is_alive(private, _OLD):
             os.unlink(_OLD, dir_fd=private)
             return
-        with contextlib.suppress(FileExistsError):  # a living server's: it gets its name back
-            os.link(_OLD, path.name, src_dir_fd=private, dst_dir_fd=folder, follow_symlinks=False)
-        os.unlink(_OLD, dir_fd=private)
+        try:
+            _move(private, _OLD, folder, path.name)  # a living server's: it gets its name back
+        except FileExistsError:
+            os.unlink(_OLD, dir_fd=private)
     raise InUse(f"other processes change {path} all the time; choose another path")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,47 @@ def test_two_servers_on_one_path(path: Path, old: str) -> None:
         name.remove()
         listener.close()
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_rename_without_replacing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "_RENAME_NOREPLACE", 1 << 20)
+    listener, name = open_listener(Unix(str(path)))
+    connect(path)
+    assert name is not None and list(path.parent.iterdir()) == [path]
+    with pytest.raises(InUse):
+        open_listener(Unix(str(path)))
+    name.remove()
+    listener.close()
+
+
+def test_a_name_that_somebody_takes_last_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a kernel that helps."""
+    for flag in (listening._RENAME_NOREPLACE, 1 << 20):
+        monkeypatch.setattr(listening, "_RENAME_NOREPLACE", flag)
+        chmod = os.chmod
+
+        def late(*words: object, chmod: Callable[..., None] = chmod, **folders: int) -> None:
+            path.write_text("mine")
+            chmod(*words, **folders)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "chmod", late)
+            with pytest.raises(InUse, match="just begun"):
+                open_listener(Unix(str(path)))
+        assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
+        path.unlink()
+
+
+def test_a_lock_that_somebody_holds_is_not_waited_for_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "_LOCK_SECONDS", 0.1)
+    lock = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    listener, name = open_listener(Unix(str(path)))
+    os.close(lock)
+    connect(path)
+    assert name is not None
+    name.remove()
+    listener.close()
 
 
 def test_another_servers_name_is_given_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_combination(combination: Combination, tmp_path: Path) -> None:
             combination.size,
             base=base.name,
             base_format=base.format,
+            truncate_base=combination.base_bytes > combination.size,
             copy_on_read=combination.copy_on_read,
             prefetch=combination.prefetch,
             layout=combination.layout,
