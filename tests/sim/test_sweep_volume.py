@@ -197,22 +197,31 @@ def one_superblock(node: DeviceNode) -> None:
     node.zero(superblocks.SLOT_OFFSETS_BYTES[1], 4096)
 
 
-@pytest.mark.parametrize("logical_block_bytes", [4096, 512])
+CASES = (
+    (nothing, provision),
+    (zeros, provision),
+    (their_disk, provision),
+    (nothing, provision_over_holes),
+    (their_disk, provision_over_holes),
+    (nothing, provision_raw_over_holes),
+    (their_disk, provision_raw_over_holes),
+    (our_disk, remove),
+    (our_disk, extend),
+    (one_superblock, open_with_one_superblock),
+)
+# A minute and more each; with blocks of 4 KiB, and over another disk, they are in every run.
+TAKE_LONG = {(nothing, provision_over_holes, 512), (nothing, provision_raw_over_holes, 512)}
+
+
 @pytest.mark.parametrize(
-    ("before", "scenario"),
+    ("before", "scenario", "logical_block_bytes"),
     [
-        (nothing, provision),
-        (zeros, provision),
-        (their_disk, provision),
-        (nothing, provision_over_holes),
-        (their_disk, provision_over_holes),
-        (nothing, provision_raw_over_holes),
-        (their_disk, provision_raw_over_holes),
-        (our_disk, remove),
-        (our_disk, extend),
-        (one_superblock, open_with_one_superblock),
+        pytest.param(
+            *case, size, marks=pytest.mark.long if (*case, size) in TAKE_LONG else (), id=f"{case[0].__name__}-{case[1].__name__}-{size}"
+        )
+        for case in CASES
+        for size in (4096, 512)
     ],
-    ids=lambda part: part.__name__,
 )
 def test_power_fails_everywhere(before: Callable[[DeviceNode], None], scenario: Callable[[Scene], None], logical_block_bytes: int) -> None:
     size_bytes = RAW_GEOMETRY.max_storage_size_bytes if scenario is provision_raw_over_holes else SIZE_BYTES

@@ -168,6 +168,7 @@ def deaths(machine: Machine, prepare: Callable[[], object], verb: Callable[[], o
                 return
 
 
+@pytest.mark.pure
 def test_a_provision_that_dies_anywhere(machine: Machine, name: str) -> None:
     """Over the leftovers of a whole disk of the same shape: at no point may anyone see it."""
     leave_a_secret(machine, name)
@@ -196,6 +197,7 @@ def test_a_provision_that_dies_anywhere(machine: Machine, name: str) -> None:
     assert states == {"absent", "unfinished", "disk"}
 
 
+@pytest.mark.pure
 def test_a_remove_that_dies_anywhere(machine: Machine, name: str) -> None:
     states = set()
     for _ in deaths(machine, lambda: make(name), lambda: remove(name)):
@@ -439,6 +441,7 @@ def test_an_untagged_volume_that_holds_an_fvd_disk_is_not_believed(machine: Mach
     assert not make(name).created
 
 
+@pytest.mark.pure
 def test_an_adoption_that_dies_anywhere(machine: Machine, name: str) -> None:
     def prepare() -> None:
         if machine.volume(name) is not None:
