@@ -226,6 +226,7 @@ def served_over(disk: FakeDisk) -> tuple[Served, Hub]:
         ("file:a",),
         socket="unused",
         listen=None,
+        listeners=None,
         cache="none",
         read_only=disk.read_only,
         on_full="wait",
