@@ -168,6 +168,8 @@ class Copies:
             self.check()
             if not grows and copying.status()["state"] == "full":
                 return
+            if self._engine.failed_errno:  # a page was lost before, and a flush has heard of it: nothing is copied any more
+                return
         else:
             raise Violation(f"copying does not come to its end: {began_bytes} bytes were left, and now {copying.status()}")
 
