@@ -418,7 +418,8 @@ class World:
         if not self.engine.failed_errno and self.dice.random() < 0.5:
             self.engine.commit_soon()  # slots that were trimmed are free only then
             player.drain()
-            self._check_slots()
+            if not self.engine.failed_errno:  # its flush may be the one that hears of a page that was lost
+                self._check_slots()
 
     def _settle_growth(self, place: Place) -> None:
         """There is room, and time: in the end nobody wants more storage than there is."""
