@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,7 @@ from fvd.control.trust import is_believed, is_believed_about, peer_uid
 from fvd.errors import NotFound, PermissionDenied, Timeout
 from fvd.volume.name import parse_name
 
-pytestmark = [
-    pytest.mark.pure,
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can listen as somebody else"),
-]
+pytestmark = pytest.mark.pure
 
 STRANGER = 65534
 
@@ -36,11 +33,40 @@ STRANGER = 65534
 @contextmanager
 def as_stranger() -> Iterator[None]:
     """The kernel notes who listens when he begins to."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can listen as somebody else; CI is root")
     os.seteuid(STRANGER)
     try:
         yield
     finally:
         os.seteuid(0)
+
+
+def listen_at(stack: ExitStack, path: Path, *, strange: bool) -> socket.socket:
+    """Somebody listens there, until the test ends."""
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(path))
+    with as_stranger() if strange else nullcontext():
+        listener.listen()
+    return listener
+
+
+@contextmanager
+def dripping(listener: socket.socket) -> Iterator[None]:
+    """One connection is answered by a byte now and then, until the other end has had enough of it."""
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, pytest.raises(OSError):
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    yield
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -49,6 +75,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     own, his = tmp_path / "own", tmp_path / f"fvd-{STRANGER}"
     for folder in (own, his):
         folder.mkdir(0o700)
+    with as_stranger():  # or skip
+        pass
     os.chown(his, STRANGER, STRANGER)
     for folder in (tmp_path, *tmp_path.parents):
         if not folder.stat().st_mode & 0o001:
@@ -98,13 +126,7 @@ def serve(
 
 def test_who_listens(folders: tuple[Path, Path], stack: ExitStack) -> None:
     for place, uid in (("a", 0), ("b", STRANGER)):
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(folders[0] / place))
-        if uid:
-            with as_stranger():
-                listener.listen()
-        else:
-            listener.listen()
+        listen_at(stack, folders[0] / place, strange=uid == STRANGER)
         client = stack.enter_context(socket.socket(socket.AF_UNIX))
         client.connect(str(folders[0] / place))
         assert peer_uid(client) == uid
@@ -178,32 +200,14 @@ def test_who_does_not_answer_is_named_and_keeps_nobody_waiting(
     stack.callback(hang.set)
     serve(stack, monkeypatch, folders[0], parse_name(well).path, says(well, uri="nbd://x"), strange=False)
     for number in range(20):
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(folders[1] / f"file-1-{number:x}.sock"))
-        with as_stranger():
-            listener.listen()
-    drips = stack.enter_context(socket.socket(socket.AF_UNIX))
-    drips.bind(str(folders[1] / "file-2-0.sock"))
-    with as_stranger():
-        drips.listen()
-
-    def drip() -> None:
-        connection, _ = drips.accept()
-        with connection, pytest.raises(OSError):
-            while True:
-                connection.sendall(b" ")
-                time.sleep(0.05)
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    begun = time.monotonic()
-    found = {listed.volume: listed for listed in fvd.list_volumes()}
-    assert time.monotonic() - begun < 5
+        listen_at(stack, folders[1] / f"file-1-{number:x}.sock", strange=True)
+    with dripping(listen_at(stack, folders[1] / "file-2-0.sock", strange=True)):
+        begun = time.monotonic()
+        found = {listed.volume: listed for listed in fvd.list_volumes()}
+        assert time.monotonic() - begun < 5
     assert found[well].state == "served"
     assert found[stuck].state == Timeout.kind and stuck in found
     assert len(found) == 23
-    thread.join(5)
-    assert not thread.is_alive()
 
 
 def answer(listener: socket.socket, data: bytes) -> None:
@@ -224,10 +228,7 @@ def test_events_of_a_stranger(
     monkeypatch.setattr(following, "START_SECONDS", 0.5)
     ours, his = make_disk("ours"), make_disk("his", STRANGER)
     for volume, path in ((ours, parse_name(ours).path), (his, parse_name(his).path)):
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(folders[1] / paths.socket_name(path)))
-        with as_stranger():
-            listener.listen()
+        listener = listen_at(stack, folders[1] / paths.socket_name(path), strange=True)
         event = {"kind": "growth", "volume": ours, "number": 1, "time": 0.0, "message": "forged"}
         own = {**event, "volume": his, "message": "his \x1b[2J"}
         lines = [
@@ -249,23 +250,10 @@ def test_events_of_a_stranger(
     assert all(each["volume"] == his for each in heard)
 
 
-def test_a_drip_is_a_timeout(folders: tuple[Path, Path], stack: ExitStack) -> None:
+def test_a_drip_is_a_timeout(tmp_path: Path, stack: ExitStack) -> None:
     """The whole answer within the time, not a byte of it now and then."""
-    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-    listener.bind(str(folders[0] / "x"))
-    listener.listen()
-
-    def drip() -> None:
-        connection, _ = listener.accept()
-        with connection, pytest.raises(OSError):
-            while True:
-                connection.sendall(b" ")
-                time.sleep(0.02)
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    begun = time.monotonic()
-    with pytest.raises(Timeout), ControlClient(folders[0] / "x", timeout_seconds=0.4) as client:
-        client.ask("info")
-    assert time.monotonic() - begun < 3
-    thread.join(5)
+    with dripping(listen_at(stack, tmp_path / "x", strange=False)):
+        begun = time.monotonic()
+        with pytest.raises(Timeout), ControlClient(tmp_path / "x", timeout_seconds=0.4) as client:
+            client.ask("info")
+        assert time.monotonic() - begun < 3
