@@ -6,13 +6,18 @@ Lowest floor: imports nothing of the project. A message says what happened, to w
 from __future__ import annotations
 
 
+def printable(text: str, instead: str = "?") -> str:
+    """The text with nothing in it that a terminal would obey."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else instead for sign in text)
+
+
 def quoted(value: object) -> str:
     """A value as a message shows it: text in quotation marks, with nothing in it that a terminal would obey; of an error its words."""
     if isinstance(value, BaseException):
         reason = getattr(value, "strerror", None) or (value.args[0] if value.args else "no reason given")
         return quoted(str(reason))[1:-1]
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    shown = "".join(sign if sign.isprintable() else "?" for sign in text)
+    shown = printable(text)
     return f"'{shown}'" if isinstance(value, str | bytes) else shown
 
 

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from fvd.errors import FvdError, InvalidArgument, quoted
+from fvd.errors import FvdError, InvalidArgument, printable, quoted
 
 SCHEMA_VERSION = 1
 REQUEST_LIMIT_BYTES = 64 << 10
@@ -162,7 +162,7 @@ def check_arguments(arguments: dict[str, Any], allowed: dict[str, type]) -> dict
 def _printable(value: Any) -> Any:
     """The same with each control character replaced, in names too. As deep as JSON was read."""
     if isinstance(value, str):
-        return value if value.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
+        return printable(value, "\ufffd")
     if isinstance(value, list):
         return [_printable(each) for each in value]
     if isinstance(value, dict):
