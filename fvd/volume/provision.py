@@ -64,7 +64,7 @@ def provision(
     base_format: str | None = None,
     copy_on_read: bool = False,
     prefetch: bool = False,
-    truncate_base: bool = True,
+    truncate_base: bool = False,
     max_overcommit: float | None = None,
     force: bool = False,
     progress: Progress | None = None,

@@ -444,7 +444,7 @@ def test_a_base_that_nothing_is_read_from_any_more_may_be_gone(path: Path, tmp_p
 
 def test_a_disk_that_ends_before_its_base_needs_no_more_of_it(path: Path, tmp_path: Path) -> None:
     base = full(tmp_path / "base", 4 * MIB)
-    make(path, base=base, virtual_size_bytes=MIB + 512)
+    make(path, base=base, virtual_size_bytes=MIB + 512, truncate_base=True)
     with driven(path) as driver:
         driver.pwrite(0, b"mine" * (MIB // 4 + 128))
     base.unlink()
