@@ -390,6 +390,7 @@ cdef class Oracle:
         cdef Entry *only
         cdef Write *write
         cdef uint32_t j, found
+        cdef bint failed
         now = self.tick_()
         self.read_dropped(began)
         for i in range(sectors):
@@ -409,17 +410,23 @@ cdef class Oracle:
                     floor = write.began
             found = 0
             only = NULL
+            failed = False
             for j in range(history.count):
                 entry = &history.entries[j]
                 if (self.writes[entry.write].ended >= floor and entry.outdated >= began
                         and self.shows(entry.write, index, sector, value)):
                     found += 1
                     only = entry
+                    failed |= not self.writes[entry.write].succeeded and self.writes[entry.write].ended < began
             if found == 0:
                 if self.loose_sectors and self.unsettled_near(sector):
                     continue
                 raise self.violation(index, value, floor, "a read showed")
             if began < self.doubted_at:
+                continue
+            # What one write that failed has left is what another's, of a part of the same block, may have read before: that may land yet,
+            # and brings back what it read.
+            if failed and self.lands_late:
                 continue
             # What had ended before this read and was not shown came before what was: no later read may show it again.
             for j in range(history.count):

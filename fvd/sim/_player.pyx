@@ -136,7 +136,8 @@ cdef class Player:
         guest.growable = self.engine.storage_size < self.most_bytes
         if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
             guest.chunks = <uint32_t> ((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
-            guest.promised = guest.chunks <= self.reserve_left
+            # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
+            guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
             self.reserve_left -= min(self.reserve_left, <uint64_t> guest.chunks)
             self.chunks_in_flight += guest.chunks
         if kind == KIND_READ or kind == KIND_WRITE:
