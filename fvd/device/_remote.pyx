@@ -32,7 +32,7 @@ from fvd.device.libnbd cimport (
 )
 from fvd.device.op cimport OP_READ, DeviceOp
 
-from fvd.errors import DeviceError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported
+from fvd.errors import DeviceError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 
 cdef extern from *:
     """
@@ -107,9 +107,9 @@ cdef class Remote(Source):
         if (uri is None) == (command is None):
             raise InvalidArgument("a remote base is named by a URI or by the command of its server: give one of both")
         if command is not None and not (command and all(isinstance(word, str) and "\0" not in word for word in command)):
-            raise InvalidArgument(f"{command!r} is no command: give a program and its arguments")
+            raise InvalidArgument(f"{quoted(command)} is no command: give a program and its arguments")
         if uri is not None and "\0" in uri:
-            raise InvalidArgument(f"{uri!r} is no URI")
+            raise InvalidArgument(f"{quoted(uri)} is no URI")
         if not 0 < timeout_s <= 1e6:
             raise InvalidArgument(f"timeout_s={timeout_s}: choose more than 0 seconds")
         self.uri = uri

@@ -15,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
-from fvd.errors import Corrupt, InvalidArgument
+from fvd.errors import Corrupt, InvalidArgument, quoted
 from fvd.format.geometry import Placement
 from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
 
@@ -211,9 +211,9 @@ cdef class Engine:
         cdef uint64_t[::1] words, used
         cdef uint32_t[::1] entries
         if cache_mode not in CACHE_MODES:
-            raise InvalidArgument(f"cache mode {cache_mode!r}: choose one of {', '.join(CACHE_MODES)}")
+            raise InvalidArgument(f"cache mode {quoted(cache_mode)}: choose one of {', '.join(CACHE_MODES)}")
         if on_full not in ("wait", "error"):
-            raise InvalidArgument(f"on_full {on_full!r}: choose wait or error")
+            raise InvalidArgument(f"on_full {quoted(on_full)}: choose wait or error")
         if len(uuid) != 16 or align_bytes not in (512, 4096):
             raise InvalidArgument("a UUID of 16 bytes and logical blocks of 512 or 4096 bytes are needed")
         self.virtual_size = geometry.virtual_size_bytes

@@ -21,7 +21,7 @@ from fvd.engine._engine cimport (
     FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, WANT_EVENT, WANT_GROWTH,
 )
 
-from fvd.errors import DeviceError, InvalidArgument, NoSpace, ReadOnly
+from fvd.errors import DeviceError, InvalidArgument, NoSpace, ReadOnly, quoted
 
 cdef extern from "<semaphore.h>" nogil:
     int sem_init(sem_t *, int, unsigned int)
@@ -444,7 +444,7 @@ cdef class Driver:
 
     def gone(self):
         if self.failure is not None:
-            return DeviceError(f"{self.volume.name}: its thread has ended with an error: {self.failure!r}")
+            return DeviceError(f"{self.volume.name}: its thread has ended with an error: {quoted(self.failure)}")
         return DeviceError(f"{self.volume.name} has been closed; open it again")
 
 
