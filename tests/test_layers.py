@@ -36,7 +36,7 @@ OUTSIDE_MODULES = {
     "dice": {"random", "secrets", "uuid"},
     "socket": {"socket", "socketserver", "selectors", "select", "asyncio", "http", "urllib", "nbd"},
     "process": {"subprocess", "multiprocessing", "signal", "pty"},
-    "file": {"fcntl", "mmap", "tempfile", "shutil", "pyudev", "inotify_simple", "glob", "fileinput", "ctypes"},
+    "file": {"fcntl", "mmap", "tempfile", "shutil", "pyudev", "glob", "fileinput", "ctypes"},
 }
 OUTSIDE_HEADERS = {
     "clock": {"time.h", "sys/time.h"},
@@ -121,6 +121,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.control.server": ({"socket", "file", "clock"}, "the control socket of a served disk, its lock and its mode; ends in time"),
     "fvd.control.streaming": ({"socket", "clock"}, "sends events to one subscriber, and a sign of life when there are none"),
     "fvd.control.following": ({"socket", "clock"}, "listens to many served disks at once; whose silence means what"),
+    "fvd.control.inotify": ({"file"}, "the kernel's inotify"),
     "fvd.control.watching": ({"file"}, "inotify on the folders of the control sockets"),
     "fvd.control.wakeup": ({"file"}, "an eventfd"),
     "fvd.api.events": ({"clock"}, "when something happened; injected in tests"),

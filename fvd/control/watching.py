@@ -9,13 +9,12 @@ import errno
 import os
 from pathlib import Path
 
-from inotify_simple import INotify, flags  # type: ignore[import-untyped]
-
+from fvd.control import inotify
 from fvd.control.paths import SUFFIX, search_dirs
 from fvd.errors import DeviceError, Unsupported
 
 # Sockets are moved into place; folders are made.
-_MASK = flags.MOVED_TO | flags.CREATE | flags.ONLYDIR
+_MASK = inotify.MOVED_TO | inotify.CREATE | inotify.ONLYDIR
 
 
 class SocketWatch:
@@ -24,7 +23,7 @@ class SocketWatch:
     def __init__(self) -> None:
         """Raises Unsupported: this user may have no more inotify instances."""
         try:
-            self._inotify = INotify(nonblocking=True)
+            self._inotify = inotify.Inotify()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unsupported(
@@ -37,7 +36,7 @@ class SocketWatch:
 
     @property
     def fd(self) -> int:
-        return int(self._inotify.fileno())
+        return self._inotify.fd
 
     def refresh(self) -> None:
         """Watch what there is to watch now. To be called before looking for sockets, so that none slips through."""
@@ -50,14 +49,14 @@ class SocketWatch:
     def changed(self) -> set[Path]:
         """What has appeared since the last time: sockets, and folders that may hold some."""
         found = set()
-        for event in self._inotify.read(timeout=0):
-            if event.mask & flags.Q_OVERFLOW:
+        for event in self._inotify.read():
+            if event.mask & inotify.Q_OVERFLOW:
                 found |= set(self._folders.values())
-            elif event.mask & flags.IGNORED:
-                folder = self._folders.pop(event.wd, None)  # removed; its parent may be all there is to watch now
+            elif event.mask & inotify.IGNORED:
+                folder = self._folders.pop(event.watch, None)  # removed; its parent may be all there is to watch now
                 if folder is not None:
                     found.add(folder)
-            elif (folder := self._folders.get(event.wd)) is not None and _matters(folder / event.name, event.mask):
+            elif (folder := self._folders.get(event.watch)) is not None and _matters(folder / event.name, event.mask):
                 found.add(folder / event.name)
         return found
 
@@ -82,7 +81,7 @@ def _matters(path: Path, mask: int) -> bool:
     """/tmp and /run are busy places: only what can be, or lead to, a control socket counts."""
     if path.suffix == SUFFIX:
         return True
-    if not mask & flags.ISDIR:
+    if not mask & inotify.ISDIR:
         return False
     if path.parent == Path("/run/user") or path.name == "fvd":
         return True
