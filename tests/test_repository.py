@@ -1,0 +1,45 @@
+"""What a stranger finds beside the code: a licence, one version everywhere, tools that are set up as `make lint` uses them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fvd
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+pytestmark = [pytest.mark.release_only, pytest.mark.pure]
+
+
+def test_the_licence_is_named_alike_everywhere() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert text.split()[:5] == ["Apache", "License", "Version", "2.0,", "January"] and "END OF TERMS AND CONDITIONS" in text
+    assert PROJECT["project"]["license"] == {"text": "Apache-2.0"}
+    assert "License :: OSI Approved :: Apache Software License" in PROJECT["project"]["classifiers"]
+
+
+def test_the_changes_end_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0].rstrip(",") == fvd.__version__
+
+
+def test_pythons_that_are_promised_are_allowed() -> None:
+    versions = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert versions[0] == PROJECT["project"]["requires-python"].removeprefix(">=") == PROJECT["tool"]["mypy"]["python_version"]
+
+
+def test_editors_and_linters_agree_on_the_line() -> None:
+    lengths = {int(number) for number in re.findall(r"^max_line_length = (\d+)", (ROOT / ".editorconfig").read_text(), re.MULTILINE)}
+    assert lengths == {PROJECT["tool"]["ruff"]["line-length"], PROJECT["tool"]["cython-lint"]["max-line-length"]}
+
+
+def test_a_commit_is_checked_by_the_tools_of_make_lint() -> None:
+    entries = re.findall(r"entry: .*?\.venv/bin/([\w-]+)\b(?!:)", (ROOT / ".pre-commit-config.yaml").read_text())
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert lint is not None and set(entries) >= {"ruff", "mypy", "cython-lint"}
+    assert all(re.search(rf"\b{tool}\b", lint[1]) for tool in ("ruff", "mypy", "cython-lint"))
