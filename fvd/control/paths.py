@@ -46,9 +46,27 @@ def make_runtime_dir() -> Path:
         status = path.lstat()
     except OSError as error:
         raise PermissionDenied(f"{path}: cannot make the folder for control sockets ({error.strerror}); set FVD_RUNTIME_DIR") from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionDenied(f"{path}: must be a folder of yours that nobody else may write to; mend it or set FVD_RUNTIME_DIR")
+    _check_own(path, status)
     return path
+
+
+def open_runtime_dir(path: Path) -> int:
+    """A descriptor of that folder, as `make_runtime_dir` wants it: what it is now, whatever the path leads to later."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise PermissionDenied(f"{path}: cannot open the folder for control sockets ({error.strerror}); set FVD_RUNTIME_DIR") from None
+    try:
+        _check_own(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_own(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionDenied(f"{path}: must be a folder of yours that nobody else may write to; mend it or set FVD_RUNTIME_DIR")
 
 
 def search_dirs() -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fvd.control import protocol
-from fvd.control.paths import LOCK_SUFFIX, make_runtime_dir, short_address, socket_name
+from fvd.control.paths import LOCK_SUFFIX, SUFFIX, make_runtime_dir, open_runtime_dir, socket_name
 from fvd.control.protocol import Request
 from fvd.control.streaming import HEARTBEAT_SECONDS, LAST_WORDS_SECONDS, STALLED_SECONDS, Sender, StreamVerb
 from fvd.errors import FvdError, InUse, InvalidArgument, quoted
@@ -63,6 +63,7 @@ class ControlServer:
         self._threads: set[threading.Thread] = set()
         self._listener: socket.socket | None = None
         self._lock_fd = -1
+        self._folder = -1  # where its names are, whatever leads there by now
         self._closing = False
         self._closed = threading.Event()
         self.path: Path | None = None
@@ -70,13 +71,19 @@ class ControlServer:
     def start(self) -> None:
         """Raises InUse when a living process serves this volume; a dead one's socket is replaced."""
         path = make_runtime_dir() / socket_name(self._volume_path)
-        self._lock_fd = _claim(path.with_suffix(LOCK_SUFFIX), self._volume)
+        folder = open_runtime_dir(path.parent)
         try:
-            _refuse_live(path, self._volume)
-            self._listener = _listen(path)
+            self._lock_fd = _claim(folder, path.with_suffix(LOCK_SUFFIX).name, self._volume)
+            try:
+                _refuse_live(folder, path, self._volume)
+                self._listener = _listen(folder, path.name)
+            except BaseException:
+                os.close(self._lock_fd)
+                raise
         except BaseException:
-            os.close(self._lock_fd)
+            os.close(folder)
             raise
+        self._folder = folder
         self.path = path
         self._start_thread(self._accept_all, "fvd-control")
 
@@ -103,7 +110,7 @@ class ControlServer:
             connections = self._connections - self._streaming
             threads = self._threads - set(self._senders.values())
         # The name goes first: who looks from now on sees that nobody serves.
-        self.path.unlink(missing_ok=True)
+        _unlink(self._folder, self.path.name)
         for end in (self._listener, *connections):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RD)
@@ -112,7 +119,8 @@ class ControlServer:
                 thread.join(STUCK_HANDLER_SECONDS)
         self._listener.close()
         self._listener = None
-        self.path.with_suffix(LOCK_SUFFIX).unlink(missing_ok=True)
+        _unlink(self._folder, self.path.with_suffix(LOCK_SUFFIX).name)
+        os.close(self._folder)
         os.close(self._lock_fd)
 
     def _start_thread(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
@@ -212,17 +220,22 @@ class ControlServer:
         return ", ".join(sorted({*self._handlers, *self._stream_verbs}))
 
 
-def _claim(path: Path, volume: str) -> int:
+def _unlink(folder: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _claim(folder: int, name: str, volume: str) -> int:
     """The lock beside the socket, held as long as the process lives; whoever holds it owns the socket's name."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SOCKET_MODE)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SOCKET_MODE, dir_fd=folder)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise InUse(f"{volume}: another process serves it; ask it with fvd-lv info, or stop it first") from None
         try:
-            still_there = os.path.samestat(os.fstat(fd), path.stat())
+            still_there = os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
         except FileNotFoundError:
             still_there = False
         if still_there:
@@ -232,12 +245,12 @@ def _claim(path: Path, volume: str) -> int:
         os.close(fd)  # its owner removed it between our open and our lock
 
 
-def _refuse_live(path: Path, volume: str) -> None:
+def _refuse_live(folder: int, path: Path, volume: str) -> None:
     """Someone who removed the lock file must not lead to two servers on one name."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, short_address(path) as address:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
-            probe.connect(address)
+            probe.connect(f"/proc/self/fd/{folder}/{path.name}")
         except (FileNotFoundError, ConnectionRefusedError):
             return
         except OSError as error:
@@ -245,19 +258,18 @@ def _refuse_live(path: Path, volume: str) -> None:
     raise InUse(f"{volume}: another process answers at {path}; stop it first")
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(folder: int, name: str) -> socket.socket:
     """Bound under another name, given its mode, then moved into place: never seen with the wrong mode, a stale one is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    fresh = path.with_suffix(f".{os.getpid()}.new")
+    fresh = f"{name.removesuffix(SUFFIX)}.{os.getpid()}.new"
     try:
-        fresh.unlink(missing_ok=True)
-        with short_address(fresh) as address:
-            listener.bind(address)
-        fresh.chmod(SOCKET_MODE)
+        _unlink(folder, fresh)
+        listener.bind(f"/proc/self/fd/{folder}/{fresh}")
+        os.chmod(fresh, SOCKET_MODE, dir_fd=folder)
         listener.listen(CONNECTION_LIMIT)
-        fresh.replace(path)
+        os.rename(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         listener.close()
-        fresh.unlink(missing_ok=True)
+        _unlink(folder, fresh)
         raise
     return listener

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from fvd.device.folders import open_path
 from fvd.device.holders import Holder, has_identity, holders_of, kernel_is_at_work, list_folder, read_text
 from fvd.device.node import Identity, Node, check_kind, identity_of, typed_error, typed_errors
 from fvd.errors import InUse, PermissionDenied, Unsupported
@@ -79,8 +80,8 @@ class Claim:
             os.close(fd)
 
 
-def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER) -> Claim:
-    """Claims a regular file or block device. Waits for no living process.
+def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER, *, opened: int | None = None) -> Claim:
+    """Claims a regular file or block device. Waits for no living process. `opened`: what is open already, whatever has the name now.
 
     For a dying one that holds it, and for what the kernel still does for a dead one, it waits as long as these take, and logs it after a
     few seconds; where neither can be seen, 5 s. An interruption leaves nothing behind.
@@ -92,7 +93,7 @@ def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER)
     quiet_since = None  # the last look at which nobody was seen and nothing was under way
     while True:
         try:
-            return _claim_now(name, ownership)
+            return _claim_now(name, ownership, opened)
         except _Leaving as leaving:
             now = time.monotonic()
             # Only time in which nothing is under way counts: what else the device does must not make us wait for a hidden owner for ever.
@@ -116,12 +117,13 @@ class _Leaving(InUse):
         self.is_certain = is_certain  # there is something that ends by itself, or never
 
 
-def _claim_now(name: str, ownership: Ownership) -> Claim:
-    with typed_errors("opening", name):
-        check_kind(name, Path(name).stat())  # before the open, which does things to a pipe or a tape
+def _claim_now(name: str, ownership: Ownership, opened: int | None = None) -> Claim:
+    if opened is None:
+        with typed_errors("opening", name):
+            check_kind(name, Path(name).stat())  # before the open, which does things to a pipe or a tape
     fds: list[int] = []
     try:
-        fds.append(_open(name, ownership))
+        fds.append(_open(name, ownership) if opened is None else fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 0))
         status = os.fstat(fds[0])
         check_kind(name, status)
         identity = identity_of(status)
@@ -151,7 +153,7 @@ def _open(name: str, ownership: Ownership, extra: int = 0, *, refusal: int = 0) 
     writer = ownership is Ownership.WRITER
     try:
         # O_NONBLOCK: should the name be a pipe, do not wait for its other end.
-        return os.open(name, (os.O_RDWR if writer else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | extra)
+        return open_path(name, (os.O_RDWR if writer else os.O_RDONLY) | os.O_NONBLOCK | extra)
     except OSError as error:
         if refusal and error.errno == refusal:
             raise
@@ -200,8 +202,8 @@ def _lock_loop_backing(name: str, ownership: Ownership, number: int) -> list[int
     if backing is None:
         return []
     try:
-        fd = os.open(backing, (os.O_RDWR if ownership is Ownership.WRITER else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        fd = open_path(backing, (os.O_RDWR if ownership is Ownership.WRITER else os.O_RDONLY) | os.O_NONBLOCK)
+    except (OSError, PermissionDenied):
         return []  # deleted, in another mount namespace, or not ours to open: the device's own claim must do
     try:
         _lock_owner(fd, f"{backing}, the file behind {name},", ownership)

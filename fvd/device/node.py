@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fvd.device.failures import reported
+from fvd.device.folders import Place, open_path
 from fvd.device.stack import Stack, stack_of
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
@@ -270,7 +271,8 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
     name = os.fspath(path)
     access = os.O_RDONLY if read_only else os.O_RDWR
     with typed_errors("opening", name):
-        check_kind(name, Path(name).stat())  # before the open: opening a pipe would wait for its other end
+        # Before the open: opening a pipe would wait for its other end.
+        check_kind(name, Path(name).stat() if sharing is None else os.fstat(sharing))
         notice = None
         fd = -1
         if direct:
@@ -298,7 +300,7 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
                 direct = False
                 status = os.fstat(fd)
                 block_bytes = _logical_block_bytes(fd, is_block, direct)
-            sampler_fd = -1 if read_only or (is_block and direct) else _open_sampler(name, status)
+            sampler_fd = -1 if read_only or (is_block and direct) else _open_sampler(fd, name, status)
         except BaseException:
             os.close(fd)
             raise
@@ -315,9 +317,12 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
     )
 
 
-def _open_sampler(name: str, status: os.stat_result) -> int:
+def _open_sampler(opened: int, name: str, status: os.stat_result) -> int:
     """An open file of its own of the node with this status: not a duplicate, which shares its reports."""
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fd = os.open(f"/proc/self/fd/{opened}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:  # no /proc here
+        fd = open_path(name, os.O_RDONLY | os.O_NONBLOCK)
     if identity_of(os.fstat(fd)) != identity_of(status):
         os.close(fd)
         raise DeviceError(f"{name} has become another file while it was opened; try again")
@@ -332,15 +337,9 @@ def _ask_sampler(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def sync_descriptor(fd: int, path: str) -> None:
-    """An fsync, of which everything hears that lies on the same device when it fails. Raises OSError."""
-    with reported(lambda: stack_of(os.fstat(fd)).devices, path):
-        os.fsync(fd)
-
-
 def _open_file(name: str, access: int, flags: int, sharing: int | None) -> int:
     if sharing is None:
-        return os.open(name, access | flags | os.O_CLOEXEC)
+        return open_path(name, access | flags)
     fd = fcntl.fcntl(sharing, fcntl.F_DUPFD_CLOEXEC, 0)
     try:
         # Also takes O_NONBLOCK away, with which io_uring answers EAGAIN where it should wait.
@@ -351,37 +350,26 @@ def _open_file(name: str, access: int, flags: int, sharing: int | None) -> int:
     return fd
 
 
-def create_file(path: str | os.PathLike[str], size_bytes: int, *, mode: int = 0o600) -> None:
-    """Makes a sparse file of `size_bytes`, readable by nobody else unless `mode` says so. Never overwrites: FileExistsError.
+def create_file(place: Place, name: str, size_bytes: int, *, mode: int = 0o600) -> int:
+    """A descriptor of a new sparse file of `size_bytes` in the place's folder. Never overwrites: FileExistsError.
 
-    Raises NotFound (no such directory), PermissionDenied, NoSpace.
+    Nobody else may read it unless `mode` says so. Raises NotFound (no such directory), PermissionDenied, NoSpace.
     """
-    name = os.fspath(path)
     try:
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        fd = place.create(name, mode)
     except FileExistsError:
         raise
     except OSError as error:
-        raise typed_error(error, "creating", name) from error
+        raise typed_error(error, "creating", place.path) from error
     try:
-        with typed_errors(f"sizing (to {size_bytes} bytes)", name):
+        with typed_errors(f"sizing (to {size_bytes} bytes)", place.path):
             os.ftruncate(fd, size_bytes)
     except BaseException:
-        os.unlink(name)  # noqa: PTH108 - the name may hold anything a file system allows
-        raise
-    finally:
+        with contextlib.suppress(OSError):
+            place.remove(name, only=fd)
         os.close(fd)
-
-
-def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Makes the names in the directory `path` durable: a created, linked, renamed or removed file survives a crash from here on."""
-    name = os.fspath(path)
-    with typed_errors("flushing the directory", name):
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync_descriptor(fd, name)
-        finally:
-            os.close(fd)
+        raise
+    return fd
 
 
 def descriptor_size_bytes(fd: int) -> int:

@@ -13,11 +13,13 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from fvd.device.folders import reach
 from fvd.device.node import Node
 from fvd.errors import FvdError, NotFound, PermissionDenied, Unsupported
 
 _MEMORY_SYSTEMS = ("tmpfs", "ramfs")
 _SUBFOLDER = "pending"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class SurvivingMemory:
@@ -180,26 +182,28 @@ def _make_folder(folder: Path) -> None:
         standing = standing.parent
     if (system := _file_system_of(standing)) not in _MEMORY_SYSTEMS:
         raise Unsupported(f"{folder}: lies on {system}, not in memory")
-    for each in (folder.parent, folder):
+    with reach(folder.parent) as place:
         with contextlib.suppress(FileExistsError):
-            each.mkdir(mode=0o700)
+            place.make_folder(0o700)
+        above = place.open(_FOLDER, place.name)
+    try:
+        _check_owner(folder, above, {os.getuid()})  # before anything is made in it
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder.name, 0o700, dir_fd=above)
+    finally:
+        os.close(above)
 
 
 @contextlib.contextmanager
 def _folder(folder: Path, owners: set[int] | None = None) -> Iterator[int]:
     """A descriptor of a folder that is its owner's alone, reached by no link of its own or of the one above. Raises OSError, FvdError."""
     trusted = owners or {os.getuid()}
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    above = os.open(folder.parent, flags)
+    above = os.open(folder.parent, _FOLDER)
     try:
-        fd = os.open(folder.name, flags, dir_fd=above)
+        fd = os.open(folder.name, _FOLDER, dir_fd=above)
         try:
-            for each in (above, fd):
-                status = os.fstat(each)
-                if each is above and status.st_mode & stat.S_ISVTX and status.st_uid == 0:
-                    continue  # a folder for everybody, in which nobody may rename what is another's
-                if status.st_uid not in trusted | {0} or status.st_mode & 0o022:
-                    raise PermissionDenied(f"{folder}: must be a folder of its owner's that nobody else may write to")
+            _check_owner(folder, above, trusted)
+            _check_owner(folder, fd, trusted, inner=True)
             if _file_system_of(f"/proc/self/fd/{fd}") not in _MEMORY_SYSTEMS:
                 raise Unsupported(f"{folder}: does not lie in memory")
             yield fd
@@ -207,6 +211,14 @@ def _folder(folder: Path, owners: set[int] | None = None) -> Iterator[int]:
             os.close(fd)
     finally:
         os.close(above)
+
+
+def _check_owner(folder: Path, fd: int, trusted: set[int], *, inner: bool = False) -> None:
+    status = os.fstat(fd)
+    if not inner and status.st_mode & stat.S_ISVTX and status.st_uid == 0:
+        return  # a folder for everybody, in which nobody may rename what is another's
+    if status.st_uid not in trusted | {0} or status.st_mode & 0o022:
+        raise PermissionDenied(f"{folder}: must be a folder of its owner's that nobody else may write to")
 
 
 def _file_system_of(path: str | os.PathLike[str]) -> str:

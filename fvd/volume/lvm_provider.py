@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 
 from fvd.device.claim import Claim, Ownership, claim
-from fvd.device.node import Node, open_node
+from fvd.device.node import Identity, Node, open_node
 from fvd.device.udev import udev_is_running, wait_for_node
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, NotFound, PermissionDenied, Unsupported
 from fvd.lvm import dm, sharing
@@ -163,7 +163,7 @@ class AttachedVolume:
         else:
             _switch_off(self._lvm, self._volume, self._number, self._share)
 
-    def retire(self) -> None:
+    def retire(self, identity: Identity) -> None:
         # lvm removes no volume in use: that is for `reclaim`. Whoever comes between the end of the claim and lvremove makes it anew.
         self._lvm.retag(self._volume, remove=[TAG_DISK], add=[TAG_UNFINISHED])
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fvd.device import names
-from fvd.device.node import open_node
+from fvd.device.folders import reach
+from fvd.device.node import open_node, typed_errors
 from fvd.errors import Conflict, InvalidArgument, quoted
 from fvd.units import format_size
 
@@ -27,6 +27,7 @@ MOST_EXTENTS = 1_000_000
 Extent = tuple[int, int]  # offset_bytes, length_bytes
 
 _HEADER_MOST_BYTES = 1024
+_MODE = 0o644
 _LINE = re.compile(rb"\[ ?([0-9]{1,19}), ?([0-9]{1,19}) ?\]")
 _serial = itertools.count()
 
@@ -81,21 +82,16 @@ def save(path: str, base_size_bytes: int, reads: Iterable[Extent]) -> list[Exten
 
     Raises Conflict if there is a file of that name that is no profile; NotFound, PermissionDenied, NoSpace, DeviceError.
     """
-    target = names.follow(path)
     extents = merge(base_size_bytes, reads)[:MOST_EXTENTS]
     header = json.dumps({"fvd_profile": VERSION, "base_size_bytes": base_size_bytes}, separators=(",", ":"))
     text = "".join([header, "\n", *(f"[{offset},{length}]\n" for offset, length in extents)]).encode()
-    if names.exists(target):
-        _check_replaceable(path, target)
-    # Not the target's name: a crash half-way leaves the old profile, and two that record at once do not write into one file.
-    fresh = f"{target}.new-{os.getpid()}-{next(_serial)}"
-    names.remove(fresh)  # of a dead process with our number
-    try:
-        names.write_new(fresh, text, mode=0o644)
-        names.replace(fresh, target)
-    except BaseException:
-        names.remove(fresh)
-        raise
+    with typed_errors("writing", path), reach(path) as place:
+        place.check_folder()
+        if place.status() is not None:
+            _check_replaceable(path)
+        # Not the target's name: a crash half-way leaves the old profile, and two that record at once do not write into one file.
+        fresh = f"{place.name}.new-{os.getpid()}-{next(_serial)}"
+        place.write(text, _MODE, by=fresh)
     return extents
 
 
@@ -156,9 +152,9 @@ def _header_size_bytes(path: str, line: bytes) -> int:
     return size_bytes
 
 
-def _check_replaceable(path: str, target: str) -> None:
+def _check_replaceable(path: str) -> None:
     try:
-        with open_node(target, read_only=True, direct=False) as node:
+        with open_node(path, read_only=True, direct=False) as node:
             head = b"" if node.is_block else node.pread(0, min(node.size_bytes(), _HEADER_MOST_BYTES + 1)).tobytes()
         _header_size_bytes(path, head.split(b"\n")[0])
     except InvalidArgument as error:

@@ -38,6 +38,6 @@ def remove(name: str | VolumeName) -> bool:
             if isinstance(found, Superblock):
                 # After that, durably: a disk that is still there is never without the log that it names.
                 pending.remove_others(found, node, None)
-            place.retire()
+            place.retire(held.identity)
         place.reclaim()
     return isinstance(found, Superblock) or not provider.fixed_size

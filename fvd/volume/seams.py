@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fvd.device.node import Node
+from fvd.device.node import Identity, Node
 from fvd.volume.growth import Storage
 from fvd.volume.name import VolumeName
 
@@ -65,8 +65,11 @@ class Attached(Protocol):
     def close(self) -> None:
         """Lets go of it, when everything in it is closed. Never raises for what is detached already."""
 
-    def retire(self) -> None:
-        """Under the claim, when the disk has been wiped: gives the place back as far as that can be done there. Again is fine."""
+    def retire(self, identity: Identity) -> None:
+        """Under the claim on what has this identity, when its disk has been wiped: gives the place back as far as that can be done there.
+
+        Again is fine.
+        """
 
     def reclaim(self) -> None:
         """Gives back what `retire` could not, when the claim has been given up and before `close`."""
@@ -117,7 +120,7 @@ class AttachedPath:
 
     size_bytes: int | None = None
 
-    def __init__(self, path: str, storage: Callable[[Node], Storage], retire: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: str, storage: Callable[[Node], Storage], retire: Callable[[Identity], None] = lambda _: None) -> None:
         self.path = path
         self._storage = storage
         self._retire = retire
@@ -134,8 +137,8 @@ class AttachedPath:
     def close(self) -> None:
         pass
 
-    def retire(self) -> None:
-        self._retire()
+    def retire(self, identity: Identity) -> None:
+        self._retire(identity)
 
     def reclaim(self) -> None:
         pass

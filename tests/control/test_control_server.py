@@ -88,6 +88,30 @@ def test_a_second_server_is_refused(server: ControlServer, volume: Path) -> None
         assert client.ask("echo") == {}
 
 
+def test_names_are_taken_away_where_they_were_made(volume: Path, runtime_dir: Path, tmp_path: Path) -> None:
+    """Whoever may change the folder above puts another in its place: nothing in that one is touched."""
+    server = ControlServer("file:vm1", volume, HANDLERS)
+    server.start()
+    path = path_of(server)
+    other = tmp_path / "other"
+    other.mkdir()
+    names = [path.name, path.with_suffix(".lock").name]
+    for name in names:
+        (other / name).write_text("somebody else's")
+    moved = runtime_dir.rename(tmp_path / "moved")
+    runtime_dir.symlink_to(other)
+    server.close()
+    assert sorted(each.name for each in other.iterdir()) == sorted(names)
+    assert list(moved.iterdir()) == []
+    runtime_dir.unlink()
+    other.chmod(0o777)
+    with pytest.raises(PermissionDenied, match="nobody else may write"):
+        paths.open_runtime_dir(other)
+    runtime_dir.symlink_to(moved)
+    with pytest.raises(PermissionDenied):
+        paths.open_runtime_dir(runtime_dir)
+
+
 def test_close_leaves_nothing(volume: Path, runtime_dir: Path) -> None:
     server = ControlServer("file:vm1", volume, HANDLERS)
     server.start()

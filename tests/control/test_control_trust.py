@@ -114,6 +114,7 @@ def serve(
     """Somebody who listens at the socket of the volume at `path`, and says what he likes."""
     with monkeypatch.context() as patch:
         patch.setattr(server, "make_runtime_dir", lambda: folder)
+        patch.setattr(server, "open_runtime_dir", lambda path: os.open(path, os.O_RDONLY | os.O_DIRECTORY))
         served = ControlServer(answer["volume"], path, {"info": lambda arguments: answer})
         if strange:
             with as_stranger():

@@ -15,7 +15,7 @@ from loops import loop_device, mounted, run, sparse
 from fvd.device import claim as claim_module
 from fvd.device.claim import Ownership, claim
 from fvd.device.holders import Holders
-from fvd.device.node import create_file, open_node
+from fvd.device.node import open_node
 from fvd.errors import InUse, NotFound, Unsupported
 
 MIB = 1 << 20
@@ -222,7 +222,7 @@ def test_many_readers_at_once(file: Path) -> None:
 def test_transfers_keep_the_claim(tmp_path: Path) -> None:
     """The open file that holds the claim is the one that transfers use: what the kernel still does for a killed owner keeps it."""
     path = tmp_path / "disk"
-    create_file(path, MIB)
+    sparse(path, MIB)
     ours = claim(path)
     node = open_node(path, sharing=ours.descriptor)
     ours.close()
@@ -236,7 +236,7 @@ def test_transfers_keep_the_claim(tmp_path: Path) -> None:
 def test_a_ghost_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locked and held by no process that can be seen, as after a kill -9 with operations under way."""
     path = tmp_path / "disk"
-    create_file(path, MIB)
+    sparse(path, MIB)
     ghost = claim(path)
     monkeypatch.setattr(claim_module, "holders_of", lambda identity, ours: Holders([], complete=False))
     waited: list[float] = []

@@ -11,9 +11,11 @@ import pytest
 from loops import sparse
 
 from fvd.device import failures as failures_module
+from fvd.device import folders as folders_module
 from fvd.device import node as node_module
 from fvd.device.failures import Failures, FlushFailure
-from fvd.device.node import open_node, sync_directory
+from fvd.device.folders import reach
+from fvd.device.node import open_node, typed_errors
 from fvd.errors import DeviceError
 
 
@@ -105,13 +107,18 @@ def test_a_nodes_sampler(told: list[FlushFailure], tmp_path: Path) -> None:
     assert [failure.errno for failure in told] == [errno.ESPIPE]
 
 
+def sync_folder(folder: Path) -> None:
+    with typed_errors("flushing", str(folder)), reach(folder / "new") as place:
+        place.sync()
+
+
 def test_a_folders_flush(told: list[FlushFailure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system flushes its device for it."""
-    sync_directory(tmp_path)
-    monkeypatch.setattr(node_module.os, "fsync", fail)
+    sync_folder(tmp_path)
+    monkeypatch.setattr(folders_module.os, "fsync", fail)
     with pytest.raises(DeviceError):
-        sync_directory(tmp_path)
-    assert [failure.source for failure in told] == [str(tmp_path)]
+        sync_folder(tmp_path)
+    assert [failure.source for failure in told] == [str(tmp_path / "new")]
 
 
 def test_samplers_are_for_what_is_written_through_the_page_cache(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from loops import loop_device, run, sparse
 
 from fvd.device import node as node_module
+from fvd.device.folders import reach
 from fvd.device.node import aligned_buffer, create_file, open_node, typed_error
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
@@ -182,10 +183,10 @@ def test_a_failed_flush_is_a_device_error(file: Path, monkeypatch: pytest.Monkey
 def test_a_file_system_that_refuses_direct_is_noticed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
-    def without_direct(path: str, flags: int, *rest: int) -> int:
+    def without_direct(path: str, flags: int, *rest: int, **where: Any) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *rest)
+        return real(path, flags, *rest, **where)
 
     monkeypatch.setattr(os, "open", without_direct)
     with open_node(file) as node:
@@ -262,12 +263,13 @@ def test_paths_to_one_thing_have_one_identity(file: Path) -> None:
 
 def test_create_file(tmp_path: Path) -> None:
     path = tmp_path / "new"
-    create_file(path, 5 << 30)
+    with reach(path) as place:
+        os.close(create_file(place, path.name, 5 << 30))
     assert path.stat().st_size == 5 << 30
     assert path.stat().st_blocks == 0
     assert path.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(FileExistsError):
-        create_file(path, 0)
+    with reach(path) as place, pytest.raises(FileExistsError):
+        create_file(place, path.name, 0)
     assert path.stat().st_size == 5 << 30
     with pytest.raises(NotFound):
-        create_file(tmp_path / "absent" / "new", 0)
+        open_node(tmp_path / "absent" / "new")

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fvd.errors import Conflict, FvdError, InvalidArgument, NotFound
+from fvd.device.folders import Place, reach
+from fvd.errors import Conflict, DeviceError, FvdError, InvalidArgument, NotFound
 from fvd.volume import profile
 from fvd.volume.profile import default_path, load, merge, save
 
@@ -129,17 +130,17 @@ def test_the_old_profile_stays_where_the_new_one_cannot_be_written(path: str, mo
     def fails(*_: object) -> None:
         raise OSError(5, "no")
 
-    monkeypatch.setattr(profile.names, "replace", fails)
-    with pytest.raises(OSError, match="no"):
+    monkeypatch.setattr(Place, "rename", fails)
+    with pytest.raises(DeviceError):
         save(path, BASE, [])
     assert load(path, BASE) == [(0, 4096)] and names_in(Path(path).parent) == [Path(path).name]
 
 
 def test_data_are_durable_before_the_name_is(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
-    fsync, replace = os.fsync, profile.names.replace
-    monkeypatch.setattr(profile.names.os, "fsync", lambda descriptor: (done.append("flush"), fsync(descriptor)))
-    monkeypatch.setattr(profile.names, "replace", lambda *names: (done.append("replace"), replace(*names)))
+    fsync, replace = os.fsync, Place.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flush"), fsync(descriptor)))
+    monkeypatch.setattr(Place, "rename", lambda *words: (done.append("replace"), replace(*words)))
     save(path, BASE, [])
     assert done[:2] == ["flush", "replace"]
 
@@ -148,8 +149,8 @@ def test_nobody_can_lead_a_new_profile_elsewhere(path: str, tmp_path: Path) -> N
     """What is made anew is made where nothing is: neither a file nor a link of that name is followed or taken."""
     victim = tmp_path / "victim"
     Path(path).symlink_to(victim)
-    with pytest.raises(FvdError):
-        profile.names.write_new(path, b"x", mode=0o644)
+    with reach(tmp_path / "other") as place, pytest.raises(FileExistsError):
+        place.create(Path(path).name, 0o644)
     assert not victim.exists()
 
 

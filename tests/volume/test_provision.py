@@ -651,7 +651,7 @@ if where == "before": provision.write_disk = die
 if where == "written": file_provider._File.publish = die
 if where == "linked":
     link = os.link
-    os.link = lambda *a: (link(*a), die())
+    os.link = lambda *a, **k: (link(*a, **k), die())
 provision.provision(name, virtual_size_bytes=64 << 20, journal_size_bytes=65536, grow_step_bytes=16 << 20)
 """
 
