@@ -27,7 +27,7 @@ from fvd.api.types import (
     from_json,
     info_from_json,
 )
-from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
+from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
@@ -341,6 +341,8 @@ class Served:
             disk.allocator.attach(disk.engine, self._post)
         if disk.failing is not None:
             disk.failing.attach(self._server.post)
+        if disk.holding is not None:
+            disk.holding.attach(self._server.post, partial(self._server.abandon_export, export_name))
         return True
 
     def _act_on_want(self, export_name: str, wants: int) -> None:
@@ -401,7 +403,9 @@ class Served:
         for export_name in self._disks:
             try:
                 self._server.close_export(export_name)
-            except FvdError as error:
+            except FvdError as failure:
+                stopped = self._disks[export_name].stopped
+                error = DeviceError(f"{self._disks[export_name].name}: {stopped}") if stopped else failure
                 failures.append(error)
                 self._problems[export_name] = str(error)
                 log.error("%s", error)

@@ -99,6 +99,8 @@ def describe_loss(found: Info) -> list[str]:
 
 def describe_failure(found: Info) -> list[str]:
     """What an administrator must know of a disk that promises nothing any more."""
+    if found.stopped:
+        return [found.stopped]
     if not found.failed:
         return []
     when = ""

@@ -1,6 +1,6 @@
-"""Events of block devices as udev tells them, through pyudev: a node appears, a size changes, a device is removed. Waits; never polls.
+"""Events of block devices through pyudev: a node appears, a size changes, a device is removed. Waits; never polls. Knows no volumes.
 
-Works where there is no udev: then nothing is waited for, and `BlockWatch.start` says that nobody will tell. Knows no volumes.
+What udev tells it tells when it has looked at the device. The kernel tells at once, and where there is no udev, or it is stuck, too.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class BlockEvent:
     number: int  # st_rdev
     name: str  # the kernel's
     is_physical_volume: bool  # of LVM, as udev's probe saw it
+    from_kernel: bool = False  # told by the kernel itself, which has looked into nothing
 
 
 def udev_is_running() -> bool:
@@ -58,7 +59,7 @@ def wait_for_node(path: str, timeout_seconds: float = NODE_SECONDS) -> None:
         return
     if not udev_is_running():
         raise DeviceError(f"{path} has no device node, and no udev runs here to make one; start udev, or run vgmknodes")
-    monitor = _monitor()
+    monitor = _monitor("udev")
     # The subscription is there before the second look: an event between the two is waiting in it.
     deadline = time.monotonic() + timeout_seconds
     while not is_block_node(path):
@@ -82,23 +83,27 @@ def known_content(path: str) -> str | None:
 
 
 class BlockWatch:
-    """Hands every event of a block device to `on_event`, in a thread of its own, from `start` to `close`."""
+    """Hands every event of a block device to `on_event`, in a thread of its own, from `start` to `close`: udev's of all devices, and the
+    kernel's own of the device `number`."""
 
-    def __init__(self, on_event: Callable[[BlockEvent], None]) -> None:
+    def __init__(self, on_event: Callable[[BlockEvent], None], number: int = -1) -> None:
         self._on_event = on_event
+        self._number = number
         self._thread: threading.Thread | None = None
         self._wake = -1
 
     def start(self) -> bool:
-        """False: nobody tells of events here (no udev, or not permitted)."""
-        if not udev_is_running():
-            return False
-        try:
-            monitor = _monitor()
-        except OSError:
+        """False: nobody tells of events here (not permitted)."""
+        monitors = {}
+        for source in ("kernel", "udev") if self._number >= 0 else ("udev",):
+            if source == "udev" and not udev_is_running():
+                continue
+            with contextlib.suppress(OSError):
+                monitors[source] = _monitor(source)
+        if not monitors:
             return False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, args=(monitor,), name="fvd-udev", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(monitors,), name="fvd-udev", daemon=True)
         self._thread.start()
         return True
 
@@ -112,21 +117,30 @@ class BlockWatch:
             thread.join()
         os.close(self._wake)
 
-    def _run(self, monitor: Any) -> None:
+    def _run(self, monitors: dict[str, Any]) -> None:
         wake = self._wake
         while True:
-            if wake in _readable(None, monitor.fileno(), wake):
+            readable = _readable(None, *(monitor.fileno() for monitor in monitors.values()), wake)
+            if wake in readable:
                 return
-            try:
-                device = monitor.poll(timeout=0)
-                if device is not None:
-                    self._on_event(_event(device))
-            except OSError:
-                # ENOBUFS: some were lost; the retries look at what is lost. A socket that is dead for good must not keep a core busy.
-                if _readable(_PAUSE_SECONDS, wake):
-                    return
-            except Exception:  # one event must not be the last
-                log.exception("an event of udev could not be dealt with")
+            for source, monitor in monitors.items():
+                if monitor.fileno() not in readable:
+                    continue
+                try:
+                    device = monitor.poll(timeout=0)
+                    if device is not None and self._is_wanted(source, device):
+                        self._on_event(_event(device, source == "kernel"))
+                except OSError:
+                    # ENOBUFS: some were lost, of the device perhaps. A socket that is dead for good must not keep a core busy.
+                    if self._number >= 0:
+                        self._on_event(BlockEvent("change", self._number, "", is_physical_volume=False, from_kernel=True))
+                    if _readable(_PAUSE_SECONDS, wake):
+                        return
+                except Exception:  # one event must not be the last
+                    log.exception("an event of a block device could not be dealt with")
+
+    def _is_wanted(self, source: str, device: Any) -> bool:
+        return source != "kernel" or int(device.device_number) == self._number
 
 
 def _readable(timeout_seconds: float | None, *fds: int) -> list[int]:
@@ -137,11 +151,11 @@ def _readable(timeout_seconds: float | None, *fds: int) -> list[int]:
     return [fd for fd, _ in poll.poll(None if timeout_seconds is None else timeout_seconds * 1000)]
 
 
-def _monitor() -> Any:
-    """A monitor that receives from now on."""
+def _monitor(source: str) -> Any:
+    """A monitor that receives from now on, what the kernel tells or what udev does."""
     import pyudev
 
-    monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="udev")
+    monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
     monitor.filter_by("block")
     with contextlib.suppress(OSError):
         monitor.set_receive_buffer_size(RECEIVE_BUFFER_BYTES)
@@ -149,10 +163,11 @@ def _monitor() -> Any:
     return monitor
 
 
-def _event(device: Any) -> BlockEvent:
+def _event(device: Any, from_kernel: bool) -> BlockEvent:
     return BlockEvent(
         action=str(device.action),
         number=int(device.device_number),
         name=str(device.sys_name),
         is_physical_volume=device.properties.get("ID_FS_TYPE") == _PHYSICAL_VOLUME,
+        from_kernel=from_kernel,
     )

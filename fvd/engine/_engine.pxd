@@ -310,6 +310,8 @@ cdef class Engine:
     cdef uint8_t *journal_buffer
     cdef uint64_t max_commit_pages
     cdef readonly int failed_errno
+    cdef readonly bint stopped      # its storage is somebody else's: nothing more of it is read or written, and every request fails
+    cdef bint refusing              # what it had for the storage is being refused
     cdef readonly int flush_failed_errno    # of the first durability operation that this disk's own device failed
     cdef Op *oldest_durable         # durability operations in flight
     cdef Op *newest_durable

@@ -84,6 +84,15 @@ class Engine:
         """A flush beside this engine's own failed with this errno (positive): from here on as if it had been its own. Raises
         InvalidArgument."""
 
+    def stop(self) -> None:
+        """What the storage holds is not this disk's any more: every request fails from here on (EIO), also those under way and those that
+        ended and were not taken yet, and nothing more is read from the storage or written to it. A close ends with an error. Again is
+        fine."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped."""
+
     def set_storage_size(self, size_bytes: int) -> None:
         """The storage has this size now; writes that waited for a slot go on. Raises Corrupt if a slot in use lies beyond it."""
 

@@ -6,6 +6,8 @@ cdef int done_push(Engine e, Request *r) except -1 nogil:
     cdef Done *out
     if not BUG(51):
         log_publish(e)
+    if e.stopped and r.error == 0 and r.kind != REQUEST_CLOSE:
+        r.error = -EIO      # R39: also what was read or written before it was stopped
     if e.done_count == e.done_room:
         out = <Done *> realloc(e.done, 2 * e.done_room * sizeof(Done))
         if out == NULL:

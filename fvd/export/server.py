@@ -110,6 +110,7 @@ class NbdServer:
             force_blocking=force_blocking,
         )
         self._exports: dict[str, handshake.Export] = {}
+        self._abandoned: dict[str, handshake.Export] = {}  # that are not closed yet, and not served any more
         self._on_want: dict[int, Callable[[int], None]] = {}
         self._clients: dict[int, _Client] = {}
         self._calls: deque[_Call] = deque()
@@ -175,8 +176,20 @@ class NbdServer:
         """Stop serving a disk: answer what is under way, hang up on its clients, have its engine close. Raises what that failed with."""
         self.call(lambda: self._close_export(name))
 
+    def abandon_export(self, name: str) -> None:
+        """Hang up on a disk's clients at once, whatever they wait for, and take no more: nothing of it is answered afterwards. It is still
+        to be closed. Again is fine."""
+
+        def abandon() -> None:
+            export = self._exports.pop(name, None)
+            if export is not None:
+                self._abandoned[name] = export
+                self._loop.drop_all(export.number)
+
+        self.call(abandon)
+
     def _close_export(self, name: str) -> None:
-        export = self._exports.pop(name, None)
+        export = self._exports.pop(name, None) or self._abandoned.pop(name, None)
         if export is None:
             raise NotFound(f"no export named {quoted(name)} is served")
         self._loop.drain(int(self._limits.drain_s * 1e9), export.number)

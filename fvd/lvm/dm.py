@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +21,31 @@ SLOW_AFTER_SECONDS = 10.0
 _CONTROL = "/dev/mapper/control"
 _DM_IOCTL = struct.Struct("=3IIIIiIIIQ128s129s7s")
 _DM_DEV_STATUS = 0xC138FD07
+_DM_TABLE_STATUS = 0xC138FD0C
+_DM_TARGET_SPEC = struct.Struct("=QQiI16s")
 _SUSPEND_FLAG = 1 << 1
 _PERSISTENT_DEV_FLAG = 1 << 3
+_STATUS_TABLE_FLAG = 1 << 4
 _INACTIVE_PRESENT_FLAG = 1 << 6
+_BUFFER_FULL_FLAG = 1 << 8
 _SKIP_BDGET_FLAG = 1 << 9
+_TABLE_BYTES = 16 << 10  # doubled until the table fits
+_MOST_TABLE_BYTES = 64 << 20
 _SECTOR_BYTES = 512  # of /sys, whatever the device's own
 
 
 def device_name(number: int) -> str | None:
     """The device-mapper name of a block device (st_rdev); None: it is none of device-mapper's."""
     return _read(number, "name")
+
+
+def is_being_moved(number: int) -> bool:
+    """Whether the device is lvm's own for a pvmove: what lies there is on its way to another physical volume, and stays what it is."""
+    name, uuid = _read(number, "name"), _read(number, "uuid")
+    if name is None or uuid is None or not uuid.startswith("LVM-"):
+        return False
+    parts = split_name(name)
+    return len(parts) == 2 and re.fullmatch(r"pvmove\d+", parts[1]) is not None
 
 
 def logical_volume_of(number: int) -> tuple[str, str] | None:
@@ -89,20 +106,62 @@ class State:
 
 def state(number: int) -> State | None:
     """As device-mapper has it now; None: it is none of its devices, or may not be asked."""
-    size, flags = _DM_IOCTL.size, _PERSISTENT_DEV_FLAG | _SKIP_BDGET_FLAG
-    request = _DM_IOCTL.pack(4, 0, 0, size, size, 0, 0, flags, 0, 0, number, b"", b"", b"")
+    answer = _ask(number, _DM_DEV_STATUS, 0, 0)
+    if answer is None:
+        return None
+    flags = _DM_IOCTL.unpack_from(answer)[7]
+    return State(bool(flags & _SUSPEND_FLAG), bool(flags & _INACTIVE_PRESENT_FLAG))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line of a table in use. Sectors of 512 bytes."""
+
+    start: int
+    length: int
+    kind: str  # "linear", "striped"...
+    arguments: str
+
+
+def table(number: int) -> tuple[Target, ...] | None:
+    """The table that a device uses now, in order, also while it is suspended; None: it is none of device-mapper's, or may not be asked."""
+    room = _TABLE_BYTES
+    while room <= _MOST_TABLE_BYTES:
+        answer = _ask(number, _DM_TABLE_STATUS, _STATUS_TABLE_FLAG, room)
+        if answer is None:
+            return None
+        header = _DM_IOCTL.unpack_from(answer)
+        if not header[7] & _BUFFER_FULL_FLAG:
+            return tuple(_targets(answer, header[4], header[5]))
+        room *= 2
+    return None
+
+
+def _targets(answer: bytes, data_at: int, count: int) -> Iterator[Target]:
+    at = data_at
+    for _ in range(count):
+        start, length, _status, following, kind = _DM_TARGET_SPEC.unpack_from(answer, at)
+        arguments = answer[at + _DM_TARGET_SPEC.size : answer.index(b"\0", at + _DM_TARGET_SPEC.size)]
+        yield Target(start, length, kind.partition(b"\0")[0].decode(errors="replace"), arguments.decode(errors="replace").strip())
+        at = data_at + following
+
+
+def _ask(number: int, command: int, flags: int, room: int) -> bytes | None:
+    """What device-mapper answers about a device; `room`: for what follows the header."""
+    size = _DM_IOCTL.size
+    flags |= _PERSISTENT_DEV_FLAG | _SKIP_BDGET_FLAG
+    request = bytearray(_DM_IOCTL.pack(4, 0, 0, size + room, size, 0, 0, flags, 0, 0, number, b"", b"", b"") + bytes(room))
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        answer = _DM_IOCTL.unpack(fcntl.ioctl(control, _DM_DEV_STATUS, request))
+        fcntl.ioctl(control, command, request)
     except OSError:
         return None
     finally:
         os.close(control)
-    flags = answer[7]
-    return State(bool(flags & _SUSPEND_FLAG), bool(flags & _INACTIVE_PRESENT_FLAG))
+    return bytes(request)
 
 
 def _read(number: int, name: str) -> str | None:

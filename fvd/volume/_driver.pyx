@@ -302,6 +302,8 @@ cdef class Driver:
                 self.volume.allocator.attach(self.engine, self.post)
             if self.volume.failing is not None:
                 self.volume.failing.attach(self.post)
+            if self.volume.holding is not None:
+                self.volume.holding.attach(self.post)
         except BaseException as error:
             self.failure = error
             self.dead = True
@@ -437,6 +439,8 @@ cdef class Driver:
             raise InvalidArgument(f"{where}: the range is not in the disk")
         if error == -ESHUTDOWN:
             raise self.gone()
+        if self.volume.stopped:
+            raise DeviceError(f"{where}: {self.volume.stopped}")
         if self.engine.failed_errno:
             reason = os.strerror(self.engine.failed_errno)
             raise DeviceError(f"{where}: a flush or journal write failed ({reason}), so nothing is promised any more; close and open it")

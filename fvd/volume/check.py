@@ -72,7 +72,9 @@ def _check_open(volume: OpenVolume) -> CheckReport:
         check_slots_fit(view.geometry, used, volume.node.size_bytes())
     except (Corrupt, DeviceError) as error:
         report.errors.append(str(error))
-    if volume.engine.failed_errno:
+    if volume.stopped:
+        report.errors.append(volume.stopped)
+    elif volume.engine.failed_errno:
         report.errors.append("a flush or journal write failed: writes are refused until the disk is closed and opened again")
     _tell_loss(volume.loss, report)
     _count(view, report)

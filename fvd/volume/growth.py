@@ -6,12 +6,14 @@ Knows neither engine nor format. docs/growth.md says what an implementation must
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fvd.device.lengthen import Lengthener
 from fvd.device.node import Node
-from fvd.errors import NoSpace, Unsupported
+from fvd.errors import DeviceError, NoSpace, Unsupported
 from fvd.units import format_size
 
 _FILE_UNIT_BYTES = 64 << 10
@@ -54,6 +56,58 @@ class Storage(Protocol):
         """No more calls. One that is still running ends by itself and changes nothing but the size."""
 
 
+class Ground(Protocol):
+    """A Storage that can tell whether what it holds still lies where it lay: somebody may shrink or remap it behind the disk."""
+
+    def hold(self, size_bytes: int, most_bytes: int, on_moved: Callable[[str], None]) -> None:
+        """So much of it is used from now on, and what it grows by, up to `most_bytes`. `on_moved(why)` is called, once, in whatever thread
+        it is found out, when what it holds is not what it was, perhaps before this returns: a step of its own never is a reason."""
+
+    def look(self) -> None:
+        """Something has happened to it. Takes no time."""
+
+
+class GroundedStorage(Storage, Ground, Protocol):
+    """Both: what a provider gives for an open disk."""
+
+
+class Ends:
+    """The ground of storage that has nothing but a size: it must not become smaller than what is used of it."""
+
+    def __init__(self, size_bytes: Callable[[], int], path: str) -> None:
+        self._size_bytes = size_bytes
+        self._path = path
+        self._held_bytes = self._most_bytes = 0
+        self._on_moved: Callable[[str], None] | None = None
+        self._why = ""
+
+    def hold(self, size_bytes: int, most_bytes: int, on_moved: Callable[[str], None]) -> None:
+        self._most_bytes, self._held_bytes, self._on_moved = most_bytes, min(size_bytes, most_bytes), on_moved
+        self.look()
+
+    def seen(self, size_bytes: int) -> None:
+        """It has this size."""
+        if size_bytes >= self._held_bytes:
+            self._held_bytes = min(size_bytes, self._most_bytes)
+            return
+        told, self._on_moved = self._on_moved, None
+        if told is not None:
+            self._why = (
+                f"{self._path} has been made smaller by somebody else while it was in use: {format_size(size_bytes)}, where it had "
+                f"{format_size(self._held_bytes)}"
+            )
+            told(self._why)
+
+    def check(self) -> None:
+        """Raises DeviceError if it has been smaller: nothing is done to it any more."""
+        if self._why:
+            raise DeviceError(self._why)
+
+    def look(self) -> None:
+        with contextlib.suppress(DeviceError):  # it is closed, or gone, and that is told otherwise
+            self.seen(self._size_bytes())
+
+
 class FileStorage:
     """A sparse file that plays the logical volume: it grows by the same steps, and takes room on its file system only where written."""
 
@@ -63,12 +117,17 @@ class FileStorage:
 
     def __init__(self, node: Node) -> None:
         self._file = Lengthener(node)
+        self._ends = Ends(self._file.size_bytes, node.path)
+        self.hold, self.look = self._ends.hold, self._ends.look
 
     def size_bytes(self) -> int:
-        return self._file.size_bytes()
+        size_bytes = self._file.size_bytes()
+        self._ends.seen(size_bytes)
+        return size_bytes
 
     def grow_to(self, size_bytes: int) -> None:
-        have = self._file.size_bytes()
+        have = self.size_bytes()
+        self._ends.check()
         if size_bytes <= have:
             return
         # Room that the file system does not have would be found missing only by the guest's writes, as I/O errors: take what is
@@ -99,12 +158,17 @@ class FixedStorage:
 
     def __init__(self, node: Node) -> None:
         self._device = Lengthener(node)
+        self._ends = Ends(self._device.size_bytes, node.path)
+        self.hold, self.look = self._ends.hold, self._ends.look
 
     def size_bytes(self) -> int:
-        return self._device.size_bytes()
+        size_bytes = self._device.size_bytes()
+        self._ends.seen(size_bytes)
+        return size_bytes
 
     def grow_to(self, size_bytes: int) -> None:
-        have = self._device.size_bytes()
+        have = self.size_bytes()
+        self._ends.check()
         if have < size_bytes:
             raise Unsupported(
                 f"{self._device.path} holds {format_size(have)}, and fvd cannot enlarge it; enlarge the device, and the new size is used"

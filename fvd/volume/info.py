@@ -95,6 +95,7 @@ def _open_info(volume: OpenVolume, low_water_bytes: int) -> dict[str, Any]:
         "notices": list(volume.notices),
         "pending_log": volume.log.record.path if volume.log is not None and volume.log.record.path else None,
         "failed_errno": volume.engine.failed_errno,
+        "stopped": volume.stopped,
         "waiting_writes": volume.engine.waiting_writes,
         "statistics": volume.engine.statistics(),
     }

@@ -16,7 +16,7 @@ from fvd.lvm import dm, sharing
 from fvd.lvm.commands import Lvm
 from fvd.lvm.report import GroupState, LogicalVolume, VolumeGroup
 from fvd.volume import overcommit
-from fvd.volume.growth import Storage
+from fvd.volume.growth import GroundedStorage
 from fvd.volume.lvm_storage import LvmStorage, settle
 from fvd.volume.name import VolumeName
 from fvd.volume.overcommit import TAG_DISK, TAG_UNFINISHED, Facts
@@ -154,7 +154,7 @@ class AttachedVolume:
     def size_bytes(self) -> int | None:
         return self._volume.size_bytes
 
-    def storage(self, node: Node) -> Storage:
+    def storage(self, node: Node) -> GroundedStorage:
         return LvmStorage(node, self._volume, self._lvm, tells_of_room=udev_is_running())
 
     def close(self) -> None:

@@ -6,14 +6,17 @@ step that died before its commit, and extents that lvm gives to somebody else ne
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Callable
 
 from fvd.device.lengthen import Lengthener
 from fvd.device.node import Node
 from fvd.errors import DeviceError, FvdError, NoSpace, NotFound
 from fvd.lvm import dm
 from fvd.lvm.commands import Lvm
+from fvd.lvm.placement import Placement
 from fvd.lvm.report import LogicalVolume
 from fvd.units import format_size
 from fvd.volume.growth import Pool
@@ -40,6 +43,11 @@ class LvmStorage:
         self._closed = threading.Event()
         self._growing = False
         self._committed_bytes = volume.size_bytes
+        self._looking = threading.Lock()  # guards the rest
+        self._placement = Placement(self._number)
+        self._held_bytes = self._most_bytes = 0
+        self._on_moved: Callable[[str], None] | None = None
+        self._why_moved = ""
 
     def size_bytes(self) -> int:
         size_bytes = self._device.size_bytes()
@@ -47,10 +55,45 @@ class LvmStorage:
             # Not by us. Somebody's lvextend, or the loaded table of a dead one.
             self._settle()
             size_bytes = self._device.size_bytes()
-        return min(size_bytes, self._committed_bytes)
+        found_bytes = min(size_bytes, self._committed_bytes)
+        self._follow(found_bytes)
+        return found_bytes
+
+    def hold(self, size_bytes: int, most_bytes: int, on_moved: Callable[[str], None]) -> None:
+        self._most_bytes, self._held_bytes, self._on_moved = most_bytes, min(size_bytes, most_bytes), on_moved
+        self._follow(size_bytes)
+
+    def look(self) -> None:
+        with contextlib.suppress(DeviceError):  # it is closed, or gone, and that is told otherwise
+            self._follow(min(self._device.size_bytes(), self._held_bytes))
+
+    def _follow(self, size_bytes: int) -> None:
+        """It has this size, and is used as far as that. What is not of the metadata's size is not looked at, whatever the table has there:
+        so the steps of our own, and what is put right after one, larger and smaller, change nothing that is held."""
+        with self._looking:
+            if self._on_moved is None:
+                return
+            size_bytes = min(size_bytes, self._most_bytes)
+            why: str | None = None
+            if size_bytes < self._held_bytes:
+                why = f"it has {format_size(size_bytes)}, and had {format_size(self._held_bytes)}"
+            else:
+                why = self._placement.follow(size_bytes)
+                self._held_bytes = size_bytes
+            if why is None:
+                return
+            told, self._on_moved = self._on_moved, None
+        self._why_moved = (
+            f"logical volume {self._group}/{self._name} has been changed by somebody else while it was in use: {why}. What the disk held "
+            "there is lost, and may be another volume's by now"
+        )
+        told(self._why_moved)
 
     def grow_to(self, size_bytes: int) -> None:
-        if self.size_bytes() >= size_bytes:
+        have_bytes = self.size_bytes()
+        if self._why_moved:
+            raise DeviceError(self._why_moved)
+        if have_bytes >= size_bytes:
             return
         self._growing = True
         gauge = dm.SuspendGauge(self._number)

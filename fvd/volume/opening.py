@@ -27,6 +27,7 @@ from fvd.volume import pending
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
 from fvd.volume.failing import FailureWatch
+from fvd.volume.holding import Holding
 from fvd.volume.loading import LoadedDisk, covers_base, naming
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, guest_reserve_bytes
@@ -65,6 +66,7 @@ class OpenVolume:
     _resources: ExitStack
     base_released: bool = False  # nothing will ever be read from the base again, so it is not open
     failing: FailureWatch | None = None  # None: read-only
+    holding: Holding | None = None  # that what it lies on stays its own
     copying: Copying | None = None  # None: nothing is ever copied here (read-only, or no base)
     loss: PossibleLoss | None = None  # acknowledged writes may be gone, and no administrator has said yet that it was seen
     log: pending.OpenLog | None = None  # None: read-only
@@ -85,6 +87,11 @@ class OpenVolume:
     def base_node(self) -> Node | None:
         """A base that is read here; None: there is none, or it is remote."""
         return self.base.node if self.base else None
+
+    @property
+    def stopped(self) -> str:
+        """Why the disk has stopped: what it lies on is not its own any more; empty: it has not."""
+        return "" if self.holding is None else self.holding.stopped
 
     @property
     def was_clean(self) -> bool:
@@ -199,11 +206,15 @@ def open_volume(
             )
         undo.callback(engine.forget_log)
         allocator = failing = None
+        storage = place.storage(node)
+        undo.callback(storage.close)
+        holding = Holding(str(volume), engine, storage, on_event)
+        storage.hold(disk.storage_size_bytes, disk.geometry.max_storage_size_bytes, holding.moved)
         if not read_only:
             failing = FailureWatch(str(volume), engine, partial(_devices_of, node, stack.devices))
             undo.callback(failing.close)
             allocator = Allocator(
-                place.storage(node),
+                storage,
                 disk.geometry,
                 storage_size_bytes=disk.storage_size_bytes,
                 low_water_bytes=low_water,
@@ -211,8 +222,7 @@ def open_volume(
                 **(allocator_options or {}),
             )
             undo.callback(allocator.close)
-            watch = watch_device(node, allocator)
-            undo.callback(watch.close)
+        undo.callback(watch_device(node, holding, allocator).close)
         opened = OpenVolume(
             name=volume,
             superblock=disk.superblock,
@@ -230,6 +240,7 @@ def open_volume(
             loss=loss,
             log=log,
             failing=failing,
+            holding=holding,
         )
         if not read_only:
             undo.callback(lambda: end_generation(opened))

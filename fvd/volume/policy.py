@@ -554,7 +554,7 @@ class GrowthPolicy:
         return [Look()]
 
     def _adopt(self, size_bytes: int | None) -> list[Action]:
-        """Storage never shrinks under an open disk: a smaller size is a lie, or a disaster that the next write will report."""
+        """Storage never shrinks under a disk that goes on: where it has, the disk stops (`holding.py`)."""
         if size_bytes is None or size_bytes <= self.storage_size_bytes:
             return []
         geometry = self._geometry

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fvd.device.node import Identity, Node
-from fvd.volume.growth import Storage
+from fvd.volume.growth import GroundedStorage
 from fvd.volume.name import VolumeName
 
 
@@ -55,7 +55,7 @@ class Attached(Protocol):
     def size_bytes(self) -> int | None:
         """What it was promised to have when it was attached, whatever its device shows; None: what it shows."""
 
-    def storage(self, node: Node) -> Storage:
+    def storage(self, node: Node) -> GroundedStorage:
         """The growing end of the open volume."""
 
     def __enter__(self) -> Attached: ...
@@ -120,12 +120,12 @@ class AttachedPath:
 
     size_bytes: int | None = None
 
-    def __init__(self, path: str, storage: Callable[[Node], Storage], retire: Callable[[Identity], None] = lambda _: None) -> None:
+    def __init__(self, path: str, storage: Callable[[Node], GroundedStorage], retire: Callable[[Identity], None] = lambda _: None) -> None:
         self.path = path
         self._storage = storage
         self._retire = retire
 
-    def storage(self, node: Node) -> Storage:
+    def storage(self, node: Node) -> GroundedStorage:
         return self._storage(node)
 
     def __enter__(self) -> AttachedPath:

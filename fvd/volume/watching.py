@@ -1,6 +1,6 @@
-"""While a disk is open: what udev tells of its device, and of the physical volumes that its growth comes from, reaches the allocator.
+"""While a disk is open: what is told of its device, and of the physical volumes that its growth comes from, reaches those whom it concerns.
 
-Knows neither lvm nor the engine; without udev nothing is told, and the allocator's own looks must do.
+Knows neither lvm nor the engine. Of its own device the kernel itself tells, so no udev that is stuck or absent is in the way of that.
 """
 
 from __future__ import annotations
@@ -8,23 +8,30 @@ from __future__ import annotations
 from fvd.device.node import Node
 from fvd.device.udev import BlockEvent, BlockWatch
 from fvd.volume.allocator import Allocator
+from fvd.volume.holding import Holding
 
 
-def watch_device(node: Node, allocator: Allocator) -> BlockWatch:
-    """Begins to watch, where there is something to be watched; `close` ends it."""
+def watch_device(node: Node, holding: Holding, allocator: Allocator | None) -> BlockWatch:
+    """Begins to watch, where there is something to be watched; `close` ends it. `allocator`: None for a disk that is only read."""
     number = node.identity[1] if node.is_block else -1
 
     def tell(event: BlockEvent) -> None:
         if event.number == number:
+            if event.action != "remove":
+                holding.look()  # first: it must not go on for the time of a look at its size
+            if allocator is None:
+                return
             if event.action == "remove":
                 allocator.removed(f"{node.path} has been removed from this machine; what was not flushed may be lost")
             else:
                 allocator.resized()
+        elif allocator is None:
+            return
         elif event.is_physical_volume and event.action in ("add", "change"):
             # Every change of a group's metadata is written to its physical volumes, and udev tells of it when they are closed.
             allocator.room_made()
 
-    watch = BlockWatch(tell)
+    watch = BlockWatch(tell, number)
     if node.is_block:
         watch.start()
     return watch

@@ -284,6 +284,11 @@ class Machine:
         volume.loaded = volume.loaded or volume.size
         self.resume(volume)
 
+    def shrink(self, volume: Volume, size: int) -> None:
+        """Somebody's lvreduce --force: the metadata, and the device."""
+        self.commit(volume, size)
+        self.refresh(volume)
+
     def resume(self, volume: Volume) -> None:
         """It goes on, with the table that is loaded."""
         volume.suspended = False

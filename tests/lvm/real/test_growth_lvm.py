@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbd
 import numpy as np
 import pytest
-from real_devices import GIB, KIB, MIB, SECTOR, Group, Pool, linear, mapped, run, settle, size_bytes, volume_group
+from real_devices import GIB, KIB, MIB, SECTOR, Group, Pool, linear, load_module, mapped, run, settle, size_bytes, volume_group
 
 import fvd
 from fvd.lvm import dm, runner
@@ -334,6 +335,69 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         allocator.storage._lvm = Lvm()
         disk.extend()
         assert disk.info().storage_size >= 128 * MIB
+
+
+# --- Changed behind the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_volume_that_is_rewritten_behind_its_server(group: Group, tmp_path: Path) -> None:
+    """lvreduce, another tenant's lvcreate, lvextend: the disk stops at the first, and writes nothing to the other's extents."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    told = threading.Event()
+    errors: list[fvd.Event] = []
+
+    def tell(event: fvd.Event) -> None:
+        if event.kind == "storage_error":
+            errors.append(event)
+            told.set()
+
+    served = fvd.serve(volume, socket=tmp_path / "s", on_event=tell)
+    client = nbd.NBD()
+    client.connect_uri(served.uri)
+    for chunk in range(20):
+        client.pwrite(content(chunk), chunk * MIB)
+    served.extend()  # steps of its own are no reason
+    run("lvchange", "--refresh", volume)  # nor is what changes nothing
+    assert client.pread(64 * KIB, 10 * MIB) == content(10)
+    client.pwrite(content(1), 30 * MIB)  # something is pending
+    size = served.info().storage_size
+    run("lvreduce", "--yes", "--force", "-L", "16M", volume)
+    assert told.wait(1), "it was not told within a second"
+    with pytest.raises(nbd.Error):
+        client.pread(4096, 0)
+    run("lvcreate", "--yes", "-L", f"{size - 16 * MIB}b", "-n", "other", group.name)
+    run("lvextend", "-L", f"{size}b", volume)
+    before = Path(group.path("other")).read_bytes()
+    assert "has been changed by somebody else" in served.info().stopped and fvd.check(volume).errors
+    with pytest.raises(nbd.Error):
+        nbd.NBD().connect_uri(served.uri)
+    with pytest.raises(fvd.DeviceError, match="The disk has stopped"):
+        served.close()
+    assert Path(group.path("other")).read_bytes() == before
+    assert len(errors) == 1 and fvd.info(volume).left_open
+
+
+def test_a_volume_that_lvm_moves_and_copies(make_group: Callable[..., Group]) -> None:
+    """pvmove, and a snapshot taken and dropped, under a disk that is in use: its bytes stay what they are, and so does the disk."""
+    load_module("dm-mirror")
+    load_module("dm-snapshot")
+    group = make_group(size=4 * GIB, disks=2)
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    with fvd.open(volume) as disk:
+        for chunk in range(50):
+            disk.pwrite(chunk * MIB, content(chunk))
+        there, other = group.devices if group.devices[0] in str(group.report("lv_name,devices")) else reversed(group.devices)
+        run("pvmove", "--config", "global/use_lvmpolld=0", "--interval", "1", "--name", "vm1", there, other)
+        wait_for(lambda: "pvmove" not in str(group.report("lv_name")))
+        assert other in str(group.report("lv_name,devices"))
+        disk.extend()
+        run("lvcreate", "--yes", "--snapshot", "-L", "64M", "-n", "snap", volume)
+        run("lvremove", "--yes", f"{group.name}/snap")
+        for chunk in range(50):
+            assert disk.pread(chunk * MIB, 64 * KIB) == content(chunk)
+        assert not disk.info().stopped
 
 
 # --- Without udev ----------------------------------------------------------------------------------------------------------------
