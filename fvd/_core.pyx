@@ -322,7 +322,7 @@ cdef bint cell_valid(const uint8_t *cell, uint32_t uuid_crc, uint64_t position_b
     cdef uint32_t used_bytes = used * item_bytes(kind)
     if header.cell_kind != kind or header.cell_reserved != 0 or header.cell_index != cell_index:
         return False
-    if header.cell_checksum != checksum(uuid_crc, position_bytes, cell, CELL_BYTES, 0) and not BUG(19):
+    if header.cell_checksum != checksum(uuid_crc, position_bytes, cell, CELL_BYTES, 0) and not BUG(Bug.CELL_CHECKSUM_IGNORED):
         return False
     return memcmp(cell + sizeof(CellHeader) + used_bytes, &ZEROS[0] if kind == KIND_BITMAP else &ONES[0],
                   CELL_PAYLOAD_BYTES - used_bytes) == 0
@@ -336,7 +336,7 @@ cdef void journal_seal(uint8_t *page, uint32_t uuid_crc, uint64_t position_bytes
 
 cdef inline uint64_t records_room(uint64_t position, uint64_t ring_pages) noexcept nogil:
     """Bytes that the records of the page at this ring position may take."""
-    return (ring_pages - position) * PAGE_BYTES - JOURNAL_HEADER_BYTES if BUG(21) else JOURNAL_RECORDS_BYTES
+    return (ring_pages - position) * PAGE_BYTES - JOURNAL_HEADER_BYTES if BUG(Bug.RECORDS_BEYOND_THE_PAGE) else JOURNAL_RECORDS_BYTES
 
 
 cdef inline bint records_fit(const JournalHeader *header, uint64_t room_bytes) noexcept nogil:
@@ -352,7 +352,7 @@ cdef bint journal_page_valid(const uint8_t *page, uint32_t uuid_crc, uint64_t jo
         return False
     if not records_fit(header, records_room(position, ring_pages)):
         return False
-    return BUG(18) or header.page_checksum == checksum(
+    return BUG(Bug.PAGE_CHECKSUM_IGNORED) or header.page_checksum == checksum(
         uuid_crc, journal_offset_bytes + position * PAGE_BYTES, page, PAGE_BYTES, JOURNAL_CHECKSUM_OFFSET)
 
 

@@ -13,7 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
-from fvd._core cimport BUG
+from fvd._core cimport BUG, Bug
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
 from fvd.errors import DeviceError
@@ -405,7 +405,7 @@ cdef int64_t discard_result(Disk *disk, int64_t result) noexcept nogil:
 
 cdef bint is_sampled(Disk *disk, const DeviceOp *op) noexcept nogil:
     """Whether the good end of this operation is one only if the sampler has heard of nothing."""
-    return disk.sampler_fd >= 0 and op.target == TARGET_STORAGE and (op.kind == OP_FLUSH or op.durable) and not BUG(48)
+    return disk.sampler_fd >= 0 and op.target == TARGET_STORAGE and (op.kind == OP_FLUSH or op.durable) and not BUG(Bug.SAMPLER_NOT_ASKED)
 
 
 cdef int64_t ask_sampler(Disk *disk) noexcept nogil:

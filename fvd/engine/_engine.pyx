@@ -21,7 +21,7 @@ from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
 
 from fvd cimport _core
 from fvd._core cimport (
-    BUG, CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, HAS_BUGS, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES,
+    BUG, Bug, CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, HAS_BUGS, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES,
     KIND_BITMAP, KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, bit_get, bits_all, bits_count, bits_fill,
     bits_find, bits_find_last, bits_none, cell_seal, crc32c, entry_hash, journal_seal,
 )
@@ -160,7 +160,7 @@ cdef int op_ended(Engine e, Op *op, int32_t error) except -1 nogil:
     if op.what == WHAT_MAP_FLUSH:
         return checkpoint_end(e, error)
     discard_ended(e, op, error)
-    return commit_maybe(e) if BUG(64) else 0
+    return commit_maybe(e) if BUG(Bug.FLUSH_WAITS_FOR_DISCARDS) else 0
 
 
 cdef int refuse_ops(Engine e) except -1 nogil:
@@ -182,7 +182,7 @@ SEEDED_BUGS = bool(HAS_BUGS)
 
 
 def seed_bug(int number):
-    """Switch one seeded bug on (0: none). Raises RuntimeError in a release build, which contains none."""
+    """Switch one seeded bug on (of fvd._core.Bug; 0: none). Raises RuntimeError in a release build, which contains none."""
     if not HAS_BUGS:
         raise RuntimeError("this build contains no seeded bugs")
     _core.seeded_bug = number
@@ -427,7 +427,7 @@ cdef class Engine:
         if kind == REQUEST_FLUSH:
             self.stat_flushes += 1
             r.start = r.cursor = r.end = 0
-            if self.failed_errno and not BUG(11):
+            if self.failed_errno and not BUG(Bug.FAILURES_IGNORED):
                 return request_fail(self, r, -EIO)
             if self.unsafe or self.read_only:
                 return request_release(self, r)
@@ -597,7 +597,7 @@ cdef class Engine:
         """A flush beside this engine's own failed with this errno (positive), and may have taken a report that was due here (R30)."""
         if error_number <= 0:
             raise InvalidArgument(f"errno {error_number}: it must be positive")
-        if not BUG(47):
+        if not BUG(Bug.FAILURE_BESIDE_US_IGNORED):
             fail(self, -error_number)
 
     def stop(self):

@@ -14,7 +14,7 @@ cdef bint commit_wanted(Engine e) noexcept nogil:
 cdef int commit_maybe(Engine e) except -1 nogil:
     if e.commit_state != COMMIT_IDLE or e.failed_errno or e.read_only or not commit_wanted(e):
         return 0
-    if BUG(64) and e.discarding:
+    if BUG(Bug.FLUSH_WAITS_FOR_DISCARDS) and e.discarding:
         return 0
     return commit_begin(e)
 
@@ -50,7 +50,7 @@ cdef int commit_begin(Engine e) except -1 nogil:
             e.new_hash ^= entry_hash(e.uuid_seed, kind, index, c.committed) ^ entry_hash(e.uuid_seed, kind, index, c.frozen)
         log_freeze(e)
     e.commit_state = COMMIT_FLUSHING
-    if BUG(1):
+    if BUG(Bug.JOURNAL_BEFORE_FLUSH):
         commit_flushed(e, 0)
     else:
         op_issue(e, WHAT_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
@@ -70,7 +70,7 @@ cdef int flushes_done(Engine e) except -1 nogil:
 
 
 cdef int commit_flushed(Engine e, int32_t error) except -1 nogil:
-    if error and not BUG(11):
+    if error and not BUG(Bug.FAILURES_IGNORED):
         return fail(e, error)
     if e.failed_errno:
         return fail(e, e.failed_errno)
@@ -78,7 +78,7 @@ cdef int commit_flushed(Engine e, int32_t error) except -1 nogil:
         e.commit_state = COMMIT_IDLE
         flushes_done(e)
         return commit_next(e)
-    if BUG(8):
+    if BUG(Bug.FLUSH_ANSWERED_BEFORE_JOURNAL):
         flushes_done(e)
     e.commit_state = COMMIT_ROOM
     return journal_commit(e)
@@ -95,7 +95,7 @@ cdef int commit_next(Engine e) except -1 nogil:
 cdef inline uint32_t record_index(Engine e, uint32_t kind, uint64_t index) noexcept nogil:
     """What a record names its word or entry by."""
     cdef uint32_t sector_shift = (e.block_shift + 6 if kind == KIND_BITMAP else e.chunk_shift) - 9
-    if BUG(20):
+    if BUG(Bug.INDEX_IN_SECTORS):
         return <uint32_t> (index << sector_shift) >> sector_shift   # as if places were counted in sectors of 32 bits
     return <uint32_t> index
 
@@ -117,7 +117,7 @@ cdef uint32_t journal_records(Engine e) except 0 nogil:
             if used + size > JOURNAL_RECORDS_BYTES:
                 ensure(pages < e.max_commit_pages, "a commit is larger than its reserve")
                 page = e.journal_buffer + pages * PAGE_BYTES
-                memset(page, 0, sizeof(JournalHeader) if BUG(22) else PAGE_BYTES)
+                memset(page, 0, sizeof(JournalHeader) if BUG(Bug.PAGE_NOT_CLEARED) else PAGE_BYTES)
                 header = <JournalHeader *> page
                 pages += 1
                 used = 0
@@ -140,7 +140,7 @@ cdef int journal_commit(Engine e) except -1 nogil:
     if at + pages > e.journal_pages:
         sequence += e.journal_pages - at
     # R4: nothing from the durable tail on is overwritten, and one page stays for the commit that moves the tail.
-    if sequence + pages + 1 - e.durable_tail <= e.journal_pages or BUG(16):
+    if sequence + pages + 1 - e.durable_tail <= e.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL):
         return journal_write(e, sequence, pages, 0)
     if (e.tail if e.tail else e.next_sequence) != e.durable_tail:
         memset(e.journal_buffer, 0, PAGE_BYTES)
@@ -154,7 +154,7 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
     cdef uint32_t i
     ensure(e.commit_state == COMMIT_IDLE or e.commit_state == COMMIT_ROOM, "two journal writes at once")
     ensure(sequence % e.journal_pages + pages <= e.journal_pages, "a commit across the end of the ring")
-    ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(16), "the journal would overwrite its tail")
+    ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL), "the journal would overwrite its tail")
     e.clean_on_storage = False
     if e.tail == 0:
         e.tail = sequence
@@ -177,7 +177,8 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
         header.flags = flags
         journal_seal(e.journal_buffer + i * PAGE_BYTES, e.uuid_crc, position + i * PAGE_BYTES)
     e.stat_journal_writes += 1
-    op_issue(e, WHAT_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal_buffer, not BUG(17))
+    op_issue(e, WHAT_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal_buffer,
+             not BUG(Bug.JOURNAL_WRITE_NOT_DURABLE))
     return 0
 
 
@@ -187,7 +188,7 @@ cdef inline bint is_commit_record(JournalHeader *header) noexcept nogil:
 
 cdef int journal_written(Engine e, int32_t error) except -1 nogil:
     cdef bint was_commit
-    if error and not BUG(11):
+    if error and not BUG(Bug.FAILURES_IGNORED):
         return fail(e, error)
     if e.failed_errno:
         return fail(e, e.failed_errno)
@@ -275,7 +276,7 @@ cdef int map_page(Engine e, uint8_t *page, uint32_t kind, uint64_t number) excep
     cdef uint64_t words[62]
     cdef uint32_t entries[124]
     cdef uint64_t cell, index, total, count, i, position
-    cdef bint overlay = not BUG(3) and changes(&e.open) + changes(&e.frozen) + changes(&e.soft) > 0
+    cdef bint overlay = not BUG(Bug.CHECKPOINT_OF_PENDING_VALUES) and changes(&e.open) + changes(&e.frozen) + changes(&e.soft) > 0
     memset(page, 0, PAGE_BYTES)
     for cell in range(number * CELLS_PER_PAGE, (number + 1) * CELLS_PER_PAGE):
         position = (e.bitmap_offset if kind == KIND_BITMAP else e.table_offset) + cell * CELL_BYTES
@@ -354,7 +355,7 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
         e.sweep = run if kind == KIND_BITMAP else e.bitmap_pages + run
     if e.sweep >= pages and e.staging_busy == 0 and e.checkpoint_state == CHECKPOINT_WRITING:
         e.checkpoint_state = CHECKPOINT_FLUSHING
-        if BUG(4):
+        if BUG(Bug.TAIL_BEFORE_CHECKPOINT_FLUSH):
             return checkpoint_end(e, 0)
         op_issue(e, WHAT_MAP_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
     return 0
@@ -363,7 +364,7 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
 cdef int checkpoint_wrote(Engine e, uint32_t staging, int32_t error) except -1 nogil:
     e.staging[staging].busy = 0
     e.staging_busy -= 1
-    if error and not BUG(23):
+    if error and not BUG(Bug.MAP_WRITE_ERROR_IGNORED):
         return fail(e, error)
     return checkpoint_step(e)
 
@@ -397,14 +398,15 @@ cdef int durable_ended(Engine e, Op *record, int32_t error) except -1 nogil:
     if record.watched:
         record.watched = 0
         drain_note(e, record)       # what it wrote lies where it will, whether or not its end counts yet
-    if error and not BUG(11):
+    if error and not BUG(Bug.FAILURES_IGNORED):
         # R27: whoever issued it. The failure of a durable write of a guest may be another write's lost page, or the device's lost cache.
-        if not (record.what == WHAT_PLAIN and BUG(44)) and not (record.what == WHAT_JOB and BUG(45)):
+        if not (BUG(Bug.FAILED_DURABLE_WRITE_FORGIVEN) and record.what == WHAT_PLAIN
+                or BUG(Bug.FAILED_DURABLE_JOB_FORGIVEN) and record.what == WHAT_JOB):
             flush_failed(e, error)
             error = -EIO            # not ENOSPC: room would not mend it
-    barrier = 0 if e.newest_durable == NULL or BUG(43) else e.newest_durable.number
+    barrier = 0 if e.newest_durable == NULL or BUG(Bug.DURABLE_END_WITHOUT_BARRIER) else e.newest_durable.number
     held_release(e)
-    if error == 0 and e.failed_errno and not BUG(11):
+    if error == 0 and e.failed_errno and not BUG(Bug.FAILURES_IGNORED):
         error = -EIO
     if error or barrier == 0:
         return record_ended(e, record, error)
@@ -437,7 +439,7 @@ cdef Op *held_take(Engine e) noexcept nogil:
 cdef int held_release(Engine e) except -1 nogil:
     """Those count now behind which nothing is in flight any more. Barriers rise along the list: each only waits for older operations."""
     while e.held != NULL and (e.oldest_durable == NULL or e.oldest_durable.number > e.held.number
-                              or (BUG(46) and e.oldest_durable.number == e.held.number)):
+                              or (BUG(Bug.BARRIER_ONE_TOO_EARLY) and e.oldest_durable.number == e.held.number)):
         record_ended(e, held_take(e), 0)
     return 0
 
@@ -462,7 +464,7 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
         record_ended(e, held_take(e), -EIO)     # R26: this failure may have taken their reports
     list_fail_done(e, &e.flush_now)
     list_fail_done(e, &e.flush_next)
-    if not BUG(74):
+    if not BUG(Bug.JOURNAL_WAITERS_FORGOTTEN):
         list_fail(e, &e.wait_room, -EIO)
     list_fail(e, &e.wait_slot, -EIO)
     return close_step(e)

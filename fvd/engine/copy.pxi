@@ -17,7 +17,7 @@ cdef int soft_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) exce
     """As delta_note, for a change that no flush has to commit. Part of a hard one if there is one."""
     cdef uint64_t key = change_key(kind, index)
     if delta_find(&e.open, key) != NULL:
-        if not BUG(50):
+        if not BUG(Bug.COPY_NOT_LOGGED):
             log_touch(e, key)       # R22: a copy, too, changes what is pending
         return 0
     if delta_find(&e.soft, key) != NULL:
@@ -36,7 +36,7 @@ cdef int soft_harden(Engine e) except -1 nogil:
     for i in range(e.soft.mask + 1):
         c = &e.soft.cells[i]
         if c.key:
-            if not BUG(54):
+            if not BUG(Bug.HARDENED_NOT_LOGGED):
                 log_touch(e, c.key)     # R22
             delta_insert(&e.open, <uint32_t> ((c.key - 1) >> 56), (c.key - 1) & 0xFFFFFFFFFFFFFFULL, c.committed)
     delta_clear(&e.soft)
@@ -57,7 +57,7 @@ cdef int word_hardened(Engine e, uint64_t word) except -1 nogil:
     cdef uint64_t first = word << 6
     cdef uint64_t end = min(first + 64, e.blocks)
     cdef uint64_t chunk
-    if e.raw or BUG(27):
+    if e.raw or BUG(Bug.HARD_WORD_WITHOUT_ENTRIES):
         return 0
     for chunk in range(first / e.blocks_per_chunk, (end - 1) / e.blocks_per_chunk + 1):
         entry_harden(e, chunk)
@@ -68,13 +68,13 @@ cdef int guest_hardens(Engine e, uint64_t chunk, uint64_t first, uint64_t last) 
     """R14: the guest writes to these blocks. Were their mapping lost, the base would show again."""
     cdef uint64_t word, mask
     cdef Change *c
-    if BUG(26):
+    if BUG(Bug.COPY_SOFT_UNDER_A_WRITE):
         return 0
     entry_harden(e, chunk)
     for word in range(first >> 6, ((last - 1) >> 6) + 1):
         c = delta_find(&e.soft, change_key(KIND_BITMAP, word))
         if c == NULL:
-            if BUG(75):
+            if BUG(Bug.ONE_WORD_HARDENED):
                 break
             continue
         mask = ~<uint64_t> 0
@@ -84,7 +84,7 @@ cdef int guest_hardens(Engine e, uint64_t chunk, uint64_t first, uint64_t last) 
             mask &= ~<uint64_t> 0 >> (63 - ((last - 1) & 63))
         if ~c.committed & mask:         # others of the word may stay soft
             delta_note(e, KIND_BITMAP, word, e.bitmap[word])
-        if BUG(75):
+        if BUG(Bug.ONE_WORD_HARDENED):
             break
     return 0
 
@@ -99,14 +99,15 @@ cdef int base_covered(Engine e, uint64_t first, uint64_t end) except -1 nogil:
         # The last of them is in the next commit, which takes everything along.
         e.soft_due = True
         e.release_after = e.commits + 1
-        if BUG(68):
+        if BUG(Bug.BASE_RELEASED_BEFORE_COMMIT):
             base_release(e)
     return 0
 
 
 cdef void base_release(Engine e) noexcept nogil:
     """R36: every block is here for good, and nothing that was asked of the base before is still to come: nobody will ask it again."""
-    if e.release_after and (e.durable_commits >= e.release_after or BUG(68)) and e.base_inflight == 0 and e.retries == NULL:
+    cdef bint durable = e.durable_commits >= e.release_after or BUG(Bug.BASE_RELEASED_BEFORE_COMMIT)
+    if e.release_after and durable and e.base_inflight == 0 and e.retries == NULL:
         e.release_after = 0
         e.base_released = True
         e.want |= WANT_BASE
@@ -272,7 +273,9 @@ cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:
     if slot_of(e, chunk) != EMPTY:
         return True
     # Where every chunk has its place nobody takes another's.
-    return slots_at_hand(e) > (e.reserve_slots if e.capacity < e.chunks and not BUG(41) and not (BUG(67) and e.exhausted) else 0)
+    if e.capacity >= e.chunks or BUG(Bug.COPIES_TAKE_THE_RESERVE) or BUG(Bug.RESERVE_FORGOTTEN_WHEN_FULL) and e.exhausted:
+        return slots_at_hand(e) > 0
+    return slots_at_hand(e) > e.reserve_slots
 
 
 cdef inline void no_slot_for_copy(Engine e) noexcept nogil:
@@ -435,7 +438,7 @@ cdef int copy_save(Engine e, Copy *c) except -1 nogil:
         c.begun_ns = e.now_ns
     while at < c.end_block:
         end = c.end_block
-        if not BUG(29):
+        if not BUG(Bug.COPY_OVER_NEWER_DATA):
             at = bits_find(e.bitmap, at, c.end_block, False)
             if at == c.end_block:
                 break
@@ -489,7 +492,7 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
         b = busy_get(e, chunk)
         b.slot = slot
         b.reserved = 1
-        if not bits_none(e.bitmap, chunk_first, chunk_end) and not BUG(30):
+        if not bits_none(e.bitmap, chunk_first, chunk_end) and not BUG(Bug.COPY_INTO_A_DIRTY_SLOT):
             # R8. A job of its own: a guest's write to this chunk needs it as well, and need not wait for more.
             b.exclusive = 1
             j = save_job(e, c, b, JOB_FILL, chunk_first, chunk_first, need)
@@ -503,7 +506,7 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
     j.device_offset = e.data_offset + (<uint64_t> b.slot << e.chunk_shift) + ((first - chunk_first) << e.block_shift)
     j.device_length = length_bytes
     job_write(e, j, False)
-    if BUG(31):
+    if BUG(Bug.COPY_BEFORE_ITS_DATA):
         copy_map(e, j)
     return 1
 
@@ -540,10 +543,11 @@ cdef int copy_map(Engine e, Job *j) except -1 nogil:
         e.mapped_slots += 1
     if j.kind == JOB_FILL:
         return 0
-    ensure(bits_none(e.bitmap, j.first_block, j.end_block) or BUG(29) or BUG(31), "a copy would cover what is newer")
+    ensure(bits_none(e.bitmap, j.first_block, j.end_block) or BUG(Bug.COPY_OVER_NEWER_DATA) or BUG(Bug.COPY_BEFORE_ITS_DATA),
+           "a copy would cover what is newer")
     soft_bits(e, j.first_block, j.end_block)
     for word in range(j.first_block >> 6, ((j.end_block - 1) >> 6) + 1):
-        if delta_find(&e.open, change_key(KIND_BITMAP, word)) != NULL and not BUG(27):
+        if delta_find(&e.open, change_key(KIND_BITMAP, word)) != NULL and not BUG(Bug.HARD_WORD_WITHOUT_ENTRIES):
             entry_harden(e, chunk)
     e.stat_copied_bytes += length_bytes
     if j.copy.prefetch:

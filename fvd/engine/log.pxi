@@ -48,9 +48,9 @@ cdef inline int log_touch(Engine e, uint64_t key) except -1 nogil:
 
 
 cdef inline bint log_has_room(Engine e, uint64_t need) noexcept nogil:
-    """Whether the open area can take these changes beside all that may still come. No record is of less than 8 bytes of a commit, and one
-    job notes no entry more than twice as often as it reserves for."""
-    return e.log == NULL or BUG(59) or (
+    """R25: whether the open area can take these changes beside all that may still come. No record is of less than 8 bytes of a commit, and
+    one job notes no entry more than twice as often as it reserves for."""
+    return e.log == NULL or BUG(Bug.FULL_LOG_IGNORED) or (
         ENTRY_RECORD_BYTES * e.log_next + 2 * (delta_bytes(&e.soft) + e.reserved_bytes + need) <= ENTRY_RECORD_BYTES * e.log.capacity)
 
 
@@ -77,7 +77,7 @@ cdef int log_publish(Engine e) except -1 nogil:
         r = &e.log_records[i]
         index = r.key & 0xFFFFFFFFFFFFFFULL
         r.value = e.bitmap[index] if r.key >> 56 == KIND_BITMAP else e.table[index]
-    publish(area.count, e.log_next - (1 if BUG(53) else 0))
+    publish(area.count, e.log_next - (1 if BUG(Bug.LAST_RECORD_NOT_PUBLISHED) else 0))
     return 0
 
 
@@ -88,13 +88,13 @@ cdef int log_freeze(Engine e) except -1 nogil:
         return 0
     log_publish(e)
     other = &e.log.areas[(e.log.epoch + 1) & 1]
-    ensure(other.count == 0 or BUG(53), "the log of the commit before is still there")
+    ensure(other.count == 0 or BUG(Bug.LAST_RECORD_NOT_PUBLISHED), "the log of the commit before is still there")
     other.count = 0
     publish(other.base_hash, e.new_hash)
     publish(e.log.epoch, e.log.epoch + 1)
     e.log_records = log_records_of(e.log, e.log.epoch)
     e.log_next = 0
-    if BUG(52):
+    if BUG(Bug.LOG_CLEARED_BEFORE_COMMIT):
         log_committed(e)
     return 0
 

@@ -313,7 +313,7 @@ cdef int delta_note(Engine e, uint32_t kind, uint64_t index, uint64_t value) exc
     cdef uint64_t key = change_key(kind, index)
     cdef Change *c
     if delta_find(&e.open, key) != NULL:
-        if not BUG(56):
+        if not BUG(Bug.SECOND_CHANGE_NOT_LOGGED):
             log_touch(e, key)       # R22: a second change of what is pending
         return 0
     log_touch(e, key)
@@ -340,10 +340,10 @@ cdef inline uint64_t delta_bytes(Delta *d) noexcept nogil:
 cdef inline uint64_t committed_value(Engine e, uint32_t kind, uint64_t index, uint64_t now) noexcept nogil:
     """The committed value of an entry whose value now is `now`."""
     cdef uint64_t key = change_key(kind, index)
-    cdef Change *c = delta_find(&e.open if BUG(73) else &e.frozen, key)
+    cdef Change *c = delta_find(&e.open if BUG(Bug.OPEN_BEFORE_FROZEN) else &e.frozen, key)
     if c == NULL:
-        c = delta_find(&e.frozen if BUG(73) else &e.open, key)
-    if c == NULL and not BUG(28):
+        c = delta_find(&e.frozen if BUG(Bug.OPEN_BEFORE_FROZEN) else &e.open, key)
+    if c == NULL and not BUG(Bug.SOFT_COUNTS_AS_COMMITTED):
         c = delta_find(&e.soft, key)        # R16
     return now if c == NULL else c.committed
 
@@ -379,7 +379,7 @@ cdef bint is_committed(Engine e, uint64_t chunk, uint64_t first, uint64_t end) n
         return True
     if delta_find(&e.open, change_key(KIND_TABLE, chunk)) != NULL:
         return False
-    if delta_find(&e.frozen, change_key(KIND_TABLE, chunk)) != NULL and not BUG(72):
+    if delta_find(&e.frozen, change_key(KIND_TABLE, chunk)) != NULL and not BUG(Bug.FROZEN_ENTRY_COUNTS_AS_COMMITTED):
         return False
     for word in range(first >> 6, ((end - 1) >> 6) + 1):
         if delta_find(&e.open, change_key(KIND_BITMAP, word)) != NULL:

@@ -4,7 +4,7 @@
 
 cdef int done_push(Engine e, Request *r) except -1 nogil:
     cdef Done *out
-    if not BUG(51):
+    if not BUG(Bug.ANSWER_BEFORE_LOG):
         log_publish(e)
     if e.stopped and r.error == 0 and r.kind != REQUEST_CLOSE:
         r.error = -EIO      # R39: also what was read or written before it was stopped
@@ -38,7 +38,7 @@ cdef int request_release(Engine e, Request *r) except -1 nogil:
     r.pending -= 1
     if r.paused:
         # R34: half of it has ended, so that what follows can be joined.
-        if r.pending > 1 + e.window // 2 or BUG(42):
+        if r.pending > 1 + e.window // 2 or BUG(Bug.PAUSED_REQUEST_FORGOTTEN):
             return 0
         r.paused = 0
         if r.error:
@@ -48,7 +48,7 @@ cdef int request_release(Engine e, Request *r) except -1 nogil:
         return 0
     # R10: a durable write that was under way when a flush failed may have been lost from the page cache with that flush, which took the
     # only error that the kernel gives.
-    if r.flags & FLAG_FUA and e.failed_errno and r.error == 0 and not BUG(11):
+    if r.flags & FLAG_FUA and e.failed_errno and r.error == 0 and not BUG(Bug.FAILURES_IGNORED):
         r.error = -EIO
     if r.needs_commit and r.error == 0:
         r.needs_commit = 0
@@ -135,13 +135,13 @@ cdef int issue_plain(Engine e, Request *r, uint8_t kind, uint64_t offset_bytes, 
 
 
 cdef int read_absent(Engine e, Request *r, uint64_t start, uint64_t end, bint zeros) except -1 nogil:
-    """Blocks that are not here: from the base as far as it reaches, zeros beyond."""
+    """Blocks that are not here: from the base as far as it reaches (R12), zeros beyond."""
     cdef uint64_t base_end = start
     cdef uint8_t *buffer = r.buffer + (start - r.start)
     cdef Op *op
     if e.has_base and not zeros and start < e.base_size:
         read_noted(e, r, start, end)
-        base_end = end if end < e.base_size or BUG(12) else e.base_size
+        base_end = end if end < e.base_size or BUG(Bug.READ_BEYOND_THE_BASE) else e.base_size
         r.touched_device = 1
         op = op_issue(e, WHAT_PLAIN, OP_READ, TARGET_BASE, start, base_end - start, buffer, False)
         op.request = r
@@ -175,7 +175,7 @@ cdef int read_step(Engine e, Request *r) except -1 nogil:
     if not present or slot == EMPTY:
         read_absent(e, r, start, end, present)
         return 1
-    if e.failed_errno and not mapped_durably(e, chunk, slot, first, ((end - 1) >> e.block_shift) + 1) and not BUG(61):
+    if e.failed_errno and not mapped_durably(e, chunk, slot, first, ((end - 1) >> e.block_shift) + 1) and not BUG(Bug.READ_AFTER_FAILURE):
         return give_up(r, -EIO)     # R38
     device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start)
     if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0:

@@ -62,7 +62,8 @@ cdef uint64_t slot_spread(Engine e, uint64_t chunk, uint64_t *among, bint value)
 
 
 cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
-    """Reserve a slot for a chunk in memory, or EMPTY. With none free, one that waits for its discard, which it then does without."""
+    """Reserve a slot for a chunk in memory, or EMPTY. With none free, one that waits for its discard, which it then does without
+    (R37: nobody waits for a discard that has not begun)."""
     cdef uint64_t slot
     cdef bint waits = e.free_count == 0
     cdef uint64_t *among = e.to_discard if waits else e.used
@@ -74,7 +75,7 @@ cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
     if not waits:
         bits_fill(e.used, slot, slot + 1, True)
         e.free_count -= 1
-    elif not BUG(40):
+    elif not BUG(Bug.DISCARD_OF_A_TAKEN_SLOT):
         # R32: nobody discards it under its data.
         bits_fill(e.to_discard, slot, slot + 1, False)
         e.to_discard_count -= 1
@@ -113,7 +114,7 @@ cdef int discard_later(Engine e, uint32_t slot) except -1 nogil:
             out_of_memory()
     bits_fill(e.to_discard, slot, <uint64_t> slot + 1, True)
     e.to_discard_count += 1
-    return slot_give(e, slot) if BUG(38) else 0
+    return slot_give(e, slot) if BUG(Bug.SLOT_FREED_BEFORE_ITS_DISCARD) else 0
 
 
 cdef int discards_begin(Engine e) except -1 nogil:
@@ -122,14 +123,15 @@ cdef int discards_begin(Engine e) except -1 nogil:
     cdef Op *op
     if e.closing != NULL and (e.close_phase != CLOSE_DISCARDS or e.now_ns >= e.discards_until_ns):
         return 0
-    while e.to_discard_count and (e.discarding < e.most_discarding and e.discarding_slots < e.discard_room or BUG(37)):
+    while e.to_discard_count and (BUG(Bug.DISCARDS_WITHOUT_BOUND)
+                                  or e.discarding < e.most_discarding and e.discarding_slots < e.discard_room):
         most = min(e.discard_slots, max(e.discard_room, e.discarding_slots + 1) - e.discarding_slots)
         first = bits_find(e.to_discard, e.discard_cursor, e.chunks, True)
         if first == e.chunks:
             first = bits_find(e.to_discard, 0, e.chunks, True)
         end = min(first + most, e.chunks)
         # R32: what lies between two that wait is somebody's.
-        end = min(end, e.capacity) if BUG(39) else bits_find(e.to_discard, first, end, False)
+        end = min(end, e.capacity) if BUG(Bug.DISCARD_ACROSS_USED_SLOTS) else bits_find(e.to_discard, first, end, False)
         e.to_discard_count -= bits_count(e.to_discard, first, end)
         bits_fill(e.to_discard, first, end, False)
         e.discard_cursor = end
@@ -157,7 +159,7 @@ cdef int discard_ended(Engine e, Op *op, int32_t error) except -1 nogil:
         # As many as would have ended in time; once for all that are under way.
         e.discard_room = max(<uint64_t> (<double> e.discard_room * <double> slow_ns / <double> took_ns), 1)
         e.discard_cut = e.op_number
-    if not BUG(38) and not (error and BUG(77)):
+    if not BUG(Bug.SLOT_FREED_BEFORE_ITS_DISCARD) and not (error and BUG(Bug.FAILED_DISCARD_KEEPS_ITS_SLOT)):
         slots_give(e, op.slot, op.slot + slots)
     if e.wait_slot.head != NULL:
         list_walk(e, &e.wait_slot)

@@ -49,7 +49,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
             last = run
             end = run << e.block_shift
     # R7: one writer to a block that is being allocated, copied up or read-modified-written.
-    if b != NULL and jobs_conflict(b, first, last) and not BUG(9):
+    if b != NULL and jobs_conflict(b, first, last) and not BUG(Bug.TWO_WRITERS_OF_A_BLOCK):
         return wait_for(r, &b.waiters)
     if not present:
         return allocate_begin(e, r, chunk, slot, b, start, end, first, last)
@@ -61,10 +61,10 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
         return modify_begin(e, r, chunk, slot, start, end)
     if r.flags & FLAG_FUA:
         # R9: durable data is enough only when the mapping is durable already. R29: else, and where storage may run out, a flush follows.
-        if e.durable_writes and (is_committed(e, chunk, first, last) or BUG(10)):
+        if e.durable_writes and (is_committed(e, chunk, first, last) or BUG(Bug.FUA_WITHOUT_COMMIT)):
             durable = True
         else:
-            r.needs_commit = not BUG(49)
+            r.needs_commit = not BUG(Bug.FUA_WITHOUT_FLUSH)
     issue_plain(e, r, OP_WRITE, e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start), end - start, buffer, durable)
     r.cursor = end
     return 1
@@ -112,9 +112,9 @@ cdef int no_slot(Engine e, Request *r) except -1 nogil:
 
 
 cdef int base_read(Engine e, Job *j, uint64_t start, uint64_t end) except -1 nogil:
-    """Fill [start, end) of the job's bounce buffer from the base, never reading past its end."""
+    """Fill [start, end) of the job's bounce buffer from the base, never reading past its end (R12)."""
     cdef Op *op
-    cdef uint64_t limit = end if end < e.base_size or BUG(12) else e.base_size
+    cdef uint64_t limit = end if end < e.base_size or BUG(Bug.READ_BEYOND_THE_BASE) else e.base_size
     if start >= limit:
         return 0
     op = op_issue(e, WHAT_JOB, OP_READ, TARGET_BASE, start, limit - start, j.bounce + (start - (j.first_block << e.block_shift)), False)
@@ -191,7 +191,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     j.device_length = run_end - run_start
     # R8: over a base an EMPTY chunk may hold blocks that read as zeros; they must be zeros in the slot before it is mapped.
     # Also those that this job writes itself: another job of the chunk may end first, and map the slot before they are there.
-    if fresh and e.has_base and not BUG(13) and not bits_none(e.bitmap, chunk_first, chunk_end):
+    if fresh and e.has_base and not BUG(Bug.NEW_SLOT_WITHOUT_ZEROS) and not bits_none(e.bitmap, chunk_first, chunk_end):
         b.exclusive = 1
     r.touched_device = 1
     r.cursor = end
@@ -205,7 +205,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         op.job = j
         j.pending += 1
         op_list(e, op, True)
-        if BUG(33):
+        if BUG(Bug.NARROW_WRITE_BEFORE_ZEROING):
             e.zeroing -= 1
             job_narrow(e, j)
             j.phase = PHASE_WRITE
@@ -223,7 +223,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
             if end < run_end and not bit_get(e.bitmap, last - 1):
                 base_read(e, j, end, run_end)
     j.phase = PHASE_READ
-    if BUG(2):
+    if BUG(Bug.CHANGE_BEFORE_ITS_DATA):
         allocate_map(e, j)
     if j.pending == 0:
         job_continue(e, j)
@@ -246,7 +246,7 @@ cdef int job_pad(Engine e, Job *j) except -1 nogil:
     j.bounce_bytes = j.device_length
     j.bounce = bounce_take(e, j.bounce_bytes)
     j.data = j.bounce
-    if not BUG(7):
+    if not BUG(Bug.NO_PADDING):
         # R3: what the guest did not write is never what the storage held before.
         memset(j.bounce, 0, head_bytes)
         memset(j.bounce + head_bytes + guest_bytes, 0, j.device_length - head_bytes - guest_bytes)
@@ -261,7 +261,7 @@ cdef int slot_zeroed(Engine e, Job *j) except -1 nogil:
     """The device has zeroed the slot of a new chunk, or has refused: then its blocks are written whole, as on any other device."""
     cdef uint64_t chunk = j.busy.chunk
     e.zeroing -= 1
-    if j.error and not BUG(36):
+    if j.error and not BUG(Bug.FAILED_ZEROING_BELIEVED):
         # Not by this device. Any other failure may be this slot's own.
         if j.error == -EOPNOTSUPP or j.error == -ENOSYS or j.error == -EINVAL:
             e.zero_chunks = False
@@ -327,7 +327,7 @@ cdef int modify_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, uint6
     r.touched_device = 1
     r.cursor = end
     # R7: an earlier overwrite of a neighbouring sector part must not be undone by what is read here.
-    if BUG(14) or drain_begin(e, &e.drains, slot_offset + low, slot_offset + high, True, j, 0) == 0:
+    if BUG(Bug.MODIFY_BESIDE_WRITES) or drain_begin(e, &e.drains, slot_offset + low, slot_offset + high, True, j, 0) == 0:
         job_continue(e, j)
     return 1
 
@@ -404,7 +404,7 @@ cdef int allocate_map(Engine e, Job *j) except -1 nogil:
     """R1: the data are written; now the change becomes pending."""
     ensure(slot_of(e, j.busy.chunk) == (EMPTY if j.busy.reserved else j.busy.slot), "the slot of a chunk changed under a job")
     map_bits(e, j.first_block, j.end_block, True)
-    if e.soft.entries and not BUG(32):
+    if e.soft.entries and not BUG(Bug.ENTRY_SOFT_UNDER_A_WRITE):
         entry_harden(e, j.busy.chunk)       # R15: a copy may have mapped the slot since the word became hard
     if j.busy.reserved:
         map_slot(e, j.busy.chunk, j.busy.slot)
@@ -424,7 +424,7 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
         j.error = -EIO      # R10: a mapping that can never be committed is not acknowledged
     if j.error == 0:
         if j.kind == JOB_ALLOCATE:
-            if not BUG(2):
+            if not BUG(Bug.CHANGE_BEFORE_ITS_DATA):
                 allocate_map(e, j)
             if r.flags & FLAG_FUA:
                 r.needs_commit = 1
@@ -435,7 +435,7 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
     elif r != NULL and r.error == 0:
         r.error = j.error
     # R18: a write that failed may have left anything in blocks that stay absent.
-    if j.error and e.zeroed != NULL and not BUG(35):
+    if j.error and e.zeroed != NULL and not BUG(Bug.ZEROED_AFTER_A_FAILED_WRITE):
         bits_fill(e.zeroed, b.chunk, b.chunk + 1, False)
     e.reserved_bytes -= j.reserved_bytes
     while link[0] != j:
@@ -543,8 +543,8 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
         return 0
     b = busy_get(e, chunk)
     b.slot = slot
-    b.exclusive = not BUG(76)   # a job that joined could map blocks of a slot that this one is about to free
-    if e.zeroed != NULL and not BUG(34):
+    b.exclusive = not BUG(Bug.TRIM_SHARES_ITS_CHUNK)   # a job that joined could map blocks of a slot that this one is about to free
+    if e.zeroed != NULL and not BUG(Bug.ZEROED_AFTER_A_TRIM):
         bits_fill(e.zeroed, chunk, chunk + 1, False)    # R18: what becomes absent leaves its data in the slot
     r.punched = min(r.punched + 1, <uint32_t> MOST_PUNCHED)
     j = job_new(e, r, b, JOB_PUNCH, first, last)
@@ -552,7 +552,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     e.reserved_bytes += need
     j.phase = PHASE_DRAIN
     r.cursor = end
-    if slot != EMPTY and not BUG(15):
+    if slot != EMPTY and not BUG(Bug.TRIM_BESIDE_WRITES):
         # R7: a write in flight could land after a later write to the same block, and bring trimmed data back.
         offset = e.data_offset + (<uint64_t> slot << e.chunk_shift)
         if drain_begin(e, &e.drains, offset + ((first - chunk * e.blocks_per_chunk) << e.block_shift),
@@ -572,7 +572,7 @@ cdef int punch_map(Engine e, uint64_t chunk, uint32_t slot, uint64_t first, uint
     map_slot(e, chunk, EMPTY)
     e.mapped_slots -= 1
     # R5, R6: not free before the free is durable and nothing reads or writes the slot any more.
-    if BUG(5):
+    if BUG(Bug.SLOT_FREED_BEFORE_COMMIT):
         return slot_give(e, slot)
     drain_begin(e, &e.retired, e.data_offset + (<uint64_t> slot << e.chunk_shift),
                 e.data_offset + ((<uint64_t> slot + 1) << e.chunk_shift), False, NULL, slot)
@@ -601,7 +601,7 @@ cdef int drain_begin(Engine e, Drain **where, uint64_t first_byte, uint64_t end_
     d.end_byte = end_byte
     d.number = e.op_number
     e.op_number += 1        # nothing joins an operation that was issued before
-    d.remaining = 0 if job == NULL and BUG(6) else count
+    d.remaining = 0 if job == NULL and BUG(Bug.SLOT_FREED_BESIDE_ITS_TRANSFERS) else count
     d.commit = e.commits + 1
     d.writes_only = writes_only
     d.job = job

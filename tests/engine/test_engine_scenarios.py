@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 from scenarios import DIRECTED, FAULTS_ONCE_FOUND
 
+from fvd._core import Bug
 
-@pytest.mark.parametrize("bug", sorted(DIRECTED))
-def test_rule_is_kept(bug: int) -> None:
+
+@pytest.mark.parametrize("bug", DIRECTED, ids=lambda bug: bug.name)
+def test_rule_is_kept(bug: Bug) -> None:
     DIRECTED[bug]()
 
 

@@ -166,7 +166,7 @@ def candidates(root: Path) -> list[Mutant]:
             indentation = len(line) - len(line.lstrip())
             if seeded is not None and indentation > seeded:
                 continue
-            seeded = indentation if re.match(r"\s*if BUG\(\d+\):$", line) else None
+            seeded = indentation if re.match(r"\s*if BUG\([\w.]+\):$", line) else None
             if function in LEFT_OUT_FUNCTIONS or LEFT_OUT.search(line):
                 continue
             for kind, before, after, switched in changes(line):

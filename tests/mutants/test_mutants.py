@@ -75,7 +75,9 @@ def test_only_the_drawn_lines_are_rewritten(tmp_path: Path) -> None:
 @pytest.mark.pure
 def test_nothing_is_drawn_of_a_seeded_bug(tmp_path: Path) -> None:
     (tmp_path / "fvd/engine").mkdir(parents=True)
-    text = "cdef int f(Engine e) except -1 nogil:\n    if BUG(1):\n        g(e)\n    if not BUG(2):\n        h(e)\n    k(e)\n"
+    head = "cdef int f(Engine e) except -1 nogil:"
+    lines = [head, "    if BUG(Bug.ONE):", "        g(e)", "    if not BUG(Bug.TWO):", "        h(e)", "    k(e)", ""]
+    text = "\n".join(lines)
     (tmp_path / "fvd/engine/some.pxi").write_text(text)
     assert [mutant.before for mutant in candidates(tmp_path)] == ["h(e)", "k(e)"]
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from fvd._core import Bug
 from fvd.engine import _engine
 
 needs_bugs = pytest.mark.skipif(not _engine.SEEDED_BUGS, reason="a release build contains no seeded bugs; the checked build runs this")
 
 
 @contextmanager
-def seeded(bug: int) -> Iterator[None]:
+def seeded(bug: Bug) -> Iterator[None]:
     """One rule is taken away for a while."""
     _engine.seed_bug(bug)
     try:

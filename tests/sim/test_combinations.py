@@ -12,6 +12,7 @@ import pytest
 from allpairspy import AllPairs
 from bugs import needs_bugs, seeded
 
+from fvd._core import Bug
 from fvd.sim._oracle import Violation
 from fvd.sim.combinations import AXES, Combination, drawn, play, possible
 
@@ -56,13 +57,22 @@ def test_combination(number: int) -> None:
 
 # With copies in play and changes that a crash can take: where rules of copies bite.
 COPYING = [c for c in COVER if c.base != "none" and (c.copy_on_read or c.prefetch) and c.cache_mode != "unsafe"]
-PASSES = 20  # bug 26 shows in about one of two hundred plays: one pass would miss it once in two or three runs
+PASSES = 20  # a rare one shows in about one of two hundred plays: one pass would miss it once in two or three runs
 
 
 @needs_bugs
 # Two show so rarely here that looking for them takes minutes; random worlds find them sooner (test_seeded_bugs.py).
-@pytest.mark.parametrize("bug", [7, 29, 31, *(pytest.param(rare, marks=pytest.mark.long) for rare in (26, 30))])
-def test_the_cover_is_not_blind(bug: int) -> None:
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug.NO_PADDING,
+        Bug.COPY_OVER_NEWER_DATA,
+        Bug.COPY_BEFORE_ITS_DATA,
+        *(pytest.param(rare, marks=pytest.mark.long) for rare in (Bug.COPY_SOFT_UNDER_A_WRITE, Bug.COPY_INTO_A_DIRTY_SLOT)),
+    ],
+    ids=lambda bug: bug.name,
+)
+def test_the_cover_is_not_blind(bug: Bug) -> None:
     """Without a rule of copies, one of the combinations fails."""
     with seeded(bug), pytest.raises((Violation, RuntimeError)):
         for number in range(PASSES * len(COPYING)):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from bugs import needs_bugs, seeded
 
+from fvd._core import Bug
 from fvd.errors import FvdError
 from fvd.format.geometry import Layout
 from fvd.sim._device import FLUSH, WRITE, Operation
@@ -168,9 +169,18 @@ def test_power_fails_everywhere(scenario: Callable[[Scene], None], changes: dict
 
 @needs_bugs
 @pytest.mark.parametrize(
-    ("bug", "scenario"), [(1, allocate), (2, allocate), (8, allocate), (4, checkpoint), (5, trim_then_reuse), (17, overwrite)]
+    ("bug", "scenario"),
+    [
+        (Bug.JOURNAL_BEFORE_FLUSH, allocate),
+        (Bug.CHANGE_BEFORE_ITS_DATA, allocate),
+        (Bug.FLUSH_ANSWERED_BEFORE_JOURNAL, allocate),
+        (Bug.TAIL_BEFORE_CHECKPOINT_FLUSH, checkpoint),
+        (Bug.SLOT_FREED_BEFORE_COMMIT, trim_then_reuse),
+        (Bug.JOURNAL_WRITE_NOT_DURABLE, overwrite),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "__name__", None)),
 )
-def test_the_sweep_finds_bugs(bug: int, scenario: Callable[[Scene], None]) -> None:
+def test_the_sweep_finds_bugs(bug: Bug, scenario: Callable[[Scene], None]) -> None:
     """A sweep that finds nothing where there is something proves nothing."""
     with seeded(bug), pytest.raises((Violation, FvdError, RuntimeError), match=r"sector|journal|maps|flush|slot"):
         sweep(lambda: Scene(logical_block_bytes=512, storage_chunks=1 if scenario is trim_then_reuse else 4), scenario)

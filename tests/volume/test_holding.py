@@ -1,4 +1,4 @@
-"""A disk whose storage somebody shrinks or remaps stops: nothing is answered, read or written any more. Steps of its own are no reason."""
+"""A disk whose storage is shrunk or remapped stops (R39): nothing is answered, read or written any more. Its own steps are no reason."""
 
 from __future__ import annotations
 
