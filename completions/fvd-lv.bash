@@ -70,7 +70,7 @@ _fvd_lv() {
         acknowledge) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;
-        remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        remove) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --wipe" -- "$current")); else _fvd_lv_volumes; fi ;;
         torture) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --seed --worlds --requests --seconds --jobs --keep-going --bytes --combinations --trace --only --events --shrink --nbd --qemu --gentle --base --console --disk --script" -- "$current")); else :; fi ;;
     esac
 }

@@ -187,9 +187,11 @@ def dump(volume: str) -> dict[str, Any]:
     return dump_closed(volume)
 
 
-def remove(volume: str) -> bool:
+def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None) -> bool:
     """End a disk: a file is deleted, on a block device the superblocks are wiped. False: there was none, which is fine.
 
+    `wipe`: everything that it stored is made zeros and read back before its storage is given back, which takes as long as that takes; with
+    the tag fvd.wipe on the volume group always. Interrupted, it can be run again. `progress` is called with bytes done and bytes in all.
     Raises InUse, Conflict (the volume holds something that is not an fvd disk).
     """
     from fvd.api import remote
@@ -198,7 +200,7 @@ def remove(volume: str) -> bool:
 
     name = parse_name(volume)
     try:
-        return remove_closed(name)
+        return remove_closed(name, wipe=wipe, progress=progress)
     except InUse as error:
         served = remote.ask(name, "info")
         if served is remote.NOT_SERVED:

@@ -9,7 +9,7 @@ from fvd.errors import InvalidArgument
 from fvd.lvm import dm
 from fvd.volume.growth import FixedStorage
 from fvd.volume.name import VolumeName
-from fvd.volume.seams import AttachedPath, Contents, Plan, Presence
+from fvd.volume.seams import AttachedPath, Contents, Plan, Presence, Wipe
 
 
 class DeviceProvider:
@@ -29,7 +29,7 @@ class DeviceProvider:
         _refuse_other_kinds(name)
         return _Device(name.path)
 
-    def forget_unfinished(self, name: VolumeName) -> None:
+    def forget_unfinished(self, name: VolumeName, wipe: Wipe | None = None) -> None:
         pass
 
 

@@ -19,7 +19,7 @@ from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.units import format_size
 from fvd.volume.growth import FileStorage
 from fvd.volume.name import VolumeName
-from fvd.volume.seams import AttachedPath, Contents, Plan, Presence
+from fvd.volume.seams import AttachedPath, Contents, Plan, Presence, Wipe
 
 _NAME_LIMIT_BYTES = 255
 
@@ -41,7 +41,7 @@ class FileProvider:
     def build(self, name: VolumeName, plan: Plan) -> _File:
         return _File(name, plan.size_bytes)
 
-    def forget_unfinished(self, name: VolumeName) -> None:
+    def forget_unfinished(self, name: VolumeName, wipe: Wipe | None = None) -> None:
         with contextlib.suppress(FvdError, OSError), reach(name.path) as place:
             place.check_folder()
             _clear(place, _hidden_name(place.name))

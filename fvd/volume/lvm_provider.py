@@ -19,8 +19,9 @@ from fvd.volume import overcommit
 from fvd.volume.growth import GroundedStorage
 from fvd.volume.lvm_storage import LvmStorage, settle
 from fvd.volume.name import VolumeName
-from fvd.volume.overcommit import TAG_DISK, TAG_UNFINISHED, Facts
-from fvd.volume.seams import Contents, Plan, Presence
+from fvd.volume.overcommit import TAG_DISK, TAG_UNFINISHED, TAG_WIPE, Facts
+from fvd.volume.seams import Contents, Plan, Presence, Wipe
+from fvd.volume.superblocks import wipe_storage
 
 log = logging.getLogger(__name__)
 
@@ -67,23 +68,26 @@ class LvmProvider:
     def build(self, name: VolumeName, plan: Plan) -> BuiltVolume:
         share = sharing.take(name.group, name.lv)
         try:
-            volume, created = self._find_or_create(name, plan)
+            volume, created = self._find_or_create(name, plan, share)
             return BuiltVolume(self._lvm, name, volume, share, plan, created=created)
         except BaseException:
             share.close()
             raise
 
-    def forget_unfinished(self, name: VolumeName) -> None:
+    def forget_unfinished(self, name: VolumeName, wipe: Wipe | None = None) -> None:
         volume = self._lvm.find(name.group, name.lv)
         if volume is None or TAG_UNFINISHED not in volume.tags:
             return
         share = sharing.take(name.group, name.lv)
         try:
             _refuse_group(volume.group_state, volume.group)
-            if volume.active:
+            dirty = _is_wiped(self._lvm, volume)
+            if volume.active or dirty or wipe is not None:
                 _switch_on(self._lvm, volume, name, share)
                 # Whoever is at work on it holds the device.
-                claim(name.path, Ownership.WRITER).close()
+                with claim(name.path, Ownership.WRITER) as held:
+                    if dirty or wipe is not None:
+                        _wipe(name, held, wipe)
             self._lvm.remove(volume, TAG_UNFINISHED)
         finally:
             share.close()
@@ -98,12 +102,16 @@ class LvmProvider:
         overcommit.refuse_unusable(volume)
         return volume
 
-    def _find_or_create(self, name: VolumeName, plan: Plan) -> tuple[LogicalVolume, bool]:
+    def _find_or_create(self, name: VolumeName, plan: Plan, share: sharing.Share) -> tuple[LogicalVolume, bool]:
         group = self._lvm.group(name.group)
         _refuse_group(group.state, group.name)
         volume = self._lvm.find(name.group, name.lv)
         if volume is not None and not volume.active and overcommit.is_only_unfinished(volume):
             # Made anew by lvcreate, which wipes it before udev may look: activated, it would show what an earlier volume has left.
+            if TAG_WIPE in volume.tags | group.tags:
+                _switch_on(self._lvm, volume, name, share)
+                with claim(name.path, Ownership.WRITER) as held:
+                    _wipe(name, held, None)
             self._lvm.remove(volume, TAG_UNFINISHED)
             volume = self._lvm.find(name.group, name.lv)
         if volume is not None:
@@ -163,9 +171,16 @@ class AttachedVolume:
         else:
             _switch_off(self._lvm, self._volume, self._number, self._share)
 
+    def is_wiped(self) -> bool:
+        return _is_wiped(self._lvm, self._volume)
+
+    def begin_wipe(self) -> None:
+        self._lvm.retag(self._volume, add=[TAG_WIPE])
+        self._volume = replace(self._volume, tags=self._volume.tags | {TAG_WIPE})
+
     def retire(self, identity: Identity) -> None:
         # lvm removes no volume in use: that is for `reclaim`. Whoever comes between the end of the claim and lvremove makes it anew.
-        self._lvm.retag(self._volume, remove=[TAG_DISK], add=[TAG_UNFINISHED])
+        self._lvm.retag(self._volume, remove=[TAG_DISK, *self._volume.tags & {TAG_WIPE}], add=[TAG_UNFINISHED])
 
     def reclaim(self) -> None:
         self._lvm.remove(self._volume, TAG_UNFINISHED)
@@ -182,6 +197,7 @@ class BuiltVolume:
         self._published = False
         self._volume = volume
         self._was_active = volume.active
+        self._created = created  # by us just now: of a disk it holds nothing yet
         self._claim: Claim | None = None
         self.contents = Contents.NOBODYS
         try:
@@ -240,6 +256,8 @@ class BuiltVolume:
             self._claim.close()
         if not self._published and self.contents is Contents.NOBODYS:
             try:
+                if not self._created and _is_wiped(self._lvm, self._volume):
+                    raise InUse("what it held before must be wiped first")
                 self._lvm.remove(self._volume, TAG_UNFINISHED)
             except FvdError as error:
                 log.warning(
@@ -252,6 +270,16 @@ class BuiltVolume:
             self._share.close()  # somebody else's volume, refused: as it was
             return
         _switch_off(self._lvm, self._volume, self.node.identity[1], self._share)
+
+
+def _is_wiped(lvm: Lvm, volume: LogicalVolume) -> bool:
+    return TAG_WIPE in volume.tags or TAG_WIPE in lvm.group(volume.group).tags
+
+
+def _wipe(name: VolumeName, held: Claim, wipe: Wipe | None) -> None:
+    with open_node(name.path, sharing=held.descriptor) as node:
+        held.check_covers(node)
+        (wipe or wipe_storage)(node)
 
 
 def _facts(plan: Plan) -> Facts:

@@ -15,6 +15,7 @@ from fvd.units import format_size
 
 TAG_DISK = "fvd.disk"
 TAG_UNFINISHED = "fvd.unfinished"
+TAG_WIPE = "fvd.wipe"  # of a volume or a group: nothing of a disk may be left in what is given back
 _FACT_TAG = re.compile(r"fvd\.(virtual|most|step)=(\d{1,20})", re.ASCII)
 _LIMIT_TAG = "fvd.max_overcommit="
 
@@ -53,7 +54,7 @@ def is_disk(volume: LogicalVolume) -> bool:
 
 def is_only_unfinished(volume: LogicalVolume) -> bool:
     """Whether it is an interrupted provision's own volume: an adopted one may have tags of somebody else's, who would miss them."""
-    return TAG_UNFINISHED in volume.tags and not volume.tags - {TAG_UNFINISHED, *fact_tags(volume)}
+    return TAG_UNFINISHED in volume.tags and not volume.tags - {TAG_UNFINISHED, TAG_WIPE, *fact_tags(volume)}
 
 
 def is_ours(volume: LogicalVolume) -> bool:

@@ -45,6 +45,9 @@ class Plan:
     max_overcommit: float | None = None  # of its volume group; None: whatever the group says itself
 
 
+Wipe = Callable[[Node], None]
+
+
 class Attached(Protocol):
     """A volume that can be opened, until `close`."""
 
@@ -64,6 +67,12 @@ class Attached(Protocol):
 
     def close(self) -> None:
         """Lets go of it, when everything in it is closed. Never raises for what is detached already."""
+
+    def is_wiped(self) -> bool:
+        """Whether all that it held is to be zeros before it is given back, whatever whoever removes it asks for."""
+
+    def begin_wipe(self) -> None:
+        """From here on `is_wiped`, also for whoever goes on after a crash, if that can be noted there."""
 
     def retire(self, identity: Identity) -> None:
         """Under the claim on what has this identity, when its disk has been wiped: gives the place back as far as that can be done there.
@@ -109,8 +118,11 @@ class Provider(Protocol):
     def build(self, name: VolumeName, plan: Plan) -> Building:
         """Begins a volume. What an interrupted build left behind is replaced. Raises InUse, NoSpace, NotFound."""
 
-    def forget_unfinished(self, name: VolumeName) -> None:
-        """Removes what an interrupted `build` left behind, unless somebody is at work on it. May raise InUse."""
+    def forget_unfinished(self, name: VolumeName, wipe: Wipe | None = None) -> None:
+        """Removes what an interrupted `build` left behind, unless somebody is at work on it. May raise InUse.
+
+        `wipe` is called on what is to be wiped first, if it may hold something of a disk; None: the provider's own.
+        """
 
 
 class AttachedPath:
@@ -135,6 +147,12 @@ class AttachedPath:
         pass
 
     def close(self) -> None:
+        pass
+
+    def is_wiped(self) -> bool:
+        return False
+
+    def begin_wipe(self) -> None:
         pass
 
     def retire(self, identity: Identity) -> None:

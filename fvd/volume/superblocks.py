@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fvd.device.node import Bytes, Data
+from fvd.device.node import Bytes, Data, Node
+from fvd.device.wiping import Progress, wipe
 from fvd.errors import Corrupt, FvdError, NotFound, Unsupported
 from fvd.format.geometry import JOURNAL_OFFSET_BYTES, PAGE_BYTES
 from fvd.format.journal import PAGE_MAGIC
 from fvd.format.superblock import MAGIC, SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, choose, encode
+
+_REMAINS_BYTES = JOURNAL_OFFSET_BYTES + 2 * PAGE_BYTES
 
 
 class Pages(Protocol):
@@ -64,6 +67,11 @@ def wipe_superblocks(node: Pages) -> None:
     node.flush()
 
 
+def wipe_storage(node: Node, progress: Progress | None = None) -> None:
+    """Everything that the storage of a removed disk held is zeros afterwards; until then it is known for one (`holds_remains`)."""
+    wipe(node, _REMAINS_BYTES, progress)
+
+
 def state_of(node: Pages) -> Superblock | FvdError:
     """The superblock, or why there is none."""
     try:
@@ -80,8 +88,7 @@ def is_blank(node: Pages) -> bool:
 
 def holds_remains(node: Pages) -> bool:
     """Whether an interrupted remove or provision has been here: a journal (its second page is written first) and no superblock."""
-    end_bytes = JOURNAL_OFFSET_BYTES + 2 * PAGE_BYTES
-    return is_blank(node) and node.size_bytes() >= end_bytes and _is_journal(node.pread(JOURNAL_OFFSET_BYTES + PAGE_BYTES, PAGE_BYTES))
+    return is_blank(node) and node.size_bytes() >= _REMAINS_BYTES and _is_journal(node.pread(JOURNAL_OFFSET_BYTES + PAGE_BYTES, PAGE_BYTES))
 
 
 def _is_journal(page: Bytes) -> bool:
