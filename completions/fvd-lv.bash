@@ -13,6 +13,7 @@ _fvd_lv() {
         provision:--size) :; return ;;
         provision:--base) _fvd_lv_files -f; return ;;
         provision:--base-format) COMPREPLY=($(compgen -W "raw nbd qcow2 qed vmdk vdi vhdx vpc parallels" -- "$current")); return ;;
+        provision:--base-allow|serve:--base-allow|check:--base-allow) _fvd_lv_files -f; return ;;
         provision:--copy-on-read|serve:--copy-on-read) COMPREPLY=($(compgen -W "on off" -- "$current")); return ;;
         provision:--prefetch|serve:--prefetch) COMPREPLY=($(compgen -W "on off" -- "$current")); return ;;
         provision:--layout) COMPREPLY=($(compgen -W "compact raw" -- "$current")); return ;;
@@ -56,8 +57,8 @@ _fvd_lv() {
     esac
     case $command in
         "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events prefetch copy-on-read profile map check acknowledge dump list remove torture --help --version --output --verbose" -- "$current")) ;;
-        provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --truncate-base --base-format --copy-on-read --prefetch --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
-        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
+        provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --truncate-base --base-format --base-allow --copy-on-read --prefetch --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
+        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --base-allow --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;
@@ -66,7 +67,7 @@ _fvd_lv() {
         copy-on-read) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else case " ${COMP_WORDS[*]:0:COMP_CWORD} " in *" on "*|*" off "*) _fvd_lv_volumes ;; *) COMPREPLY=($(compgen -W "on off" -- "$current")) ;; esac; fi ;;
         profile) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --file --seconds" -- "$current")); else case " ${COMP_WORDS[*]:0:COMP_CWORD} " in *" record "*|*" show "*) _fvd_lv_recorded ;; *) COMPREPLY=($(compgen -W "record show" -- "$current")) ;; esac; fi ;;
         map) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --offset --length --picture" -- "$current")); else _fvd_lv_volumes; fi ;;
-        check) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
+        check) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --base-allow" -- "$current")); else _fvd_lv_volumes; fi ;;
         acknowledge) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         dump) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         list) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --served" -- "$current")); else _fvd_lv_places; fi ;;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.types import PrefetchOptions
@@ -62,6 +62,13 @@ def _for_volume(options: PrefetchOptions) -> VolumeOptions:
 
     checked = checked_options(options)
     return VolumeOptions(delay_s=checked.delay_s, rate_bytes=checked.rate_bytes, profile=absolute(checked.profile))
+
+
+def allowed_bases(allow: Sequence[str]) -> tuple[str, ...]:
+    """Raises InvalidArgument: one text is a list of letters too, and would allow nothing that was meant."""
+    if isinstance(allow, str | bytes) or not all(isinstance(one, str) for one in allow):
+        raise InvalidArgument("base_allow is a list of bases, each a path or a URI as text")
+    return tuple(allow)
 
 
 def absolute(path: str | os.PathLike[str] | None) -> str | None:

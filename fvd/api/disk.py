@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fvd.api.copying import absolute, prefetch_options, volume_options
+from fvd.api.copying import absolute, allowed_bases, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import (
@@ -47,6 +47,7 @@ def open(
     prefetch: PrefetchOptions | bool | None = None,
     base_timeout_s: float = 30.0,
     discard_pending: bool = False,
+    base_allow: Sequence[str] = (),
     on_event: Callable[[Event], None] | None = None,
 ) -> Disk:
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
@@ -56,8 +57,9 @@ def open(
     ``copy_on_read``, ``prefetch``: copy what is read from the base; copy all of it in the background (None: as the disk was provisioned).
     A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then it raises DeviceError.
     ``discard_pending``: open a disk whose server died even if the log of what that one had acknowledged is missing, without those writes; a
-    log that is there is used all the same. ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises
-    is logged and ends nothing.
+    log that is there is used all the same. ``base_allow``: bases that root opens with his own rights, whoever has named them
+    (docs/base.md). ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends
+    nothing.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing), PermissionDenied,
     InvalidArgument, DeviceError.
     """
@@ -77,6 +79,7 @@ def open(
         prefetch=volume_options(prefetch),
         base_timeout_s=base_timeout_s,
         discard_pending=discard_pending,
+        base_allow=allowed_bases(base_allow),
         on_event=hub.tell,
     )
     try:

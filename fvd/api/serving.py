@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fvd.api.address import parse_listen
-from fvd.api.copying import absolute, prefetch_options, volume_options
+from fvd.api.copying import absolute, allowed_bases, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import (
@@ -59,6 +59,7 @@ def serve(
     prefetch: PrefetchOptions | bool | None = None,
     base_timeout_s: float = 30.0,
     discard_pending: bool = False,
+    base_allow: Sequence[str] = (),
     on_end: Callable[[], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Served:
@@ -69,7 +70,8 @@ def serve(
     ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
     disk was provisioned). A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then the guest's request
     fails. ``discard_pending``: open a disk whose server died even if the log of what that one had acknowledged is missing, without those
-    writes; a log that is there is used all the same. ``on_end`` is called, in the serving thread, when serving has ended for whatever
+    writes; a log that is there is used all the same. ``base_allow``: bases that root opens with his own rights, whoever has named them
+    (docs/base.md). ``on_end`` is called, in the serving thread, when serving has ended for whatever
     reason. ``on_event`` is called with each event of these disks (docs/events.md), in a thread of its own; what it raises is logged and
     ends nothing. Notices (no io_uring here, no O_DIRECT...) and failed growth steps are logged as warnings of the logger "fvd".
     Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing),
@@ -90,6 +92,7 @@ def serve(
         prefetch=prefetch,
         base_timeout_s=base_timeout_s,
         discard_pending=discard_pending,
+        base_allow=base_allow,
         on_end=on_end,
         on_event=on_event,
     )
@@ -117,6 +120,7 @@ class Served:
         prefetch: PrefetchOptions | bool | None,
         base_timeout_s: float,
         discard_pending: bool,
+        base_allow: Sequence[str] = (),
         on_end: Callable[[], None] | None,
         on_event: Callable[[Event], None] | None,
     ) -> None:
@@ -138,6 +142,7 @@ class Served:
         self._prefetch = volume_options(prefetch)
         self._base_timeout_s = base_timeout_s
         self._discard_pending = discard_pending
+        self._base_allow = allowed_bases(base_allow)
         self._on_end = on_end
         self._on_event = on_event
         self._server: NbdServer | None = None
@@ -267,6 +272,7 @@ class Served:
                     prefetch=self._prefetch,
                     base_timeout_s=self._base_timeout_s,
                     discard_pending=self._discard_pending,
+                    base_allow=self._base_allow,
                     on_event=hub.tell,
                 )
                 undo.callback(disk.close)

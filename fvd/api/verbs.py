@@ -8,10 +8,11 @@ version).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fvd.api.copying import allowed_bases
 from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Placement, Provisioned, from_json, info_from_json
 from fvd.errors import InUse, InvalidArgument, quoted
 from fvd.units import parse_size
@@ -41,6 +42,7 @@ def provision(
     grow_step: int | str = "5G",
     placement: Placement = "append",
     max_overcommit: float | None = None,
+    base_allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Provisioned:
@@ -52,6 +54,7 @@ def provision(
     copy what is read from the base; copy all of it in the background. ``placement``: where new chunks go; ``append``: after the others;
     ``spread``: as in a raw disk, as far as the present storage allows (the raw layout has no choice). ``max_overcommit``: refuse a disk
     with which the disks of its volume group, grown as far as they may, would need more than so many times what the group can give.
+    ``base_allow``: bases that root opens with his own rights, though their names are a user's to change (docs/base.md).
     ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
     else is there), InUse, NoSpace, NotFound (no such group, device or base).
     """
@@ -74,6 +77,7 @@ def provision(
         copy_on_read=copy_on_read,
         prefetch=prefetch,
         max_overcommit=max_overcommit,
+        base_allow=allowed_bases(base_allow),
         force=force,
         progress=progress,
     )
@@ -168,15 +172,21 @@ def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) 
     )
 
 
-def check(volume: str, *, progress: Progress | None = None) -> CheckReport:
-    """Is the metadata whole? Changes nothing; damage is in the report, not raised. Raises NotFound, InUse."""
+def check(volume: str, *, progress: Progress | None = None, base_allow: Sequence[str] = ()) -> CheckReport:
+    """Is the metadata whole? Changes nothing; damage is in the report, not raised. Raises NotFound, InUse.
+
+    ``base_allow``: bases that root opens with his own rights, whoever has named them (docs/base.md).
+    """
     from fvd.api import remote
     from fvd.volume.check import check as check_closed
     from fvd.volume.name import parse_name
 
     name = parse_name(volume)
+    allow = allowed_bases(base_allow)
     answer = remote.ask(name, "check")
-    return from_json(CheckReport, asdict(check_closed(name, progress=progress)) if answer is remote.NOT_SERVED else answer)
+    if answer is remote.NOT_SERVED:
+        answer = asdict(check_closed(name, progress=progress, base_allow=allow))
+    return from_json(CheckReport, answer)
 
 
 def dump(volume: str) -> dict[str, Any]:

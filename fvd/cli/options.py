@@ -117,6 +117,17 @@ def add_common(parser: argparse.ArgumentParser, default: bool) -> None:
     )
 
 
+def add_base_allow(parser: argparse.ArgumentParser) -> None:
+    """--base-allow, wherever a base is opened."""
+    parser.add_argument(
+        "--base-allow",
+        metavar="LOCATOR",
+        action="append",
+        default=[],
+        help="as root: open this base with root's rights, whoever has named it; may be repeated; always so: a line in /etc/fvd/bases",
+    )
+
+
 def add_volume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("volume", metavar="VOLUME", help=VOLUME_HELP)
 

@@ -8,7 +8,7 @@ from typing import get_args
 
 import fvd
 from fvd.cli.info import describe_info
-from fvd.cli.options import ON_OFF, Subparsers, add_command, add_volume, number, size
+from fvd.cli.options import ON_OFF, Subparsers, add_base_allow, add_command, add_volume, number, size
 from fvd.cli.output import Output
 from fvd.cli.progress import Progress
 
@@ -38,6 +38,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--base", metavar="IMAGE", help=BASE_HELP)
     parser.add_argument("--truncate-base", action="store_true", help="let the disk be smaller than its base, whose end is not seen then")
     parser.add_argument("--base-format", choices=BASE_FORMATS, help="what the base is; default: raw, and of an NBD URI nbd")
+    add_base_allow(parser)
     parser.add_argument("--copy-on-read", choices=ON_OFF, default="off", help="keep what is read from the base; serve may say otherwise")
     parser.add_argument("--prefetch", choices=ON_OFF, default="off", help="copy all of the base in the background; likewise")
     parser.add_argument(
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             grow_step=arguments.grow_step,
             placement=arguments.placement,
             max_overcommit=arguments.max_overcommit,
+            base_allow=arguments.base_allow,
             force=arguments.force,
             progress=progress,
         )

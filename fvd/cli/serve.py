@@ -14,7 +14,7 @@ import fvd
 from fvd.api.serving import Served
 from fvd.cli.activation import take_sockets, unix_path
 from fvd.cli.notify import notify
-from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_command, host_and_port, mode, refuse_options, seconds, size
+from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
 from fvd.errors import InvalidArgument
 
@@ -73,6 +73,7 @@ def register(subparsers: Subparsers) -> None:
         default=30.0,
         help="for so long reads of a base that does not answer are tried again; then they fail, default 30",
     )
+    add_base_allow(parser)
     parser.add_argument(
         "--discard-pending",
         action="store_true",
@@ -127,6 +128,7 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
         prefetch=prefetch_of(arguments),
         base_timeout_s=arguments.base_timeout,
         discard_pending=arguments.discard_pending,
+        base_allow=arguments.base_allow,
         socket_mode=arguments.socket_mode,
         socket_group=arguments.socket_group,
         on_end=stop.set,

@@ -69,7 +69,8 @@ cdef class Remote(Source):
     cdef readonly double timeout_s
     cdef readonly uint64_t size_bytes       # of the export; 0 before open()
     cdef readonly str trouble               # why there is no connection; empty: there is one, or none was lost
-    cdef object helper, opened, failure, random
+    cdef object helper, opened, failure, random, prepare
+    cdef int inherited
     cdef bint was_open, closed
     # The loop's.
     cdef Queue queue

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fvd.device._queue import Source
 
@@ -8,7 +8,16 @@ class Remote(Source):
     open() first; then pread() and zero_extents() until it is attached to a queue; then the queue's operations. Ended by close().
     """
 
-    def __init__(self, *, uri: str | None = None, command: list[str] | None = None, timeout_s: float = 30.0, name: str = "") -> None: ...
+    def __init__(
+        self,
+        *,
+        uri: str | None = None,
+        command: list[str] | None = None,
+        timeout_s: float = 30.0,
+        name: str = "",
+        inherited: int = -1,
+        prepare: Callable[[], list[str]] | None = None,
+    ) -> None: ...
     @property
     def uri(self) -> str | None: ...
     @property

@@ -86,6 +86,7 @@ cdef int SIGKILL = 9
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 log = logging.getLogger(__name__)
+_spawning = threading.Lock()    # one server's descriptor is for no other one, which may run as another user
 
 
 include "remote_line.pxi"
@@ -101,9 +102,11 @@ cdef class Remote(Source):
         pthread_mutex_init(&self.lock, NULL)
         self.loop_fd = self.helper_fd = -1
 
-    def __init__(self, *, uri=None, command=None, timeout_s=30.0, name=""):
+    def __init__(self, *, uri=None, command=None, timeout_s=30.0, name="", inherited=-1, prepare=None):
         """`timeout_s` bounds open(), pread() and each step of zero_extents(); a connection on which an operation waits for a third of it
-        without an answer is given up. `name`: whose base it is, for messages. Raises InvalidArgument."""
+        without an answer is given up. `name`: whose base it is, for messages. `inherited`: a descriptor above 3 that the server gets, under
+        the same number; it stays the caller's. `prepare`: called before each start of the server, in a thread of its own: it returns the
+        command, or raises the FvdError for which it must not be started. Raises InvalidArgument."""
         if (uri is None) == (command is None):
             raise InvalidArgument("a remote base is named by a URI or by the command of its server: give one of both")
         if command is not None and not (command and all(isinstance(word, str) and "\0" not in word for word in command)):
@@ -114,6 +117,8 @@ cdef class Remote(Source):
             raise InvalidArgument(f"timeout_s={timeout_s}: choose more than 0 seconds")
         self.uri = uri
         self.command = None if command is None else list(command)
+        self.inherited = inherited
+        self.prepare = prepare
         self.timeout_s = timeout_s
         self.limit_ns = <int64_t>(self.timeout_s * 1e9 / 3)
         self.name = name
@@ -582,15 +587,24 @@ cdef class Remote(Source):
             with nogil:
                 result = nbd_aio_connect_uri(handle, text)
         else:
+            if self.prepare is not None:
+                self.command = list(self.prepare())
             words = [os.fsencode(word) for word in self._full_command()]
             argv = <char **>calloc(len(words) + 1, sizeof(char *))
             if argv == NULL:
                 raise MemoryError
             for i in range(len(words)):
                 argv[i] = PyBytes_AS_STRING(words[i])
-            with nogil:
-                result = nbd_aio_connect_systemd_socket_activation(handle, argv)
-                free(argv)
+            with _spawning:
+                try:
+                    if self.inherited >= 0:
+                        os.set_inheritable(self.inherited, True)
+                    with nogil:
+                        result = nbd_aio_connect_systemd_socket_activation(handle, argv)
+                finally:
+                    free(argv)
+                    if self.inherited >= 0:
+                        os.set_inheritable(self.inherited, False)
         while result >= 0 and not nbd_aio_is_ready(handle):
             if nbd_aio_is_dead(handle) or nbd_aio_is_closed(handle):
                 raise self._refused(0, "the server ended the connection")

@@ -10,7 +10,8 @@ What protects what:
 - A WRITER of a block device also holds it open with O_EXCL: the kernel then refuses mounts, swap, device-mapper and md, and other writers
   that came by another device node. A READER asks for O_EXCL only for a moment, to learn whether somebody holds the device.
 - A loop device also claims the file behind it, and a file with a loop device attached is refused: they are the same bytes.
-- BASE is for the image under a disk: shared like a READER, but a read-only mount of it does no harm.
+- BASE is for the image under a disk: shared like a READER, but a read-only mount of it does no harm, and QEMU may read it too. Its lock
+  leaves out the bytes by which QEMU's programs tell each other what they do, and is one of these there (`qemu_locks.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from types import TracebackType
 from fvd.device.folders import open_path
 from fvd.device.holders import Holder, has_identity, holders_of, kernel_is_at_work, list_folder, read_text
 from fvd.device.node import Identity, Node, check_kind, identity_of, typed_error, typed_errors
+from fvd.device.qemu_locks import is_written, lock_as_reader
 from fvd.errors import InUse, PermissionDenied, Unsupported
 
 _F_OFD_SETLK = 37
@@ -165,7 +167,12 @@ def _open(name: str, ownership: Ownership, extra: int = 0, *, refusal: int = 0) 
 def _lock_owner(fd: int, name: str, ownership: Ownership) -> None:
     kind = fcntl.F_WRLCK if ownership is Ownership.WRITER else fcntl.F_RDLCK
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))  # length 0: the whole of it, to whatever it grows
+        if ownership is Ownership.BASE:
+            lock_as_reader(fd)
+            if is_written(fd):
+                raise _locked(name, fd, writers=True)
+        else:
+            fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))  # length 0: the whole of it, to whatever it grows
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise _locked(name, fd) from error
@@ -198,7 +205,7 @@ def _take_device(name: str, ours: int, ownership: Ownership, number: int) -> lis
 
 def _lock_loop_backing(name: str, ownership: Ownership, number: int) -> list[int]:
     """The lock on the file behind a loop device, if `number` is one and its file can be reached from here."""
-    backing = _loop_backing(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
+    backing = loop_backing(number)
     if backing is None:
         return []
     try:
@@ -242,11 +249,14 @@ def _refusal(name: str, users: list[str]) -> str:
     return f"{name} is in use: {', '.join(users)}; it must be closed or unmounted first"
 
 
-def _locked(name: str, fd: int) -> InUse:
-    """Why the lock on the open file `fd` was refused."""
+def _locked(name: str, fd: int, *, writers: bool = False) -> InUse:
+    """Why the lock on the open file `fd` was refused. `writers`: it was not, but a program of QEMU's writes to a base."""
     seen = holders_of(identity_of(os.fstat(fd)), {fd})
-    lockers = [holder for holder in seen.found if holder.locks]
+    lockers = [holder for holder in seen.found if holder.locks and (holder.writes or not writers)]
     living = [holder for holder in lockers if not holder.ending]
+    if living and writers:
+        who = ", ".join(_titles(living))
+        return InUse(f"{name} is in use: another program writes to it, and a base must not change: {who}; end it first")
     if living:
         return InUse(_refusal(name, _titles(living)))
     return _leaving(name, fd, lockers, seen.found, seen.complete)
@@ -326,6 +336,11 @@ def _loops_over(identity: Identity) -> list[str]:
         if backing is not None and has_identity(backing, identity):
             found.append(f"/dev/{folder.name}")
     return found
+
+
+def loop_backing(number: int) -> str | None:
+    """The path of the file behind a loop device or one of its partitions; None: it is no such device."""
+    return _loop_backing(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
 
 
 def _loop_backing(folder: Path) -> str | None:

@@ -1,32 +1,34 @@
 """The base under a disk: an image, of whatever kind, that shows through where the disk has no block of its own. Read, never written.
 
 Its format and size are stated once, at provision, and only compared afterwards: nothing is ever concluded from a base's contents later on,
-for a guest can write there what it likes. Knows no engine.
+for a guest can write there what it likes. A base of this host is opened once, by name; from then on its descriptor is what is judged, read,
+and handed to the program that reads an image, each time that one is started. Knows no engine.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
+from fvd.device.as_user import User, open_as
 from fvd.device.claim import Ownership, claim
 from fvd.device.holes import find_holes
-from fvd.device.image_claim import claim_image
-from fvd.device.node import Identity, Node, open_node
-from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, Unsupported
+from fvd.device.node import Identity, Node, open_node, typed_errors
+from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, PermissionDenied, Unsupported
 from fvd.format.locator import BaseFormat
 from fvd.format.superblock import BaseReference
-from fvd.volume.base_images import Contents, check_image, server_command
+from fvd.volume.base_images import Contents, Handle, check_image, server_command
 from fvd.volume.base_locator import parse_format, parse_locator
+from fvd.volume.base_rights import ROOT, refusal, rights_for, writer_of
 
 if TYPE_CHECKING:
     from fvd.device._remote import Remote
 
 TIMEOUT_S = 30.0
-_TRIES = 3
-T = TypeVar("T")
+_LEAST_FD = 64  # above what a program that is started has for itself
 
 
 class OpenBase:
@@ -72,34 +74,46 @@ class OpenBase:
 
 
 def examine_base(
-    name: str | os.PathLike[str], base_format: str | None = None, volume: Identity | None = None, *, timeout_s: float = TIMEOUT_S
+    name: str | os.PathLike[str],
+    base_format: str | None = None,
+    volume: Identity | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    allow: Sequence[str] = (),
 ) -> BaseReference:
     """What a provision records of a base: a path of a file or device, or a URI. `base_format`: one of `base_locator.FORMATS`; it must be
     stated where it could be mistaken. `volume`: the disk's own storage, if it exists already. `timeout_s`: how long servers may take.
+    `allow`: what is opened though its name is a user's to change (`base_rights.py`).
 
     Raises NotFound, InUse (mounted writable, or open for writing), InvalidArgument (empty, the volume itself, or not what its format says),
     Unsupported (an fvd disk; an image that needs other files; a program or driver that is missing), PermissionDenied, Timeout, DeviceError.
     """
     locator, found = parse_locator(name, parse_format(base_format))
-    if locator.startswith("/"):
-        found = _examine_contents(locator, found, volume)
-    if found is None:
-        raise InvalidArgument(f"the base {locator} needs its format")
-    with _open(locator, found, timeout_s) as base:
-        size_bytes = base.size_bytes()
+    user = rights_for(locator, ROOT, allow)
+    with ExitStack() as resources:
+        if locator.startswith("/"):
+            node = _open_local(locator, resources, user, timeout_s)
+            found = _examine_contents(node, found, volume)
+            base = _use(node, found, resources, timeout_s, user)
+        elif found is None:
+            raise InvalidArgument(f"the base {locator} needs its format")
+        else:
+            base = _ask_server(locator, found, resources, timeout_s)
+        with base:
+            size_bytes = base.size_bytes()
     if size_bytes == 0:
         raise InvalidArgument(f"the base {locator} is empty; leave it out, or name an image")
     return BaseReference(locator, size_bytes, found)
 
 
-def open_base(reference: BaseReference, volume: Identity, timeout_s: float = TIMEOUT_S) -> OpenBase:
-    """Opens the base that a superblock names. `timeout_s`: how long servers may take.
+def open_base(reference: BaseReference, volume: Identity, timeout_s: float = TIMEOUT_S, user: User | None = None) -> OpenBase:
+    """Opens the base that a superblock names. `timeout_s`: how long servers may take. `user`: with whose rights (`base_rights.py`).
 
     Raises NotFound, Conflict (its size has changed), InUse, Unsupported, PermissionDenied, Timeout, DeviceError.
     """
     locator = reference.locator
     try:
-        base = _open(locator, reference.format, timeout_s, volume)
+        base = _open(reference, timeout_s, volume, user)
     except NotFound as error:
         raise NotFound(f"the disk's base is missing: {error}") from error
     try:
@@ -115,13 +129,12 @@ def open_base(reference: BaseReference, volume: Identity, timeout_s: float = TIM
     return base
 
 
-def _examine_contents(path: str, stated: BaseFormat | None, volume: Identity | None) -> BaseFormat:
+def _examine_contents(node: Node, stated: BaseFormat | None, volume: Identity | None) -> BaseFormat:
     """The format of a local base, if what is there does not contradict it, or leave it open."""
-    with ExitStack() as resources:
-        node = _open_local(path, resources, image=True)
-        if volume is not None and node.identity == volume:
-            raise InvalidArgument(f"{path} cannot be its own base")
-        contents = Contents(node)
+    path = node.path
+    if volume is not None and node.identity == volume:
+        raise InvalidArgument(f"{path} cannot be its own base")
+    contents = Contents(node)
     if contents.is_fvd and (stated is None or stated is BaseFormat.RAW):
         raise Unsupported(f"the base {path} is an fvd disk; serve it read-only (fvd-lv serve) and name its NBD URI as the base")
     if stated is BaseFormat.RAW:
@@ -140,48 +153,84 @@ def _examine_contents(path: str, stated: BaseFormat | None, volume: Identity | N
     return BaseFormat.RAW
 
 
-def _open(locator: str, base_format: BaseFormat, timeout_s: float, volume: Identity | None = None) -> OpenBase:
-    """Opens it, claimed and looked at again. `volume`: what it must not be."""
+def _open(reference: BaseReference, timeout_s: float, volume: Identity, user: User | None) -> OpenBase:
+    """Opens it, claimed and looked at again. `volume`: what it must not be; `user`: with whose rights."""
     with ExitStack() as resources:
-        if not locator.startswith("/"):
-            if base_format is BaseFormat.NBD:
-                return _connect(locator, resources, timeout_s, uri=locator)
-            check_image(locator, base_format, timeout_s=timeout_s)
-            return _connect(locator, resources, timeout_s, command=server_command(locator, base_format))
-        node = _open_local(locator, resources, image=base_format.is_image)
-        if volume is not None and node.identity == volume:
-            raise Conflict(f"the base {locator} leads to the disk itself")
-        if not base_format.is_image:
-            return OpenBase(resources.pop_all(), node=node)
+        if not reference.locator.startswith("/"):
+            return _ask_server(reference.locator, reference.format, resources, timeout_s)
+        node = _open_local(reference.locator, resources, user, timeout_s)
+        if node.identity == volume:
+            raise Conflict(f"the base {node.path} leads to the disk itself")
+        return _use(node, reference.format, resources, timeout_s, user)
+
+
+def _ask_server(locator: str, base_format: BaseFormat, resources: ExitStack, timeout_s: float) -> OpenBase:
+    if base_format is BaseFormat.NBD:
+        return _connect(locator, resources, timeout_s, uri=locator)
+    check_image(locator, base_format, timeout_s=timeout_s)
+    return _connect(locator, resources, timeout_s, command=server_command(locator, base_format))
+
+
+def _use(node: Node, base_format: BaseFormat, resources: ExitStack, timeout_s: float, user: User | None) -> OpenBase:
+    """A base of this host that is open: read as it is, or by a program that inherits its descriptor."""
+    if not base_format.is_image:
+        return OpenBase(resources.pop_all(), node=node)
+    Contents(node).refuse_others(base_format)
+    passed_fd = fcntl.fcntl(node.fd, fcntl.F_DUPFD_CLOEXEC, _LEAST_FD)
+    resources.callback(os.close, passed_fd)
+    judged = _state_of(node)
+
+    def handle() -> Handle:
+        return Handle(passed_fd, node.is_block, user or writer_of(node))
+
+    def prepare() -> list[str]:
+        """Before each start of its reader, in the connection's thread: it still is what was judged."""
+        if _state_of(node) != judged:
+            raise Conflict(f"the base {node.path} has been changed since it was opened: put the original back, and open the disk again")
         Contents(node).refuse_others(base_format)
-        node.close()  # the claim has a descriptor of its own
-        _again(lambda: check_image(locator, base_format, timeout_s=timeout_s), InUse)
-        command = server_command(locator, base_format, is_block=node.is_block)
-        return _again(lambda: _connect(locator, resources, timeout_s, command=command), DeviceError)
+        return server_command(node.path, base_format, handle())
+
+    check_image(node.path, base_format, handle(), timeout_s=timeout_s)
+    command = server_command(node.path, base_format, handle())
+    return _connect(node.path, resources, timeout_s, command=command, inherited=passed_fd, prepare=prepare)
 
 
-def _open_local(path: str, resources: ExitStack, *, image: bool) -> Node:
-    held = resources.enter_context(claim_image(path) if image else claim(path, Ownership.BASE))
-    node = resources.enter_context(open_node(path, read_only=True, direct=False))
-    held.check_covers(node)
-    return node
+def _open_local(path: str, resources: ExitStack, user: User | None = None, timeout_s: float = TIMEOUT_S) -> Node:
+    """The node and the claim on it, of one open file."""
+    opened = None
+    if user is not None:
+        try:
+            opened = open_as(path, user, timeout_s)
+        except PermissionDenied as error:
+            raise refusal(path, f"user {user}, who may have named it, may not read it") from error
+        resources.callback(os.close, opened)
+    held = resources.enter_context(claim(path, Ownership.BASE, opened=opened))
+    return resources.enter_context(open_node(path, read_only=True, direct=False, sharing=held.descriptor))
 
 
-def _connect(locator: str, resources: ExitStack, timeout_s: float, *, uri: str | None = None, command: list[str] | None = None) -> OpenBase:
+def _state_of(node: Node) -> tuple[Identity, int, int]:
+    """What does not change of a base. (A device's times say nothing of its contents.)"""
+    with typed_errors("looking at", node.path):
+        status = os.fstat(node.fd)
+    return node.identity, node.size_bytes(), 0 if node.is_block else status.st_mtime_ns
+
+
+def _connect(
+    locator: str,
+    resources: ExitStack,
+    timeout_s: float,
+    *,
+    uri: str | None = None,
+    command: list[str] | None = None,
+    inherited: int = -1,
+    prepare: Callable[[], list[str]] | None = None,
+) -> OpenBase:
     # Here, for only who has such a base needs libnbd.
     from fvd.device._remote import Remote
 
-    remote = Remote(uri=uri, command=command, timeout_s=timeout_s, name=locator)
+    remote = Remote(uri=uri, command=command, timeout_s=timeout_s, name=locator, inherited=inherited, prepare=prepare)
     with ExitStack() as opening:
         opening.callback(remote.close)
         remote.open()
         resources.enter_context(opening.pop_all())
     return OpenBase(resources.pop_all(), remote=remote)
-
-
-def _again(call: Callable[[], T], passing: type[FvdError]) -> T:
-    """The claim of another disk on the same image may stop a program of QEMU's that begins at the same moment: see claim_image."""
-    for _ in range(_TRIES - 1):
-        with suppress(passing):
-            return call()
-    return call()

@@ -1,7 +1,9 @@
 """Images that are not raw: how they are told from raw ones, and the program of QEMU's that reads them. Starts qemu-img; knows no disk.
 
-An image may name other files (a backing file, data kept outside, further extents), and what it names would be read with our rights. Such
-images are refused: by their headers before a program of QEMU's sees them, as far as that goes, and by what qemu-img tells of them.
+An image may name other files (a backing file, data kept outside, further extents). Such images are refused: by their headers before a
+program of QEMU's sees them, as far as that goes, and by what qemu-img tells of them. An image on this host is given to these programs by
+its open descriptor, which they open again by its number: they see what was judged, whatever has its name by now. And they run as the
+user whose image it is: whatever he writes into it, while they read it even, they may open nothing for us that he could not.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import os
 import shutil
 import struct
 import subprocess
+from dataclasses import dataclass
 from typing import Any
 
+from fvd.device.as_user import User
 from fvd.device.node import Node
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 from fvd.format.locator import BaseFormat
@@ -22,11 +26,12 @@ _SECTOR_BYTES = 512
 _HEAD_BYTES = SLOT_OFFSETS_BYTES[1] + len(MAGIC)
 _VPC_FOOTER = b"conectix"
 _QCOW_MAGIC = b"QFI\xfb"
+_VMDK_SPARSE = b"KDMV"
 _VMDK_DESCRIPTOR = b"# Disk DescriptorFile"
 # (offset, magic, whose)
 _MAGICS = (
     (0, _QCOW_MAGIC, BaseFormat.QCOW2),
-    (0, b"KDMV", BaseFormat.VMDK),
+    (0, _VMDK_SPARSE, BaseFormat.VMDK),
     (0, b"COWD", BaseFormat.VMDK),
     (0, _VMDK_DESCRIPTOR, BaseFormat.VMDK),
     (0, b"vhdxfile", BaseFormat.VHDX),
@@ -49,7 +54,7 @@ class Contents:
 
     def __init__(self, node: Node) -> None:
         size_bytes = node.size_bytes()
-        self._path = node.path
+        self.path = node.path
         self._head = node.pread(0, min(size_bytes, _HEAD_BYTES)).tobytes()
         tail_bytes = min(size_bytes, _SECTOR_BYTES)
         self._tail = node.pread(size_bytes - tail_bytes, tail_bytes).tobytes()
@@ -72,17 +77,19 @@ class Contents:
         if base_format is BaseFormat.QCOW2:
             version, backing = _at(head, 4, ">IQ")
             if backing:
-                raise _refusal(self._path, "has a backing file")
+                raise _refusal(self.path, "has a backing file")
             if version >= 3 and _at(head, 72, ">Q")[0] & _QCOW2_DATA_FILE:
-                raise _refusal(self._path, "keeps its data in another file")
+                raise _refusal(self.path, "keeps its data in another file")
         elif base_format is BaseFormat.QED and _at(head, 16, "<Q")[0] & _QED_BACKING_FILE:
-            raise _refusal(self._path, "has a backing file")
-        elif base_format is BaseFormat.VMDK and head.startswith(_VMDK_DESCRIPTOR):
-            raise _refusal(self._path, "keeps its data in other files")
+            raise _refusal(self.path, "has a backing file")
+        elif base_format is BaseFormat.VMDK:
+            # One that is of no size by its header is a list of others too.
+            if head.startswith(_VMDK_DESCRIPTOR) or (head.startswith(_VMDK_SPARSE) and _at(head, 12, "<Q")[0] == 0):
+                raise _refusal(self.path, "keeps its data in other files")
         elif base_format is BaseFormat.VPC:
             footer = head if head.startswith(_VPC_FOOTER) else self._tail
             if _at(footer, 60, ">I")[0] == _VPC_DIFFERENCING:
-                raise _refusal(self._path, "has a parent")
+                raise _refusal(self.path, "has a parent")
 
 
 def _at(raw: bytes, offset: int, layout: str) -> tuple[int, ...]:
@@ -91,37 +98,60 @@ def _at(raw: bytes, offset: int, layout: str) -> tuple[int, ...]:
     return struct.unpack(layout, raw[offset : offset + size].ljust(size, b"\0"))
 
 
-def server_command(locator: str, base_format: BaseFormat, *, is_block: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class Handle:
+    """An open image of this host, for programs that inherit the descriptor under the same number."""
+
+    fd: int
+    is_block: bool
+    user: User | None  # as whom they run; None: as this process
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.fd}"
+
+
+def server_command(locator: str, base_format: BaseFormat, handle: Handle | None = None) -> list[str]:
     """The arguments of a program that serves this base read-only on a socket that it inherits, to one client, and ends with it.
+    `handle`: the image, where it is one of this host.
 
     It keeps QEMU's own locks: other readers are welcome, a writer is refused, and refuses it. Raises Unsupported (no qemu-nbd here).
     """
     driver = _driver(base_format)
     # The page cache, as for raw bases: a golden image is shared by many disks. aio=native would need O_DIRECT.
     words = [_program("qemu-nbd"), "--read-only", "--shared=1", "--cache=writeback", "--aio=threads"]
-    if not locator.startswith("/"):
+    if handle is None:
         return [*words, f"--format={driver}", "--", locator]
     # In words: a path is taken for nothing else, and no backing file is opened, though the image may have got one since it was looked at.
-    file = {"driver": "host_device" if is_block else "file", "filename": locator}
-    return [*words, "--", "json:" + json.dumps({"driver": driver, "read-only": True, "backing": None, "file": file})]
+    file = {"driver": "host_device" if handle.is_block else "file", "filename": handle.path}
+    words += ["--", "json:" + json.dumps({"driver": driver, "read-only": True, "backing": None, "file": file})]
+    return words if handle.user is None else [*_becoming(handle.user), *words]
 
 
-def check_image(locator: str, base_format: BaseFormat, *, timeout_s: float) -> None:
+def _becoming(user: User) -> list[str]:
+    """Goes before a command that is to run as the user. The signal is asked for again: who becomes somebody else loses it."""
+    groups = f"--groups={','.join(map(str, user.groups))}" if user.groups else "--clear-groups"
+    who = [f"--reuid={user.uid}", f"--regid={user.gid}", groups]
+    return [_program("setpriv", "util-linux"), *who, "--no-new-privs", "--pdeathsig=KILL", "--"]
+
+
+def check_image(locator: str, base_format: BaseFormat, handle: Handle | None = None, *, timeout_s: float) -> None:
     """Whether QEMU can read the image, and it is all there is of it.
 
     Raises Unsupported (needs other files, encrypted, or no qemu-img here), InUse (another program writes to it), InvalidArgument (not of
     that format), NotFound, PermissionDenied, Timeout, DeviceError.
     """
     driver = _driver(base_format)
-    answer = _run([_program("qemu-img"), "info", "--output=json", f"--format={driver}", "--", locator], locator, timeout_s)
+    name = locator if handle is None else handle.path
+    answer = _run([_program("qemu-img"), "info", "--output=json", f"--format={driver}", "--", name], locator, timeout_s, handle)
     try:
         found = json.loads(answer)
-        _judge(found, locator, driver)
+        _judge(found, locator, name, driver)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unsupported(f"qemu-img answered in a form that fvd does not know ({quoted(error)}); QEMU 5.2 or later is needed") from error
 
 
-def _judge(found: dict[str, Any], locator: str, driver: str) -> None:
+def _judge(found: dict[str, Any], locator: str, name: str, driver: str) -> None:
     specific = (found.get("format-specific") or {}).get("data") or {}
     if found["format"] != driver:
         raise Conflict(f"the base {locator} is {found['format']}, not {driver}")
@@ -129,7 +159,7 @@ def _judge(found: dict[str, Any], locator: str, driver: str) -> None:
         raise _refusal(locator, "has a backing file")
     if specific.get("data-file"):
         raise _refusal(locator, "keeps its data in another file")
-    if any(extent["filename"] != locator for extent in specific.get("extents") or ()):
+    if any(extent["filename"] != name for extent in specific.get("extents") or ()):
         raise _refusal(locator, "keeps its data in other files")
     if found.get("encrypted"):
         raise Unsupported(
@@ -149,14 +179,15 @@ def _driver(base_format: BaseFormat) -> str:
     return "raw" if base_format is BaseFormat.REMOTE_RAW else base_format.name.lower()
 
 
-def _program(name: str) -> str:
+def _program(name: str, package: str = "qemu-utils") -> str:
     found = shutil.which(name, path=_PROGRAM_PATH)
     if found is None:
-        raise Unsupported(f"{name} is not installed, and a base of this kind is read with it; install it (Debian: apt install qemu-utils)")
+        raise Unsupported(f"{name} is not installed, and a base of this kind is read with it; install it (Debian: apt install {package})")
     return found
 
 
-def _run(command: list[str], locator: str, timeout_s: float) -> bytes:
+def _run(command: list[str], locator: str, timeout_s: float, handle: Handle | None) -> bytes:
+    user = None if handle is None else handle.user
     try:
         done = subprocess.run(
             command,
@@ -165,6 +196,10 @@ def _run(command: list[str], locator: str, timeout_s: float) -> bytes:
             timeout=timeout_s,
             check=False,
             env={**os.environ, "LC_ALL": "C"},
+            pass_fds=() if handle is None else (handle.fd,),
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else user.groups,
         )
     except subprocess.TimeoutExpired as error:
         raise Timeout(f"the base {locator}: qemu-img has not answered for {timeout_s:g} s; is its server there?") from error
@@ -172,7 +207,8 @@ def _run(command: list[str], locator: str, timeout_s: float) -> bytes:
         raise DeviceError(f"the base {locator}: {command[0]} cannot be started: {error.strerror}") from error
     if done.returncode == 0:
         return done.stdout
-    raise _failure(locator, done.stderr.decode(errors="replace").strip())
+    text = done.stderr.decode(errors="replace").strip()
+    raise _failure(locator, text if handle is None else text.replace(handle.path, locator))
 
 
 def _failure(locator: str, text: str) -> FvdError:

@@ -5,7 +5,7 @@ Opening stops at the first fault; this goes on as far as the rest still makes se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fvd.device.claim import Ownership, claim
@@ -16,6 +16,7 @@ from fvd.format.journal import replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
 from fvd.format.superblock import PossibleLoss, Superblock, decode
 from fvd.volume.base import open_base
+from fvd.volume.base_rights import namer_of, rights_for
 from fvd.volume.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
 from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeName, parse_name
@@ -43,8 +44,9 @@ class CheckReport:
     base_released: bool = False  # all that the base has is in the disk: it may be gone
 
 
-def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
-    """Checks a closed disk, or (in its loop's thread) an open one: its maps in memory, and the superblocks on storage.
+def check(target: Target, *, progress: Progress | None = None, base_allow: Sequence[str] = ()) -> CheckReport:
+    """Checks a closed disk, or (in its loop's thread) an open one: its maps in memory, and the superblocks on storage. `base_allow`: bases
+    that are opened whoever has named them (`base_rights.py`).
 
     Raises NotFound (no fvd disk), InUse, Unsupported, PermissionDenied; what is damaged is in the report.
     """
@@ -60,7 +62,7 @@ def check(target: Target, *, progress: Progress | None = None) -> CheckReport:
         held.check_covers(node)
         report = check_node(node, name, progress=progress)
         _check_log(node, name, report)
-        return report if report.base_released else _check_base(node, report)
+        return report if report.base_released else _check_base(node, report, place.base_marks, base_allow)
 
 
 def _check_open(volume: OpenVolume) -> CheckReport:
@@ -141,12 +143,13 @@ def _tell_loss(loss: PossibleLoss | None, report: CheckReport) -> None:
         report.warnings.append(f"{LOSSES[loss.reason]}; fvd-lv acknowledge says that you have seen it")
 
 
-def _check_base(node: Node, report: CheckReport) -> CheckReport:
+def _check_base(node: Node, report: CheckReport, marks: frozenset[str] | None, allow: Sequence[str]) -> CheckReport:
     """Whether the base of a disk that has a readable superblock can be opened."""
     found = state_of(node)
     if isinstance(found, Superblock) and found.base is not None:
         try:
-            open_base(found.base, node.identity).close()
+            user = rights_for(found.base.locator, namer_of(report.volume, node, marks, found.base), allow)
+            open_base(found.base, node.identity, user=user).close()
         except FvdError as error:
             report.errors.append(str(error))
     return report

@@ -120,7 +120,7 @@ class LvmProvider:
             return volume, False
         self._check_limit(name, plan, group)
         try:
-            self._lvm.create(name.group, name.lv, plan.size_bytes, [TAG_UNFINISHED, *_facts(plan).tags()])
+            self._lvm.create(name.group, name.lv, plan.size_bytes, [TAG_UNFINISHED, *_tags(plan)])
         except Conflict:
             return self._find(name), False  # somebody was faster: the claim tells what comes of it
         volume = self._find(name)
@@ -161,6 +161,10 @@ class AttachedVolume:
     @property
     def size_bytes(self) -> int | None:
         return self._volume.size_bytes
+
+    @property
+    def base_marks(self) -> frozenset[str] | None:
+        return overcommit.base_tags(self._volume)
 
     def storage(self, node: Node) -> GroundedStorage:
         return LvmStorage(node, self._volume, self._lvm, tells_of_room=udev_is_running())
@@ -238,8 +242,7 @@ class BuiltVolume:
             self._volume = settle(self._lvm, self._name.group, self._name.lv, self.node.identity[1], refresh=True)
 
     def publish(self, *, replace: bool) -> None:
-        facts = _facts(self._plan)
-        add = [TAG_DISK, *facts.tags()]
+        add = [TAG_DISK, *_tags(self._plan)]
         stale = [TAG_UNFINISHED, *overcommit.fact_tags(self._volume)]
         remove = [tag for tag in stale if tag not in add]
         if self.contents is not Contents.NOBODYS:
@@ -282,8 +285,10 @@ def _wipe(name: VolumeName, held: Claim, wipe: Wipe | None) -> None:
         (wipe or wipe_storage)(node)
 
 
-def _facts(plan: Plan) -> Facts:
-    return Facts(plan.virtual_size_bytes, plan.most_bytes, plan.grow_step_bytes)
+def _tags(plan: Plan) -> list[str]:
+    """What the group's metadata tells of the disk."""
+    facts = Facts(plan.virtual_size_bytes, plan.most_bytes, plan.grow_step_bytes)
+    return [*facts.tags(), *([plan.base_mark] if plan.base_mark else [])]
 
 
 def _refuse_group(state: GroupState, name: str) -> None:

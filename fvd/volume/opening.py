@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
 from fvd.volume import pending
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
+from fvd.volume.base_rights import namer_of, rights_for
 from fvd.volume.failing import FailureWatch
 from fvd.volume.holding import Holding
 from fvd.volume.loading import LoadedDisk, covers_base, naming
@@ -137,6 +138,7 @@ def open_volume(
     prefetch: PrefetchOptions | bool | None = None,
     on_event: Callable[[GrowthEvent | BaseEvent], None] | None = None,
     discard_pending: bool = False,
+    base_allow: Sequence[str] = (),
     allocator_options: dict[str, Any] | None = None,
 ) -> OpenVolume:
     """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory.
@@ -145,7 +147,8 @@ def open_volume(
     `low_water_bytes`: growth begins when less than this is free (default: half a grow step). `on_event` is called in the loop's thread.
     `zero_chunks`: let the device zero a new chunk as a whole, where it can, and write of its blocks only what guests write.
     `copy_on_read`: keep what is read from the base; `prefetch`: copy all of it in the background; None: as the disk was made. A read-only
-    open does neither. `base_timeout_s`: how long the base may not answer before a request that needs it fails.
+    open does neither. `base_timeout_s`: how long the base may not answer before a request that needs it fails. `base_allow`: bases that are
+    opened whoever has named them (`base_rights.py`).
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, Timeout, DeviceError.
     """
     volume = parse_name(name)
@@ -177,7 +180,8 @@ def open_volume(
         released = covers_base(disk.superblock, disk.bitmap)
         if reference is not None and not released:
             with naming(str(volume)):
-                base = open_base(reference, node.identity, base_timeout_s)
+                user = rights_for(reference.locator, namer_of(str(volume), node, place.base_marks, reference), base_allow)
+                base = open_base(reference, node.identity, base_timeout_s, user)
             undo.callback(base.close)
         copies = base is not None and not read_only
         loss = loss_after(left, disk.superblock)

@@ -16,6 +16,7 @@ from fvd.units import format_size
 TAG_DISK = "fvd.disk"
 TAG_UNFINISHED = "fvd.unfinished"
 TAG_WIPE = "fvd.wipe"  # of a volume or a group: nothing of a disk may be left in what is given back
+TAG_BASE = "fvd.base="  # and what `base_rights.mark_of` makes of its name
 _FACT_TAG = re.compile(r"fvd\.(virtual|most|step)=(\d{1,20})", re.ASCII)
 _LIMIT_TAG = "fvd.max_overcommit="
 
@@ -44,7 +45,12 @@ def facts_of(volume: LogicalVolume) -> Facts | None:
 
 def fact_tags(volume: LogicalVolume) -> list[str]:
     """The tags that tell facts, right or wrong."""
-    return sorted(tag for tag in volume.tags if _FACT_TAG.fullmatch(tag))
+    return sorted(tag for tag in volume.tags if _FACT_TAG.fullmatch(tag) or tag.startswith(TAG_BASE))
+
+
+def base_tags(volume: LogicalVolume) -> frozenset[str]:
+    """The tags that tell what its disk lies over."""
+    return frozenset(tag for tag in volume.tags if tag.startswith(TAG_BASE))
 
 
 def is_disk(volume: LogicalVolume) -> bool:

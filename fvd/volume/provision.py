@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fvd.device import names
@@ -23,6 +23,7 @@ from fvd.format.maps import Bitmap, MapKind, Table, empty_bitmap, empty_table, e
 from fvd.format.superblock import COPY_ON_READ, PREFETCH, BaseReference, Superblock
 from fvd.units import GIB, KIB, MIB, format_size
 from fvd.volume.base import examine_base, open_base
+from fvd.volume.base_rights import ROOT, mark_of, rights_for
 from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeKind, VolumeName, parse_name
 from fvd.volume.overcommit import TAG_DISK, parse_limit
@@ -66,6 +67,7 @@ def provision(
     prefetch: bool = False,
     truncate_base: bool = False,
     max_overcommit: float | None = None,
+    base_allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
     new_uuid: Callable[[], bytes] = lambda: uuid.uuid4().bytes,
@@ -76,6 +78,7 @@ def provision(
     `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
     `max_overcommit` refuses a disk that would take its volume group beyond that ratio (`overcommit.py`).
     `base`: a path or URI, `base_format`: see `examine_base`; what the base is known to have no data in becomes zeros of the disk's own.
+    `base_allow`: bases that root opens with his own rights though their names are a user's to change (`base_rights.py`).
     `virtual_size_bytes` None: the base's, rounded up to a sector. `truncate_base`: a new disk may be smaller than its base.
     `copy_on_read` and `prefetch` are what opens of this disk do by default.
     Raises InvalidArgument, Conflict (naming what differs, or what is there), Corrupt, InUse, NoSpace, NotFound, PermissionDenied,
@@ -83,7 +86,7 @@ def provision(
     """
     volume = parse_name(name)
     if virtual_size_bytes is None:
-        virtual_size_bytes = _size_over(volume, base, base_format)
+        virtual_size_bytes = _size_over(volume, base, base_format, base_allow)
     geometry = Geometry(
         virtual_size_bytes=virtual_size_bytes,
         block_size_bytes=block_size_bytes,
@@ -112,7 +115,7 @@ def provision(
     if presence is Presence.PRESENT:
         with provider.attach(volume) as place, open_node(place.path, read_only=True) as node:
             # Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time.
-            reference = None if base is None else examine_base(base, base_format, node.identity)
+            reference = None if base is None else examine_base(base, base_format, node.identity, allow=base_allow)
             found = state_of(node)
             if isinstance(found, Superblock):
                 return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
@@ -122,13 +125,15 @@ def provision(
     elif provider.fixed_size:
         raise NotFound(f"{volume} does not exist; check the name")
     elif base is not None:
-        reference = examine_base(base, base_format)
+        reference = examine_base(base, base_format, allow=base_allow)
 
     if reference is not None and virtual_size_bytes < reference.size_bytes and not truncate_base:
         raise InvalidArgument(
             f"{volume}: a disk of {virtual_size_bytes} bytes is smaller than its base ({reference.size_bytes} bytes), whose end the guest "
             "would not see; leave out --size to take the base's, or say --truncate-base"
         )
+    if reference is not None:
+        plan = replace(plan, base_mark=mark_of(reference))
     building = provider.build(volume, plan)
     try:
         node = building.node
@@ -151,7 +156,7 @@ def provision(
             if force or building.contents is Contents.NOBODYS:
                 wipe_signatures(node)
         superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()), compatible_features=features)
-        zeros = None if reference is None else _zeros_of(reference, geometry, node.identity)
+        zeros = None if reference is None else _zeros_of(reference, geometry, node.identity, base_allow)
         with enough_memory(geometry):
             write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
         # Read back before anyone is told that it is there: what cannot be opened is no disk.
@@ -164,16 +169,16 @@ def provision(
         building.close()
 
 
-def _size_over(volume: VolumeName, base: str | os.PathLike[str] | None, base_format: str | None) -> int:
+def _size_over(volume: VolumeName, base: str | os.PathLike[str] | None, base_format: str | None, allow: Sequence[str]) -> int:
     """The size of a disk over this base for which none was said."""
     if base is None:
         raise InvalidArgument(f"{volume}: say how large the disk is to be, for example --size 100G; only over a base it can be left out")
-    size_bytes = examine_base(base, base_format).size_bytes
+    size_bytes = examine_base(base, base_format, allow=allow).size_bytes
     return max(MIN_VIRTUAL_SIZE_BYTES, -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES)
 
 
-def _zeros_of(reference: BaseReference, geometry: Geometry, identity: Identity) -> Bitmap:
-    with open_base(reference, identity) as base:
+def _zeros_of(reference: BaseReference, geometry: Geometry, identity: Identity, allow: Sequence[str]) -> Bitmap:
+    with open_base(reference, identity, user=rights_for(reference.locator, ROOT, allow)) as base:
         return zero_blocks(geometry, reference.size_bytes, base.zero_extents())
 
 

@@ -43,6 +43,7 @@ class Plan:
     most_bytes: int  # the greatest it can ever need
     grow_step_bytes: int
     max_overcommit: float | None = None  # of its volume group; None: whatever the group says itself
+    base_mark: str = ""  # what is noted of its base, where no guest can write; "": it has none
 
 
 Wipe = Callable[[Node], None]
@@ -57,6 +58,10 @@ class Attached(Protocol):
     @property
     def size_bytes(self) -> int | None:
         """What it was promised to have when it was attached, whatever its device shows; None: what it shows."""
+
+    @property
+    def base_marks(self) -> frozenset[str] | None:
+        """What was noted of its base (`Plan.base_mark`); None: nothing can be noted of it where its user could not change it."""
 
     def storage(self, node: Node) -> GroundedStorage:
         """The growing end of the open volume."""
@@ -131,6 +136,8 @@ class AttachedPath:
     ours = False
 
     size_bytes: int | None = None
+
+    base_marks: frozenset[str] | None = None
 
     def __init__(self, path: str, storage: Callable[[Node], GroundedStorage], retire: Callable[[Identity], None] = lambda _: None) -> None:
         self.path = path

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ NOBODY: Identity = ("file", 0, 0)
 NBD = "nbd+unix:///x?socket=/run/x.sock"
 MARKS = {
     "qcow2": (0, b"QFI\xfb\0\0\0\3"),
-    "vmdk": (0, b"KDMV"),
+    "vmdk": (0, b"KDMV" + struct.pack("<IIQ", 1, 0, 2048)),
     "vhdx": (0, b"vhdxfile"),
     "vpc": (0, b"conectix"),
     "qed": (0, b"QED\0"),
@@ -53,9 +53,19 @@ class FakeRemote:
     size_bytes = MIB
     failures: ClassVar[list[FvdError]] = []
 
-    def __init__(self, *, uri: str | None = None, command: list[str] | None = None, timeout_s: float = 30.0, name: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        uri: str | None = None,
+        command: list[str] | None = None,
+        timeout_s: float = 30.0,
+        name: str = "",
+        inherited: int = -1,
+        prepare: Callable[[], list[str]] | None = None,
+    ) -> None:
         assert (uri is None) != (command is None)
         self.uri, self.command, self.timeout_s, self.name = uri, command, timeout_s, name
+        self.inherited, self.prepare = inherited, prepare
         self.opened = self.closed = False
         FakeRemote.made.append(self)
 
@@ -96,11 +106,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if answer["error"]:
             return subprocess.CompletedProcess(command, 1, b"", answer["error"].encode())
         said = {"format": command[3].removeprefix("--format="), "virtual-size": MIB} | answer["json"]
-        return subprocess.CompletedProcess(command, 0, json.dumps(said).encode(), b"")
+        text = json.dumps(said).replace("as it was named", command[-1])
+        return subprocess.CompletedProcess(command, 0, text.encode(), b"")
 
     played = types.SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(base_images, "subprocess", played)
-    monkeypatch.setattr(base_images, "_program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(base_images, "_program", lambda name, package="": f"/usr/bin/{name}")
     return answer
 
 
@@ -206,6 +217,7 @@ def test_an_fvd_disk_is_no_base(tmp_path: Path, offset: int, remotes: list[FakeR
         ("qcow2", 72, struct.pack(">Q", 4), "keeps its data in another file"),
         ("qed", 16, struct.pack("<Q", 1), "has a backing file"),
         ("vmdk", 0, b"# Disk DescriptorFile", "keeps its data in other files"),
+        ("vmdk", 12, bytes(8), "keeps its data in other files"),
         ("vpc", 60, struct.pack(">I", 4), "has a parent"),
     ],
 )
@@ -264,7 +276,7 @@ def test_what_qemu_img_tells_of_other_files(
 
 def test_an_image_of_one_extent(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
     path = image(tmp_path / "image", "vmdk")
-    told["json"] = {"format-specific": {"type": "vmdk", "data": {"extents": [{"filename": str(path)}]}}}
+    told["json"] = {"format-specific": {"type": "vmdk", "data": {"extents": [{"filename": "as it was named"}]}}}
     assert examine_base(path, "vmdk").format is BaseFormat.VMDK
 
 
@@ -303,12 +315,14 @@ def test_what_qemu_img_complains_of(told: dict[str, Any], error: Any, kind: type
 def test_the_commands(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
     path = str(image(tmp_path / "im,age:'\"x", "qcow2"))
     examine_base(path, "qcow2", timeout_s=7)
-    assert told["commands"] == [["/usr/bin/qemu-img", "info", "--output=json", "--format=qcow2", "--", path]]
+    (remote,) = remotes
+    handed = f"/proc/self/fd/{remote.inherited}"
+    assert told["commands"] == [["/usr/bin/qemu-img", "info", "--output=json", "--format=qcow2", "--", handed]]
     options = told["options"][0]
+    assert options["pass_fds"] == (remote.inherited,) and remote.inherited >= 64
     assert (
         options["timeout"] == 7 and options["env"]["LC_ALL"] == "C" and not options.get("shell") and options["stdin"] == subprocess.DEVNULL
     )
-    (remote,) = remotes
     command = remote.command
     assert command is not None and remote.timeout_s == 7 and remote.name == path
     words = ["/usr/bin/qemu-nbd", "--read-only", "--shared=1", "--cache=writeback", "--aio=threads"]
@@ -317,7 +331,7 @@ def test_the_commands(tmp_path: Path, remotes: list[FakeRemote], told: dict[str,
         "driver": "qcow2",
         "read-only": True,
         "backing": None,
-        "file": {"driver": "file", "filename": path},
+        "file": {"driver": "file", "filename": handed},
     }
     assert remote.opened and remote.closed
     for stated, driver in (("raw", "raw"), ("vhdx", "vhdx")):
@@ -405,25 +419,35 @@ def test_an_image_in_use_is_claimed(tmp_path: Path, remotes: list[FakeRemote], t
                 call()
 
 
-def test_a_program_that_meets_the_claim_of_another_disk_is_started_again(
-    tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]
-) -> None:
+def test_a_program_that_does_not_start_leaves_nothing_open(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
     reference = BaseReference(str(image(tmp_path / "image", "qcow2")), MIB, BaseFormat.QCOW2)
-    FakeRemote.failures[:] = [DeviceError("reset"), DeviceError("reset")]
-    with open_base(reference, NOBODY) as base:
-        assert [remote.opened for remote in remotes] == [False, False, True]
-        assert [remote.closed for remote in remotes] == [True, True, False]
-        assert base.remote is remotes[2]  # type: ignore[comparison-overlap]
-    FakeRemote.failures[:] = [DeviceError("reset")] * 4
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    FakeRemote.failures[:] = [DeviceError("reset")]
     with pytest.raises(DeviceError):
         open_base(reference, NOBODY)
-    assert len(remotes) == 6 and len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     told["error"] = 'Failed to get "consistent read" lock: another process'
-    told["commands"].clear()
     with pytest.raises(InUse):
         open_base(reference, NOBODY)
-    assert len(told["commands"]) == 3
+    assert len(remotes) == 1 and len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_what_was_judged_is_what_is_read_at_each_start(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
+    """Another file under the name changes nothing; what was written into the one that is open ends its use."""
+    path = image(tmp_path / "image", "qcow2")
+    with open_base(BaseReference(str(path), MIB, BaseFormat.QCOW2), NOBODY):
+        (remote,) = remotes
+        assert remote.prepare is not None and remote.prepare() == remote.command
+        path.rename(tmp_path / "away")
+        image(path, "qcow2", (72, struct.pack(">Q", 4)))
+        assert remote.prepare() == remote.command
+        assert os.fstat(remote.inherited).st_ino == (tmp_path / "away").stat().st_ino
+        (tmp_path / "away").touch()
+        with pytest.raises(Conflict, match="has been changed since it was opened"):
+            remote.prepare()
+        image(tmp_path / "away", "qcow2", (72, struct.pack(">Q", 4)))
+        with pytest.raises(FvdError, match=r"has been changed|keeps its data"):
+            remote.prepare()
+    assert remote.closed
 
 
 def test_a_base_that_leads_to_the_disk_itself(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:

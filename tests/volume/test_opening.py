@@ -576,7 +576,7 @@ def test_the_base_timeout_reaches_base_and_engine(
     make(path, base=full(tmp_path / "base"))
     seen: list[float] = []
     real = opening.open_base
-    monkeypatch.setattr(opening, "open_base", lambda reference, node, timeout_s: (seen.append(timeout_s), real(reference, node))[1])
+    monkeypatch.setattr(opening, "open_base", lambda reference, node, timeout_s, user: (seen.append(timeout_s), real(reference, node))[1])
     with open_volume(volume(path), base_timeout_s=1.5):
         assert seen == [1.5] and told["base_timeout_ns"] == 1_500_000_000
 
