@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked fuzzed lint test test-long mutants test-checked test-lvm test-quick torture-long fuzz demo demo-lvm wheel clean
+.PHONY: help setup build checked fuzzed lint test test-long mutants test-checked test-lvm test-quick torture-long fuzz demo demo-lvm demo-publish wheel clean
 .PHONY: bench bench-quick bench-full bench-report bench-publish
 
 VENV := .venv
@@ -13,7 +13,7 @@ FUZZED := build/fuzz
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
-SCRIPTS := scripts/demo scripts/make-completions scripts/run-tests scripts/uml
+SCRIPTS := scripts/demo scripts/demo-transcript scripts/make-completions scripts/run-tests scripts/uml
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp
 
@@ -92,6 +92,9 @@ demo: build ## the main job on real input, narrated; a few minutes, some GB in $
 
 demo-lvm: build ## the same on real lvm2 in a User-Mode Linux guest, no root needed; two minutes, 1 GB in $TMPDIR
 	@$(PY) scripts/demo --uml
+
+demo-publish: build ## both demos; docs/demo.md is what they print
+	@$(PY) scripts/demo-transcript
 
 bench: build ## benchmarks against what would be used instead, 15 minutes; tables, and results/report.html
 	$(PY) bench/run.py
