@@ -103,6 +103,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.lvm.runner": ({"process", "clock", "file"}, "runs lvm2's commands with a time limit; where those programs are"),
     "fvd.lvm.commands": ({"clock"}, "rests a moment before a command is tried again"),
     "fvd.lvm.dm": ({"file", "clock"}, "reads /sys; samples for how long a device is suspended"),
+    "fvd.lvm.members": ({"file"}, "reads /sys and udev's database: which devices hold physical volumes"),
     "fvd.lvm.sharing": ({"file"}, "lock files"),
     "fvd.volume._driver": ({"clock", "file", "process"}, "the loop of a disk in this process: a thread, its wake-up, the engine's ticks"),
     "fvd.volume.allocator": ({"clock"}, "when a growth step began; injected in tests"),

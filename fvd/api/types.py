@@ -207,7 +207,7 @@ class Group:
 
     group: str
     size: int
-    free_bytes: int  # the growth reserve: what no volume has taken
+    free_bytes: int  # the growth reserve: what no volume has taken, and can be had: see unusable_bytes
     disks: int
     storage_bytes: int  # the logical volumes of the disks
     mapped_bytes: int  # what of it holds something, of the disks that could be read
@@ -218,6 +218,7 @@ class Group:
     overcommit: float  # greatest_bytes / available_bytes: above 1, not every disk can become as large as it may
     max_overcommit: float | None  # the group's limit (tag fvd.max_overcommit=R)
     largest_step_bytes: int  # the largest growth step of its disks
+    unusable_bytes: int = 0  # free, but on physical volumes that may not be allocated from, or while one is missing or there twice
 
 
 @dataclass(frozen=True)

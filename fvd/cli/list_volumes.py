@@ -24,7 +24,8 @@ EXAMPLES = """\
 Looks at the beginning of each file in a folder, not below it; a bare word is a volume group, or a folder where no group has that name.
 Activates nothing: inactive volumes are read from the physical volumes. Served disks are those of this user; root sees everyone's.
 
-Of a volume group: the growth reserve is what no volume has taken; over-commit is what its disks can become in all, over what can be had."""
+Of a volume group: the growth reserve is what no volume has and one can get; over-commit is what its disks can become in all, over what
+can be had."""
 
 
 def register(subparsers: Subparsers) -> None:
@@ -86,7 +87,7 @@ def describe_groups(groups: list[Group], width: int) -> list[str]:
             f"  {bar(group, max(20, min(100, width - 4)))}",
             f"  █ mapped {format_size(group.mapped_bytes)}{unread}   ▒ more in disks' volumes "
             f"{format_size(max(0, group.storage_bytes - group.mapped_bytes))}   ░ other volumes "
-            f"{format_size(max(0, group.size - group.free_bytes - group.storage_bytes))}   · free",
+            f"{format_size(max(0, group.size - group.free_bytes - group.unusable_bytes - group.storage_bytes))}   · free",
             f"  virtual {format_size(group.virtual_bytes)}; growth reserve {format_size(group.free_bytes)}{steps}; "
             f"over-commit {group.overcommit:.2f} ({format_size(group.greatest_bytes)} promised, {format_size(group.available_bytes)} "
             f"can be had{limit})",
@@ -96,7 +97,7 @@ def describe_groups(groups: list[Group], width: int) -> list[str]:
 
 def bar(group: Group, cells: int) -> str:
     """The group's whole size, from what is mapped to what is free; something that is there has a mark."""
-    other = max(0, group.size - group.free_bytes - group.storage_bytes)
+    other = max(0, group.size - group.free_bytes - group.unusable_bytes - group.storage_bytes)
     parts = ((group.mapped_bytes, "█"), (max(0, group.storage_bytes - group.mapped_bytes), "▒"), (other, "░"))
     marks = "".join(sign * max(1 if part else 0, round(part * cells / max(1, group.size))) for part, sign in parts)
     return marks[:cells].ljust(cells, "·")

@@ -39,6 +39,11 @@ def device_name(number: int) -> str | None:
     return _read(number, "name")
 
 
+def is_lvm_device(number: int) -> bool:
+    """Whether the device is one of lvm's: a logical volume, or a hidden layer of one."""
+    return (_read(number, "uuid") or "").startswith("LVM-")
+
+
 def is_being_moved(number: int) -> bool:
     """Whether the device is lvm's own for a pvmove: what lies there is on its way to another physical volume, and stays what it is."""
     name, uuid = _read(number, "name"), _read(number, "uuid")
@@ -89,6 +94,21 @@ def size_bytes(number: int) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size").read_text()) * _SECTOR_BYTES
     return None
+
+
+def logical_block_bytes(number: int) -> int:
+    """The least that the device reads or writes at once; 0: no such device."""
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        folder = folder.parent if (folder / "partition").exists() else folder
+        return int((folder / "queue" / "logical_block_size").read_text())
+    return 0
+
+
+def stripes(number: int) -> int:
+    """Over how many devices the end of a logical volume is spread, and so will be what it grows by; 1: over one."""
+    last = (table(number) or (None,))[-1]
+    return int(last.arguments.split()[0]) if last is not None and last.kind == "striped" else 1
 
 
 @dataclass(frozen=True)

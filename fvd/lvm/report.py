@@ -6,8 +6,8 @@ Only the fields named here are ever asked for, so a newer lvm2 changes nothing. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fvd.errors import Unsupported, quoted
@@ -17,7 +17,11 @@ VOLUME_FIELDS = (
     "lv_kernel_major,lv_kernel_minor,lv_device_open,lv_health_status,vg_extent_size,vg_permissions,vg_exported,vg_partial,vg_clustered,"
     "vg_shared"
 )
-GROUP_FIELDS = "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared"
+# A row for each physical volume.
+GROUP_FIELDS = (
+    "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_tags,vg_permissions,vg_exported,vg_partial,vg_clustered,vg_shared,"
+    "pv_name,pv_uuid,pv_free,pv_allocatable,pv_missing,pv_duplicate,pv_major,pv_minor"
+)
 # Of groups that may not be ours to use, too.
 ACCESS_FIELDS = "vg_name,vg_systemid,vg_free,vg_clustered,vg_shared"
 
@@ -60,16 +64,55 @@ class LogicalVolume:
 
 
 @dataclass(frozen=True)
+class PhysicalVolume:
+    """A device of a group."""
+
+    device: str  # a path; of a missing one lvm's word for it
+    uuid: str
+    free_bytes: int
+    allocatable: bool  # an administrator may have forbidden it (pvchange -xn)
+    missing: bool
+    duplicate: bool  # another device says that it is the same
+    number: tuple[int, int]  # major and minor; of a missing one nothing
+
+
+@dataclass(frozen=True)
 class VolumeGroup:
     """One volume group."""
 
     name: str
     uuid: str
     size_bytes: int
-    free_bytes: int
+    free_bytes: int  # that no volume has; what can be had of it is less, perhaps: `room_bytes`
     extent_bytes: int
     tags: frozenset[str]
     state: GroupState
+    physical: tuple[PhysicalVolume, ...]
+
+    @property
+    def missing(self) -> list[PhysicalVolume]:
+        """Those without which lvm changes nothing in the group that takes or gives extents."""
+        return [each for each in self.physical if each.missing]
+
+    def usable(self) -> list[PhysicalVolume]:
+        """Those that extents can be had of."""
+        if self.missing or any(each.duplicate for each in self.physical):
+            return []
+        return [each for each in self.physical if each.allocatable]
+
+    def room_bytes(self, stripes: int = 1, among: Sequence[PhysicalVolume] | None = None) -> int:
+        """What a volume of so many stripes can get: each takes as much, from a device of its own. `among`: of these devices."""
+        extents = [each.free_bytes // self.extent_bytes for each in (self.usable() if among is None else among)]
+        if stripes <= 1:
+            return sum(extents) * self.extent_bytes
+        low, high = 0, sum(extents) // stripes
+        while low < high:
+            each = (low + high + 1) // 2
+            if sum(min(have, each) for have in extents) >= stripes * each:
+                low = each
+            else:
+                high = each - 1
+        return low * stripes * self.extent_bytes
 
 
 @dataclass(frozen=True)
@@ -88,7 +131,12 @@ def parse_volumes(answer: str) -> list[LogicalVolume]:
 
 def parse_groups(answer: str) -> list[VolumeGroup]:
     """The rows of `vgs -o GROUP_FIELDS`. Raises Unsupported."""
-    return [_checked(_group, row) for row in _rows(answer, "vg")]
+    found: dict[str, VolumeGroup] = {}
+    for row in _rows(answer, "vg"):
+        group = _checked(_group, row)
+        before = found.get(group.uuid)
+        found[group.uuid] = group if before is None else replace(group, physical=(*before.physical, *group.physical))
+    return list(found.values())
 
 
 def parse_access(answer: str) -> dict[str, Access]:
@@ -143,6 +191,17 @@ def _group(row: dict[str, Any]) -> VolumeGroup:
         extent_bytes=int(row["vg_extent_size"]),
         tags=_set(row["vg_tags"]),
         state=_group_state(row),
+        physical=(
+            PhysicalVolume(
+                device=row["pv_name"],
+                uuid=row["pv_uuid"],
+                free_bytes=int(row["pv_free"]),
+                allocatable=row["pv_allocatable"] in ("1", "allocatable"),
+                missing=row["pv_missing"] in ("1", "missing"),
+                duplicate=row["pv_duplicate"] in ("1", "duplicate"),
+                number=(int(row["pv_major"]), int(row["pv_minor"])),
+            ),
+        ),
     )
 
 

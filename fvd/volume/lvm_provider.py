@@ -97,6 +97,11 @@ class LvmProvider:
         if volume is None:
             raise NotFound(f"there is no logical volume {name}; fvd-lv list {name.group} shows those there are (a file is file:PATH)")
         _refuse_group(volume.group_state, volume.group)
+        if "partial" in volume.health:
+            raise DeviceError(
+                f"{name} lies on a physical volume that is missing; vgs -o +pv_name {volume.group} tells which, and lvs -o +devices what "
+                "lay there. Bring it back: what it held is nowhere else"
+            )
         if volume.active_elsewhere:
             raise InUse(f"{name} is active on another host; deactivate it there first")
         overcommit.refuse_unusable(volume)
@@ -105,6 +110,7 @@ class LvmProvider:
     def _find_or_create(self, name: VolumeName, plan: Plan, share: sharing.Share) -> tuple[LogicalVolume, bool]:
         group = self._lvm.group(name.group)
         _refuse_group(group.state, group.name)
+        self._lvm.whole(name.group, group)  # here, and not when what the volume held has been overwritten
         volume = self._lvm.find(name.group, name.lv)
         if volume is not None and not volume.active and overcommit.is_only_unfinished(volume):
             # Made anew by lvcreate, which wipes it before udev may look: activated, it would show what an earlier volume has left.
@@ -181,6 +187,9 @@ class AttachedVolume:
     def begin_wipe(self) -> None:
         self._lvm.retag(self._volume, add=[TAG_WIPE])
         self._volume = replace(self._volume, tags=self._volume.tags | {TAG_WIPE})
+
+    def check_retirable(self) -> None:
+        self._lvm.whole(self._volume.group)
 
     def retire(self, identity: Identity) -> None:
         # lvm removes no volume in use: that is for `reclaim`. Whoever comes between the end of the claim and lvremove makes it anew.
@@ -292,13 +301,12 @@ def _tags(plan: Plan) -> list[str]:
 
 
 def _refuse_group(state: GroupState, name: str) -> None:
-    """Raises Unsupported, InUse, DeviceError, PermissionDenied for a group that must not be used."""
+    """Raises Unsupported, InUse, PermissionDenied for a group that must not be used. One that lacks a device is none: what lies on the
+    others can be read and served, and what would change the group is refused by itself."""
     if state.shared:
         raise Unsupported(f"volume group {name} is shared or clustered, which fvd does not support yet; use a group of this host alone")
     if state.exported:
         raise InUse(f"volume group {name} is exported for another host; take it back with vgimport {name} if that host has given it up")
-    if state.partial:
-        raise DeviceError(f"volume group {name} is incomplete: physical volumes are missing; vgs -o +pv_name {name} tells which")
     if not state.writable:
         raise PermissionDenied(f"volume group {name} is read-only; vgchange can make it writable")
 

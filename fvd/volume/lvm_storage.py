@@ -17,7 +17,7 @@ from fvd.errors import DeviceError, FvdError, NoSpace, NotFound
 from fvd.lvm import dm
 from fvd.lvm.commands import Lvm
 from fvd.lvm.placement import Placement
-from fvd.lvm.report import LogicalVolume
+from fvd.lvm.report import LogicalVolume, PhysicalVolume, VolumeGroup
 from fvd.units import format_size
 from fvd.volume.growth import Pool
 
@@ -105,7 +105,7 @@ class LvmStorage:
             self.last_suspend_seconds = gauge.seconds
 
     def pool(self) -> Pool:
-        return Pool(self._group, self._lvm.group(self._group).free_bytes)
+        return Pool(self._group, self._room_bytes(self._lvm.group(self._group)))
 
     def close(self) -> None:
         self._closed.set()
@@ -119,16 +119,21 @@ class LvmStorage:
         if state is not None and not state.at_rest:
             # lvm would use the table that is loaded, whatever it says, and call it the new size.
             self._mend()
+        # Before every command that changes it: a list of devices without one of the group's would make lvm take that one for lost.
+        group = self._lvm.whole(self._group)
         try:
-            self._extend(size_bytes)
+            self._extend(size_bytes, group)
         except NoSpace as error:
             if self._committed_bytes < size_bytes:
                 self._take_rest(size_bytes, error)
 
-    def _extend(self, size_bytes: int) -> None:
+    def _extend(self, size_bytes: int, group: VolumeGroup) -> None:
         """Raises what lvextend failed with, unless it has worked all the same: what is committed decides."""
+        devices = self._fitting(group)
         try:
-            extended = self._lvm.extend(self._group, self._name, size_bytes)
+            # Named only where some must not be taken: lvm chooses among all as it is told to otherwise.
+            only = [] if devices == group.usable() else [each.device for each in devices]
+            extended = self._lvm.extend(self._group, self._name, size_bytes, only, whole=group)
         except FvdError:
             # Killed, hung, refused: it may have stopped anywhere.
             self._mend()
@@ -136,13 +141,23 @@ class LvmStorage:
                 raise
             return
         state = dm.state(self._number)
-        expected_bytes = -(-size_bytes // self._extent_bytes) * self._extent_bytes
+        unit_bytes = self._extent_bytes * dm.stripes(self._number)
+        expected_bytes = -(-size_bytes // unit_bytes) * unit_bytes
         if extended and (state is None or state.at_rest) and self._device.size_bytes() == expected_bytes:
             self._committed_bytes = expected_bytes
         else:
             # lvm says that there is nothing to do (an earlier step was killed between its commit and the device), or it has put to use
             # what a command left that died while ours waited for the lock: the same size, perhaps, and extents of somebody else.
             self._mend(refresh=True)
+
+    def _fitting(self, group: VolumeGroup) -> list[PhysicalVolume]:
+        """What this volume may grow onto. Where blocks are larger its own would become so, under a guest that uses the smaller ones."""
+        block_bytes = dm.logical_block_bytes(self._number)
+        return [each for each in group.usable() if dm.logical_block_bytes(os.makedev(*each.number)) <= block_bytes]
+
+    def _room_bytes(self, group: VolumeGroup) -> int:
+        """What this volume can get, which may be less than what the group has."""
+        return group.room_bytes(dm.stripes(self._number), self._fitting(group))
 
     def _mend(self, *, refresh: bool = False) -> None:
         """Until the device goes on: while it stands still nothing is more urgent. Raises what kept the rest from being put right."""
@@ -165,26 +180,28 @@ class LvmStorage:
         """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile.
 
         What is free may be of no use to this volume: on a physical volume that may not be allocated from, or where only one of two stripes
-        finds room. So what is refused is halved, down to an extent.
+        finds room. What can be had is known by that, as a rule; and what is refused all the same is halved, down to an extent.
         """
-        group = self._lvm.group(self._group)
-        have, extent_bytes = self._committed_bytes, group.extent_bytes
-        piece_bytes = min(group.free_bytes, -(-(size_bytes - have) // extent_bytes) * extent_bytes) // extent_bytes * extent_bytes
+        group = self._lvm.whole(self._group)
+        have, unit_bytes = self._committed_bytes, group.extent_bytes * dm.stripes(self._number)
+        room_bytes = self._room_bytes(group)
+        piece_bytes = min(room_bytes, -(-(size_bytes - have) // unit_bytes) * unit_bytes) // unit_bytes * unit_bytes
         while piece_bytes and self._committed_bytes < size_bytes:
             try:
-                self._extend(min(size_bytes, self._committed_bytes + piece_bytes))
+                self._extend(min(size_bytes, self._committed_bytes + piece_bytes), group)
             except NoSpace as error:
                 refusal = error
-            left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
-            piece_bytes = min(piece_bytes // 2, left_bytes) // extent_bytes * extent_bytes
+            left_bytes = max(0, room_bytes - (self._committed_bytes - have))
+            piece_bytes = min(piece_bytes // 2, left_bytes) // unit_bytes * unit_bytes
         if self._committed_bytes < size_bytes:
-            left_bytes = max(0, group.free_bytes - (self._committed_bytes - have))
-            unused = f" ({format_size(left_bytes)} are free there and cannot be had for it)" if left_bytes else ""
+            grown_bytes = self._committed_bytes - have
+            unused_bytes = max(0, group.free_bytes - grown_bytes)
+            unused = f" ({format_size(unused_bytes)} are free there and cannot be had for it)" if unused_bytes else ""
             full = NoSpace(
                 f"volume group {self._group} is full{unused}: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
-                f"{format_size(self._committed_bytes - have)} could be had; writes go on by themselves when it has more. {refusal}"
+                f"{format_size(grown_bytes)} could be had; writes go on by themselves when it has more. {refusal}"
             )
-            full.left_bytes = left_bytes
+            full.left_bytes = max(0, room_bytes - grown_bytes)
             raise full
 
 

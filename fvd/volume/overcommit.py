@@ -74,7 +74,7 @@ class Commitment:
 
     group: str
     size_bytes: int
-    free_bytes: int  # the growth reserve: what no volume has
+    free_bytes: int  # the growth reserve: what no volume has and a linear one can get
     disks: int
     storage_bytes: int  # the logical volumes of our disks
     virtual_bytes: int
@@ -100,7 +100,7 @@ def commitment(group: VolumeGroup, volumes: Iterable[LogicalVolume]) -> Commitme
     return Commitment(
         group=group.name,
         size_bytes=group.size_bytes,
-        free_bytes=group.free_bytes,
+        free_bytes=group.room_bytes(),
         disks=len(ours),
         storage_bytes=sum(volume.size_bytes for volume in ours),
         virtual_bytes=sum(fact.virtual_size_bytes for _, fact in facts if fact),

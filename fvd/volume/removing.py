@@ -42,6 +42,7 @@ def remove(name: str | VolumeName, *, wipe: bool = False, progress: Progress | N
                 if provider.fixed_size and is_blank(node):
                     return False
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
+            place.check_retirable()
             wiped = wipe or place.is_wiped()
             if wiped:
                 place.begin_wipe()

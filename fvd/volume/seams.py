@@ -79,6 +79,9 @@ class Attached(Protocol):
     def begin_wipe(self) -> None:
         """From here on `is_wiped`, also for whoever goes on after a crash, if that can be noted there."""
 
+    def check_retirable(self) -> None:
+        """Before anything is wiped: raises what would keep the place from being given back."""
+
     def retire(self, identity: Identity) -> None:
         """Under the claim on what has this identity, when its disk has been wiped: gives the place back as far as that can be done there.
 
@@ -160,6 +163,9 @@ class AttachedPath:
         return False
 
     def begin_wipe(self) -> None:
+        pass
+
+    def check_retirable(self) -> None:
         pass
 
     def retire(self, identity: Identity) -> None:

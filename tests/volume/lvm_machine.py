@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ import pytest
 from loops import run
 
 from fvd.errors import Unsupported
-from fvd.lvm import dm, runner, sharing
+from fvd.lvm import dm, members, runner, sharing
 from fvd.lvm.runner import Finished
 
 MIB = 1 << 20
@@ -52,11 +53,23 @@ class Volume:
 
 
 @dataclass
+class Physical:
+    """A device of a group, beside the first, which has what is left."""
+
+    free: int
+    allocatable: bool = True
+    gone: bool = False  # nobody can find it
+    uuid: str = ""  # empty: after the device
+
+
+@dataclass
 class Group:
     size: int
     volumes: dict[str, Volume] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
     state: dict[str, str] = field(default_factory=dict)
+    physical: dict[str, Physical] = field(default_factory=dict)  # by device
+    harmed: list[list[str]] = field(default_factory=list)  # commands that changed it with a device missing
 
     @property
     def free(self) -> int:
@@ -71,12 +84,15 @@ class Machine:
         self.prefix = prefix
         self.groups: dict[str, Group] = {}
         self.commands: list[list[str]] = []
+        self.listed: list[str] | None = None  # the devices that the command may read; None: all
+        self.lists: list[list[str] | None] = []
         self.dead = False
         self.stale: Path | None = None  # what the last removed volume held
         self.before: Callable[[list[str]], None] = lambda words: None
         self.after: Callable[[list[str]], None] = lambda words: None
         self._count = 0
         self._made = 0
+        self._lock = threading.RLock()
 
     def add_group(self, size: int, name: str = "vg0") -> str:
         """Its whole name: unique on this machine, for its folder in /dev is real."""
@@ -120,12 +136,19 @@ class Machine:
         if self.dead:
             raise Killed
         plain = self._plain(list(words))
+        listed: list[str] | None = None
+        if plain[1:2] == ["--devices"]:
+            listed = plain[2].split(",")
+            del plain[1:3]
+        self.lists.append(listed)
         self.commands.append(plain)
         self.before(plain)
         handler = getattr(self, f"_{plain[0]}", None)
         if handler is None:
             raise Unsupported(f"{plain[0]} is not simulated")
-        code, out, err = handler(plain[1:])
+        with self._lock:  # as a group's own does
+            self.listed = listed
+            code, out, err = handler(plain[1:])
         self.after(plain)
         return Finished(tuple(words), code, out, err, 0.0)
 
@@ -179,8 +202,10 @@ class Machine:
                 "vg_extent_size": str(EXTENT),
                 "vg_tags": ",".join(self.groups[name].tags),
                 **self._group_state(name),
+                **physical,
             }
             for name in groups
+            for physical in self._physical(name)
         ]
         return 0, json.dumps({"report": [{"vg": rows}]}), ""
 
@@ -210,11 +235,13 @@ class Machine:
         return 0, f'  Logical volume "{name}" created.', ""
 
     def _lvextend(self, words: list[str]) -> tuple[int, str, str]:
-        group, _, name = words[-1].partition("/")
+        group, _, name = next(word for word in words if "/" in word and not word.startswith("/")).partition("/")
         volume = self.groups[group].volumes.get(name)
         if volume is None:
-            return 5, "", f'  Failed to find logical volume "{words[-1]}"'
+            return 5, "", f'  Failed to find logical volume "{group}/{name}"'
         size = self._size(words)
+        if self._is_partial(group):
+            return 5, "", f"  Cannot change VG {group} while PVs are missing.\n"
         if size == volume.size:
             return 5, "", "  New size (1 extents) matches existing size (1 extents)."
         if size < volume.size:
@@ -234,6 +261,8 @@ class Machine:
             return 5, "", f'  Failed to find logical volume "{words[-1]}"'
         if self._after(words, "--select") != [f"lv_uuid={volume.uuid}"]:
             return 0, "", ""
+        if self._is_partial(group) and any(word in words for word in ("--deltag", "--addtag", "--setautoactivation")):
+            self.groups[group].harmed.append(words)  # as lvm does
         volume.tags -= set(self._after(words, "--deltag"))
         volume.tags |= set(self._after(words, "--addtag"))
         for value in self._after(words, "--setautoactivation"):
@@ -257,6 +286,8 @@ class Machine:
         assert match is not None
         if match[1] != volume.uuid or match[2] not in volume.tags:
             return 0, "", ""
+        if self._is_partial(group):
+            self.groups[group].harmed.append(words)
         if volume.device is not None and not self._deactivate(group, name, volume):
             return 5, "", f"  Logical volume {group}/{name} in use."
         del self.groups[group].volumes[name]
@@ -313,8 +344,40 @@ class Machine:
         """The values of a field that are asked for; None: all."""
         return re.findall(rf'{field}="([^"]*)"', words[words.index("--select") + 1]) if "--select" in words else None
 
+    def first(self, name: str) -> str:
+        """The device that each group has."""
+        return f"/dev/{name}-pv0"
+
+    def is_missing(self, name: str, device: str) -> bool:
+        others = self.groups[name].physical
+        return (self.listed is not None and device not in self.listed) or (device in others and others[device].gone)
+
+    def _physical(self, name: str) -> list[dict[str, str]]:
+        group = self.groups[name]
+        rest = group.free - sum(each.free for each in group.physical.values())
+        rows = []
+        for device, each in {self.first(name): Physical(rest), **group.physical}.items():
+            missing = self.is_missing(name, device)
+            rows.append(
+                {
+                    "pv_name": "[unknown]" if missing else device,
+                    "pv_uuid": each.uuid or f"uuid of {device}",
+                    "pv_free": str(each.free),
+                    "pv_allocatable": "allocatable" if each.allocatable else "",
+                    "pv_missing": "missing" if missing else "",
+                    "pv_duplicate": "",
+                    "pv_major": "0",
+                    "pv_minor": "0",
+                }
+            )
+        return rows
+
+    def _is_partial(self, name: str) -> bool:
+        return any(self.is_missing(name, device) for device in (self.first(name), *self.groups[name].physical))
+
     def _group_state(self, name: str) -> dict[str, str]:
-        return {"vg_permissions": "writeable", "vg_exported": "", "vg_partial": "", "vg_clustered": "", "vg_shared": ""} | self.groups[
+        partial = "partial" if self._is_partial(name) else ""
+        return {"vg_permissions": "writeable", "vg_exported": "", "vg_partial": partial, "vg_clustered": "", "vg_shared": ""} | self.groups[
             name
         ].state
 
@@ -409,6 +472,7 @@ def simulated_lvm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mac
     def is_volume(number: int, lv_uuid: str) -> bool:
         return any(volume.number == number and volume.uuid == lv_uuid for volume in machine.active())
 
+    monkeypatch.setattr(members, "labelled", lambda: None)  # no udev: what this host's knows is not this machine's
     monkeypatch.setattr(dm, "is_volume", is_volume)
     monkeypatch.setattr(runner, "run_command", machine.run)
     monkeypatch.setattr(sharing, "LOCK_FOLDER", folder / "locks")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fvd.lvm import dm, runner, sharing
 from fvd.lvm.commands import Lvm
 from fvd.lvm.extents import Piece, parse_pieces
 from fvd.lvm.failures import failure as failure_of
-from fvd.lvm.report import GroupState, LogicalVolume, parse_groups, parse_volumes
+from fvd.lvm.report import GroupState, LogicalVolume, PhysicalVolume, VolumeGroup, parse_groups, parse_volumes
 from fvd.lvm.runner import Finished, Unfinished, run_command
 
 pytestmark = pytest.mark.pure
@@ -43,6 +44,40 @@ VOLUME = LogicalVolume(
     extent_bytes=4 << 20,
     group_state=GroupState(True, False, False, False),
 )
+
+PHYSICAL = PhysicalVolume("/dev/sda", "pv-1", 64 << 20, allocatable=True, missing=False, duplicate=False, number=(8, 0))
+GROUP = VolumeGroup("vg0", "uuid-0", 1 << 31, 64 << 20, 4 << 20, frozenset(), GroupState(True, False, False, False), (PHYSICAL,))
+
+
+def group_row(device: str = "/dev/sda", uuid: str = "pv-1", free: int = 64 << 20, **changes: str) -> dict[str, str]:
+    """Of `vgs`, for one physical volume."""
+    return {
+        "vg_name": "vg0",
+        "vg_uuid": "uuid-0",
+        "vg_size": str(1 << 31),
+        "vg_free": str(free),
+        "vg_extent_size": str(4 << 20),
+        "vg_tags": "",
+        "vg_permissions": "writeable",
+        "vg_exported": "",
+        "vg_partial": "",
+        "vg_clustered": "",
+        "vg_shared": "",
+        "pv_name": device,
+        "pv_uuid": uuid,
+        "pv_free": str(free),
+        "pv_allocatable": "allocatable",
+        "pv_missing": "",
+        "pv_duplicate": "",
+        "pv_major": "8",
+        "pv_minor": "0",
+    } | changes
+
+
+def told(words: Sequence[str], *rows: dict[str, str]) -> Finished:
+    """What a command prints that ends well: these rows, if it is a `vgs`."""
+    return Finished(tuple(words), 0, json.dumps({"report": [{"vg": list(rows)}] if words[0] == "vgs" else []}), "", 0.0)
+
 
 # --- The runner ------------------------------------------------------------------------------------------------------------------
 
@@ -200,7 +235,7 @@ def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> No
 
     def record(words: list[str], timeout: float) -> Finished:
         seen.append(list(words))
-        return Finished(tuple(words), 0, '{"report": []}', "", 0.0)
+        return told(words, group_row())
 
     monkeypatch.setattr(runner, "run_command", record)
     lvm = Lvm()
@@ -229,7 +264,7 @@ def test_every_command_overrides_the_host(monkeypatch: pytest.MonkeyPatch) -> No
             "verbose=0",
         ):
             assert setting in config
-    create = seen[2]
+    create = next(words for words in seen if words[0] == "lvcreate")
     for option in ("--type linear", "--wipesignatures y", "--zero y", "--activate y", "--setautoactivation n", "--addtag fvd.unfinished"):
         assert option in " ".join(create)
     for words in seen[:2]:
@@ -248,7 +283,7 @@ def test_a_growth_step_is_never_repeated_unasked(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(runner, "run_command", fail)
         with pytest.raises(DeviceError):
-            Lvm().extend("vg0", "vm1", 1 << 30)
+            Lvm().extend("vg0", "vm1", 1 << 30, whole=GROUP)
         assert seen.count("lvextend") == 1 and seen[0] == "lvextend" and len(seen) <= 3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -335,6 +336,79 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         allocator.storage._lvm = Lvm()
         disk.extend()
         assert disk.info().storage_size >= 128 * MIB
+
+
+@contextlib.contextmanager
+def silent_device(folder: Path) -> Iterator[str]:
+    """A block device whose server takes requests and answers none."""
+    socket = folder / "silent.sock"
+    words = ["nbdkit", "--foreground", "--unix", socket, "--filter=delay", "memory", "64M", "rdelay=600"]
+    with subprocess.Popen(list(map(str, words))) as server:
+        try:
+            wait_for(socket.exists)
+            run("nbd-client", "-unix", socket, "/dev/nbd0")
+            try:
+                yield "/dev/nbd0"
+            finally:
+                run("nbd-client", "-d", "/dev/nbd0")
+        finally:
+            server.kill()
+
+
+def test_devices_of_others_and_of_the_group(group: Group, spare_device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of somebody else's that does not answer holds nothing up; one that is added is used; one that is lost is no fault of a disk
+    that does not lie on it, and no command makes the group believe that it is gone."""
+    volume = f"{group.name}/vm1"
+    fvd.provision(volume, "1G", **SMALL)
+    settle()
+    lists: list[list[str]] = []
+    real = runner.run_command
+
+    def record(words: list[str], timeout_seconds: float) -> runner.Finished:
+        if words[0] != "dmsetup":
+            lists.append(words[words.index("--devices") + 1].split(",") if "--devices" in words else [])
+        return real(words, timeout_seconds)
+
+    monkeypatch.setattr(runner, "run_command", record)
+    first, events = group.devices[0], []
+    with fvd.open(volume, on_event=events.append) as disk:
+        with silent_device(tmp_path):
+            begun = time.monotonic()
+            disk.extend()
+            seconds = time.monotonic() - begun
+            assert seconds < 20, "it has waited for a device that is not the group's"
+            run("pvcreate", "--quiet", "--devices", spare_device, spare_device)
+            run("vgextend", "--quiet", "--devices", f"{first},{spare_device}", group.name, spare_device)
+            group.devices.append(spare_device)
+            disk.extend()
+        assert all(each and set(each) <= {first, spare_device} for each in lists) and lists[-1] == sorted([first, spare_device])
+        settle()
+        with Path(spare_device).open("r+b", buffering=0) as device:
+            label = device.read(MIB)
+            device.seek(0)
+            device.write(bytes(MIB))
+            os.fsync(device.fileno())
+        run("udevadm", "trigger", "--settle", spare_device)
+        disk.pwrite(0, content(0))
+        with pytest.raises(fvd.DeviceError, match="lacks physical volume"):
+            disk.extend()
+        wait_for(lambda: any(event.kind == "extend_failed" and "lacks physical volume" in event.message for event in events))
+        seen = next(each for each in fvd.list_groups(group.name))
+        assert seen.free_bytes == 0 and seen.unusable_bytes
+    with fvd.open(volume) as disk:
+        assert disk.pread(0, 64 * KIB) == content(0)
+    with pytest.raises(fvd.DeviceError, match="lacks physical volume"):
+        fvd.remove(volume)
+    with Path(spare_device).open("r+b", buffering=0) as device:
+        device.write(label)
+        os.fsync(device.fileno())
+    run("udevadm", "trigger", "--settle", spare_device)
+    assert "missing" not in run("pvs", "-o", "pv_missing", "--noheadings", *group.devices)
+    run("pvchange", "--allocatable", "n", first)
+    with fvd.open(volume) as disk:
+        assert disk.extend("64M").added_bytes == 64 * MIB
+        assert spare_device in str(group.report("lv_name,devices", select="lv_name=vm1"))
+    assert fvd.remove(volume)
 
 
 # --- Changed behind the disk ---------------------------------------------------------------------------------------------------------
