@@ -1,4 +1,5 @@
-"""Makes docs/benchmarks.md and its pictures of results/*.json, wholly: text that is not a figure is in benchmarks.md.in.
+"""Makes docs/benchmarks.md and the pictures that the README shows of results/*.json, wholly: text that is not a figure is in
+benchmarks.md.in. All pictures are in the report (report.py).
 
 Nothing in a result is taken for markup. Knows no suite.
 """
@@ -54,12 +55,19 @@ def file_name(entry: Entry, plot: Plot, taken: Collection[str]) -> str:
     return next(name for name in numbered if name not in taken)
 
 
-def pictures(entry: Entry, folder: Path) -> list[str]:
-    """Draws them; the lines that show them."""
+def shown_by(readme: Path) -> frozenset[str]:
+    """File names of the pictures of benchmarks that this page shows."""
+    return frozenset(re.findall(r"\]\(docs/benchmarks/([\w-]+\.svg)\)", readme.read_text()))
+
+
+def pictures(entry: Entry, folder: Path, names: Collection[str] | None) -> list[str]:
+    """Draws those of these names (None: all); the lines that show them."""
     import plots
 
     shown: list[str] = []
     for plot in entry.plots:
+        if names is not None and file_name(entry, plot, ()) not in names:
+            continue
         try:
             drawn = plots.svg(plot, in_page=False)
         except Exception as error:  # as in the report
@@ -73,11 +81,11 @@ def pictures(entry: Entry, folder: Path) -> list[str]:
     return shown
 
 
-def section(entry: Entry, folder: Path) -> str:
+def section(entry: Entry, folder: Path, names: Collection[str] | None) -> str:
     plan = entry.data.get("plan") or {}
     how = f"Mode {entry.data.get('mode', '?')}, {plan.get('rounds', '?')} rounds of {plan.get('seconds', '?')} s a run"
     how += f", took {how_long(entry.data.get('took_seconds'))}, commit {commit(entry)}."
-    parts = [f"## {text(entry.suite)}", text(entry.title), text(how), *pictures(entry, folder)]
+    parts = [f"## {text(entry.suite)}", text(entry.title), text(how), *pictures(entry, folder, names)]
     measured = [row for row in entry.rows if not is_missing(row)]
     if measured:
         cells = [(what(row), text(row.get("value", "")), text(row.get("goal", "")), SIGNS[verdict(row)]) for row in measured]
@@ -101,7 +109,7 @@ def circumstances(entries: Sequence[Entry], last: Entry) -> str:
     return table(("", ""), [(name, text(value)) for name, value in facts])
 
 
-def document(entries: Sequence[Entry], folder: Path) -> str:
+def document(entries: Sequence[Entry], folder: Path, names: Collection[str] | None) -> str:
     """The page; its pictures are drawn into `folder`, which stands beside it."""
     last = newest(entries)
     if last is None:
@@ -120,17 +128,18 @@ def document(entries: Sequence[Entry], folder: Path) -> str:
             counts=f"Of {len(said)} goals: {counts}.",
             goals=table(("suite", "what", "measured", "goal", ""), goal_rows) if goal_rows else "No result has a goal.",
             losses=table(("suite", "what", "measured", ""), loss_rows) if loss_rows else "Nowhere in these results.",
-            suites="\n\n".join(section(entry, folder) for entry in entries),
+            suites="\n\n".join(section(entry, folder, names) for entry in entries),
         )
         .replace("\n\n\n\n", "\n\n")
     )
 
 
-def write(results: Path, docs: Path, order: Sequence[str]) -> Path:
+def write(results: Path, docs: Path, order: Sequence[str], names: Collection[str] | None = None) -> Path:
+    """docs/benchmarks.md and docs/benchmarks/: the pictures of these file names (None: all)."""
     folder = docs / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()
     path = docs / "benchmarks.md"
-    path.write_text(document(read_all(results, order), folder))
+    path.write_text(document(read_all(results, order), folder, names))
     return path

@@ -217,9 +217,9 @@ def measure_all(names: Sequence[str], plan: Plan, results: Path) -> bool:
 
 
 def publish(results: Path) -> None:
-    from publish import write
+    from publish import shown_by, write
 
-    print(f"written: {write(results, ROOT / 'docs', SUITES).relative_to(ROOT)}")
+    print(f"written: {write(results, ROOT / 'docs', SUITES, shown_by(ROOT / 'README.md')).relative_to(ROOT)}")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ import report, publish
 results, docs = map(Path, sys.argv[1:3])
 report.write(results, {ORDER!r})
 if any(results.glob("*.json")):
-    publish.write(results, docs, {ORDER!r})
+    publish.write(results, docs, {ORDER!r}, publish.shown_by(Path(sys.argv[3])) if sys.argv[3:] else None)
 """
 
 
@@ -86,7 +86,7 @@ def result(suite: str, rows: list[Any], plots: list[Any], **more: Any) -> dict[s
     }
 
 
-def made(folder: Path, *results: dict[str, Any], files: dict[str, str] | None = None) -> tuple[str, Path]:
+def made(folder: Path, *results: dict[str, Any], files: dict[str, str] | None = None, readme: Path | None = None) -> tuple[str, Path]:
     """The page, and the folder of documents."""
     kept, docs = folder / "results", folder / "docs"
     kept.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def made(folder: Path, *results: dict[str, Any], files: dict[str, str] | None = 
         (kept / f"{one['suite']}.json").write_text(json.dumps(one))
     for name, content in (files or {}).items():
         (kept / name).write_text(content)
-    command = [sys.executable, "-c", MAKE, str(kept), str(docs)]
+    command = [sys.executable, "-c", MAKE, str(kept), str(docs), *([str(readme)] if readme else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return (kept / "report.html").read_text(), docs
@@ -189,6 +189,23 @@ def test_what_is_published(hostile: tuple[str, Path]) -> None:
     for line in (line for line in text.splitlines() if line.startswith("|")):
         assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 5, 6), line
     assert "Of 5 goals: 1 reached, 1 missed, 3 not measured." in text
+
+
+def test_only_what_the_readme_shows_is_published(tmp_path: Path) -> None:
+    one = result("matrix", ROWS, [PLOTS[0], PLOTS[3], PLOTS[5]])
+    _, docs = made(tmp_path, one)
+    names = sorted(path.name for path in (docs / "benchmarks").iterdir())
+    readme = tmp_path / "README.md"
+    readme.write_text(f"![a picture](docs/benchmarks/{names[0]})\n")
+    made(tmp_path, one, readme=readme)
+    assert len(names) == 3 and [path.name for path in (docs / "benchmarks").iterdir()] == names[:1]
+    assert (docs / "benchmarks.md").read_text().count("](benchmarks/") == 1
+
+
+def test_the_pictures_in_the_tree_are_those_of_the_readme() -> None:
+    root = Path(__file__).parents[2]
+    shown = re.findall(r"\]\(docs/benchmarks/([^)]*)\)", (root / "README.md").read_text())
+    assert shown and set(shown) == {path.name for path in (root / "docs" / "benchmarks").iterdir()}
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
