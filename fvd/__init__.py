@@ -22,7 +22,7 @@ from fvd.api.following import events
 from fvd.api.listing import list_groups, list_volumes
 from fvd.api.prefetching import prefetch_start, prefetch_status, prefetch_stop, record_profile, set_copy_on_read
 from fvd.api.profile import read_profile
-from fvd.api.serving import Served, serve
+from fvd.api.served import Served, serve
 from fvd.api.types import (
     Base,
     BaseFormat,
@@ -49,6 +49,7 @@ from fvd.errors import (
     Conflict,
     Corrupt,
     DeviceError,
+    Forked,
     FvdError,
     InUse,
     InvalidArgument,
@@ -78,6 +79,7 @@ __all__ = [
     "Export",
     "Extended",
     "Extent",
+    "Forked",
     "FvdError",
     "Group",
     "InUse",

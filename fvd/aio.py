@@ -8,26 +8,30 @@
                 if event.kind == "group_low":
                     await make_room()
 
-Each verb runs in a thread, as `asyncio.to_thread` runs it. Cancelling the task that awaits one cancels the waiting, not the verb: it goes
-on to its end, and can be run again like every verb. What `open` and `serve` make after they were cancelled is closed at once; no disk is
-left open without an owner. `close` runs to its end whatever is cancelled. Errors are those of the verbs.
+Each verb runs in a thread, as `asyncio.to_thread` runs it. Cancelling the task that awaits one asks the verb to stop where it can be
+undone or left, and CancelledError is raised when it has ended: nothing of it comes later. A write has then been written or not, a disk that
+`open` or `serve` had made has been closed again, and a request that waited for storage or a base waits no longer. `close` runs to its end.
+What hangs in a device keeps its task waiting, not the event loop. Errors are those of the verbs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import functools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
 import fvd
+from fvd._lifetime import Here, Work
 from fvd.api.disk import Disk
 from fvd.api.events import QUEUE_EVENTS, Event, EventStream
-from fvd.api.serving import Served
+from fvd.api.served import Served
 from fvd.api.types import CheckReport, Export, Extended, Info, Map, PrefetchStatus, SavedProfile
 
 if TYPE_CHECKING:
@@ -68,9 +72,44 @@ _THREADS = 16
 def _in_thread(verb: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     @functools.wraps(verb)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.to_thread(verb, *args, **kwargs)
+        return await _to_its_end(functools.partial(verb, *args, **kwargs))
 
     return call
+
+
+async def _to_its_end(function: Callable[[], T], pool: ThreadPoolExecutor | None = None, undo: Callable[[T], None] | None = None) -> T:
+    """The function's result, from a thread. Cancelled, it is asked to stop, and what it has made is undone; when it has ended, and not
+    before, that is raised."""
+    work = Work(function)
+    context = contextvars.copy_context()
+    begun: Future[T] = Future()
+
+    def run() -> None:
+        if begun.set_running_or_notify_cancel():
+            try:
+                begun.set_result(context.run(work.run))
+            except BaseException as error:
+                begun.set_exception(error)
+
+    loop = asyncio.get_running_loop()
+    loop.run_in_executor(pool, run)
+    ended = asyncio.wrap_future(begun)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        if not begun.cancel():  # else no thread had come to it yet
+            work.ask()
+            if await _outcome(ended) and undo is not None:
+                await _outcome(loop.run_in_executor(None, undo, ended.result()))
+        raise
+
+
+async def _outcome(ended: asyncio.Future[Any]) -> bool:
+    """When it has ended, however often one is cancelled meanwhile: whether well. A failure is nobody's any more."""
+    while not ended.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([ended])
+    return not ended.cancelled() and ended.exception() is None
 
 
 # Arguments and results are those of the functions of the same name in `fvd`; a `progress` is called in the verb's thread.
@@ -124,42 +163,11 @@ def _opens(verb: Callable[P, T], wrap: Callable[[T], C], close: Callable[[T], No
     @functools.wraps(verb)
     def call(*args: P.args, **kwargs: P.kwargs) -> Opening[C]:
         async def start() -> C:
-            return wrap(await _Handover(lambda: verb(*args, **kwargs), close).result())
+            return wrap(await _to_its_end(lambda: verb(*args, **kwargs), undo=close))
 
         return Opening(start)
 
     return call
-
-
-class _Handover(Generic[T]):
-    """What a thread makes for a task goes to the task or, if that has been cancelled, is closed: one of the two."""
-
-    def __init__(self, make: Callable[[], T], close: Callable[[T], None]) -> None:
-        self._make = make
-        self._close = close
-        self._lock = threading.Lock()
-        self._wanted = True
-        self._made: list[T] = []
-
-    async def result(self) -> T:
-        try:
-            return await asyncio.to_thread(self._run)
-        except asyncio.CancelledError:
-            with self._lock:
-                self._wanted = False
-                unwanted = list(self._made)
-            for made in unwanted:  # it came in the moment of the cancellation
-                threading.Thread(target=self._close, args=(made,), name="fvd-aio-close").start()
-            raise
-
-    def _run(self) -> T:
-        made = self._make()
-        with self._lock:
-            wanted = self._wanted
-            self._made.append(made)
-        if not wanted:
-            self._close(made)
-        return made
 
 
 class AsyncServed:
@@ -180,15 +188,15 @@ class AsyncServed:
 
     async def info(self, volume: str | None = None) -> Info:
         """What a served disk is and how full. Raises NotFound: not served here."""
-        return await asyncio.to_thread(self._served.info, volume)
+        return await _to_its_end(functools.partial(self._served.info, volume))
 
     async def extend(self, by: int | str | None = None, volume: str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout, NotFound."""
-        return await asyncio.to_thread(self._served.extend, by, volume)
+        return await _to_its_end(functools.partial(self._served.extend, by, volume))
 
     async def acknowledge(self, volume: str | None = None) -> bool:
         """An administrator has seen that acknowledged writes may be gone. As `fvd.Served.acknowledge`."""
-        return await asyncio.to_thread(self._served.acknowledge, volume)
+        return await _to_its_end(functools.partial(self._served.acknowledge, volume))
 
     async def prefetch_start(
         self,
@@ -200,23 +208,23 @@ class AsyncServed:
     ) -> PrefetchStatus:
         """Copy the rest of the base in the background. As `fvd.Served.prefetch_start`."""
         start = functools.partial(self._served.prefetch_start, volume, rate=rate, delay_s=delay_s, profile=profile)
-        return await asyncio.to_thread(start)
+        return await _to_its_end(start)
 
     async def prefetch_stop(self, volume: str | None = None) -> PrefetchStatus:
         """Copy nothing more in the background; again is fine. Raises NotFound: not served here."""
-        return await asyncio.to_thread(self._served.prefetch_stop, volume)
+        return await _to_its_end(functools.partial(self._served.prefetch_stop, volume))
 
     async def prefetch_status(self, volume: str | None = None) -> PrefetchStatus:
         """How far a disk is on its way from its base. Raises NotFound: not served here."""
-        return await asyncio.to_thread(self._served.prefetch_status, volume)
+        return await _to_its_end(functools.partial(self._served.prefetch_status, volume))
 
     async def set_copy_on_read(self, on: bool, volume: str | None = None) -> PrefetchStatus:
         """Whether what a guest reads from the base is copied from now on. As `fvd.Served.set_copy_on_read`."""
-        return await asyncio.to_thread(self._served.set_copy_on_read, on, volume)
+        return await _to_its_end(functools.partial(self._served.set_copy_on_read, on, volume))
 
     async def record_profile(self, path: str | os.PathLike[str] | None = None, volume: str | None = None) -> SavedProfile:
         """Save what was read from the base since serving began. As `fvd.Served.record_profile`."""
-        return await asyncio.to_thread(self._served.record_profile, path, volume)
+        return await _to_its_end(functools.partial(self._served.record_profile, path, volume))
 
     def events(self, history: bool = False, volume: str | None = None) -> AsyncEvents:
         """What happens to these disks from this call on. As `fvd.Served.events`."""
@@ -225,7 +233,7 @@ class AsyncServed:
 
     async def close(self) -> None:
         """Ends serving and closes each disk; again is fine. Raises DeviceError when a disk could not be closed cleanly."""
-        await asyncio.to_thread(self._served.close)
+        await _to_its_end(self._served.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,6 +247,7 @@ class AsyncDisk:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
+        self._over = False
         self._readers = ThreadPoolExecutor(_THREADS, "fvd-aio-read")
         self._writers = ThreadPoolExecutor(_THREADS, "fvd-aio-write")
 
@@ -257,7 +266,7 @@ class AsyncDisk:
         return await self._in(self._readers, self._disk.pread, offset, length)
 
     async def pwrite(self, offset: int, data: Buffer, *, durable: bool = False) -> int:
-        """Write all of ``data``, which must not change before this returns; cancelled, it may still be written. As `fvd.Disk.pwrite`."""
+        """Write all of ``data``, which must not change before this returns or raises, CancelledError too. As `fvd.Disk.pwrite`."""
         return await self._in(self._writers, functools.partial(self._disk.pwrite, durable=durable), offset, data)
 
     async def flush(self) -> None:
@@ -274,45 +283,45 @@ class AsyncDisk:
 
     async def info(self) -> Info:
         """What the disk is and how full."""
-        return await asyncio.to_thread(self._disk.info)
+        return await _to_its_end(self._disk.info)
 
     async def map(self, offset: int | str = 0, length: int | str | None = None) -> Map:
         """Which part of the disk is where. Raises InvalidArgument (not in the disk)."""
-        return await asyncio.to_thread(self._disk.map, offset, length)
+        return await _to_its_end(functools.partial(self._disk.map, offset, length))
 
     async def check(self) -> CheckReport:
         """Is the metadata whole? What is damaged is in the report."""
-        return await asyncio.to_thread(self._disk.check)
+        return await _to_its_end(self._disk.check)
 
     async def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
-        return await asyncio.to_thread(self._disk.extend, by)
+        return await _to_its_end(functools.partial(self._disk.extend, by))
 
     async def acknowledge(self) -> bool:
         """An administrator has seen that acknowledged writes may be gone. As `fvd.Disk.acknowledge`."""
-        return await asyncio.to_thread(self._disk.acknowledge)
+        return await _to_its_end(self._disk.acknowledge)
 
     async def prefetch_start(
         self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None
     ) -> PrefetchStatus:
         """Copy the rest of the base in the background. As `fvd.Disk.prefetch_start`."""
-        return await asyncio.to_thread(functools.partial(self._disk.prefetch_start, rate=rate, delay_s=delay_s, profile=profile))
+        return await _to_its_end(functools.partial(self._disk.prefetch_start, rate=rate, delay_s=delay_s, profile=profile))
 
     async def prefetch_stop(self) -> PrefetchStatus:
         """Copy nothing more in the background; again is fine."""
-        return await asyncio.to_thread(self._disk.prefetch_stop)
+        return await _to_its_end(self._disk.prefetch_stop)
 
     async def prefetch_status(self) -> PrefetchStatus:
         """How far the disk is on its way from its base."""
-        return await asyncio.to_thread(self._disk.prefetch_status)
+        return await _to_its_end(self._disk.prefetch_status)
 
     async def set_copy_on_read(self, on: bool) -> PrefetchStatus:
         """Whether what is read from the base is copied from now on. As `fvd.Disk.set_copy_on_read`."""
-        return await asyncio.to_thread(self._disk.set_copy_on_read, on)
+        return await _to_its_end(functools.partial(self._disk.set_copy_on_read, on))
 
     async def record_profile(self, path: str | os.PathLike[str] | None = None) -> SavedProfile:
         """Save what was read from the base since the disk was opened. As `fvd.Disk.record_profile`."""
-        return await asyncio.to_thread(self._disk.record_profile, path)
+        return await _to_its_end(functools.partial(self._disk.record_profile, path))
 
     def events(self, history: bool = False) -> AsyncEvents:
         """What happens to the disk from this call on, until it is closed. As `fvd.Disk.events`."""
@@ -322,9 +331,10 @@ class AsyncDisk:
     async def close(self) -> None:
         """Commit everything and close the disk; writes that wait for storage end with an error; again is fine. Raises DeviceError when
         that failed: what was flushed is safe even then."""
-        await asyncio.to_thread(self._close)
+        await _to_its_end(self._close)
 
     def _close(self) -> None:
+        self._over = True
         try:
             self._disk.close()
         finally:
@@ -332,11 +342,14 @@ class AsyncDisk:
             self._writers.shutdown()
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: object) -> T:
+        self._disk._check()
+        work = functools.partial(call, *arguments)
         try:
-            future = pool.submit(call, *arguments)
-        except RuntimeError:  # the pool has been shut down, so the disk is closed: it says so in its own words
-            return call(*arguments)
-        return await asyncio.wrap_future(future)
+            return await _to_its_end(work, pool)
+        except RuntimeError:
+            if not self._over:
+                raise
+            return work()  # the pool has been shut down, so the disk is closed: it says so in its own words
 
     async def __aenter__(self) -> Self:
         return self
@@ -368,8 +381,10 @@ class AsyncEvents(AsyncIterator[Event]):
         self._pump = _Pump(make)
         self._unmake = unmake
         self._over = False
+        self._here = Here()
 
     async def __anext__(self) -> Event:
+        self._here.check("a stream of events")
         if self._over:
             raise StopAsyncIteration
         self._pump.start()
@@ -404,7 +419,7 @@ class AsyncEvents(AsyncIterator[Event]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if hasattr(self, "_over"):
+        if hasattr(self, "_here") and self._here.is_here:
             self._pump.close()
             self._unmake()
 

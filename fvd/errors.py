@@ -85,6 +85,12 @@ class DeviceError(FvdError):
     kind = "device_error"
 
 
+class Forked(DeviceError):
+    """What was opened before a fork is the parent's: the child holds nothing of it, and can open it when the parent has closed it."""
+
+    kind = "forked"
+
+
 class ReadOnly(FvdError):
     """A write to a disk that was opened read-only."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fvd._lifetime import Handle, checkpoint, whole
 from fvd.api.copying import absolute, allowed_bases, prefetch_options, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
@@ -61,28 +62,32 @@ def open(
     (docs/base.md). ``on_event`` is called, in a thread of its own, with each event (docs/events.md); what it raises is logged and ends
     nothing.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing), PermissionDenied,
-    InvalidArgument, DeviceError.
+    InvalidArgument, OutOfMemory, DeviceError. Interrupted (KeyboardInterrupt, or whatever a signal handler raises), nothing is left open.
     """
+    options: dict[str, Any] = {
+        "read_only": read_only,
+        "cache": cache,
+        "on_full": on_full,
+        "zero_chunks": zero_chunks,
+        "copy_on_read": copy_on_read,
+        "prefetch": volume_options(prefetch),
+        "base_timeout_s": base_timeout_s,
+        "discard_pending": discard_pending,
+        "base_allow": allowed_bases(base_allow),
+    }
+    return whole(functools.partial(_open, volume, on_event, options), Disk.close, "fvd-open")
+
+
+def _open(volume: str, on_event: Callable[[Event], None] | None, options: dict[str, Any]) -> Disk:
     from fvd.volume._driver import drive
     from fvd.volume.name import parse_name
     from fvd.volume.opening import open_volume
 
     name = parse_name(volume)
     hub = Hub(str(name))
-    opened = open_volume(
-        name,
-        read_only=read_only,
-        cache=cache,
-        on_full=on_full,
-        zero_chunks=zero_chunks,
-        copy_on_read=copy_on_read,
-        prefetch=volume_options(prefetch),
-        base_timeout_s=base_timeout_s,
-        discard_pending=discard_pending,
-        base_allow=allowed_bases(base_allow),
-        on_event=hub.tell,
-    )
+    opened = open_volume(name, on_event=hub.tell, **options)
     try:
+        checkpoint()
         hub.attach(opened)
         for notice in opened.notices:
             log.warning("%s", notice)
@@ -100,17 +105,20 @@ def open(
         raise
 
 
-class Disk:
-    """An open disk: a context manager, safe from threads. Made by ``open``. Offsets and lengths are bytes, of any alignment.
+class Disk(Handle):
+    """An open disk: a context manager, safe from threads. Made by ``open``. Offsets and lengths are whole numbers of bytes, any of them.
 
     Every method raises DeviceError once the disk has been closed, and after a flush failed: nothing is promised then until the next open.
+    In a child after ``os.fork`` every method raises Forked, and the child holds nothing of the disk. Dropped without ``close`` it is
+    closed, with a ResourceWarning. An exception of a signal handler (KeyboardInterrupt) leaves ``open`` and ``close`` wholly done or
+    undone, and comes out of what changes the disk when that has ended. docs/api.md says more.
     """
 
     def __init__(self, driver: Driver, hub: Hub, deliveries: Deliveries) -> None:
+        self._begin(str(driver.volume.name), _Closing(driver, hub, deliveries))
         self._driver = driver
         self._verbs = OpenedVerbs(driver.volume, driver.call)
         self._hub = hub
-        self._deliveries = deliveries
 
     @property
     def volume(self) -> str:
@@ -123,17 +131,18 @@ class Disk:
         return self._driver.volume.geometry.virtual_size_bytes
 
     def pread(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``. Raises InvalidArgument (not in the disk), DeviceError."""
+        """``length`` bytes from ``offset``. Raises InvalidArgument (not in the disk, no whole numbers), OutOfMemory, DeviceError."""
         return self._driver.pread(offset, length)
 
     def pread_into(self, offset: int, buffer: Buffer) -> int:
-        """Fill a writable buffer from ``offset``; returns its length. Raises as ``pread``."""
+        """Fill a writable buffer, in one piece, from ``offset``; returns its length in bytes. Raises as ``pread``."""
         return self._driver.pread_into(offset, buffer)
 
     def pwrite(self, offset: int, data: Buffer, *, durable: bool = False) -> int:
         """Write all of ``data`` at ``offset``; with ``durable`` it survives any crash when this returns. Returns its length.
 
-        Raises InvalidArgument (not in the disk), NoSpace, ReadOnly, DeviceError.
+        ``data`` is any memory in one piece. Interrupted, what it wrote may be there or not, and nothing of it comes later.
+        Raises InvalidArgument (not in the disk, no whole number, no such memory), NoSpace, ReadOnly, OutOfMemory, DeviceError.
         """
         return self._driver.pwrite(offset, data, fua=durable)
 
@@ -163,22 +172,23 @@ class Disk:
 
     def extend(self, by: int | str | None = None) -> Extended:
         """More storage now (default: a grow step). Raises NoSpace, Unsupported (a device of fixed size), ReadOnly, Timeout."""
-        return from_json(Extended, self._verbs.extend(None if by is None else parse_size(by)))
+        by_bytes = None if by is None else parse_size(by)
+        return from_json(Extended, self._whole(lambda: self._verbs.extend(by_bytes)))
 
     def acknowledge(self) -> bool:
         """An administrator has seen that acknowledged writes may be gone (``info().possible_loss``): it is told no more. False: there was
         nothing to see. Lasting once the disk is closed, and if its process is killed. Raises ReadOnly."""
-        return bool(self._verbs.acknowledge()["acknowledged"])
+        return bool(self._whole(self._verbs.acknowledge)["acknowledged"])
 
     def prefetch_start(self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None) -> PrefetchStatus:
         """Copy the rest of the base in the background, at most ``rate`` bytes a second (0: no limit), what ``profile`` (a file) names
         first. Under way already, it goes on with these options. Raises InvalidArgument (no base, no such options), ReadOnly."""
         options = prefetch_options(rate, delay_s, profile)
-        return from_json(PrefetchStatus, self._verbs.prefetch_start(**vars(options)))
+        return from_json(PrefetchStatus, self._whole(lambda: self._verbs.prefetch_start(**vars(options))))
 
     def prefetch_stop(self) -> PrefetchStatus:
         """Copy nothing more in the background; what was copied stays. Again is fine."""
-        return from_json(PrefetchStatus, self._verbs.prefetch_stop())
+        return from_json(PrefetchStatus, self._whole(self._verbs.prefetch_stop))
 
     def prefetch_status(self) -> PrefetchStatus:
         """How far the disk is on its way from its base; answers for every disk."""
@@ -186,20 +196,41 @@ class Disk:
 
     def set_copy_on_read(self, on: bool) -> PrefetchStatus:
         """Whether what is read from the base is copied from now on, until close. Raises InvalidArgument (no base), ReadOnly."""
-        return from_json(PrefetchStatus, self._verbs.copy_on_read(on))
+        return from_json(PrefetchStatus, self._whole(lambda: self._verbs.copy_on_read(on)))
 
     def record_profile(self, path: str | os.PathLike[str] | None = None) -> SavedProfile:
         """Save what was read from the base since the disk was opened, in order, for later disks to prefetch first (default:
         IMAGE.fvd-profile beside the base). Raises InvalidArgument (no base; no path, and the base is no file), ReadOnly, PermissionDenied,
         NoSpace."""
-        return from_json(SavedProfile, self._verbs.profile_record(absolute(path)))
+        place = absolute(path)
+        return from_json(SavedProfile, self._whole(lambda: self._verbs.profile_record(place)))
 
     def events(self, history: bool = False) -> EventStream:
         """What happens to the disk from now on, or (``history``) since a while ago, until it is closed. See docs/events.md."""
+        self._check()
         return LocalEvents([self._hub], history)
 
     def close(self) -> None:
-        """Commit everything and close the disk; again is fine. Raises DeviceError when that failed: what was flushed is safe even then."""
+        """Commit everything and close the disk; again is fine. Raises DeviceError when that failed: what was flushed is safe even then.
+
+        Interrupted, it goes on to its end before that is raised; or, if it had not begun, the disk is open as before.
+        """
+        super().close()
+
+    def _whole(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        self._check()
+        return whole(work)
+
+
+class _Closing:
+    """How a disk is closed, by whoever does it. It does not know the `Disk`, so that this can be forgotten."""
+
+    def __init__(self, driver: Driver, hub: Hub, deliveries: Deliveries) -> None:
+        self._driver = driver
+        self._hub = hub
+        self._deliveries = deliveries
+
+    def __call__(self) -> None:
         problem = ""
         try:
             self._driver.close()
@@ -211,9 +242,3 @@ class Disk:
                 self._hub.publish("closed", self._driver.volume, problem)
                 self._hub.end()
                 self._deliveries.wait()
-
-    def __enter__(self) -> Disk:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from fvd._lifetime import Here
 from fvd.api.types import from_json
 
 if TYPE_CHECKING:
@@ -106,15 +107,18 @@ def event_to_json(event: Event) -> dict[str, Any]:
 class EventStream(Iterator[Event]):
     """Events as they happen: an iterator that waits for the next one, and a context manager. One thread at a time iterates.
 
-    ``close`` ends it, from any thread and from a signal handler; what was waiting for the next event then ends its iteration.
+    ``close`` ends it, from any thread and from a signal handler; what was waiting for the next event then ends its iteration. In a child
+    after ``os.fork`` the iteration raises Forked.
     """
 
     def __init__(self, waiting: EventQueue, bell: Bell) -> None:
+        self._here = Here()
         self._waiting = waiting
         self._bell = bell
         self._closed = False
 
     def __next__(self) -> Event:
+        self._here.check("a stream of events")
         while not self._closed:
             taken = self._waiting.take(1)
             if taken:
@@ -127,8 +131,9 @@ class EventStream(Iterator[Event]):
     def close(self) -> None:
         """No more events; again is fine."""
         self._closed = True
-        self._bell.ring()
-        self._waiting.close()
+        if self._here.is_here:  # else somebody may hold the locks who is not there
+            self._bell.ring()
+            self._waiting.close()
 
     def __enter__(self) -> Self:
         return self

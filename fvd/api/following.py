@@ -50,12 +50,13 @@ class FollowedEvents(EventStream):
         return [self._names[path] for path in self._follower.unserved()]
 
     def close(self) -> None:
-        self._follower.close()
+        if self._here.is_here:
+            self._follower.close()
         super().close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
-        if self._thread is not threading.current_thread():
+        if self._here.is_here and self._thread is not threading.current_thread():
             self._thread.join()
 
 

@@ -6,9 +6,11 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fvd._lifetime import whole
 from fvd.api.types import Group, Info, Listed, info_from_json
 from fvd.api.verbs import closed_info
 from fvd.errors import FvdError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported
@@ -66,7 +68,7 @@ def look_around(*places: str, every_group: bool = False) -> Listing:
     for folder in places:
         if folder in named:
             continue
-        for name in _candidates(folder):
+        for name in whole(partial(_candidates, folder)):
             if str(name) not in seen:
                 seen.add(str(name))
                 listed = _look(name)
@@ -172,7 +174,7 @@ def _look_at_groups(groups: tuple[str, ...] | list[str], served: dict[str, Liste
     served = served or {listed.volume: listed for listed in _served()}
     volumes = []
     for volume in sorted(ours, key=lambda volume: (volume.group, volume.name)):
-        listed = served.get(volume.full_name) or _look_at_volume(volume, pieces)
+        listed = served.get(volume.full_name) or whole(partial(_look_at_volume, volume, pieces))
         volumes.append(_with_facts(listed, volume, extent_bytes[volume.group]))
     return volumes, [_group(group, ours, volumes) for group in sorted(there, key=lambda group: group.name)]
 

@@ -2,7 +2,9 @@
 
 A volume is ``VG/LV``, ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for
 a name or value that can never work, PermissionDenied, DeviceError (an I/O error), Corrupt (a damaged disk) and Unsupported (one of a later
-version).
+version). A verb that is interrupted (KeyboardInterrupt, or whatever a signal handler raises) leaves no claim behind: what changes something
+is wholly done, or undone, or was left between two steps where running it again goes on; what only looks is left at once. Nothing
+of a verb comes after its end.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fvd._lifetime import in_caller, whole
 from fvd.api.copying import allowed_bases
 from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Placement, Provisioned, from_json, info_from_json
 from fvd.errors import InUse, InvalidArgument, quoted
@@ -62,7 +66,8 @@ def provision(
     from fvd.format.geometry import Placement as PlacementCode
     from fvd.volume.provision import provision as make
 
-    made = make(
+    work = partial(
+        make,
         volume,
         virtual_size_bytes=None if size is None else parse_size(size),
         truncate_base=truncate_base,
@@ -79,8 +84,9 @@ def provision(
         max_overcommit=max_overcommit,
         base_allow=allowed_bases(base_allow),
         force=force,
-        progress=progress,
+        progress=None if progress is None else in_caller(progress),
     )
+    made = whole(work)
     found = info(str(made.name)) if made.view is None else closed_info(made.view)
     return Provisioned(**{**vars(found), "created": made.created})
 
@@ -101,7 +107,7 @@ def extend(volume: str, by: int | str | None = None) -> Extended:
     answer = remote.ask(name, "extend", **({} if by_bytes is None else {"by_bytes": by_bytes}))
     if answer is not remote.NOT_SERVED:
         return from_json(Extended, answer)
-    grown = extend_closed(name, by_bytes)
+    grown = whole(lambda: extend_closed(name, by_bytes))
     return Extended(str(grown.name), grown.storage_size_bytes, grown.added_bytes)
 
 
@@ -117,7 +123,7 @@ def acknowledge(volume: str) -> bool:
 
     name = parse_name(volume)
     answer = remote.ask(name, "acknowledge")
-    return acknowledge_closed(name) if answer is remote.NOT_SERVED else bool(answer["acknowledged"])
+    return whole(lambda: acknowledge_closed(name)) if answer is remote.NOT_SERVED else bool(answer["acknowledged"])
 
 
 def info(volume: str) -> Info:
@@ -128,7 +134,7 @@ def info(volume: str) -> Info:
 
     name = parse_name(volume)
     answer = remote.ask(name, "info")
-    return closed_info(look(name)) if answer is remote.NOT_SERVED else info_from_json(answer)
+    return closed_info(whole(lambda: look(name))) if answer is remote.NOT_SERVED else info_from_json(answer)
 
 
 def closed_info(view: View) -> Info:
@@ -156,7 +162,7 @@ def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) 
         arguments = {"offset": at} | ({} if length_bytes is None else {"length": start + length_bytes - at})
         answer = remote.ask(name, "map", **arguments)
         if answer is remote.NOT_SERVED:
-            return map_of(look(name), start, length_bytes)
+            return map_of(whole(lambda: look(name)), start, length_bytes)
         pieces.append(map_from_json(answer))
         if not answer["more"]:
             break
@@ -184,9 +190,10 @@ def check(volume: str, *, progress: Progress | None = None, base_allow: Sequence
     name = parse_name(volume)
     allow = allowed_bases(base_allow)
     answer = remote.ask(name, "check")
-    if answer is remote.NOT_SERVED:
-        answer = asdict(check_closed(name, progress=progress, base_allow=allow))
-    return from_json(CheckReport, answer)
+    if answer is not remote.NOT_SERVED:
+        return from_json(CheckReport, answer)
+    told = None if progress is None else in_caller(progress)
+    return from_json(CheckReport, asdict(whole(lambda: check_closed(name, progress=told, base_allow=allow))))
 
 
 def dump(volume: str) -> dict[str, Any]:
@@ -194,7 +201,7 @@ def dump(volume: str) -> dict[str, Any]:
     storage is behind the memory)."""
     from fvd.volume.dump import dump as dump_closed
 
-    return dump_closed(volume)
+    return whole(lambda: dump_closed(volume))
 
 
 def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None) -> bool:
@@ -210,7 +217,8 @@ def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None)
 
     name = parse_name(volume)
     try:
-        return remove_closed(name, wipe=wipe, progress=progress)
+        told = None if progress is None else in_caller(progress)
+        return whole(lambda: remove_closed(name, wipe=wipe, progress=told))
     except InUse as error:
         served = remote.ask(name, "info")
         if served is remote.NOT_SERVED:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import fvd
-from fvd.api.serving import Served
+from fvd.api.served import Served
 from fvd.cli.activation import take_sockets, unix_path
 from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size

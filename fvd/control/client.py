@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fvd._lifetime import keep
 from fvd.control import protocol
 from fvd.control.paths import short_address
 from fvd.control.protocol import Request, ServerGone
@@ -26,6 +27,7 @@ class ControlClient:
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._socket: socket.socket | None = None
+        keep(self, lambda client: (-1 if client._socket is None else client._socket.fileno(),))
         self.peer_uid = -1
         """Whose process listens there, as soon as it is connected: see fvd.control.trust."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fvd._lifetime import keep
 from fvd.control import protocol
 from fvd.control.paths import all_sockets, find_sockets, short_address, socket_name
 from fvd.control.protocol import Request
@@ -75,6 +76,7 @@ class Follower:
         self._bell = Wakeup()
         self._busy = threading.Lock()  # held by the thread that is in `next`
         self._closing = False
+        keep(self, lambda follower: [peer.link.fileno() for peer in list(follower._peers.values()) if peer.link is not None])
         self._watch: SocketWatch | None = None
 
     def open(self) -> None:

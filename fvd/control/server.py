@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fvd._lifetime import keep
 from fvd.control import protocol
 from fvd.control.paths import LOCK_SUFFIX, SUFFIX, make_runtime_dir, open_runtime_dir, socket_name
 from fvd.control.protocol import Request
@@ -67,6 +68,11 @@ class ControlServer:
         self._closing = False
         self._closed = threading.Event()
         self.path: Path | None = None
+        keep(self, ControlServer._descriptors)
+
+    def _descriptors(self) -> list[int]:
+        listener = [] if self._listener is None else [self._listener]
+        return [self._folder, self._lock_fd, *(end.fileno() for end in (*listener, *list(self._connections)))]
 
     def start(self) -> None:
         """Raises InUse when a living process serves this volume; a dead one's socket is replaced."""
@@ -78,7 +84,8 @@ class ControlServer:
                 _refuse_live(folder, path, self._volume)
                 self._listener = _listen(folder, path.name)
             except BaseException:
-                os.close(self._lock_fd)
+                fd, self._lock_fd = self._lock_fd, -1
+                os.close(fd)
                 raise
         except BaseException:
             os.close(folder)
@@ -119,9 +126,11 @@ class ControlServer:
                 thread.join(STUCK_HANDLER_SECONDS)
         self._listener.close()
         self._listener = None
-        _unlink(self._folder, self.path.with_suffix(LOCK_SUFFIX).name)
-        os.close(self._folder)
-        os.close(self._lock_fd)
+        folder, self._folder = self._folder, -1
+        _unlink(folder, self.path.with_suffix(LOCK_SUFFIX).name)
+        os.close(folder)
+        fd, self._lock_fd = self._lock_fd, -1
+        os.close(fd)
 
     def _start_thread(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
         thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from fvd._lifetime import keep
+
 
 class Wakeup:
     """An eventfd. ``ring`` may be called from any thread and from a signal handler, and never waits.
@@ -14,6 +16,7 @@ class Wakeup:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        keep(self, lambda bell: (bell.fd,))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it has been rung 2**64 times: that is loud enough

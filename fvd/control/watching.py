@@ -9,6 +9,7 @@ import errno
 import os
 from pathlib import Path
 
+from fvd._lifetime import keep
 from fvd.control import inotify
 from fvd.control.paths import SUFFIX, search_dirs
 from fvd.errors import DeviceError, Unsupported
@@ -31,6 +32,7 @@ class SocketWatch:
                     "limit on open files"
                 ) from None
             raise DeviceError(f"cannot watch for disks that begin to be served: {error.strerror}") from error
+        keep(self, lambda watch: (watch.fd,))
         self._folders: dict[int, Path] = {}  # by watch descriptor
         self.refresh()
 

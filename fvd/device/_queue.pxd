@@ -50,6 +50,7 @@ cdef enum:
     WRITABLE_SHIFT = 8
 
 cdef class Queue:
+    cdef object __weakref__
     # --- What a driver uses -------------------------------------------------------------------------------------
     cdef readonly str kind              # "io_uring" or "blocking"
     cdef readonly str notice            # why it is not io_uring; empty when it is

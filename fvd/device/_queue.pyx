@@ -16,6 +16,7 @@ from libc.string cimport memcpy, memmove, memset
 from fvd._core cimport BUG, Bug
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
+from fvd._lifetime import keep
 from fvd.errors import DeviceError
 
 cdef extern from *:
@@ -116,6 +117,7 @@ cdef extern from *:
         io_uring_cqe *cqes
     cdef struct io_uring:
         io_uring_cq cq
+        int ring_fd
     int io_uring_queue_init_params(unsigned entries, io_uring *ring, io_uring_params *params) nogil
     void io_uring_queue_exit(io_uring *ring) nogil
     int io_uring_register_ring_fd(io_uring *ring) nogil
@@ -416,6 +418,12 @@ cdef int64_t ask_sampler(Disk *disk) noexcept nogil:
 
 # --- io_uring ---------------------------------------------------------------------------------------------------
 
+def _let_go_of_ring(UringQueue queue):
+    """In a child after fork, which has no mapping of the ring (io_uring_ring_dontfork): liburing must not look at it again."""
+    was_open, queue.opened = queue.opened, False
+    return (queue.ring.ring_fd if was_open else -1,)
+
+
 cdef struct Pending:
     DeviceOp op
     uint64_t moved          # bytes of it already transferred
@@ -475,6 +483,7 @@ cdef class UringQueue(Queue):
         io_uring_register_iowq_max_workers(&self.ring, workers)
         io_uring_register_ring_fd(&self.ring)   # spares a descriptor lookup per turn; harmless where it is refused
         self.opened = True
+        keep(self, _let_go_of_ring)
         return 0
 
     cdef io_uring_sqe *entry(self, uint64_t owner, uint64_t number) except NULL nogil:
@@ -742,6 +751,10 @@ cdef class UringQueue(Queue):
 
 # --- Blocking ---------------------------------------------------------------------------------------------------
 
+def _epoll(BlockingQueue queue):
+    return (queue.epoll_fd,)
+
+
 cdef class BlockingQueue(Queue):
     """Where there is no io_uring: each operation runs to its end in start(); sockets through epoll, edge-triggered as multishot poll is."""
 
@@ -759,6 +772,7 @@ cdef class BlockingQueue(Queue):
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll_fd < 0:
             raise OSError(errno, os.strerror(errno))
+        keep(self, _epoll)
         return 0
 
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:

@@ -35,6 +35,7 @@ cdef struct Operation:          # a DeviceOp that has not ended
 cdef struct Line:               # a connection. One thread at a time has it: the helper makes it, the loop uses it, the helper ends it
     nbd_handle *handle
     int fd                      # a duplicate of its socket, for poll and the queue's watch: libnbd closes its own whenever it likes
+    int socket_fd               # libnbd's own, for a child after fork
     uint32_t watch
     uint8_t given_up            # libnbd is not called any more, but to close
     uint8_t write_wanted
@@ -69,6 +70,7 @@ cdef class Remote(Source):
     cdef readonly double timeout_s
     cdef readonly uint64_t size_bytes       # of the export; 0 before open()
     cdef readonly str trouble               # why there is no connection; empty: there is one, or none was lost
+    cdef object __weakref__
     cdef object helper, opened, failure, random, prepare
     cdef int inherited
     cdef bint was_open, closed

@@ -32,6 +32,7 @@ from fvd.device.libnbd cimport (
 )
 from fvd.device.op cimport OP_READ, DeviceOp
 
+from fvd._lifetime import checkpoint, keep
 from fvd.errors import DeviceError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 
 cdef extern from *:
@@ -43,6 +44,7 @@ cdef extern from *:
     #include <poll.h>
     #include <stdint.h>
     #include <sys/eventfd.h>
+    #include <sys/stat.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -57,12 +59,17 @@ cdef extern from *:
         struct pollfd one = { .fd = fd, .events = (short)events };
         return poll(&one, 1, timeout_ms) > 0 ? one.revents : 0;
     }
+    static inline int fvd_remote_same_file(int one, int other) {
+        struct stat a, b;
+        return fstat(one, &a) == 0 && fstat(other, &b) == 0 && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+    }
     static inline int fvd_remote_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
     """
     int64_t fvd_remote_now_ns() noexcept nogil
     void fvd_remote_ring(int fd) noexcept nogil
     void fvd_remote_rung(int fd) noexcept nogil
     int fvd_remote_poll(int fd, int events, int timeout_ms) noexcept nogil
+    int fvd_remote_same_file(int one, int other) noexcept nogil
     int fvd_remote_duplicate(int fd) noexcept nogil
     int c_close "close"(int fd) noexcept nogil
     const int POLLIN, POLLOUT
@@ -90,6 +97,25 @@ _spawning = threading.Lock()    # one server's descriptor is for no other one, w
 
 
 include "remote_line.pxi"
+
+
+def _descriptors(Remote remote):
+    """For a child after fork: nothing of libnbd is called, whose locks a thread that is gone may hold."""
+    cdef Line *line
+    cdef (Line *)[3] lines
+    cdef int i
+    lines[0], lines[1], lines[2] = remote.line, remote.fresh, remote.dying
+    found = [remote.loop_fd, remote.helper_fd]
+    for i in range(3):
+        line = lines[i]
+        while line != NULL:
+            # libnbd closes its socket whenever it likes: the number counts as long as it is the same socket as ours.
+            if line.fd >= 0:
+                if fvd_remote_same_file(line.fd, line.socket_fd):
+                    found.append(line.socket_fd)
+                found.append(line.fd)
+            line = line.next
+    return found
 
 
 cdef class Remote(Source):
@@ -143,6 +169,7 @@ cdef class Remote(Source):
         self.was_open = True
         self.loop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.helper_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        keep(self, _descriptors)
         self.opened = threading.Event()
         self.wanted = True
         # A daemon: a name server that does not answer must not keep the process. It starts the server's process, which asks the kernel to
@@ -150,14 +177,20 @@ cdef class Remote(Source):
         self.helper = threading.Thread(target=self._help, name=f"fvd base {self.name}".rstrip(), daemon=True)
         self.helper.start()
         try:
-            if not self.opened.wait(self.timeout_s + 0.5):
-                raise self._timeout()
+            self._wait_until_opened()
             if self.failure is not None:
                 raise self.failure
         except BaseException:
             self.failure = None
             self.close()
             raise
+
+    def _wait_until_opened(self):
+        cdef int64_t until_ns = fvd_remote_now_ns() + <int64_t> ((self.timeout_s + 0.5) * 1e9)
+        while not self.opened.wait(min(SLICE_MS / 1000, self.timeout_s + 0.5)):
+            checkpoint()
+            if fvd_remote_now_ns() > until_ns:
+                raise self._timeout()
 
     @property
     def connected(self):
@@ -627,7 +660,8 @@ cdef class Remote(Source):
         line.minimum_bytes = minimum
         line.maximum_bytes = min(maximum, <int64_t>MAXIMUM_BYTES) // minimum * minimum
         line.tells_zeros = nbd_can_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1
-        line.fd = fvd_remote_duplicate(nbd_aio_get_fd(handle))
+        line.socket_fd = nbd_aio_get_fd(handle)
+        line.fd = fvd_remote_duplicate(line.socket_fd)
         if line.fd < 0:
             raise DeviceError(f"{self._whose()}not usable: out of file descriptors")
 

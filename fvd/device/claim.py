@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from fvd._lifetime import Descriptors, checkpoint
 from fvd.device.folders import open_path
 from fvd.device.holders import Holder, has_identity, holders_of, kernel_is_at_work, list_folder, read_text
 from fvd.device.node import Identity, Node, check_kind, identity_of, typed_error, typed_errors
@@ -57,7 +58,7 @@ class Ownership(enum.Enum):
 class Claim:
     """Ownership of one file or device until `close` or the end of the process."""
 
-    def __init__(self, path: str, ownership: Ownership, identity: Identity, fds: list[int], descriptor: int) -> None:
+    def __init__(self, path: str, ownership: Ownership, identity: Identity, fds: Descriptors, descriptor: int) -> None:
         self.path = path
         self.ownership = ownership
         self.identity = identity
@@ -77,9 +78,7 @@ class Claim:
 
     def close(self) -> None:
         """Gives the volume up; again is fine."""
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
+        self._fds.close()
 
 
 def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER, *, opened: int | None = None) -> Claim:
@@ -107,6 +106,7 @@ def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER,
                 told = True
                 log.warning("%s: waiting for %s", name, leaving.awaited)
         time.sleep(pause_seconds)
+        checkpoint()
         pause_seconds = min(pause_seconds * 1.1, _LONGEST_PAUSE_SECONDS)
 
 
@@ -123,7 +123,7 @@ def _claim_now(name: str, ownership: Ownership, opened: int | None = None) -> Cl
     if opened is None:
         with typed_errors("opening", name):
             check_kind(name, Path(name).stat())  # before the open, which does things to a pipe or a tape
-    fds: list[int] = []
+    fds = Descriptors()
     try:
         fds.append(_open(name, ownership) if opened is None else fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 0))
         status = os.fstat(fds[0])
@@ -141,8 +141,7 @@ def _claim_now(name: str, ownership: Ownership, opened: int | None = None) -> Cl
         else:
             _refuse_file_users(name, ownership, identity)
     except BaseException:
-        for fd in fds:
-            os.close(fd)
+        fds.close()
         raise
     return Claim(name, ownership, identity, fds, descriptor)
 

@@ -80,8 +80,14 @@ class Failures:
                 listener.hear(failure)
         return failure
 
+    def forget_all(self) -> None:
+        """In a child after fork: nothing is open in it, and whoever held the lock is not there."""
+        self._lock = threading.Lock()
+        self._listeners = []
+
 
 FAILURES = Failures()
+os.register_at_fork(after_in_child=FAILURES.forget_all)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import stat
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from fvd._lifetime import keep
 from fvd.device.failures import reported
 from fvd.device.stack import stack_of
 from fvd.errors import Conflict, PermissionDenied, Unsupported
@@ -43,6 +44,9 @@ class Place:
     led: tuple[_Led, ...] = ()  # the strangers' links that lead to this very name
     by_kernel: bool = False  # a link of /proc, which only the kernel can follow
     _gone: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        keep(self, lambda place: (-1 if place._gone else place.folder,))
 
     def __enter__(self) -> Place:
         return self

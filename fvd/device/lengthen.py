@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+from fvd._lifetime import keep
 from fvd.device.node import Node, descriptor_size_bytes, typed_errors
 from fvd.errors import DeviceError
 
@@ -19,6 +20,7 @@ class Lengthener:
         self._lock = threading.Lock()  # guards the two below; never held across a system call that can block
         self._busy = 0
         self._closed = False
+        keep(self, lambda mine: (-1 if mine._closed and not mine._busy else mine._fd,))
 
     def size_bytes(self) -> int:
         """The size now. Raises DeviceError."""
@@ -48,9 +50,9 @@ class Lengthener:
     def close(self) -> None:
         """No more calls; the descriptor goes when one that is still running has ended. Again is fine."""
         with self._lock:
-            if not self._closed and not self._busy:
+            last, self._closed = not self._closed and not self._busy, True
+            if last:
                 os.close(self._fd)
-            self._closed = True
 
     def __enter__(self) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from fvd._lifetime import keep
 from fvd.device.failures import reported
 from fvd.device.folders import Place, open_path
 from fvd.device.stack import Stack, stack_of
@@ -134,6 +135,7 @@ class Node:
         self.direct = direct
         self.logical_block_bytes = logical_block_bytes
         self.identity = identity
+        keep(self, lambda node: (node.fd, node.sampler_fd))
         self.notice = notice  # why something that was asked for is not so: worth a line to the user
 
     def __enter__(self) -> Node:

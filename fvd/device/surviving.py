@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from fvd._lifetime import keep
 from fvd.device.folders import reach
 from fvd.device.node import Node
 from fvd.errors import FvdError, NotFound, PermissionDenied, Unsupported
@@ -29,6 +30,14 @@ class SurvivingMemory:
         self.path = path
         self.buffer = memoryview(mapping)
         self._mapping = mapping
+        keep(self, SurvivingMemory._descriptors)
+
+    def _descriptors(self) -> list[int]:
+        """That of the mapping, which it does not tell."""
+        if self._mapping.closed:
+            return []
+        names = (str(self.path), f"{self.path} (deleted)")
+        return [int(fd) for fd in os.listdir("/proc/self/fd") if _link("/proc/self/fd/" + fd) in names]  # noqa: PTH208
 
     def close(self) -> None:
         """Unmaps it, unless somebody still looks at it: then it goes with them. Again is fine."""
@@ -40,6 +49,12 @@ class SurvivingMemory:
         """The name goes, and with the last mapping the memory. Again is fine, and so is a folder that is not ours to change."""
         with contextlib.suppress(OSError, FvdError), _folder(self.path.parent, _owners_of(self.path.parent)) as folder:
             os.unlink(self.path.name, dir_fd=folder)
+
+
+def _link(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(path)  # noqa: PTH115
+    return ""
 
 
 def make(name: str, size_bytes: int) -> SurvivingMemory:

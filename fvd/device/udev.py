@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fvd._lifetime import keep
 from fvd.errors import DeviceError, Timeout
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class BlockWatch:
         self._number = number
         self._thread: threading.Thread | None = None
         self._wake = -1
+        self._monitors: list[Any] = []  # while it is at work
 
     def start(self) -> bool:
         """False: nobody tells of events here (not permitted)."""
@@ -103,6 +105,8 @@ class BlockWatch:
         if not monitors:
             return False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._monitors = list(monitors.values())
+        keep(self, lambda watch: (watch._wake, *(monitor.fileno() for monitor in watch._monitors)))
         self._thread = threading.Thread(target=self._run, args=(monitors,), name="fvd-udev", daemon=True)
         self._thread.start()
         return True
@@ -115,7 +119,8 @@ class BlockWatch:
         os.eventfd_write(self._wake, 1)
         if thread is not threading.current_thread():
             thread.join()
-        os.close(self._wake)
+        wake, self._wake, self._monitors = self._wake, -1, []
+        os.close(wake)
 
     def _run(self, monitors: dict[str, Any]) -> None:
         wake = self._wake

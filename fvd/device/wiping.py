@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from fvd._lifetime import checkpoint
 from fvd.device.holes import find_holes
 from fvd.device.node import Bytes, Node, aligned_buffer
 from fvd.errors import DeviceError
@@ -30,6 +31,7 @@ def wipe(node: Node, last_bytes: int, progress: Progress | None = None) -> None:
     zeros = aligned_buffer(0 if node.is_block else LOOK_BYTES)
     done_bytes = 0
     for offset, length in reversed(pieces):
+        checkpoint()
         end = offset + length
         first = _first_that_holds_something(node, offset, end, buffer)
         if first is not None:

@@ -296,6 +296,11 @@ cdef class Server:
         self.queue.close()
         self.queue = None
 
+    def descriptors(self):
+        """Those of the connections, for a child after fork."""
+        cdef uint32_t i
+        return [self.connections[i].fd for i in range(self.connection_room) if self.connections[i] != NULL]
+
     def watch(self, int fd):
         """Have turns() report the descriptor when it becomes readable: an edge, so read until it would block."""
         self.watches[fd] = self.queue.watch(fd, <uint64_t>WATCH_PYTHON << 32 | <uint32_t>fd)

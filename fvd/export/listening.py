@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fvd._lifetime import keep
 from fvd.errors import Conflict, InUse, InvalidArgument, NotFound, PermissionDenied
 
 Socket = socket.socket
@@ -73,6 +74,7 @@ class BoundName:
         self._folder = folder
         self._name = name
         self._identity = identity
+        keep(self, lambda bound: (bound._folder,))
 
     def remove(self) -> None:
         """Takes the name away if it is ours still; again is fine."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from fvd._lifetime import keep, never_wait
 from fvd.device._queue import Source
 from fvd.engine._engine import Engine
 from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
@@ -126,6 +127,12 @@ class NbdServer:
         self._accept_later: set[int] = set()  # of listeners: their queue may hold more
         self._listeners: dict[int, socket.socket] = {}
         self._bound: BoundName | None = None  # of our Unix socket
+        keep(self, NbdServer._descriptors)
+
+    def _descriptors(self) -> list[int]:
+        """For a child after fork."""
+        handshakes = [client.socket.fileno() for client in list(self._clients.values())]
+        return [self._wake, *self._listeners, *handshakes, *self._loop.descriptors()]
 
     # --- Exports ------------------------------------------------------------------------------------------------
 
@@ -238,6 +245,7 @@ class NbdServer:
         if self._ready.done() or self._serving is not None:
             raise Conflict("an NBD server runs once: make another")
         try:
+            never_wait()
             self._open()
             self._ready.set_result(None)
             while not self._stopping:

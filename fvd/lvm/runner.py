@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from fvd._lifetime import checkpoint, times_asked
 from fvd.errors import DeviceError, PermissionDenied, Timeout, Unsupported
 
 # /usr/sbin is not in an ordinary user's PATH on Debian.
 PROGRAM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 # lvm blocks signals while it holds a group's lock: it is asked to end, and given time to put things in order, before it is killed.
 TERM_SECONDS = 5.0
+LOOK_SECONDS = 0.1  # so often work that waits for a command looks whether it has been asked twice to stop
 # os-brick's experience: lvm2 crashes now and then (128 + SIGSEGV as a shell tells it; subprocess says -11), and the next run works.
 CRASHED = (139, -signal.SIGSEGV)
 OUTPUT_LIMIT_BYTES = 64 << 20  # a report of some hundred thousand volumes
@@ -91,8 +93,10 @@ def run_command(words: Sequence[str], timeout_seconds: float) -> Finished:
 
 def _wait(child: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
     """Until the child has ended; False: it had to be killed. Waits as long as the kernel keeps it: while it lives, a second command would
-    believe in a state that is not so. An interruption (Ctrl-C) lets it end by itself, a second one ends it, and is passed on then."""
+    believe in a state that is not so. An interruption (Ctrl-C, or whoever asks this thread's work to stop) lets it end by itself, a second
+    one ends it, and is passed on then."""
     interruption: BaseException | None = None
+    asked_before = times_asked()
     ended = True
     for number, seconds in ((None, timeout_seconds), (signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, None)):
         if number is not None:
@@ -102,9 +106,10 @@ def _wait(child: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
         deadline = None if seconds is None else time.monotonic() + seconds
         while child.returncode is None:
             try:
-                child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                child.wait(LOOK_SECONDS if deadline is None else max(0.0, min(LOOK_SECONDS, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
-                break
+                if (deadline is not None and time.monotonic() >= deadline) or (number is None and times_asked() > asked_before + 1):
+                    break
             except BaseException as error:
                 again, interruption = interruption is not None, error
                 if again and number is None:
@@ -113,6 +118,7 @@ def _wait(child: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
             break
     if interruption is not None:
         raise interruption
+    checkpoint()
     return ended
 
 

@@ -13,6 +13,7 @@ import os
 import struct
 from pathlib import Path
 
+from fvd._lifetime import keep
 from fvd.errors import PermissionDenied
 
 # Below /run, which is root's: in /run/lock anybody may make a folder, and hold its locks for ever.
@@ -28,6 +29,7 @@ class Share:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        keep(self, lambda share: (share._fd,))
 
     def arrived(self) -> None:
         """The volume is right and can be used: the next one may come."""

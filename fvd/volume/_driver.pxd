@@ -15,6 +15,11 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from *:
     """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <errno.h>
+    #include <semaphore.h>
     #include <stdlib.h>
     #include <sys/eventfd.h>
     #include <time.h>
@@ -28,11 +33,25 @@ cdef extern from *:
         void *buffer = NULL;
         return posix_memalign(&buffer, 4096, size) ? NULL : buffer;
     }
+    /* 0 or an errno; without a limit if it is negative. */
+    static inline int fvd_driver_wait(sem_t *semaphore, long limit_ns) {
+        struct timespec until;
+        if (limit_ns < 0)
+            return sem_wait(semaphore) == 0 ? 0 : errno;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += limit_ns;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+        return sem_clockwait(semaphore, CLOCK_MONOTONIC, &until) == 0 ? 0 : errno;
+    }
     static inline void fvd_driver_wake(int fd) { uint64_t one = 1; if (write(fd, &one, 8) < 0) {} }
     static inline void fvd_driver_woken(int fd) { uint64_t count; if (read(fd, &count, 8) < 0) {} }
     """
     uint64_t fvd_driver_now_ns() noexcept nogil
     void *fvd_driver_buffer(size_t size) noexcept nogil
+    int fvd_driver_wait(sem_t *semaphore, long limit_ns) noexcept nogil
     void fvd_driver_wake(int fd) noexcept nogil
     void fvd_driver_woken(int fd) noexcept nogil
 
@@ -48,19 +67,23 @@ cdef struct Call:               # one request of a caller, from the moment it is
     int32_t error
     uint8_t abandoned           # the caller is gone: whoever finishes the call frees it
     uint8_t finished
+    uint8_t unwanted            # the caller has been interrupted: it must not wait for storage or its base any longer
     sem_t done
 
 cdef class Driver:
     cdef readonly object volume
     cdef Engine engine
     cdef Queue queue
+    cdef object __weakref__
     cdef object thread, posted, opened, failure, close_lock, on_failure
-    cdef pthread_mutex_t lock   # guards inbox_*, closing, dead, Call.abandoned and Call.finished
+    cdef pthread_mutex_t lock   # guards inbox_*, closing, dead, unwanted, Call.abandoned, Call.finished and Call.unwanted
     cdef Call *inbox_first
     cdef Call *inbox_last
     cdef Call *calls            # those that the engine has; only the loop touches it
     cdef uint32_t call_count
+    cdef uint32_t unwanted      # calls that are
     cdef int wake_fd
+    cdef int process            # in which it was made: a child after fork has neither its thread nor its descriptors
     cdef bint closing, dead, has_posted, stop
     cdef bint has_copying       # volume.copying was there when we last looked
     cdef readonly str queue_kind
@@ -68,6 +91,9 @@ cdef class Driver:
 
     cdef void enqueue(self, Call *call) noexcept nogil
     cdef void finish(self, Call *call, int32_t error) noexcept nogil
+    cdef void abandon(self, Call *call) noexcept nogil
+    cdef void stop_waiting(self, Call *call) noexcept nogil
+    cdef int end_unwanted(self) except -1 nogil
     cdef int loop(self) except -1 nogil
     cdef int turn_once(self) except -1 nogil
     cdef int take_inbox(self) except -1 nogil
@@ -75,3 +101,4 @@ cdef class Driver:
     cdef int run_posted(self) except -1
     cdef int32_t request(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, const uint8_t *source,
                          uint8_t *target) except? 1
+    cdef int fill(self, uint64_t at, uint8_t *target, uint64_t length) except -1

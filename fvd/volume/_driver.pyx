@@ -6,28 +6,35 @@ It may not know sockets, protocols, or how the disk was opened.
 
 import collections
 import logging
+import operator
 import os
 import threading
 from concurrent.futures import Future
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN, errno
+from libc.errno cimport EINTR, EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from fvd._lifetime cimport asked_to_stop, is_work, process
 from fvd.device._queue cimport EVENT_OP, open_queue
 from fvd.engine._engine cimport (
     FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, WANT_EVENT, WANT_GROWTH,
 )
 
-from fvd.errors import DeviceError, InvalidArgument, NoSpace, ReadOnly, quoted
+from fvd._lifetime import Interrupted, keep, never_wait
+from fvd.errors import DeviceError, Forked, InvalidArgument, NoSpace, OutOfMemory, ReadOnly, quoted
+
+cdef extern from "<errno.h>" nogil:
+    const int ECANCELED
 
 cdef extern from "<semaphore.h>" nogil:
     int sem_init(sem_t *, int, unsigned int)
     int sem_destroy(sem_t *)
     int sem_post(sem_t *)
-    int sem_wait(sem_t *)
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *, const void *)
@@ -40,6 +47,7 @@ cdef enum:
     PIECE_RANGE_BYTES = 1 << 30     # of trim and zero, which have no buffer
     TICK_NS = 1000000000            # a quiet disk still commits what is pending
     COPYING_TICK_NS = 250000000     # copying is steered this often
+    LOOK_NS = 50000000              # so often work that is waiting looks whether it is still wanted
     WANT_STEER = 4
     WANT_BASE = 8
 
@@ -62,6 +70,7 @@ cdef class Driver:
         self.failure = None
         self.queue_kind = ""
         self.wake_fd = -1
+        self.process = process()
 
     def __dealloc__(self):
         if self.wake_fd >= 0:
@@ -71,6 +80,7 @@ cdef class Driver:
     def start(self):
         """Starts the thread. Raises what opening its queue raises. Called once, by `drive`."""
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        keep(self, _descriptors)
         # A daemon: a caller that forgot to close must still be able to end its process. The journal makes up for it.
         self.thread = threading.Thread(target=self._run, name=f"fvd {self.volume.name}", daemon=True)
         self.thread.start()
@@ -86,40 +96,54 @@ cdef class Driver:
         return self.closing
 
     def pread(self, offset_bytes, length_bytes):
-        """`length_bytes` from `offset_bytes` of the disk. Raises InvalidArgument (not in the disk), DeviceError."""
-        data = bytearray(_natural(length_bytes))
-        self.pread_into(offset_bytes, data)
-        return bytes(data)
+        """`length_bytes` from `offset_bytes` of the disk. Raises InvalidArgument (not in the disk), OutOfMemory, DeviceError."""
+        cdef uint64_t at = natural(offset_bytes, "offset"), length = natural(length_bytes, "length")
+        self.check_range(at, length)
+        try:
+            data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> length)     # nobody else sees it before it is full
+        except (MemoryError, OverflowError) as error:
+            raise OutOfMemory(f"{self.volume.name}: no memory for {length} bytes at once; read less at a time") from error
+        self.fill(at, <uint8_t *> PyBytes_AS_STRING(data), length)
+        return data
 
     def pread_into(self, offset_bytes, buffer):
-        """Fills a writable buffer from `offset_bytes`; returns its length in bytes."""
-        cdef uint8_t[::1] view = memoryview(buffer).cast("B")
-        cdef uint64_t at = _natural(offset_bytes)
-        cdef uint64_t done = 0
-        cdef uint64_t length = <uint64_t> view.shape[0]
-        self.check_range(at, length)
+        """Fills a writable buffer from `offset_bytes`; returns its length in bytes. Raises InvalidArgument, DeviceError."""
+        cdef Py_buffer view
+        cdef uint64_t at = natural(offset_bytes, "offset")
+        take_buffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            self.check_range(at, <uint64_t> view.len)
+            self.fill(at, <uint8_t *> view.buf, <uint64_t> view.len)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int fill(self, uint64_t at, uint8_t *target, uint64_t length) except -1:
+        cdef uint64_t done = 0, piece
         while done < length:
             piece = min(length - done, <uint64_t> PIECE_BYTES)
-            self.answer(self.request(REQUEST_READ, 0, at + done, piece, NULL, &view[done]), "reading", at + done, piece)
+            self.answer(self.request(REQUEST_READ, 0, at + done, piece, NULL, target + done), "reading", at + done, piece)
             done += piece
-        return length
+        return 0
 
     def pwrite(self, offset_bytes, data, *, bint fua=False):
         """Writes all of `data` at `offset_bytes`; with `fua` it is durable on return. May wait for storage to grow.
 
         Raises InvalidArgument (not in the disk), NoSpace, ReadOnly, DeviceError.
         """
-        cdef const uint8_t[::1] view = memoryview(data).cast("B")
-        cdef uint64_t at = _natural(offset_bytes)
-        cdef uint64_t done = 0
-        cdef uint64_t length = <uint64_t> view.shape[0]
-        self.check_range(at, length)
-        while done < length:
-            piece = min(length - done, <uint64_t> PIECE_BYTES)
-            error = self.request(REQUEST_WRITE, FLAG_FUA if fua else 0, at + done, piece, &view[done], NULL)
-            self.answer(error, "writing", at + done, piece)
-            done += piece
-        return length
+        cdef Py_buffer view
+        cdef uint64_t at = natural(offset_bytes, "offset"), done = 0, piece
+        take_buffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.check_range(at, <uint64_t> view.len)
+            while done < <uint64_t> view.len:
+                piece = min(<uint64_t> view.len - done, <uint64_t> PIECE_BYTES)
+                error = self.request(REQUEST_WRITE, FLAG_FUA if fua else 0, at + done, piece, <const uint8_t *> view.buf + done, NULL)
+                self.answer(error, "writing", at + done, piece)
+                done += piece
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
 
     def flush(self):
         """What was written before, by any thread, survives a crash when this returns. Raises DeviceError."""
@@ -142,6 +166,7 @@ cdef class Driver:
 
     def call(self, function):
         """`function()` as called in the loop's thread: for what looks at the engine (info, map, check). Its errors are raised here."""
+        self.check_process()
         if threading.current_thread() is self.thread:
             return function()
         future = Future()
@@ -205,10 +230,18 @@ cdef class Driver:
 
     cdef int32_t request(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, const uint8_t *source,
                          uint8_t *target) except? 1:
-        """One request from queue to end; the caller sleeps without the GIL. Returns 0 or a negative errno."""
+        """One request from queue to end; the caller sleeps without the GIL. Returns 0 or a negative errno.
+
+        An interrupted caller (a signal handler has raised, or its work is to stop) leaves what only looks or flushes at once. What changes
+        the disk it waits for, or a later write might be overtaken; only not for storage that is to come. A second interruption is as good
+        as a kill: the request goes on without its caller. Closing goes on to its end.
+        """
         cdef Call *call
         cdef int32_t error
-        cdef bint interrupted, refused
+        cdef int missed, interruptions = 0
+        cdef bint refused, works = is_work()
+        cdef long limit_ns = LOOK_NS if works else -1
+        self.check_process()
         if threading.current_thread() is self.thread:
             raise RuntimeError("a call made in the disk's own thread would wait for itself")
         call = <Call *> calloc(1, sizeof(Call))
@@ -223,7 +256,7 @@ cdef class Driver:
                 memcpy(call.buffer, source, length_bytes)
         if (source != NULL or target != NULL) and call.buffer == NULL:
             call_free(call)
-            raise MemoryError
+            raise OutOfMemory(f"{self.volume.name}: no memory for a transfer of {length_bytes} bytes")
         with nogil:
             pthread_mutex_lock(&self.lock)
             refused = self.closing or self.dead
@@ -235,28 +268,57 @@ cdef class Driver:
         if refused:
             call_free(call)
             return -ESHUTDOWN
+        raised = None
         while True:
             with nogil:
-                interrupted = sem_wait(&call.done) != 0 and errno == EINTR
-            if not interrupted:
+                missed = fvd_driver_wait(&call.done, limit_ns)
+            if missed == 0:
                 break
-            try:
-                PyErr_CheckSignals()
-            except BaseException:
+            if works:
+                interruptions = asked_to_stop()
+            elif missed == EINTR:
+                try:
+                    PyErr_CheckSignals()
+                except BaseException as interruption:
+                    raised = raised or interruption
+                    interruptions += 1
+            if interruptions == 0 or kind == REQUEST_CLOSE:
+                continue
+            if interruptions > 1 or kind == REQUEST_READ or kind == REQUEST_FLUSH:
                 with nogil:
-                    pthread_mutex_lock(&self.lock)
-                    refused = call.finished
-                    call.abandoned = not refused
-                    pthread_mutex_unlock(&self.lock)
-                if refused:
-                    call_free(call)
-                raise
+                    self.abandon(call)
+                raise raised or Interrupted()
+            with nogil:
+                self.stop_waiting(call)
         error = call.error
         if error == 0 and target != NULL:
             with nogil:
                 memcpy(target, call.buffer, length_bytes)
         call_free(call)
+        if raised is not None:
+            raise raised
+        if interruptions and kind != REQUEST_CLOSE:
+            raise Interrupted()
         return error
+
+    cdef void abandon(self, Call *call) noexcept nogil:
+        """The caller goes away; whoever is the last to let go of the call frees it."""
+        cdef bint finished
+        pthread_mutex_lock(&self.lock)
+        finished = call.finished
+        call.abandoned = not finished
+        pthread_mutex_unlock(&self.lock)
+        if finished:
+            call_free(call)
+
+    cdef void stop_waiting(self, Call *call) noexcept nogil:
+        """The call is to end as soon as nothing of it is under way. Again is fine."""
+        pthread_mutex_lock(&self.lock)
+        if not call.finished and not call.unwanted:
+            call.unwanted = True
+            self.unwanted += 1
+        pthread_mutex_unlock(&self.lock)
+        fvd_driver_wake(self.wake_fd)
 
     cdef void enqueue(self, Call *call) noexcept nogil:
         if self.inbox_last == NULL:
@@ -277,6 +339,7 @@ cdef class Driver:
         pthread_mutex_lock(&self.lock)
         abandoned = call.abandoned
         call.finished = True
+        self.unwanted -= call.unwanted
         if not abandoned:
             sem_post(&call.done)
         pthread_mutex_unlock(&self.lock)
@@ -287,6 +350,7 @@ cdef class Driver:
 
     def _run(self):
         cdef Call *call
+        never_wait()
         try:
             self.queue = open_queue(self.force_blocking, 256)
             base = self.volume.base
@@ -351,6 +415,8 @@ cdef class Driver:
             busy = False
             if self.engine.want or self.has_posted:
                 self.attend()
+            if self.unwanted:
+                self.end_unwanted()
             if self.engine.op_count:
                 self.queue.start(0, self.engine.ops, self.engine.op_count)
                 self.engine.op_count = 0
@@ -367,6 +433,15 @@ cdef class Driver:
             else:
                 fvd_driver_woken(self.wake_fd)
         self.queue.event_count = 0
+        return 0
+
+    cdef int end_unwanted(self) except -1 nogil:
+        """Whose callers do not wait for storage or the base any longer. Looked at again in every turn: it may come to wait only now."""
+        cdef Call *call = self.calls
+        while call != NULL:
+            if call.unwanted:
+                self.engine.cancel_waiting(0xFFFFFFFFFFFFFFFFULL, <uint64_t> call, -ECANCELED)
+            call = call.older
         return 0
 
     cdef int take_inbox(self) except -1 nogil:
@@ -412,14 +487,18 @@ cdef class Driver:
 
     # --- Small things -----------------------------------------------------------------------------------------------------------------
 
+    def check_process(self):
+        if self.process != process():
+            raise Forked(f"{self.volume.name} was opened by the process that this one was forked from, and is that one's; open it here")
+
     def run_range(self, kind, flags, what, offset_bytes, length_bytes):
-        cdef uint64_t at = _natural(offset_bytes)
-        cdef uint64_t end = at + <uint64_t> _natural(length_bytes)
-        self.check_range(at, end - at)
-        while at < end:
-            piece = min(end - at, <uint64_t> PIECE_RANGE_BYTES)
+        cdef uint64_t at = natural(offset_bytes, "offset"), left = natural(length_bytes, "length"), piece
+        self.check_range(at, left)
+        while left > 0:
+            piece = min(left, <uint64_t> PIECE_RANGE_BYTES)
             self.answer(self.request(kind, flags, at, piece, NULL, NULL), what, at, piece)
             at += piece
+            left -= piece
 
     def check_range(self, uint64_t offset_bytes, uint64_t length_bytes):
         size = self.volume.geometry.virtual_size_bytes
@@ -448,7 +527,8 @@ cdef class Driver:
 
     def gone(self):
         if self.failure is not None:
-            return DeviceError(f"{self.volume.name}: its thread has ended with an error: {quoted(self.failure)}")
+            what = f"{type(self.failure).__name__}: {quoted(self.failure)}"
+            return DeviceError(f"{self.volume.name}: its thread has ended with an error: {what}")
         return DeviceError(f"{self.volume.name} has been closed; open it again")
 
 
@@ -458,10 +538,33 @@ cdef void call_free(Call *call) noexcept nogil:
     free(call)
 
 
-cdef object _natural(value):
+def _descriptors(Driver driver):
+    return (driver.wake_fd,)
+
+
+cdef uint64_t natural(value, what) except? 0xFFFFFFFFFFFFFFFF:
+    """An offset or length. Neither a bool nor a float is one: whoever passes such a thing has miscounted."""
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise InvalidArgument(f"the {what} must be a whole number of bytes, and is of type {type(value).__name__}") from None
     if value < 0:
-        raise InvalidArgument(f"an offset or length cannot be negative: {value}")
-    return value
+        raise InvalidArgument(f"the {what} cannot be negative: {value}")
+    if value >= 1 << 64:
+        raise InvalidArgument(f"the {what} {value} is beyond the end of every disk")
+    return <uint64_t> value
+
+
+cdef int take_buffer(data, Py_buffer *view, int how) except -1:
+    try:
+        PyObject_GetBuffer(data, view, how)
+    except (TypeError, BufferError, ValueError):
+        need = "writable memory in one piece, such as a bytearray" if how & PyBUF_WRITABLE else "bytes, or other memory in one piece"
+        raise InvalidArgument(f"data of type {type(data).__name__} is not {need}") from None
+    return 0
 
 
 def drive(volume, *, bint force_blocking=False, on_failure=None):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from fvd._lifetime import Descriptors
 from fvd.device.as_user import User, open_as
 from fvd.device.claim import Ownership, claim
 from fvd.device.holes import find_holes
@@ -176,8 +177,10 @@ def _use(node: Node, base_format: BaseFormat, resources: ExitStack, timeout_s: f
     if not base_format.is_image:
         return OpenBase(resources.pop_all(), node=node)
     Contents(node).refuse_others(base_format)
+    passed = Descriptors()
+    resources.callback(passed.close)
     passed_fd = fcntl.fcntl(node.fd, fcntl.F_DUPFD_CLOEXEC, _LEAST_FD)
-    resources.callback(os.close, passed_fd)
+    passed.append(passed_fd)
     judged = _state_of(node)
 
     def handle() -> Handle:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fvd import _core
+from fvd._lifetime import checkpoint
 from fvd.device.node import aligned_buffer
 from fvd.errors import Corrupt, FvdError
 from fvd.format.geometry import PAGE_BYTES, Geometry, ceil_div
@@ -82,6 +83,7 @@ def read_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap |
         return
     buffer = aligned_buffer(READ_BYTES)
     for first in range(0, pages, READ_BYTES // PAGE_BYTES):
+        checkpoint()
         raw = buffer[: (pages - first) * PAGE_BYTES]
         node.pread_into(map_offset_bytes(geometry, kind) + first * PAGE_BYTES, raw)
         decode_pages(geometry, kind, raw, superblock.uuid, items, first)

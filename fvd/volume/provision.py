@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fvd._lifetime import checkpoint
 from fvd.device import names
 from fvd.device.holes import punch_hole
 from fvd.device.node import Identity, Node, open_node
@@ -224,6 +225,7 @@ def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Tabl
             continue
         pages = map_pages(geometry, kind)
         for first in range(0, pages, BATCH_BYTES // PAGE_BYTES):
+            checkpoint()
             batch = encode_pages(geometry, kind, items, superblock.uuid, first, min(BATCH_BYTES // PAGE_BYTES, pages - first))
             node.pwrite(map_offset_bytes(geometry, kind) + first * PAGE_BYTES, batch)
             done_bytes += batch.size

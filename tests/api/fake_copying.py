@@ -90,6 +90,7 @@ class FakeDisk:
         self.base_released = released
         self.loss = None
         self.failing = None
+        self.holding = None
         self.copying = FakeCopying() if base and not released and not read_only else None
         self.trace: list[str] = []
 

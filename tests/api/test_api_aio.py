@@ -14,6 +14,7 @@ import pytest
 
 import fvd
 import fvd.aio
+import fvd.volume.opening
 
 MIB = 1 << 20
 WAIT_SECONDS = 60
@@ -196,31 +197,31 @@ def test_a_failure_to_follow_is_raised() -> None:
 
 @pytest.mark.parametrize("moment", ["before it is open", "after it is open"])
 def test_a_cancelled_open_leaves_no_disk_open(volume: str, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the task is cancelled while the thread opens the disk or when it has, somebody closes it."""
+    """Whether the task is cancelled while the thread opens the disk or when it has: it is closed when the cancellation is told."""
     opening, go = threading.Event(), threading.Event()
-    real = fvd.aio._Handover._run
+    real = fvd.volume.opening.open_volume
 
-    def slow(self: fvd.aio._Handover[Any]) -> Any:
-        if moment == "before it is open":
-            opening.set()
-            go.wait(WAIT_SECONDS)
-            return real(self)
-        made = real(self)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        made = None if moment == "before it is open" else real(*args, **kwargs)
         opening.set()
         go.wait(WAIT_SECONDS)
-        return made
+        return made or real(*args, **kwargs)
 
-    monkeypatch.setattr(fvd.aio._Handover, "_run", slow)
+    monkeypatch.setattr(fvd.volume.opening, "open_volume", slow)
 
     async def work() -> None:
         task = asyncio.ensure_future(fvd.aio.open(volume).__aenter__())
         await asyncio.to_thread(opening.wait, WAIT_SECONDS)
         task.cancel()
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        go.set()
+        monkeypatch.undo()
+        async with fvd.aio.open(volume):
+            pass
 
     run(work)
     assert fvd.info(volume).clean
-    with fvd.open(volume):
-        pass

@@ -19,7 +19,7 @@ import fvd.aio
 from fvd.api import copying
 from fvd.api.events import Event, Hub, Subscription, report
 from fvd.api.opened import OpenedVerbs
-from fvd.api.serving import Served
+from fvd.api.serving import Serving
 from fvd.api.types import from_json, info_from_json
 from fvd.errors import Corrupt, InvalidArgument, NotFound, ReadOnly
 
@@ -221,8 +221,8 @@ class FakeServer:
         self._trace.append(f"queue {name}")
 
 
-def served_over(disk: FakeDisk) -> tuple[Served, Hub]:
-    served = Served(
+def served_over(disk: FakeDisk) -> tuple[Serving, Hub]:
+    served = Serving(
         ("file:a",),
         socket="unused",
         listen=None,
@@ -301,7 +301,7 @@ def test_verbs_through_the_control_socket(tmp_path: Path, monkeypatch: pytest.Mo
     base.write_bytes(b"b" * MIB)
     fvd.provision(name, "64M", base=base)
     with fvd.serve(name, socket=tmp_path / "vm.sock", prefetch=False) as served:
-        [disk] = served._disks.values()
+        [disk] = served._serving._disks.values()
         fake = FakeCopying()
         real, disk.copying = disk.copying, fake  # type: ignore[assignment]
         try:

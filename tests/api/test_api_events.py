@@ -356,7 +356,7 @@ def test_a_failed_storage_of_a_served_disk(volume: str, tmp_path: Path) -> None:
         handle = nbd.NBD()
         handle.connect_uri(served.uri)
         handle.pwrite(b"x" * MIB, 0)
-        [disk] = served._disks.values()
+        [disk] = served._serving._disks.values()
         break_storage(disk.node.fd)
         with pytest.raises(nbd.Error):
             handle.flush()
@@ -443,7 +443,7 @@ def test_history(volume: str, tmp_path: Path) -> None:
 
 def test_a_slow_follower_loses_events_and_nobody_waits(volume: str, tmp_path: Path) -> None:
     with fvd.serve(volume, socket=tmp_path / "vm.sock") as served, fvd.events(volume) as slow:
-        [hub] = served._hubs.values()
+        [hub] = served._serving._hubs.values()
         for number in range(20_000):  # more than its queue and its socket hold
             hub.tell(GrowthEvent("low_water", number, 0, message="x" * 100))
         assert fvd.info(volume).volume == volume

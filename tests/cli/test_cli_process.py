@@ -108,7 +108,7 @@ def test_memory_that_is_refused_is_one_line_with_what_the_disk_needs(workdir: Pa
     needed = format_size(memory_bytes(Geometry(20 * TIB)))
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (220 << 20, 220 << 20))
+        resource.setrlimit(resource.RLIMIT_AS, (240 << 20, 240 << 20))
 
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     for words in (["check"], ["serve", "--socket", "vm.sock"]):
