@@ -81,6 +81,7 @@ PATH_METHODS = words(
 # module -> (what it may touch, why it is the place for that)
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd._lifetime": ({"process", "file", "clock"}, "threads that signals spare, and how long they are waited for; /dev/null after a fork"),
+    "fvd.counted": ({"clock"}, "how many messages of a kind there were in a minute; injected in tests"),
     "fvd.device._queue": ({"file", "clock"}, "device operations: io_uring and the blocking queue; waits with a time limit"),
     "fvd.device._remote": (
         {"clock", "dice", "file", "process"},

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fvd.api.events import Bell, EventQueue, EventStream, event_from_json
+from fvd.counted import Counted
 
 if TYPE_CHECKING:
     from fvd.control.following import Follower
@@ -62,12 +63,13 @@ class FollowedEvents(EventStream):
 
 def _listen(follower: Follower, waiting: EventQueue) -> None:
     failure = None
+    notes = Counted(log)
     try:
         while (found := follower.next()) is not None:
             try:
                 event = event_from_json(found)
             except TypeError as error:  # a part that every event has is missing
-                log.warning("an event that cannot be understood was passed over: %s", error)
+                notes.warning("event", f"an event that cannot be understood was passed over: {error}")
                 continue
             waiting.put([event])
     except Exception as error:

@@ -26,6 +26,7 @@ from fvd.control.streaming import HEARTBEAT_SECONDS
 from fvd.control.trust import is_believed_about, is_stranger, peer_uid
 from fvd.control.wakeup import Wakeup
 from fvd.control.watching import SocketWatch
+from fvd.counted import Counted
 from fvd.errors import FvdError, NotFound, PermissionDenied
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Follower:
         self._closing = False
         keep(self, lambda follower: [peer.link.fileno() for peer in list(follower._peers.values()) if peer.link is not None])
         self._watch: SocketWatch | None = None
+        self._notes = Counted(log)  # its owner can replace a socket as often as he likes
 
     def open(self) -> None:
         """Connects to the servers that there are and waits for their answers. Raises PermissionDenied, Unsupported (no inotify), and for
@@ -253,7 +255,7 @@ class Follower:
         self._ignored.add(peer.path)
         if self._volume_paths is not None:
             raise error
-        log.warning("%s: its events are not followed: %s", peer.path, error)
+        self._notes.warning("not followed", f"{peer.path}: its events are not followed: {error}")
 
     def _forget(self, peer: _Peer) -> None:
         _disconnect(peer)

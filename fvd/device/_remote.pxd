@@ -69,6 +69,7 @@ cdef class Remote(Source):
     cdef readonly str name
     cdef readonly double timeout_s
     cdef readonly uint64_t size_bytes       # of the export; 0 before open()
+    cdef object notes                       # a Counted
     cdef readonly str trouble               # why there is no connection; empty: there is one, or none was lost
     cdef object __weakref__
     cdef object helper, opened, failure, random, prepare

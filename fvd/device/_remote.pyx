@@ -33,6 +33,7 @@ from fvd.device.libnbd cimport (
 from fvd.device.op cimport OP_READ, DeviceOp
 
 from fvd._lifetime import checkpoint, keep
+from fvd.counted import Counted
 from fvd.errors import DeviceError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 
 cdef extern from *:
@@ -149,6 +150,7 @@ cdef class Remote(Source):
         self.limit_ns = <int64_t>(self.timeout_s * 1e9 / 3)
         self.name = name
         self.trouble = ""
+        self.notes = Counted(log)       # whoever serves the base decides how often it goes and comes
         self.random = random.Random()
 
     def __dealloc__(self):
@@ -510,11 +512,11 @@ cdef class Remote(Source):
                 failures = min(failures + 1, 10)
                 if str(error) != self.trouble and not self.stop:
                     self.trouble = str(error)
-                    log.warning("%s; it is tried again", error)
+                    self.notes.warning("tried", f"{error}; it is tried again")
                 continue
             failures = min(failures + 1, 10)    # until it has answered something
             if self.opened.is_set():
-                log.info("%sconnected again", self._whose())
+                self.notes.info("connected", f"{self._whose()}connected again")
             else:
                 self.size_bytes = line.size_bytes
             self.trouble = ""
@@ -565,7 +567,7 @@ cdef class Remote(Source):
             if line.reason[0] and not self.stop:
                 reason = (<bytes>line.reason).decode(errors="replace")
                 self.trouble = reason
-                log.warning("%slost its connection: %s; it is made again", self._whose(), reason)
+                self.notes.warning("lost", f"{self._whose()}lost its connection: {reason}; it is made again")
             useful = useful or line.answered != 0
             with nogil:
                 if line.fd >= 0:
@@ -767,7 +769,7 @@ cdef class Remote(Source):
         except DeviceError as error:
             if self.fresh == NULL:
                 raise
-            log.warning("%s; its holes are copied as data", error)
+            self.notes.warning("holes", f"{error}; its holes are copied as data")
             return []
         if self.extents.no_memory:
             raise MemoryError
