@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -116,3 +117,4 @@ def _say_all() -> None:
 
 
 atexit.register(_say_all)
+os.register_at_fork(after_in_child=_ALL.clear)  # what was counted is the parent's to tell; a lock may have been held just then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -93,3 +94,15 @@ def test_what_nobody_listens_to_is_not_counted(notes: Counted, clock: Clock, cap
     finally:
         logging.getLogger("counted").setLevel(logging.NOTSET)
     assert not caplog.messages
+
+
+def test_a_child_tells_nothing(notes: Counted, caplog: pytest.LogCaptureFixture) -> None:
+    """What was counted is its parent's to tell. Another thread may have held the lock when it forked."""
+    for _ in range(10):
+        notes.warning("a", "a")
+    with notes._lock:
+        child = os.fork()
+        if child == 0:
+            counted._say_all()
+            os._exit(len(caplog.messages))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3

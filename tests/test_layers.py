@@ -121,6 +121,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"socket", "dice", "file", "clock"},
         "sockets that listen, their names, owners and modes; names of temporary folders; how long another server that begins is waited for",
     ),
+    "fvd.export.peers": ({"socket"}, "who is at the other end of a socket, and its options"),
     "fvd.export._server": ({"socket", "clock", "file"}, "the serving loop: the clients' sockets, the engine's ticks"),
     "fvd.control.paths": ({"file"}, "finds and makes the folder of the control sockets, and the identity of a volume's file"),
     "fvd.control.client": ({"socket", "clock"}, "asks a served disk, and waits so long for the whole answer"),

@@ -72,6 +72,7 @@ cdef struct Wire:
 
 cdef int wire_step(Wire *wire, uint32_t event) noexcept nogil
 cdef void take_header(Wire *wire, const Limits *limits, const uint8_t *data, Request *request) noexcept nogil
+cdef uint64_t request_room(const uint8_t *data, uint64_t status_bytes) noexcept nogil
 cdef int take_data(Wire *wire, uint32_t size_bytes) noexcept nogil      # true when that was the last of it
 
 cdef uint32_t nbd_error(int64_t result) noexcept nogil                  # 0 or a negative errno -> NBD's error

@@ -132,6 +132,19 @@ cdef void take_header(Wire *wire, const Limits *limits, const uint8_t *data, Req
     wire_step(wire, ON_REFUSED_WRITE if request.error else ON_WRITE)
 
 
+cdef uint64_t request_room(const uint8_t *data, uint64_t status_bytes) noexcept nogil:
+    """For a header that has not been taken: how many bytes its data, or its reply's, will need at most."""
+    cdef uint32_t length
+    cdef uint16_t command
+    memcpy(&command, data + 6, 2)
+    memcpy(&length, data + 24, 4)
+    command = be16toh(command)
+    length = be32toh(length)
+    if command == COMMAND_READ or command == COMMAND_WRITE:
+        return length if length <= MAXIMUM_PAYLOAD_BYTES else 0     # more is refused
+    return status_bytes if command == COMMAND_BLOCK_STATUS else 0
+
+
 cdef int take_data(Wire *wire, uint32_t size_bytes) noexcept nogil:
     wire.left -= size_bytes
     if wire.left:

@@ -17,11 +17,11 @@ from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (DONE_ALL_ZERO, EXTENT_ZERO, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ,
                                  REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done, Extent)
 from fvd.export._nbd cimport (COMMAND_BLOCK_STATUS, COMMAND_CACHE, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
-                              COMMAND_FLUSH, COMMAND_READ, COMMAND_TRIM, COMMAND_WRITE, COMMAND_WRITE_ZEROES, DATA_HEAD_BYTES,
-                              ERROR_CHUNK_BYTES, HOLE_CHUNK_BYTES, ON_END, ON_NO_MEMORY, REQUEST_BYTES,
-                              SIMPLE_HEAD_BYTES, STATUS_EXTENT_BYTES, STATUS_HEAD_BYTES, STATUS_HOLE, STATUS_ZERO, WIRE_CLOSED,
-                              WIRE_HEADER, WIRE_PAYLOAD, Limits, Request, Wire, nbd_error, put_data_head, put_error, put_hole,
-                              put_simple, put_status_extent, put_status_head, take_data, take_header, wire_step)
+                              COMMAND_DISCONNECT, COMMAND_FLUSH, COMMAND_READ, COMMAND_TRIM, COMMAND_WRITE, COMMAND_WRITE_ZEROES,
+                              DATA_HEAD_BYTES, ERROR_CHUNK_BYTES, HOLE_CHUNK_BYTES, ON_END, ON_NO_MEMORY, REQUEST_BYTES, SIMPLE_HEAD_BYTES,
+                              STATUS_EXTENT_BYTES, STATUS_HEAD_BYTES, STATUS_HOLE, STATUS_ZERO, WIRE_CLOSED, WIRE_HEADER, WIRE_PAYLOAD,
+                              Limits, Request, Wire, nbd_error, put_data_head, put_error, put_hole, put_simple, put_status_extent,
+                              put_status_head, request_room, take_data, take_header, wire_step)
 
 cdef extern from *:
     """
@@ -53,7 +53,6 @@ cdef extern from *:
     ssize_t sendmsg(int fd, const msghdr *message, int flags) nogil
     int shutdown(int fd, int how) nogil
     int c_close "close"(int fd) nogil
-    void *aligned_alloc(size_t alignment, size_t size) nogil
     const int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
     const int64_t POLLHUP, POLLERR, POLLRDHUP
 
@@ -66,14 +65,17 @@ cdef enum:
     BYTES_PER_TURN = 1 << 20
     REPLIES_PER_SEND = 64
     STATUS_EXTENTS = 1024
-    CLASSES = 14                    # payload buffers of 4 KiB << class, up to 32 MiB
+    STATUS_BYTES = STATUS_HEAD_BYTES + STATUS_EXTENT_BYTES * STATUS_EXTENTS
     NO_CLASS = 0xFF
-    POOLED_BYTES = 64 << 20         # free buffers that are kept
+    LARGEST_COST = PAGE + (32 << 20)    # of one request
+    STALL_BYTES = 1 << 20           # so much at least is to move in the time that a stalled client is given
     SLOTS_PER_SLAB = 256
     INTERNAL = 0xFFFFFFFF           # connection number in the cookies of the loop's own requests
     ALL = -1                        # instead of an export's number
     WATCH_CONNECTION = 0            # in the upper half of a watch's key; the lower is its number
     WATCH_PYTHON = 1                # ... or a descriptor
+
+include "buffers.pxi"
 
 cdef int64_t TICK_NS = 250000000
 cdef int64_t LINGER_NS = 10000000000    # a client that hung up or said goodbye has this long to take the rest of its replies
@@ -102,6 +104,12 @@ cdef enum Attention:                # why the loop returns to Python
     ATTENTION_WANT = 2
     ATTENTION_TICK = 4
 
+cdef enum:                          # why the loop hung up on a client
+    ENDING_GARBAGE = 0              # it sent what is no request
+    ENDING_HALF_SENT = 1            # the rest of a request did not come
+    ENDING_NOT_TAKEN = 2            # it took no replies
+    ENDINGS = 3
+
 cdef struct Export:
     PyObject *backend               # a Backend; borrowed from Server.backends
     uint32_t number
@@ -123,6 +131,14 @@ cdef struct Export:
 
 cdef struct Connection              # forward
 
+cdef struct Peer:                   # whoever has connections: a user of this host, or an address
+    uint32_t kind                   # server.py's; with the value, who it is
+    uint64_t value
+    uint32_t connections
+    uint64_t over_bytes             # of all of them: what each holds beyond its share
+    Connection *claimant            # the one of them whose turn it is to get memory beyond its share
+    Peer *next
+
 cdef struct Slot:                   # one request of a client
     uint8_t head[36]                # the whole reply, when it carries no data
     uint8_t *out                    # the reply, while it waits to be sent
@@ -130,7 +146,6 @@ cdef struct Slot:                   # one request of a client
     Slot *next                      # in the connection's replies, or in the free list
     Connection *connection
     uint8_t *payload
-    uint64_t cost                   # what it counts against the caps
     uint64_t data_bytes
     Request request
     uint32_t number
@@ -149,6 +164,7 @@ cdef struct Connection:
     uint8_t listed[LISTS]
     Connection *next[LISTS]
     Export *export
+    Peer *peer
     Limits limits
     Wire wire
     uint8_t *buffer
@@ -162,6 +178,12 @@ cdef struct Connection:
     uint64_t data_bytes             # of them, what clients asked to move
     uint32_t slots
     int64_t deadline_ns             # when ending
+    uint64_t received_total, sent_total, begun_total    # bytes, bytes, requests
+    uint64_t received_mark, sent_mark, begun_mark       # ... when it last was seen to get on
+    int64_t half_sent_ns            # for so long it has not got on with a request
+    int64_t not_taken_ns            # ... with its replies
+    uint64_t waiting_turn           # when `waiting` was found
+    uint64_t waiting
 
 
 cdef uint64_t share(uint64_t cost, uint64_t waiting, uint64_t data) noexcept nogil:
@@ -169,6 +191,10 @@ cdef uint64_t share(uint64_t cost, uint64_t waiting, uint64_t data) noexcept nog
     if waiting == 0 or data == 0:
         return 0
     return cost if waiting >= data else <uint64_t>(<double>cost * <double>waiting / <double>data)
+
+
+cdef inline uint64_t beyond(uint64_t held, uint64_t bound) noexcept nogil:
+    return held - bound if held > bound else 0
 
 
 cdef class Backend:
@@ -217,11 +243,15 @@ cdef class Server:
     """The loop's state. Everything but the constructor belongs to the thread that called open()."""
 
     cdef readonly Queue queue
-    cdef uint64_t connection_cap, total_cap, waiting_cap
+    # Memory. What is held is within total_cap: each connection's share (connections * share_cap <= total_cap - common_cap), and what is
+    # beyond the shares, over_bytes, within common_cap. See may_read.
+    cdef uint64_t connection_cap, total_cap, waiting_cap, share_cap, common_cap, reserve_cap, easy_cap, easy_total, all_waiting_cap
+    cdef int64_t stall_ns
     cdef int64_t busy_poll_ns
     cdef bint force_blocking
-    cdef int64_t now_ns, last_request_ns, next_tick_ns
+    cdef int64_t now_ns, last_request_ns, next_tick_ns, last_tick_ns
     cdef uint32_t attention
+    cdef bint freed                 # memory, since the paused were asked
     cdef list backends
     cdef dict watches               # descriptor -> handle
     cdef Export **exports
@@ -235,34 +265,47 @@ cdef class Server:
     cdef Slot **slabs
     cdef uint32_t slab_count
     cdef Slot *free_slots
-    cdef uint8_t *pool[CLASSES]
-    cdef uint64_t pooled_bytes, inflight_bytes, data_bytes, turn_count, accepted
+    cdef Pool pool
+    cdef Peer *peers
+    cdef uint64_t inflight_bytes, over_bytes, data_bytes, turn_count, accepted, waiting, waiting_turn
+    cdef uint64_t[ENDINGS] endings
     cdef Extent *scratch
     cdef int *ready_fds
     cdef uint32_t ready_count, ready_room
 
-    def __init__(self, *, connection_bytes, total_bytes, waiting_bytes, busy_poll_us=0, force_blocking=False):
+    def __init__(self, *, connection_bytes, total_bytes, waiting_bytes, connections, stall_ns, busy_poll_us=0, force_blocking=False):
         self.connection_cap = connection_bytes
         self.total_cap = total_bytes
         self.waiting_cap = waiting_bytes
+        common = total_bytes - total_bytes // 4
+        reserve = min(<int>LARGEST_COST, common // 4)
+        self.share_cap = total_bytes // 4 // connections
+        self.common_cap = common
+        self.reserve_cap = reserve
+        self.all_waiting_cap = common // 2
+        self.easy_cap = min(connection_bytes, waiting_bytes)
+        # Up to this much in all, no rule of may_read refuses anything, whoever holds it.
+        self.easy_total = max(0, common - 2 * <int>LARGEST_COST - 3 * reserve) // 3
+        self.stall_ns = stall_ns
         self.busy_poll_ns = busy_poll_us * 1000
         self.force_blocking = force_blocking
         self.backends = []
         self.watches = {}
 
     def __dealloc__(self):
-        cdef int kind
-        cdef uint32_t i
-        cdef uint8_t *buffer
+        cdef uint32_t i, j
+        cdef Peer *peer
         if self.queue is not None:
             return                  # not closed: the device may still write to the buffers
         for i in range(self.slab_count):
+            for j in range(SLOTS_PER_SLAB):
+                if self.slabs[i][j].payload != NULL:
+                    pool_discard(&self.pool, self.slabs[i][j].payload, self.slabs[i][j].payload_class)
             free(self.slabs[i])
-        for kind in range(CLASSES):
-            while self.pool[kind] != NULL:
-                buffer = self.pool[kind]
-                self.pool[kind] = (<uint8_t **>buffer)[0]
-                free(buffer - PAGE)
+        pool_end(&self.pool)
+        while self.peers != NULL:
+            peer, self.peers = self.peers, self.peers.next
+            free(peer)
         for i in range(self.export_count):
             free(self.exports[i])
         for i in range(self.connection_room):
@@ -354,10 +397,11 @@ cdef class Server:
         self.queue.release_base(number)
 
     def adopt(self, int fd, uint32_t export, uint64_t size_bytes, uint32_t minimum_block_bytes, bint read_only, bint structured,
-              bint allocation, bytes received):
+              bint allocation, bytes received, uint32_t peer_kind, uint64_t peer_value):
         """Serve a connection whose handshake is over; the loop owns the descriptor from now on."""
         cdef uint32_t number = 0, room
         cdef Connection **grown
+        cdef Peer *peer = self.find_peer(peer_kind, peer_value)
         if len(received) > RECEIVE_BYTES:
             raise ValueError("more bytes than a receive buffer holds")
         while number < self.connection_room and self.connections[number] != NULL:
@@ -372,9 +416,11 @@ cdef class Server:
             self.connection_room = room
         cdef Connection *connection = <Connection *>calloc(1, sizeof(Connection))
         cdef uint8_t *buffer = <uint8_t *>malloc(RECEIVE_BYTES)
-        if connection == NULL or buffer == NULL:
+        cdef Peer *fresh = <Peer *>calloc(1, sizeof(Peer)) if peer == NULL else NULL
+        if connection == NULL or buffer == NULL or (peer == NULL and fresh == NULL):
             free(connection)
             free(buffer)
+            free(fresh)
             raise MemoryError
         connection.number = number
         connection.fd = fd
@@ -388,7 +434,15 @@ cdef class Server:
         except BaseException:
             free(connection)
             free(buffer)
+            free(fresh)
             raise
+        if peer == NULL:
+            peer = fresh
+            peer.kind = peer_kind
+            peer.value = peer_value
+            peer.next, self.peers = self.peers, peer
+        peer.connections += 1
+        connection.peer = peer
         connection.readable = 1
         self.push(LIST_READY, connection)
         connection.export.connections += 1
@@ -397,17 +451,47 @@ cdef class Server:
         self.accepted += 1
         return number
 
-    def turns(self):
-        """Serve until Python has something to do. Returns the watched descriptors that became ready."""
+    cdef Peer *find_peer(self, uint32_t kind, uint64_t value) noexcept:
+        cdef Peer *peer = self.peers
+        while peer != NULL and (peer.kind != kind or peer.value != value):
+            peer = peer.next
+        return peer
+
+    def peer_connections(self):
+        """How many connections each peer has: by (kind, value)."""
+        cdef Peer *peer = self.peers
+        found = {}
+        while peer != NULL:
+            found[peer.kind, peer.value] = peer.connections
+            peer = peer.next
+        return found
+
+    def take_endings(self):
+        """On how many clients the loop has hung up since the last call: (sent no request, half a request, took no replies)."""
+        cdef int i
+        endings = tuple([self.endings[i] for i in range(ENDINGS)])
+        for i in range(ENDINGS):
+            self.endings[i] = 0
+        return endings
+
+    def turns(self, int64_t at_most_ns=-1):
+        """Serve until Python has something to do, or for so long. Returns the watched descriptors that became ready."""
         cdef uint32_t number
+        cdef int64_t until_ns
         with nogil:
             self.now_ns = fvd_monotonic_ns()            # Python may have taken its time
+            until_ns = self.now_ns + at_most_ns
             for number in range(self.export_count):     # Python may have changed something in an engine
                 if self.exports[number].live:
                     self.touch(self.exports[number])
                     self.exports[number].reported &= (<Backend>self.exports[number].backend).wants()
-            while not self.attention:
-                self.turn(TICK_NS)
+            if at_most_ns < 0:
+                while not self.attention:
+                    self.turn(TICK_NS)
+            else:
+                self.turn(min(TICK_NS, at_most_ns))
+                while not self.attention and self.now_ns < until_ns:
+                    self.turn(min(TICK_NS, until_ns - self.now_ns))
         PyErr_CheckSignals()
         self.attention = 0
         ready = [self.ready_fds[i] for i in range(self.ready_count)]
@@ -500,7 +584,7 @@ cdef class Server:
             "connections": self.connection_count,
             "connections_total": self.accepted,
             "inflight_bytes": self.inflight_bytes,
-            "pooled_bytes": self.pooled_bytes,
+            "pooled_bytes": self.pool.warm_bytes,
             "turns": self.turn_count,
             "exports": exports,
         }
@@ -515,7 +599,7 @@ cdef class Server:
         cdef Connection *next
         cdef Export *export
         cdef int64_t spin_ns = 0
-        if self.first[LIST_READY] != NULL or self.touched != NULL:
+        if self.first[LIST_READY] != NULL or self.touched != NULL or (self.freed and self.first[LIST_PAUSED] != NULL):
             timeout_ns = 0
         if self.busy_poll_ns and self.now_ns - self.last_request_ns < 10 * self.busy_poll_ns:
             spin_ns = self.busy_poll_ns
@@ -532,6 +616,7 @@ cdef class Server:
             export = export.next_touched
         self.send_all()
 
+        self.freed = False
         connection = self.take(LIST_PAUSED)
         while connection != NULL:
             next = connection.next[LIST_PAUSED]
@@ -616,19 +701,46 @@ cdef class Server:
     cdef int tick_all(self) except -1 nogil:
         cdef uint32_t i
         cdef Connection *connection
+        # A server that was stopped itself, or had other work, takes its clients to have been quiet for a moment only.
+        cdef int64_t passed_ns = min(self.now_ns - self.last_tick_ns, 2 * TICK_NS)
+        self.last_tick_ns = self.now_ns
         self.attention |= ATTENTION_TICK
         for i in range(self.export_count):
             if self.exports[i].live:
                 self.touch(self.exports[i])
         for i in range(self.connection_room):
             connection = self.connections[i]
-            if connection == NULL or connection.state == CONNECTION_OPEN:
+            if connection == NULL:
                 continue
-            if connection.state == CONNECTION_ENDING and self.now_ns > connection.deadline_ns:
+            if connection.state == CONNECTION_OPEN:
+                self.judge(connection, passed_ns)
+            elif connection.state == CONNECTION_ENDING and self.now_ns > connection.deadline_ns:
                 self.drop(connection)
             else:
                 self.cancel(connection)         # what has begun to wait since
         return 0
+
+    cdef int judge(self, Connection *connection, int64_t passed_ns) except -1 nogil:
+        """Hang up on a client that has stalled: in the middle of a request, or with replies to take. One that asks for nothing has not."""
+        cdef uint32_t held = connection.end - connection.begin
+        cdef bint half = connection.wire.state != WIRE_HEADER or 0 < held < REQUEST_BYTES
+        if (not half or connection.listed[LIST_PAUSED] or connection.begun_total != connection.begun_mark
+                or connection.received_total - connection.received_mark >= STALL_BYTES):
+            connection.begun_mark = connection.begun_total
+            connection.received_mark = connection.received_total
+            connection.half_sent_ns = 0
+        else:
+            connection.half_sent_ns += passed_ns
+        # With less taken than that, its replies must have come to an end: one after the other would keep what it holds for ever.
+        if not connection.blocked or connection.sent_total - connection.sent_mark >= STALL_BYTES:
+            connection.sent_mark = connection.sent_total
+            connection.not_taken_ns = 0
+        else:
+            connection.not_taken_ns += passed_ns
+        if max(connection.half_sent_ns, connection.not_taken_ns) <= self.stall_ns:
+            return 0
+        self.endings[ENDING_HALF_SENT if connection.half_sent_ns > self.stall_ns else ENDING_NOT_TAKEN] += 1
+        return self.drop(connection)
 
     cdef int answer(self, Export *export) except -1 nogil:
         """Make replies of what the engine finished."""
@@ -664,38 +776,84 @@ cdef class Server:
     # --- Reading ------------------------------------------------------------------------------------------------
 
     cdef bint may_read(self, Connection *connection) except -1 nogil:
-        """Whether another request may be taken from a connection. Writes that wait for storage have a cap of their own: those of a
-        full disk must not stop the reads and flushes behind them."""
-        cdef uint64_t mine = connection.inflight_bytes
-        cdef uint64_t value = <uint64_t>connection.number << 32
-        cdef uint64_t waiting
-        cdef uint32_t i
-        if mine < self.connection_cap and mine < self.waiting_cap and self.inflight_bytes < self.total_cap:
+        """Whether the request whose header is there may be taken. What all hold together stays within total_cap:
+
+        1. What is within a connection's share is always taken: nobody is shut out.
+        2. What all have beyond their shares stays within common_cap.
+        3. Of that, a peer gets at most as much as it leaves, and a connection of it at most as much as it leaves of that. There, who holds
+           nothing finds room for one more request of any size, and before that many find room for a small one. So deep queues of one
+           leave enough for the next, however slowly they are emptied.
+        4. Of one peer, who holds nothing there and was refused a large one comes first: the small requests of others do not take its room.
+
+        Writes that wait for storage have caps of their own: those of a full disk must not stop the reads and flushes behind them."""
+        if connection.inflight_bytes < self.easy_cap and self.inflight_bytes <= self.easy_total:
             return True
         if connection.state != CONNECTION_OPEN:
             return True
-        waiting = (<Backend>connection.export.backend).waiting_bytes(CONNECTION_MASK, value)
-        waiting = share(mine, waiting, connection.data_bytes)
+        if connection.end - connection.begin < REQUEST_BYTES:
+            return True             # nothing to refuse yet
+        if self.has_room(connection):
+            return True
+        connection.waiting_turn = self.waiting_turn = 0     # more may wait since these were counted
+        return self.has_room(connection)
+
+    cdef bint has_room(self, Connection *connection) except -1 nogil:
+        cdef uint64_t mine = connection.inflight_bytes
+        cdef uint64_t value = <uint64_t>connection.number << 32
+        cdef Peer *peer = connection.peer
+        cdef uint64_t over = beyond(mine, self.share_cap)
+        cdef uint64_t cost, waiting, more, left, needed, peer_holds
+        cdef uint32_t i
+        cost = PAGE + room_of(request_room(connection.buffer + connection.begin, STATUS_BYTES))
+        if connection.waiting_turn != self.turn_count:
+            connection.waiting_turn = self.turn_count
+            connection.waiting = (<Backend>connection.export.backend).waiting_bytes(CONNECTION_MASK, value)
+        waiting = share(mine, connection.waiting, connection.data_bytes)
         if waiting > self.waiting_cap:
             self.touch(connection.export)
             (<Backend>connection.export.backend).cancel_waiting(CONNECTION_MASK, value, -ENOSPC)
+            connection.waiting_turn = 0
             return False
         if mine - waiting >= self.connection_cap:
             return False
-        if mine == 0:
-            return True             # whatever the others hold: slow clients must not shut this one out
-        waiting = 0
-        for i in range(self.export_count):
-            if self.exports[i].live:
-                waiting += (<Backend>self.exports[i].backend).waiting_bytes(0, 0)
-        waiting = share(self.inflight_bytes, waiting, self.data_bytes)
-        if waiting > self.total_cap:
+        more = beyond(mine + cost, self.share_cap) - over
+        if more == 0:
+            return True
+        mine -= waiting
+        if self.waiting_turn != self.turn_count:
+            self.waiting_turn = self.turn_count
+            self.waiting = 0
+            for i in range(self.export_count):
+                if self.exports[i].live:
+                    self.waiting += (<Backend>self.exports[i].backend).waiting_bytes(0, 0)
+        waiting = share(self.inflight_bytes, self.waiting, self.data_bytes)
+        if waiting > self.all_waiting_cap:
             for i in range(self.export_count):
                 if self.exports[i].live:
                     self.touch(self.exports[i])
                     (<Backend>self.exports[i].backend).cancel_waiting(0, 0, -ENOSPC)
+            self.waiting_turn = 0
             return False
-        return self.inflight_bytes - waiting < self.total_cap
+        if peer.claimant != NULL and peer.claimant != connection:
+            return False
+        over = beyond(mine, self.share_cap)
+        more = min(more, self.common_cap)       # one that is larger has it all to itself
+        if self.over_bytes + more <= self.common_cap:
+            left = self.common_cap - self.over_bytes - more
+            # What waits is counted above, and here for nobody, so that it stops nobody.
+            peer_holds = beyond(peer.over_bytes, waiting)
+            if over:
+                needed = peer_holds + more + over + 3 * self.reserve_cap
+            elif more <= self.reserve_cap // 4:
+                needed = peer_holds + more + 2 * self.reserve_cap
+            else:
+                needed = peer_holds + self.reserve_cap
+            if mine + cost <= self.share_cap or peer_holds == 0 or left >= needed:
+                peer.claimant = NULL
+                return True
+        if over == 0 and more > self.reserve_cap // 4:
+            peer.claimant = connection
+        return False
 
     cdef int receive(self, Connection *connection) except -1 nogil:
         """Take what a connection sent, up to its share of this turn."""
@@ -755,6 +913,7 @@ cdef class Server:
             return 0
         if count < <ssize_t>(direct + room - connection.end) and not connection.hung_up:
             connection.readable = 0
+        connection.received_total += <uint64_t>count
         direct = <uint32_t>min(<uint64_t>count, <uint64_t>direct)
         connection.end += <uint32_t>count - direct
         if direct and take_data(&connection.wire, direct):
@@ -781,6 +940,9 @@ cdef class Server:
                 if wire.state != WIRE_CLOSED:
                     requests[0] -= 1
                     self.begin(connection, &request)
+                elif request.command != COMMAND_DISCONNECT:
+                    self.endings[ENDING_GARBAGE] += 1
+                    self.attention |= ATTENTION_TICK
                 continue
             if wire.state == WIRE_CLOSED:
                 return CLOSED
@@ -802,6 +964,7 @@ cdef class Server:
         cdef uint32_t flags = FLAG_FUA if request.flags & COMMAND_FLAG_FUA else 0
         cdef uint64_t length = request.length_bytes
         self.last_request_ns = self.now_ns
+        connection.begun_total += 1
         slot.request = request[0]
         if request.error:
             return self.reply_error(slot, request.error)
@@ -880,6 +1043,7 @@ cdef class Server:
         if result:
             return self.reply_error(slot, nbd_error(result))
         if request.command != COMMAND_READ:
+            self.release_payload(slot)
             put_simple(slot.head, request.cookie, 0)
             return self.reply(slot, slot.head, SIMPLE_HEAD_BYTES)
         connection.export.read_bytes += length
@@ -887,6 +1051,7 @@ cdef class Server:
             put_simple(slot.payload - SIMPLE_HEAD_BYTES, request.cookie, 0)
             return self.reply(slot, slot.payload - SIMPLE_HEAD_BYTES, SIMPLE_HEAD_BYTES + length)
         if flags & DONE_ALL_ZERO:
+            self.release_payload(slot)
             put_hole(slot.head, request.cookie, request.offset_bytes, request.length_bytes)
             return self.reply(slot, slot.head, HOLE_CHUNK_BYTES)
         put_data_head(slot.payload - DATA_HEAD_BYTES, request.cookie, request.offset_bytes, request.length_bytes)
@@ -894,6 +1059,7 @@ cdef class Server:
 
     cdef int reply_error(self, Slot *slot, uint32_t error) except -1 nogil:
         slot.connection.export.errors += 1
+        self.release_payload(slot)
         if slot.connection.limits.structured:
             put_error(slot.head, slot.request.cookie, error)
             return self.reply(slot, slot.head, ERROR_CHUNK_BYTES)
@@ -957,6 +1123,7 @@ cdef class Server:
                     return self.drop(connection)
                 count = 0
             connection.sent += <uint64_t>count
+            connection.sent_total += <uint64_t>count
             while connection.first_reply != NULL and connection.sent >= connection.first_reply.out_bytes:
                 slot = connection.first_reply
                 connection.sent -= slot.out_bytes
@@ -975,6 +1142,7 @@ cdef class Server:
     cdef int end(self, Connection *connection) except -1 nogil:
         """Take nothing more from it; it closes when everything under way has been answered."""
         connection.state = CONNECTION_ENDING
+        self.give_up_claim(connection)
         connection.deadline_ns = self.now_ns + LINGER_NS
         if connection.filling != NULL:
             self.free_slot(connection.filling)
@@ -997,6 +1165,7 @@ cdef class Server:
     cdef int hang_up(self, Connection *connection) except -1 nogil:
         cdef Slot *slot
         connection.state = CONNECTION_DEAD
+        self.give_up_claim(connection)
         shutdown(connection.fd, SHUT_RDWR)      # the peer learns now: the kernel's poll holds on to the socket a little longer
         self.queue.unwatch(connection.watch)
         c_close(connection.fd)
@@ -1012,6 +1181,21 @@ cdef class Server:
         self.push(LIST_DYING, connection)
         return 0
 
+    cdef void give_up_claim(self, Connection *connection) noexcept nogil:
+        if connection.peer.claimant == connection:
+            connection.peer.claimant = NULL
+            self.freed = True
+
+    cdef void forget_peer(self, Peer *peer) noexcept nogil:
+        cdef Peer **link = &self.peers
+        peer.connections -= 1
+        if peer.connections:
+            return
+        while link[0] != peer:
+            link = &link[0].next
+        link[0] = peer.next
+        free(peer)
+
     cdef void bury(self) noexcept nogil:
         """Free the dead connections that nothing refers to any more."""
         cdef Connection *connection = self.take(LIST_DYING)
@@ -1025,6 +1209,7 @@ cdef class Server:
                 self.connections[connection.number] = NULL
                 self.connection_count -= 1
                 connection.export.connections -= 1
+                self.forget_peer(connection.peer)
                 free(connection.buffer)
                 free(connection)
             connection = next
@@ -1075,52 +1260,56 @@ cdef class Server:
         slot.payload = NULL
         slot.payload_class = NO_CLASS
         slot.data_bytes = 0
-        slot.cost = PAGE            # requests without data count too: a flood of flushes is bounded
         connection.slots += 1
-        connection.inflight_bytes += PAGE
-        self.inflight_bytes += PAGE
+        self.charge(connection, PAGE)       # requests without data count too: a flood of flushes is bounded
         return slot
+
+    cdef inline void charge(self, Connection *connection, int64_t bytes) noexcept nogil:
+        """A connection holds so much more memory, or less."""
+        cdef uint64_t over = beyond(connection.inflight_bytes, self.share_cap)
+        connection.inflight_bytes += <uint64_t>bytes
+        self.inflight_bytes += <uint64_t>bytes
+        over = beyond(connection.inflight_bytes, self.share_cap) - over
+        connection.peer.over_bytes += over
+        self.over_bytes += over
 
     cdef bint give_payload(self, Slot *slot, uint64_t size_bytes) noexcept nogil:
         """A page-aligned buffer with a page before it for the reply's head. False: no memory."""
-        cdef uint8_t kind = 0
-        cdef uint8_t *payload
-        while <uint64_t>PAGE << kind < size_bytes:
-            kind += 1
+        cdef uint8_t kind = class_of(size_bytes)
         cdef uint64_t room = <uint64_t>PAGE << kind
-        payload = self.pool[kind]
-        if payload != NULL:
-            self.pool[kind] = (<uint8_t **>payload)[0]
-            self.pooled_bytes -= room
-        else:
-            payload = <uint8_t *>aligned_alloc(PAGE, PAGE + room)
+        cdef uint8_t *payload = pool_warm(&self.pool, kind)
+        if payload == NULL:
+            # What is kept for later counts too.
+            if self.pool.warm_bytes + self.inflight_bytes + room > self.total_cap:
+                pool_trim(&self.pool, beyond(self.total_cap, self.inflight_bytes + room))
+            payload = pool_fresh(&self.pool, kind)
             if payload == NULL:
                 return False
-            payload += PAGE
         slot.payload = payload
         slot.payload_class = kind
         slot.data_bytes = size_bytes
-        slot.cost += room
         slot.connection.data_bytes += size_bytes
-        slot.connection.inflight_bytes += room
         self.data_bytes += size_bytes
-        self.inflight_bytes += room
+        self.charge(slot.connection, <int64_t>room)
         return True
 
-    cdef void free_slot(self, Slot *slot) noexcept nogil:
-        cdef uint64_t room = <uint64_t>PAGE << slot.payload_class if slot.payload != NULL else 0
-        slot.connection.slots -= 1
+    cdef void release_payload(self, Slot *slot) noexcept nogil:
+        """As soon as the reply needs it no longer: it may be long until that is taken."""
+        cdef uint64_t room
+        if slot.payload == NULL:
+            return
+        room = <uint64_t>PAGE << slot.payload_class
+        pool_give(&self.pool, slot.payload, slot.payload_class)
+        slot.payload = NULL
         slot.connection.data_bytes -= slot.data_bytes
-        slot.connection.inflight_bytes -= slot.cost
         self.data_bytes -= slot.data_bytes
-        self.inflight_bytes -= slot.cost
-        if slot.payload != NULL:
-            if self.pooled_bytes + room <= POOLED_BYTES:
-                (<uint8_t **>slot.payload)[0] = self.pool[slot.payload_class]
-                self.pool[slot.payload_class] = slot.payload
-                self.pooled_bytes += room
-            else:
-                free(slot.payload - PAGE)
-            slot.payload = NULL
+        slot.data_bytes = 0
+        self.charge(slot.connection, -<int64_t>room)
+
+    cdef void free_slot(self, Slot *slot) noexcept nogil:
+        self.release_payload(slot)
+        self.freed = True
+        slot.connection.slots -= 1
+        self.charge(slot.connection, -PAGE)
         slot.next = self.free_slots
         self.free_slots = slot

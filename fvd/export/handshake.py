@@ -56,6 +56,7 @@ EXPORT_SEND_CACHE = 1 << 10
 
 MAXIMUM_NAME_BYTES = 4096  # the protocol's bound on any string
 MAXIMUM_OPTION_BYTES = 16 << 10  # larger options are skipped unread: TOO_BIG
+MAXIMUM_OPTIONS = 1000  # of one client, which is then hung up on; a careful one asks for ten
 ALLOCATION = "base:allocation"
 
 _CLIENT_FLAGS = struct.Struct(">I")
@@ -187,6 +188,7 @@ class Handshake:
         self._exports = exports  # the owner's, by name: it may change at any time
         self._state = State.FLAGS
         self._buffer = bytearray()
+        self._options = 0
         self._option = 0
         self._length = 0
         self._no_zeroes = False
@@ -254,8 +256,11 @@ class Handshake:
 
     def _take_option(self, data: bytes) -> None:
         magic, self._option, self._length = _OPTION_HEADER.unpack(data)
+        self._options += 1
         if magic != OPTION_MAGIC:
             self._close("no option where one was due")
+        elif self._options > MAXIMUM_OPTIONS:
+            self._close(f"more than {MAXIMUM_OPTIONS} options")
         elif self._length <= MAXIMUM_OPTION_BYTES:
             self._go(State.DATA)
         elif self._option == OPT_EXPORT_NAME:

@@ -26,7 +26,7 @@ from fvd.errors import Conflict, InUse, InvalidArgument, NotFound, PermissionDen
 
 Socket = socket.socket
 
-_BACKLOG = 128
+_BACKLOG = 1024  # who floods it must not be all that is in it
 _SOCKET_PATH_BYTES = 107
 _TRIES = 5
 _LOCK_SECONDS = 2.0

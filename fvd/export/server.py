@@ -13,16 +13,17 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fvd._lifetime import keep, never_wait
+from fvd.counted import Counted, say_due
 from fvd.device._queue import Source
 from fvd.engine._engine import Engine
 from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
@@ -31,16 +32,20 @@ from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import MAXIMUM_PAYLOAD_BYTES
 from fvd.export._server import Backend, Server
 from fvd.export.listening import BoundName, Given, Listen, Tcp, Unix, check_given, open_listener
+from fvd.export.peers import Peer, is_privileged, peer_of, tune
 from fvd.units import MIB
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 4096
-_SEND_BUFFER_BYTES = 1 << 20
-_ACCEPTS_PER_STEP = 64
-_EVENTS_PER_STEP = 64  # of one handshake: requests of others go in between
-_SO_SNDBUFFORCE = 32
+# Clients are let in, or turned away, a few at a time, and then rested from for as many times as long as that took: whoever comes and
+# goes as fast as he can leaves the requests of others their time.
+_ACCEPTS_PER_STEP = 16
+_REST = 4
+_AFTER_FAILURE_S = 0.25
+_EVENTS_PER_SHAKE = 16
+_EVENTS_PER_STEP = 64  # of all handshakes: requests go in between
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,13 @@ class Limits:
     """What clients may cost."""
 
     connections: int = 256  # more are turned away
+    kept_connections: int = 8  # of those, for root and the owner of this process
+    peer_connections: int = 64  # of one user (Unix), neither root nor the owner, or of one address (TCP)
     connection_inflight_bytes: int = 64 * MIB  # of requests under way; beyond it their socket is not read
-    total_inflight_bytes: int = 512 * MIB
+    total_inflight_bytes: int = 512 * MIB  # of requests under way and that wait, and of buffers kept for the next
     connection_waiting_bytes: int = 64 * MIB  # of writes that wait for storage; beyond it they end with ENOSPC
     handshake_s: float = 10.0
+    stall_s: float = 60.0  # for each MiB of a request half sent, or of replies not taken; being idle is no stalling
     drain_s: float = 10.0  # at the end: for clients to take the replies of what is under way
 
 
@@ -61,8 +69,14 @@ class _Client:
 
     socket: socket.socket
     handshake: handshake.Handshake
+    peer: Peer
     deadline: float
     unsent: bytes
+
+
+class Refusal(NamedTuple):
+    kind: str  # one of a few
+    reason: str
 
 
 @dataclass
@@ -107,6 +121,8 @@ class NbdServer:
             connection_bytes=self._limits.connection_inflight_bytes,
             total_bytes=self._limits.total_inflight_bytes,
             waiting_bytes=self._limits.connection_waiting_bytes,
+            connections=self._limits.connections,
+            stall_ns=int(self._limits.stall_s * 1e9),
             busy_poll_us=busy_poll_us,
             force_blocking=force_blocking,
         )
@@ -116,7 +132,7 @@ class NbdServer:
         self._clients: dict[int, _Client] = {}
         self._calls: deque[_Call] = deque()
         self._postponed: list[Callable[[], None]] = []  # to do when the loop is there
-        self._again: set[int] = set()  # handshakes that used up their share of a step
+        self._again: dict[int, None] = {}  # handshakes that used up their share of a step, the longest first
         self._lock = threading.RLock()  # of _calls, _wake and _serving; a signal handler may come in between
         self._wake = -1
         self._thread: threading.Thread | None = None
@@ -125,6 +141,10 @@ class NbdServer:
         self._failure: BaseException | None = None
         self._stopping = False
         self._accept_later: set[int] = set()  # of listeners: their queue may hold more
+        self._notes = Counted(log)  # whatever clients can have us say as often as they like
+        self._accept_at = 0.0  # not before
+        self._turned_away = 0
+        self._owner_uid = 0
         self._listeners: dict[int, socket.socket] = {}
         self._bound: BoundName | None = None  # of our Unix socket
         keep(self, NbdServer._descriptors)
@@ -318,6 +338,7 @@ class NbdServer:
             by_number = counters.pop("exports")
             counters["exports"] = {name: by_number[export.number] for name, export in self._exports.items()}
             counters["handshakes"] = len(self._clients)
+            counters["turned_away"] = self._turned_away
             return counters
 
         return self.call(collect)
@@ -343,6 +364,7 @@ class NbdServer:
 
     def _open(self) -> None:
         self._loop.open()
+        self._owner_uid = os.geteuid()
         for attach in self._postponed:
             attach()
         self._postponed.clear()
@@ -363,15 +385,22 @@ class NbdServer:
             log.warning("%s", self.notice)
 
     def _step(self) -> None:
-        ready = self._loop.turns()
-        for fd in [*ready, *self._accept_later, *self._again]:
-            if fd == self._wake:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-            elif fd in self._listeners:
-                self._accept(self._listeners[fd])
+        ready = self._loop.turns(self._until_accepting_ns())
+        if self._wake in ready:  # first: what follows may ring it again
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+        events_left = _EVENTS_PER_STEP
+        began = time.monotonic()
+        for fd in dict.fromkeys([*self._again, *self._accept_later, *ready]):  # who has waited comes first
+            if fd in self._listeners:
+                if began >= self._accept_at:
+                    self._accept(self._listeners[fd])
+                else:
+                    self._accept_later.add(fd)
             elif fd in self._clients:
-                self._shake(fd, self._clients[fd])
+                events_left -= self._shake(fd, self._clients[fd], min(_EVENTS_PER_SHAKE, events_left))
+        now = time.monotonic()
+        self._accept_at = max(self._accept_at, now + _REST * (now - began))
         self._run_calls()
         for number, wants in self._loop.take_wants():
             if number in self._on_want:
@@ -382,6 +411,15 @@ class NbdServer:
         now = time.monotonic()
         for fd in [fd for fd, client in self._clients.items() if now > client.deadline]:
             self._reject(fd, f"no handshake within {self._limits.handshake_s:g} s")
+        self._tell_endings()
+        say_due()
+
+    def _tell_endings(self) -> None:
+        garbage, half_sent, not_taken = self._loop.take_endings()
+        within = f"for {self._limits.stall_s:g} s"
+        self._notes.warning("garbage", "hung up on a client that sent what is no request", times=garbage)
+        self._notes.warning("half sent", f"hung up on a client that had sent half a request, {within}", times=half_sent)
+        self._notes.warning("not taken", f"hung up on a client that had not taken its replies, {within}", times=not_taken)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -415,6 +453,7 @@ class NbdServer:
             client.socket.close()
         self._clients.clear()
         self._loop.close()
+        self._notes.say_due(all_of_it=True)
         if wake >= 0:
             os.close(wake)
         for call in calls:
@@ -444,28 +483,68 @@ class NbdServer:
             except OSError as error:
                 if error.errno in (errno.ECONNABORTED, errno.EINTR):
                     continue
-                log.error("accept: %s", error.strerror)  # out of descriptors or memory: the queue will not ring again for this one
-                self._accept_later.add(listener.fileno())
-                return
-            if len(self._clients) + self._loop.connection_count >= self._limits.connections:
-                log.warning("turned a client away: %d are connected", self._limits.connections)
+                self._notes.error("accept", f"accept: {error.strerror}")  # out of descriptors or memory: it passes
+                self._accept_at = time.monotonic() + _AFTER_FAILURE_S
+                break
+            try:
+                self._take_in(client)
+            except OSError as error:  # it has gone already, say
                 client.close()
-                continue
-            client.setblocking(False)
-            _tune(client)
-            deadline = time.monotonic() + self._limits.handshake_s
-            entry = _Client(client, handshake.Handshake(self._exports), deadline, handshake.Handshake.greeting())
-            self._clients[client.fileno()] = entry
-            self._loop.watch(client.fileno())
-            self._shake(client.fileno(), entry)
-        self._accept_later.add(listener.fileno())  # there may be more
-        self._wake_up()
+                self._notes.info("handshake", f"a client's handshake ended: {error.strerror}")
+        self._accept_later.add(listener.fileno())  # there may be more, and the queue does not ring again for them
 
-    def _shake(self, fd: int, client: _Client) -> None:
-        """Take a handshake as far as it goes now."""
-        self._again.discard(fd)
+    def _until_accepting_ns(self) -> int:
+        """How long the loop may turn without us; negative: as long as it likes."""
+        if not self._accept_later:
+            return -1
+        return max(0, int((self._accept_at - time.monotonic()) * 1e9))
+
+    def _take_in(self, client: socket.socket) -> None:
+        peer = peer_of(client)
+        refusal = self._refusal(peer)
+        if refusal:
+            self._turned_away += 1
+            self._notes.warning(("turned away", refusal.kind), f"turned a client away: {refusal.reason}")
+            client.close()
+            return
+        client.setblocking(False)
+        tune(client, self._connection_count())
+        deadline = time.monotonic() + self._limits.handshake_s
+        entry = _Client(client, handshake.Handshake(self._exports), peer, deadline, handshake.Handshake.greeting())
+        self._clients[client.fileno()] = entry
+        self._loop.watch(client.fileno())
+        self._shake(client.fileno(), entry, _EVENTS_PER_SHAKE)
+
+    def _connection_count(self) -> int:
+        return len(self._clients) + self._loop.connection_count
+
+    def _refusal(self, peer: Peer) -> Refusal | None:
+        """Why there is no place for another client of this peer."""
+        limits = self._limits
+        by_peer = Counter(client.peer.key for client in self._clients.values()) + Counter(self._loop.peer_connections())
+        total = by_peer.total()
+        if total >= limits.connections:
+            return Refusal("all", f"{total} are connected, which is all that may be")
+        if is_privileged(peer.key, self._owner_uid):
+            return None
+        kept = min(limits.kept_connections, limits.connections - 1)
+        if sum(count for key, count in by_peer.items() if not is_privileged(key, self._owner_uid)) >= limits.connections - kept:
+            return Refusal("others", f"{total} are connected, and {kept} places are kept for root and this server's owner")
+        if by_peer[peer.key] >= limits.peer_connections:
+            return Refusal("peer", f"{peer} has {by_peer[peer.key]} connections, which is all that one may have")
+        return None
+
+    def _shake(self, fd: int, client: _Client, events: int) -> int:
+        """Take a handshake as far as it goes now, through so many events. Returns how many there were."""
+        if events <= 0:
+            self._again.setdefault(fd)  # it keeps its place
+            self._wake_up()
+            return 0
+        self._again.pop(fd, None)
+        done = 0
         try:
-            for _ in range(_EVENTS_PER_STEP):
+            while done < events:
+                done += 1
                 while client.unsent:
                     client.unsent = client.unsent[client.socket.send(client.unsent) :]
                 match client.handshake.next_event():
@@ -475,19 +554,20 @@ class NbdServer:
                         client.handshake.receive_data(client.socket.recv(_RECEIVE_BYTES))
                     case handshake.Start() as start:
                         self._begin(fd, client, start)
-                        return
+                        return done
                     case handshake.Rejected(reason):
                         self._reject(fd, reason)
-                        return
+                        return done
         except BlockingIOError:
             if client.unsent:
                 self._loop.want_write(fd)
-            return
+            return done
         except OSError as error:
             self._reject(fd, error.strerror or str(error))
-            return
-        self._again.add(fd)
+            return done
+        self._again[fd] = None
         self._wake_up()
+        return done
 
     def _begin(self, fd: int, client: _Client, start: handshake.Start) -> None:
         export = start.export
@@ -505,6 +585,7 @@ class NbdServer:
                 start.structured,
                 start.allocation,
                 start.received,
+                *client.peer.key,
             )
         except BaseException:
             client.socket.close()
@@ -512,12 +593,12 @@ class NbdServer:
         client.socket.detach()
 
     def _reject(self, fd: int, reason: str) -> None:
-        log.info("a client's handshake ended: %s", reason)
+        self._notes.info("handshake", f"a client's handshake ended: {reason}")
         self._forget(fd).socket.close()
 
     def _forget(self, fd: int) -> _Client:
         self._loop.unwatch(fd)
-        self._again.discard(fd)
+        self._again.pop(fd, None)
         return self._clients.pop(fd)
 
 
@@ -527,14 +608,3 @@ def _unix_uri(path: str, name: str) -> str:
 
 def _tcp_uri(host: str, port: int, name: str) -> str:
     return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
-
-
-def _tune(client: socket.socket) -> None:
-    if client.family == socket.AF_UNIX:
-        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):  # the first ignores the system's limit, where we may
-            with contextlib.suppress(OSError):
-                client.setsockopt(socket.SOL_SOCKET, option, _SEND_BUFFER_BYTES)
-                return
-    else:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -133,13 +133,13 @@ def test_waiting_writes_have_a_cap_of_their_own(full: Full, size: int, count: in
     assert other.take(others).error == 0
 
 
-@pytest.mark.parametrize("full", [Limits(total_inflight_bytes=4 * MIB)], indirect=True)
+@pytest.mark.parametrize("full", [Limits(total_inflight_bytes=16 * MIB)], indirect=True)
 def test_what_waits_in_total_is_bounded(full: Full) -> None:
     clients = [full.client() for _ in range(4)]
     waits = [(client, client.begin(WRITE, (10 + i) * MIB, data=bytes(65536))) for i in range(12) for client in clients]
     eventually(lambda: full.waiting() == len(waits))
     assert clients[0].call(READ, 0, MIB).data == b"\1" * MIB  # what waits does not count as under way
-    for i in range(30):
+    for i in range(60):
         waits += [(client, client.begin(WRITE, (10 + i) * MIB, data=bytes(65536))) for client in clients]
     assert clients[0].call(FLUSH).error == 0
     full.grow(60)
