@@ -10,9 +10,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fvd.device.folders import reach
 from fvd.errors import NotFound, PermissionDenied
 
 SUFFIX = ".sock"
@@ -42,7 +43,9 @@ def make_runtime_dir() -> Path:
     """The folder, made if need be, mode 0700. Raises PermissionDenied where it belongs to someone else or others may write there."""
     path = runtime_dir()
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with reach(path) as place, suppress(FileExistsError):
+            place.make_folder(0o700)
         status = path.lstat()
     except OSError as error:
         raise PermissionDenied(f"{path}: cannot make the folder for control sockets ({error.strerror}); set FVD_RUNTIME_DIR") from None

@@ -164,6 +164,16 @@ def test_the_unit_is_valid(tmp_path: Path) -> None:
     assert wrong == []
 
 
+def test_the_unit_is_confined() -> None:
+    """By systemd's own measure, 0 to 10; what it says works in there is tests/lvm/real/test_unit.py."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    words = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=50", str(ROOT / "systemd" / "fvd@.service")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    [exposure] = re.findall(r"Overall exposure level for .*: ([0-9.]+) ", done.stdout)
+    assert float(exposure) <= 5.0 and done.returncode == 0, done.stderr
+
+
 def test_what_a_killed_server_had_acknowledged_outlives_the_unit(pending_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd makes the folder above the logs, with the mode that the unit says, and must not remove it between two starts."""
     text = (ROOT / "systemd" / "fvd@.service").read_text()
