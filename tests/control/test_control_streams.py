@@ -275,6 +275,32 @@ def test_a_silent_server_is_given_up_and_taken_up_again(served: Served, volume: 
         assert (found["number"], found["lost"]) == (2, 0)
 
 
+def test_a_socket_that_is_replaced_all_the_time_costs_a_few_lines(
+    volume: Path, runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose folder it is decides how often there is a new one."""
+    from fvd.control.paths import socket_name
+
+    path = runtime_dir / socket_name(volume)
+    with following(None) as follower:
+        listening = threading.Thread(target=follower.next)
+        listening.start()
+        for _ in range(15):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.settimeout(10)
+                listener.bind(str(runtime_dir / "new"))
+                listener.listen()
+                (runtime_dir / "new").rename(path)
+                with listener.accept()[0] as connection:
+                    connection.sendall(b"nonsense\n")
+                    connection.settimeout(10)
+                    while connection.recv(4096):
+                        pass
+        follower.close()
+        listening.join(60)
+    assert sum("its events are not followed" in line for line in caplog.messages) == 5
+
+
 @pytest.mark.parametrize("said", [b"nonsense\n", b'{"schema_version":1,"result":7}\n', b'{"schema_version":9}\n', b"x" * (2 << 20)])
 def test_something_else_at_the_socket(volume: Path, runtime_dir: Path, said: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever follows all disks passes it over; whoever named this one is told."""

@@ -321,6 +321,17 @@ def test_what_is_no_reply(bench: Bench) -> None:
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
 
 
+def test_a_server_that_comes_and_goes_costs_a_few_lines(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """It answers a read, so that it is tried at once the next time, and breaks off."""
+    remote = bench.attach(bench.odd("babbles").uri)
+    for _ in range(8):
+        until(lambda: bench.driver.turn(0.02) == [] and remote.connected)
+        assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
+        assert bench.driver.run([("read_base", 0, 512)])[0][0] == -errno.ENOTCONN
+    until(lambda: remote.trouble)
+    assert sum("lost its connection" in message for message in caplog.messages) == 5
+
+
 @pytest.mark.alone
 def test_back_off(bench: Bench) -> None:
     """A server that takes connections and breaks each of them is asked less and less often."""
