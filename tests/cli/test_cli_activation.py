@@ -137,7 +137,7 @@ def test_the_units_agree() -> None:
 
 WAITING = """
 import fvd.device.claim as claim
-def held(name, ownership):
+def held(name, ownership, *_):
     print("waiting", flush=True)
     raise claim._Leaving(f"{name} is in use", "a process that is ending", True)
 claim._claim_now = held
