@@ -7,6 +7,9 @@ FVD_BUILD=coverage: checked, with line tracing.
 FVD_BUILD=fuzz: checked, compiled by clang with AddressSanitizer and libFuzzer's counters (tests/fuzz); needs both in the process.
 FVD_ONLY=a.b,c.d: build only these modules.
 FVD_OPTIMIZE=0: the compiler's level; if not set 3, or 1 for the checked build. A build that is only to work once is worth no more.
+FVD_COMPILED=folder: nothing is compiled, the modules are taken from a tree where `make build` has compiled them. For tests of packages.
+
+In the source package of scripts/make-deb the folder `generated` has what Cython makes of the sources, and Cython is not needed.
 """
 
 import os
@@ -16,7 +19,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -24,6 +26,8 @@ BUILD = os.environ.get("FVD_BUILD", "release")
 if BUILD not in ("release", "checked", "coverage", "fuzz"):
     raise SystemExit(f"FVD_BUILD={BUILD}: choose release, checked, coverage or fuzz")
 CHECKED = BUILD != "release"
+COMPILED = os.environ.get("FVD_COMPILED")
+GENERATED = Path("generated")
 
 MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 if CHECKED:
@@ -61,12 +65,19 @@ class BuildExtensions(build_ext):
     """Says which packages are missing before a compiler stumbles over it, in words that pip shows."""
 
     def run(self) -> None:
-        missing = self.missing_packages()
+        missing = self.missing_packages() if COMPILED is None else []
         if missing:
             raise SystemExit(
                 f"fvd cannot be compiled here: {', '.join(missing)} missing (Debian's names). Run: apt-get install {' '.join(missing)}"
             )
         super().run()
+
+    def build_extension(self, extension: Extension) -> None:
+        if COMPILED is None:
+            super().build_extension(extension)
+            return
+        name = self.get_ext_filename(extension.name)
+        self.copy_file(str(Path(COMPILED, name)), str(Path(self.build_lib, name)))
 
     def missing_packages(self) -> list[str]:
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
@@ -91,7 +102,7 @@ def extensions() -> list[Extension]:
         found.append(
             Extension(
                 name,
-                [str(path)],
+                [str(GENERATED / path.with_suffix(".c") if GENERATED.is_dir() else path)],
                 define_macros=MACROS,
                 include_dirs=["fvd"],
                 extra_compile_args=COMPILE,
@@ -101,14 +112,23 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(
-    ext_modules=cythonize(
+def modules() -> list[Extension]:
+    """Of C, ready to be compiled."""
+    if GENERATED.is_dir():
+        return extensions()
+    from Cython.Build import cythonize
+
+    return cythonize(
         extensions(),
         compiler_directives=DIRECTIVES,
         build_dir=f"build/cython-{BUILD}",
         nthreads=int(os.environ.get("FVD_JOBS", "0")),
-    ),
+    )
+
+
+setup(
+    ext_modules=modules(),
     cmdclass={"build_ext": BuildExtensions},
     # Objects of one build are never taken for another's.
-    options={"build": {"build_base": f"build/objects-{BUILD}"}},
+    options={"build": {"build_base": f"build/objects-{BUILD}"}, "build_ext": {"parallel": int(os.environ.get("FVD_JOBS", "0")) or None}},
 )

@@ -229,7 +229,12 @@ def _connect(
     prepare: Callable[[], list[str]] | None = None,
 ) -> OpenBase:
     # Here, for only who has such a base needs libnbd.
-    from fvd.device._remote import Remote
+    try:
+        from fvd.device._remote import Remote
+    except ImportError as error:
+        if "libnbd.so" not in str(error) or "No such file" not in str(error):
+            raise
+        raise Unsupported(f"the base {locator} is read with libnbd; install it (Debian: apt install libnbd0)") from None
 
     remote = Remote(uri=uri, command=command, timeout_s=timeout_s, name=locator, inherited=inherited, prepare=prepare)
     with ExitStack() as opening:

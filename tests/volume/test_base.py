@@ -115,6 +115,26 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return answer
 
 
+def test_without_libnbd_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what else may be wrong with a compiled module is not taken for that."""
+
+    class Lacks:
+        text = "libnbd.so.0: cannot open shared object file: No such file or directory"
+
+        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+            if name == "fvd.device._remote":
+                raise ImportError(self.text)
+
+    lacks = Lacks()
+    monkeypatch.delitem(sys.modules, "fvd.device._remote", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [lacks, *sys.meta_path])
+    with pytest.raises(Unsupported, match=r"nbd://host is read with libnbd; install it \(Debian: apt install libnbd0\)$"):
+        examine_base("nbd://host")
+    lacks.text = "libnbd.so.0: failed to map segment from shared object"
+    with pytest.raises(ImportError):
+        examine_base("nbd://host")
+
+
 # --- Names ---------------------------------------------------------------------------------------------------------
 
 
