@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build checked fuzzed lint test test-long mutants test-checked test-lvm test-quick torture-long fuzz demo demo-lvm demo-publish wheel clean
+.PHONY: help setup build checked fuzzed lint test test-long mutants test-checked test-lvm test-quick torture-long fuzz demo demo-lvm demo-publish wheel deb clean
 .PHONY: bench bench-quick bench-full bench-report bench-publish
 
 VENV := .venv
@@ -13,7 +13,7 @@ FUZZED := build/fuzz
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
-SCRIPTS := scripts/demo scripts/demo-transcript scripts/make-completions scripts/run-tests scripts/uml
+SCRIPTS := scripts/demo scripts/demo-transcript scripts/make-completions scripts/make-wheel scripts/run-tests scripts/uml
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp
 
@@ -111,8 +111,12 @@ bench-report: build ## results/report.html again, from the results that are ther
 bench-publish: build ## docs/benchmarks.md and its pictures, from the results that are there
 	$(PY) bench/run.py --report --publish
 
-wheel: setup ## a wheel in dist/
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: setup ## a wheel in dist/, and what it lacks
+	$(PY) scripts/make-wheel
+
+deb: setup ## a Debian package in dist/, for the Debian that this is; without a network once setup is done
+	@FVD_BUILD=release FVD_JOBS=$(JOBS) $(PY) -W ignore setup.py -q --name >/dev/null
+	@JOBS=$(JOBS) scripts/make-deb
 
 clean: ## forget everything that was built (not the venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,21 @@ def test_the_changes_end_with_this_version() -> None:
     assert versions[0].rstrip(",") == fvd.__version__
 
 
+def test_the_debian_package_has_this_version_and_needs_what_pip_would_bring() -> None:
+    first = (ROOT / "debian" / "changelog").read_text().splitlines()[0]
+    assert first.startswith(f"fvd ({fvd.__version__}) ")
+    control = (ROOT / "debian" / "control").read_text()
+    for name, version in (re.fullmatch(r"(\w+)>=([\d.]+)", needed).groups() for needed in PROJECT["project"]["dependencies"]):  # type: ignore[union-attr]
+        assert re.search(rf"python3-{name} \(>= (1:)?{re.escape(version)}\)", control)
+
+
+def test_setup_installs_what_the_package_is_built_with() -> None:
+    control, packages = (ROOT / "debian" / "control").read_text(), (ROOT / "scripts" / "debian-packages.txt").read_text()
+    [needed] = re.findall(r"^Build-Depends: (.*?)^\S", control, re.MULTILINE | re.DOTALL)
+    names = {name.split()[0].replace("debhelper-compat", "debhelper") for name in needed.split(",")}
+    assert names <= set(re.findall(r"^(?:need|test) (\S+)", packages, re.MULTILINE))
+
+
 def test_pythons_that_are_promised_are_allowed() -> None:
     versions = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", line)]
     assert versions[0] == PROJECT["project"]["requires-python"].removeprefix(">=") == PROJECT["tool"]["mypy"]["python_version"]
