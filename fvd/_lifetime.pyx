@@ -147,13 +147,13 @@ cdef class Work:
         while True:
             with nogil:
                 missed = fvd_wait(&self.done, LOOK_MS)
-            if missed == 0 and self.errand is None:
-                return interruption
             try:
-                PyErr_CheckSignals()
+                PyErr_CheckSignals()    # in the end too: a signal that came with it finds the work undone, not its result lost
             except BaseException as error:
                 interruption = interruption or error
                 self.asked += 1
+            if missed == 0 and self.errand is None:
+                return interruption
             if missed == 0:
                 self._run_errand()
 
