@@ -136,7 +136,6 @@ cdef struct Peer:                   # whoever has connections: a user of this ho
     uint64_t value
     uint32_t connections
     uint64_t over_bytes             # of all of them: what each holds beyond its share
-    Connection *claimant            # the one of them whose turn it is to get memory beyond its share
     Peer *next
 
 cdef struct Slot:                   # one request of a client
@@ -781,9 +780,8 @@ cdef class Server:
         1. What is within a connection's share is always taken: nobody is shut out.
         2. What all have beyond their shares stays within common_cap.
         3. Of that, a peer gets at most as much as it leaves, and a connection of it at most as much as it leaves of that. There, who holds
-           nothing finds room for one more request of any size, and before that many find room for a small one. So deep queues of one
-           leave enough for the next, however slowly they are emptied.
-        4. Of one peer, who holds nothing there and was refused a large one comes first: the small requests of others do not take its room.
+           nothing goes on for longer than who holds something, and is asked for no more room for a large request than for a small one. So
+           deep queues of one leave enough for the next, however slowly they are emptied, and small requests do not keep out large ones.
 
         Writes that wait for storage have caps of their own: those of a full disk must not stop the reads and flushes behind them."""
         if connection.inflight_bytes < self.easy_cap and self.inflight_bytes <= self.easy_total:
@@ -802,7 +800,7 @@ cdef class Server:
         cdef uint64_t value = <uint64_t>connection.number << 32
         cdef Peer *peer = connection.peer
         cdef uint64_t over = beyond(mine, self.share_cap)
-        cdef uint64_t cost, waiting, more, left, needed, peer_holds
+        cdef uint64_t cost, waiting, more, left, peer_holds
         cdef uint32_t i
         cost = PAGE + room_of(request_room(connection.buffer + connection.begin, STATUS_BYTES))
         if connection.waiting_turn != self.turn_count:
@@ -834,25 +832,14 @@ cdef class Server:
                     (<Backend>self.exports[i].backend).cancel_waiting(0, 0, -ENOSPC)
             self.waiting_turn = 0
             return False
-        if peer.claimant != NULL and peer.claimant != connection:
-            return False
         over = beyond(mine, self.share_cap)
         more = min(more, self.common_cap)       # one that is larger has it all to itself
         if self.over_bytes + more <= self.common_cap:
-            left = self.common_cap - self.over_bytes - more
+            left = self.common_cap - self.over_bytes
             # What waits is counted above, and here for nobody, so that it stops nobody.
             peer_holds = beyond(peer.over_bytes, waiting)
-            if over:
-                needed = peer_holds + more + over + 3 * self.reserve_cap
-            elif more <= self.reserve_cap // 4:
-                needed = peer_holds + more + 2 * self.reserve_cap
-            else:
-                needed = peer_holds + self.reserve_cap
-            if mine + cost <= self.share_cap or peer_holds == 0 or left >= needed:
-                peer.claimant = NULL
-                return True
-        if over == 0 and more > self.reserve_cap // 4:
-            peer.claimant = connection
+            return (mine + cost <= self.share_cap or peer_holds == 0
+                    or left >= peer_holds + (2 * more + over + 3 * self.reserve_cap if over else 2 * self.reserve_cap))
         return False
 
     cdef int receive(self, Connection *connection) except -1 nogil:
@@ -1142,7 +1129,6 @@ cdef class Server:
     cdef int end(self, Connection *connection) except -1 nogil:
         """Take nothing more from it; it closes when everything under way has been answered."""
         connection.state = CONNECTION_ENDING
-        self.give_up_claim(connection)
         connection.deadline_ns = self.now_ns + LINGER_NS
         if connection.filling != NULL:
             self.free_slot(connection.filling)
@@ -1165,7 +1151,6 @@ cdef class Server:
     cdef int hang_up(self, Connection *connection) except -1 nogil:
         cdef Slot *slot
         connection.state = CONNECTION_DEAD
-        self.give_up_claim(connection)
         shutdown(connection.fd, SHUT_RDWR)      # the peer learns now: the kernel's poll holds on to the socket a little longer
         self.queue.unwatch(connection.watch)
         c_close(connection.fd)
@@ -1180,11 +1165,6 @@ cdef class Server:
         connection.last_reply = NULL
         self.push(LIST_DYING, connection)
         return 0
-
-    cdef void give_up_claim(self, Connection *connection) noexcept nogil:
-        if connection.peer.claimant == connection:
-            connection.peer.claimant = NULL
-            self.freed = True
 
     cdef void forget_peer(self, Peer *peer) noexcept nogil:
         cdef Peer **link = &self.peers

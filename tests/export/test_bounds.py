@@ -131,13 +131,22 @@ def test_so_many_options_are_enough(serve: Serve) -> None:
 # --- Shares: what one holds leaves room for the next ---------------------------------------------------------------------------
 
 
+def filled(running: Running) -> None:
+    """They have got what they can."""
+    before = -1
+    while (now := running.counters()["inflight_bytes"]) != before:
+        before = now
+        time.sleep(0.2)
+    assert now >= 100 * MIB
+
+
 def test_deep_queues_of_some_leave_room_for_a_large_request(serve: Serve) -> None:
     """All of one user. None of the four takes a reply: what they hold they hold."""
     running = serve(limits=Limits(connections=64))
     for _ in range(4):
         slow = running.client()
         send_some(slow, b"".join(request(READ, 0, 65536) for _ in range(1500)))
-    eventually(lambda: running.counters()["inflight_bytes"] >= 100 * MIB)
+    filled(running)
     good = running.client()
     began = time.monotonic()
     assert len(good.call(READ, 0, 32 * MIB).data) == 32 * MIB
