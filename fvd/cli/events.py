@@ -16,7 +16,7 @@ import fvd
 from fvd.cli.failure import EXIT_BROKEN_PIPE, PROGRAM
 from fvd.cli.options import VOLUME_HELP, Subparsers, add_command
 from fvd.cli.output import SCHEMA_VERSION, duration, say
-from fvd.errors import quoted
+from fvd.errors import printable, quoted
 from fvd.units import format_size
 
 EXAMPLES = """\
@@ -65,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe_event(event: fvd.Event) -> str:
     """One line: when, which disk, what, and what there is to know about it."""
-    when = datetime.datetime.fromtimestamp(event.time).isoformat(" ", "milliseconds")
+    try:
+        when = datetime.datetime.fromtimestamp(event.time).isoformat(" ", "milliseconds")
+    except (ValueError, OverflowError, OSError):  # another process has told it
+        when = f"{event.time:g}"
     details = [f"storage {format_size(event.storage_size)}, {format_size(event.free_bytes)} free"]
     if event.target:
         details.append(f"going for {format_size(event.target)}" if event.kind != "extend_done" else "")
@@ -83,7 +86,7 @@ def describe_event(event: fvd.Event) -> str:
         details.append(" ".join(event.message.split()))
     if event.lost:
         details.append(f"{event.lost} events before this one were lost")
-    return f"{when}  {event.volume}  {event.kind.replace('_', ' ')}: {'; '.join(detail for detail in details if detail)}"
+    return printable(f"{when}  {event.volume}  {event.kind.replace('_', ' ')}: {'; '.join(detail for detail in details if detail)}")
 
 
 class _Reader:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import fvd
 from fvd.cli.options import Subparsers, add_command, add_volumes
-from fvd.cli.output import share
+from fvd.cli.output import moment, share
 from fvd.cli.prefetch import progress_text
 from fvd.cli.several import Answer, run_each
 from fvd.units import GIB, MIB, format_size
@@ -57,7 +56,7 @@ def describe_info(found: Info) -> list[str]:
         *(("note", line) for line in found.notices),
         *(("failed", line) for line in describe_failure(found)),
         ("uuid", found.uuid),
-        ("created", datetime.datetime.fromtimestamp(found.created_seconds).astimezone().isoformat(" ")),
+        ("created", moment(found.created_seconds)),
         *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),
         *(("growth reserve" if number == 0 else "", line) for number, line in enumerate(describe_reserve(found))),
     ]
@@ -93,7 +92,7 @@ def describe_loss(found: Info) -> list[str]:
         return []
     if found.left_open:
         return [loss.message, "serve it, check the guest's data, then acknowledge"]
-    since = datetime.datetime.fromtimestamp(loss.seconds).astimezone().isoformat(" ")
+    since = moment(loss.seconds)
     return [f"since {since}: {loss.message}", f"check the guest's data; fvd-lv acknowledge {found.volume} when you have seen it"]
 
 
@@ -105,7 +104,7 @@ def describe_failure(found: Info) -> list[str]:
         return []
     when = ""
     if found.failed_seconds is not None:
-        when = f" at {datetime.datetime.fromtimestamp(found.failed_seconds).astimezone().isoformat(' ', 'milliseconds')}"
+        when = f" at {moment(found.failed_seconds, 'milliseconds')}"
     whose = f", of {found.failed_source}" if found.failed_source not in ("", found.volume) else ""
     return [f"a flush{whose}{when}: {found.failed_reason}; close the disk, mend the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
 

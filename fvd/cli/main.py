@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if (code := _flush()) is not None:  # --help and --version leave by SystemExit
             sys.exit(code)
-    logging.basicConfig(format=f"{PROGRAM}: note: %(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
+    notes = logging.StreamHandler()
+    notes.setFormatter(output.PlainLines(f"{PROGRAM}: note: %(message)s"))
+    logging.basicConfig(handlers=[notes], level=logging.INFO if arguments.verbose else logging.WARNING)
     try:
         done: int = arguments.run(arguments)
         sys.stdout.flush()

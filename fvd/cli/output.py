@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from fvd.errors import FvdError
+from fvd.errors import FvdError, printable
 from fvd.units import format_size
 
 SCHEMA_VERSION = 1
@@ -31,8 +33,8 @@ class Output:
         if self.is_json:
             sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **payload}, indent=2) + "\n")
         else:
-            for line in [text] if isinstance(text, str) else text:
-                sys.stdout.write(f"{line}\n")
+            for part in [text] if isinstance(text, str) else text:
+                sys.stdout.write(f"{without_orders(part)}\n")
         sys.stdout.flush()
 
 
@@ -85,10 +87,30 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def moment(seconds: float, timespec: str = "auto") -> str:
+    """A time as people read it; a number of seconds that is none, as it is."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(" ", timespec)
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} seconds after 1970, which is no time"
+
+
+def without_orders(text: str) -> str:
+    """Lines with nothing in them that a terminal would obey: an image, a server or another user may have chosen words of theirs."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class PlainLines(logging.Formatter):
+    """Log records that a terminal shows and does not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_orders(super().format(record))
+
+
 def say(line: str) -> None:
     """A line on stderr. If that cannot be written there is nobody to tell, and what is under way goes on."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{without_orders(line)}\n")
         sys.stderr.flush()
 
 

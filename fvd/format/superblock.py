@@ -183,10 +183,17 @@ class Superblock:
         """Whether opens that do not say otherwise copy the whole base in the background."""
         return bool(self.compatible_features & PREFETCH)
 
+    @property
+    def next_generation(self) -> int:
+        """Raises Corrupt: there is none, for somebody has written the last one."""
+        if self.generation + 1 >= _U64_END:
+            raise Corrupt(f"generation {self.generation} is the last that there can be, and no program counts so far: it is forged")
+        return self.generation + 1
+
     def renewed(self, *, log: LogRecord | None, loss: PossibleLoss | None) -> Superblock:
         """The next generation, with these records and without autoclear features that are not known: what they vouch for may change."""
         features = PENDING_LOG * (log is not None) | POSSIBLE_LOSS * (loss is not None)
-        return replace(self, generation=self.generation + 1, autoclear_features=features, log=log, loss=loss)
+        return replace(self, generation=self.next_generation, autoclear_features=features, log=log, loss=loss)
 
     @property
     def slot(self) -> int:

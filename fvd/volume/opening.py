@@ -336,7 +336,7 @@ def begin_generation(node: Node, disk: LoadedDisk, loss: PossibleLoss | None, no
     superblock = disk.superblock
     if _other_copy_is_lost(node, superblock):
         notices.append(f"{node.path}: superblock copy {1 - superblock.slot} was damaged or unfinished; it has been written anew")
-    log = pending.make(superblock, superblock.generation + 1, node, disk.journal_state.map_hash)
+    log = pending.make(superblock, superblock.next_generation, node, disk.journal_state.map_hash)
     try:
         if log.memory is None:
             notices.append(f"{node.path}: {pending.NO_LOG.format(problem=log.problem)}")

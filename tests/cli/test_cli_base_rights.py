@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from another_user import forge_base, give, needs_root, open_folder
 from fvd_commands import COMMAND, READY_SECONDS, Done
-from strangers import forge_base, give, needs_root, open_folder
 
 import fvd
 from fvd.errors import Corrupt, InvalidArgument, PermissionDenied

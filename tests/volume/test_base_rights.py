@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from another_user import STRANGER, forge_base, give, needs_root, open_folder
 from loops import loop_device, run
 from lvm_machine import Machine, simulated_lvm
-from strangers import STRANGER, forge_base, give, needs_root, open_folder
 
 from disks import MIB, SMALL, driven, make, volume
 from fvd.device import as_user
