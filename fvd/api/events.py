@@ -42,6 +42,7 @@ EventKind = Literal[
     "extend_started",
     "extend_done",
     "extend_failed",
+    "storage_full",
     "extend_slow",
     "group_low",
     "group_full",
@@ -61,6 +62,7 @@ EventKind = Literal[
 _LEVELS = {
     "possible_loss": logging.WARNING,
     "extend_failed": logging.WARNING,
+    "storage_full": logging.WARNING,
     "extend_slow": logging.WARNING,
     "group_low": logging.WARNING,
     "group_full": logging.WARNING,

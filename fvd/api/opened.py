@@ -5,6 +5,7 @@ Answers are plain values, for a control socket as for this process. What looks a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fvd.api import copying
 from fvd.api.types import PrefetchOptions
 from fvd.api.verbs import MAP_PIECE_EXTENTS, map_of, map_to_json
-from fvd.errors import InvalidArgument, ReadOnly
+from fvd.errors import DeviceError, InvalidArgument, ReadOnly
 
 if TYPE_CHECKING:
     from fvd.volume.opening import OpenVolume
@@ -33,7 +34,11 @@ class OpenedVerbs:
     def info(self, uri: str | None = None) -> dict[str, Any]:
         from fvd.volume.info import info
 
-        found: dict[str, Any] = self._call(lambda: info(self._disk) | copying.info_of_open(self._disk) | failure_details(self._disk))
+        short_bytes = 0
+        with contextlib.suppress(DeviceError):  # closed meanwhile
+            short_bytes = self._disk.node.stack().short_bytes
+        disk = self._disk
+        found: dict[str, Any] = self._call(lambda: info(disk, short_bytes) | copying.info_of_open(disk) | failure_details(disk))
         failed_errno = found.get("failed_errno") or 0
         return {**found, "uri": uri, "failed": bool(failed_errno), "failed_reason": os.strerror(failed_errno) if failed_errno else ""}
 

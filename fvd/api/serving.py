@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
 # The engine's Want bits (fvd/engine/_engine.pxd).
-_WANT_GROWTH, _WANT_EVENT, _WANT_STEER, _WANT_BASE = 1, 2, 4, 8
+_WANT_GROWTH, _WANT_EVENT, _WANT_STEER, _WANT_BASE, _WANT_ROOM = 1, 2, 4, 8, 16
 
 
 class Serving:
@@ -249,6 +249,11 @@ class Serving:
                 disk.engine.want &= ~_WANT_GROWTH
             elif not self._begin(export_name):
                 disk.allocator.on_want(disk.engine)
+        if wants & _WANT_ROOM:
+            disk.engine.want &= ~_WANT_ROOM
+            if disk.allocator is not None:
+                self._begin(export_name)
+                disk.allocator.on_room(disk.engine)
         if wants & _WANT_EVENT:
             disk.engine.want &= ~_WANT_EVENT
             if disk.failing is not None and disk.failing.noticed():

@@ -55,6 +55,7 @@ def describe_info(found: Info) -> list[str]:
         *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(found))),
         *(("note", line) for line in found.notices),
         *(("failed", line) for line in describe_failure(found)),
+        *([("full", "what the storage lies on has no room; make some there, and what waits goes on")] if found.no_room_below else []),
         ("uuid", found.uuid),
         ("created", moment(found.created_seconds)),
         *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),

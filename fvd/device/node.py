@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fvd._lifetime import keep
 from fvd.device.failures import reported
 from fvd.device.folders import Place, open_path
-from fvd.device.stack import Stack, stack_of
+from fvd.device.stack import Stack, room_of, stack_of
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
 Bytes = npt.NDArray[np.uint8]
@@ -229,7 +229,20 @@ class Node:
     def stack(self) -> Stack:
         """What it lies on now. Asks sysfs; raises DeviceError when it has been closed."""
         with typed_errors("looking at", self.path):
-            return stack_of(os.fstat(self._open_fd()))
+            fd = self._open_fd()
+            return stack_of(os.fstat(fd), room_bytes=None if self.is_block else room_of(os.fstatvfs(fd)))
+
+    def block_bytes_now(self) -> int:
+        """What direct transfers must be multiples of now: a device that grew may have come to lie on one with larger blocks."""
+        if not (self.is_block and self.direct):
+            return self.logical_block_bytes
+        with typed_errors("asking the blocks of", self.path):
+            return _logical_block_bytes(self._open_fd(), is_block=True, direct=True)
+
+    def is_read_only_now(self) -> bool:
+        """Whether it is a device that refuses writes by now."""
+        with typed_errors("looking at", self.path):
+            return self.is_block and _device_is_read_only(self._open_fd())
 
     def forget_cache(self) -> None:
         """What is read from here on comes from the device, as far as it had been flushed, not from the page cache."""

@@ -21,13 +21,16 @@ class Stack:
 
     devices: frozenset[int]  # device numbers, its own and its file system's too; file systems without a device have a number as well
     may_fill: bool  # a write to it may find no room: it takes its blocks from something that it shares
+    short_bytes: int = 0  # of what a file in it has no blocks for yet: what its file system could not give it now
 
 
-def stack_of(status: os.stat_result, sysfs: str = "/sys") -> Stack:
-    """Of a regular file or block device, from its stat result. Never raises: what cannot be read is left out."""
+def stack_of(status: os.stat_result, sysfs: str = "/sys", room_bytes: int | None = None) -> Stack:
+    """Of a regular file or block device, from its stat result. `room_bytes`: what a file's file system has left, if that is known. Never
+    raises: what cannot be read is left out."""
     is_block = stat.S_ISBLK(status.st_mode)
     # A regular file's blocks are its file system's until it writes them: sparse, or shared, or on a file system that never overwrites.
     may_fill = not is_block
+    short_bytes = 0 if is_block or room_bytes is None else _short(status, room_bytes)
     devices: set[int] = set()
     waiting = [status.st_rdev if is_block else status.st_dev]
     while waiting:
@@ -48,7 +51,18 @@ def stack_of(status: os.stat_result, sysfs: str = "/sys") -> Stack:
             with contextlib.suppress(OSError):  # deleted, or in another mount namespace
                 below = Path(backing).stat()
                 waiting.append(below.st_rdev if stat.S_ISBLK(below.st_mode) else below.st_dev)
-    return Stack(frozenset(devices), may_fill)
+                if stat.S_ISREG(below.st_mode):
+                    short_bytes = max(short_bytes, _short(below, room_of(os.statvfs(backing))))
+    return Stack(frozenset(devices), may_fill, short_bytes)
+
+
+def room_of(found: os.statvfs_result) -> int:
+    """What a file system has left for us."""
+    return found.f_bavail * found.f_frsize
+
+
+def _short(status: os.stat_result, room_bytes: int) -> int:
+    return max(0, status.st_size - status.st_blocks * 512 - room_bytes)
 
 
 def _numbers(path: Path) -> list[int]:

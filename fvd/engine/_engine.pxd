@@ -23,6 +23,7 @@ cdef enum Want:             # what the engine asks of its Python side; see Engin
     WANT_EVENT = 2          # something to report (sticky error)
     WANT_STEER = 4          # a quarter of a second has passed, and there is a plan to prefetch
     WANT_BASE = 8           # the base began or ceased to fail, or is needed no longer
+    WANT_ROOM = 16          # what the storage lies on has no room for a guest's write, or has some again
 
 cdef enum ExtentState:      # block status
     EXTENT_DATA = 0
@@ -95,6 +96,7 @@ cdef struct Op:                 # one device operation handed out
     uint8_t watched             # a Drain counts it
     uint8_t busy                # handed out and not completed
     uint8_t durable             # a durability operation: a flush or a durable write
+    uint8_t starved             # a guest's write that found no room below the storage: Starved
 
 cdef struct Drain:              # waits for the storage operations that were in flight in a range when it began
     uint64_t first_byte
@@ -251,6 +253,12 @@ cdef class Engine:
     cdef uint64_t wake_below_slots  # fewer are free: WANT_GROWTH; whoever grows the storage moves it
     cdef uint64_t reserve_slots     # those that copies leave to the guest
     cdef bint exhausted
+    cdef readonly bint no_room      # what the storage lies on had none for the last guest's write that needed some
+    cdef Op *starved                # writes that found none and wait, oldest first (linked by `newer`)
+    cdef Op *last_starved
+    cdef readonly uint32_t starved_count    # those, and those of them that are being tried again
+    cdef uint64_t starved_ns
+    cdef bint giving_up
     cdef uint64_t *to_discard       # slots that wait for a discard: in `used`, and of no chunk; NULL: there never was one
     cdef uint64_t to_discard_count, discard_cursor, discards_until_ns
     cdef uint64_t discard_slots     # of one discard, at most

@@ -113,6 +113,13 @@ class Engine:
         """Slots that the engine may hand out: free ones, and those that wait for a discard."""
 
     @property
+    def align_bytes(self) -> int:
+        """What its operations on the storage are multiples of."""
+
+    def expect_no_room(self) -> None:
+        """The storage may run out of room from here on: `durable_writes` is False."""
+
+    @property
     def capacity_slots(self) -> int: ...
     @property
     def used_slots_count(self) -> int: ...
@@ -211,7 +218,15 @@ class Engine:
 
     @property
     def waits_for_clock(self) -> bool:
-        """Whether a base read waits for the time of its next attempt."""
+        """Whether a base read, or a write that found no room below the storage, waits for the time of its next attempt."""
+
+    @property
+    def no_room(self) -> bool:
+        """What the storage lies on (a file system, a pool) had no room for the last guest's write that needed some."""
+
+    @property
+    def starved_count(self) -> int:
+        """Writes that found none there and wait for it."""
 
     def read_profile(self) -> list[tuple[int, int]]:
         """[(offset_bytes, length_bytes)] of what guests read from the base since the engine was made, in order."""

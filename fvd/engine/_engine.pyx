@@ -4,11 +4,11 @@
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
 comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state
 makes no Python object. Its parts: memory.pxi (pools, the pending changes), log.pxi (the log of them), slots.pxi (which slot a chunk
-gets), request.pxi (requests, reads), write.pxi (writes, trim, drains), copy.pxi (copies from the base, soft changes), prefetch.pxi (what
-to copy next), commit.pxi (flush, journal, checkpoint, failure, close).
+gets), starved.pxi (no room below the storage), request.pxi (requests, reads), write.pxi (writes, trim, drains), copy.pxi (copies from the
+base, soft changes), prefetch.pxi (what to copy next), commit.pxi (flush, journal, checkpoint, failure, close).
 """
 
-from libc.errno cimport EINVAL, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS, ESHUTDOWN
+from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS, ESHUTDOWN
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -66,6 +66,10 @@ cdef enum CheckpointState:
     CHECKPOINT_WRITING
     CHECKPOINT_FLUSHING
 
+cdef enum Starved:
+    STARVED_WAITS = 1
+    STARVED_TRIED
+
 cdef enum ClosePhase:
     CLOSE_WAITING
     CLOSE_COMMITTING
@@ -96,6 +100,7 @@ cdef enum:
 cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
 cdef uint64_t SOFT_COMMIT_AFTER_NS = 30000000000ULL  # those that a crash may take back
 cdef uint64_t RETRY_AFTER_NS = 250000000ULL
+cdef uint64_t STARVED_AFTER_NS = 1000000000ULL      # one write so often asks whether there is room below the storage
 cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
 cdef uint64_t SLOW_DISCARD_NS = 10000000ULL         # longer than a read should wait for one
 cdef uint64_t CLOSE_DISCARDS_NS = 5000000000ULL      # a close begins no discard after this long, and
@@ -105,6 +110,7 @@ cdef uint64_t PROBE_AFTER_NS = 1000000000ULL        # one copy so often asks a b
 include "memory.pxi"
 include "log.pxi"
 include "slots.pxi"
+include "starved.pxi"
 include "request.pxi"
 include "write.pxi"
 include "copy.pxi"
@@ -438,6 +444,7 @@ cdef class Engine:
             r.start = r.cursor = r.end = 0
             self.closing = r
             list_fail(self, &self.wait_slot, -ESHUTDOWN)
+            starved_end(self, 0, 0, -ESHUTDOWN)
             retries_run(self)
             return close_step(self)
         if kind > REQUEST_ZERO:
@@ -474,6 +481,11 @@ cdef class Engine:
         ensure(index < self.op_total, "completion of an unknown operation")
         record = &self.slabs[index >> 8][index & 255]
         ensure(record.busy and record.generation == token >> 32, "completion of an operation that is not in flight")
+        if record.is_write and record.buffer != NULL:
+            if is_full(error) and starves(self, record):
+                return 0
+            if self.no_room:
+                starved_ended(self, record, error)
         if record.listed:
             op_unlist(self, record)
         record.busy = 0
@@ -506,6 +518,8 @@ cdef class Engine:
             return 0
         if self.retries != NULL and now_ns - self.retry_ns >= RETRY_AFTER_NS:
             retries_run(self)
+        if self.starved != NULL and now_ns - self.starved_ns >= STARVED_AFTER_NS:
+            starved_try(self, False)
         if self.soft.words + self.soft.entries and not self.soft_due and now_ns - self.soft_since_ns > SOFT_COMMIT_AFTER_NS:
             self.soft_due = True
             commit_maybe(self)
@@ -526,6 +540,7 @@ cdef class Engine:
         doomed.head = doomed.tail = NULL
         count = list_part(&self.wait_slot, &doomed, mask, value)
         list_fail(self, &doomed, error)
+        count += starved_end(self, mask, value, error)
         return count + base_cancel(self, mask, value, error)
 
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
@@ -535,7 +550,7 @@ cdef class Engine:
             if (r.cookie & mask) == value and r.buffer != NULL:
                 total += r.end - r.start
             r = r.next
-        return total
+        return total + starved_bytes(self, mask, value)
 
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
         cdef uint64_t at = offset_bytes
@@ -613,6 +628,7 @@ cdef class Engine:
                 self.done[i].error = -EIO
         fail(self, -EIO)
         self.want = wanted      # who stops it knows; and nothing grows for it any more
+        starved_end(self, 0, 0, -EIO)
         list_fail(self, &self.wait_bounce, -EIO)
         self.base_timeout_ns = 0
         retries_run(self)
@@ -631,6 +647,14 @@ cdef class Engine:
     @property
     def free_slots(self):
         return slots_at_hand(self)
+
+    @property
+    def align_bytes(self):
+        return self.align_mask + 1
+
+    def expect_no_room(self):
+        """See _engine.pyi."""
+        self.durable_writes = False
 
     @property
     def capacity_slots(self):
@@ -787,8 +811,8 @@ cdef class Engine:
 
     @property
     def waits_for_clock(self):
-        """Whether a base read waits for the time of its next attempt."""
-        return self.retries != NULL
+        """See _engine.pyi."""
+        return self.retries != NULL or self.starved != NULL
 
     def read_profile(self):
         """[(offset_bytes, length_bytes)] of what guests read from the base since the engine was made, in order."""
@@ -827,6 +851,7 @@ cdef class Engine:
             "operations": self.inflight_ops, "requests": self.open_requests, "busy_chunks": self.busy_count,
             "bounce_bytes": self.bounce_used, "reserved_journal_bytes": self.reserved_bytes, "drains": int(self.drains != NULL),
             "copies": self.copy_count, "copy_bytes": self.copy_bytes, "retries": int(self.retries != NULL), "held": self.held_count,
+            "starved": self.starved_count,
             "discards": 0 if self.closed else self.to_discard_count,    # a close begins those only that do not take long
         }
         return {name: count for name, count in held.items() if count}

@@ -467,6 +467,7 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
     if not BUG(Bug.JOURNAL_WAITERS_FORGOTTEN):
         list_fail(e, &e.wait_room, -EIO)
     list_fail(e, &e.wait_slot, -EIO)
+    starved_end(e, 0, 0, -EIO)
     return close_step(e)
 
 

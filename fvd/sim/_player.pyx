@@ -32,6 +32,7 @@ cdef enum:
     PAGE = 4096
     AROUND = 8                  # sectors that a verifying read takes in beside the write's own
     RETRY_NS = 250_000_000
+    STARVED_NS = 1_000_000_000
     FOREVER = 5_000_000         # events without which anything must have ended
     BUSY = 10_000               # calls of `attend` at one moment
     MOST_FLUSHES = 2            # a commit's and a checkpoint's
@@ -286,8 +287,9 @@ cdef class Player:
     cdef bint turn(self) except -1:
         cdef Operation op
         self.pump()
-        if not self.device.pending and self.engine.retries != NULL:
-            self.device.advance(RETRY_NS)       # nothing else is to happen before the next attempt
+        if not self.device.pending and (self.engine.retries != NULL or self.engine.starved != NULL):
+            # Nothing else is to happen before the next attempt.
+            self.device.advance(RETRY_NS if self.engine.retries != NULL else STARVED_NS)
             self.pump()
         if not self.device.pending:
             return False
@@ -327,7 +329,7 @@ cdef class Player:
         cdef Request *r
         cdef uint32_t waiting = 0
         cdef uint64_t discards
-        if self.engine.retries != NULL or self.engine.closing != NULL:
+        if self.engine.retries != NULL or self.engine.closing != NULL or self.engine.starved_count:
             return 0
         if self.reads_in_flight and not self.has_base and self.device.under_way[<int> CATEGORY_READ] == 0:
             raise Violation(f"{self.reads_in_flight} reads wait for something else than reads: {self.device.pending[:4]}")

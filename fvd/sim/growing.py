@@ -188,6 +188,14 @@ class WatchedEngine:
         self._engine.wake_below_bytes = size_bytes
 
     @property
+    def no_room(self) -> bool:
+        return bool(self._engine.no_room)
+
+    @property
+    def starved_count(self) -> int:
+        return int(self._engine.starved_count)
+
+    @property
     def free_slots(self) -> int:
         return int(self._engine.free_slots)
 

@@ -50,6 +50,7 @@ cdef enum:
     LOOK_NS = 50000000              # so often work that is waiting looks whether it is still wanted
     WANT_STEER = 4
     WANT_BASE = 8
+    WANT_ROOM = 16
 
 _WAKE_KEY = 0xFFFFFFFFFFFFFFFF
 log = logging.getLogger(__name__)
@@ -467,6 +468,8 @@ cdef class Driver:
         self.engine.want = 0        # first: what is wanted meanwhile is another wish
         if wants & WANT_GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
+        if wants & WANT_ROOM and self.volume.allocator is not None:
+            self.volume.allocator.on_room(self.engine)
         if wants & WANT_EVENT and self.volume.failing is not None and self.volume.failing.noticed() and self.on_failure is not None:
             self.on_failure()
         if wants & (WANT_STEER | WANT_BASE):

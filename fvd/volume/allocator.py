@@ -42,6 +42,14 @@ class GrowingEngine(Protocol):
     wake_below_bytes: int  # WANT_GROWTH is set when fewer bytes than this are in free slots
 
     @property
+    def no_room(self) -> bool:
+        """What the storage lies on had none for the last guest's write that needed some."""
+
+    @property
+    def starved_count(self) -> int:
+        """Writes that wait for that."""
+
+    @property
     def free_slots(self) -> int:
         """Slots that the engine may hand out."""
 
@@ -97,6 +105,7 @@ class Allocator:
         """`low_water_bytes`, `group_low_bytes`, `adaptive`: see `GrowthPolicy`. The other options are the tests'."""
         self.storage = storage
         self.on_event = on_event
+        self.before_use: Callable[[], bool] = lambda: True  # storage has grown: whether it may be used
         self._geometry = geometry
         self._policy = GrowthPolicy(
             geometry,
@@ -141,6 +150,12 @@ class Allocator:
         # Before `attach` the result of a step would have nowhere to go, and no other would ever begin. `attach` looks for itself.
         if not self._closed and self._post is not None:
             self._do(self._policy.room(self._clock(), self._free_bytes()))
+
+    def on_room(self, engine: GrowingEngine) -> None:
+        """What the storage lies on has no room for a guest's write, or has some again."""
+        if not self._closed:
+            self._policy.free_bytes = self._free_bytes()
+            self._do(self._policy.below(self._clock(), engine.no_room, engine.starved_count > 0))
 
     # --- From any thread -------------------------------------------------------------------------------------------------------------
 
@@ -224,7 +239,7 @@ class Allocator:
         failures: list[Callable[[], list[Action]]] = []  # of what could not even begin: told when the rest has been done
         for action in actions:
             if isinstance(action, UseSize):
-                if self._engine is not None:
+                if self._engine is not None and self.before_use():
                     self._engine.set_storage_size(action.size_bytes)
                 resized = True
             elif isinstance(action, Start):

@@ -16,8 +16,9 @@ from fvd.volume.view import Target, View, look
 SCHEMA_VERSION = 1
 
 
-def info(target: Target | View) -> dict[str, Any]:
-    """Sizes in bytes. Of an open volume: call it in its loop's thread. Raises as `look`.
+def info(target: Target | View, short_bytes: int = 0) -> dict[str, Any]:
+    """Sizes in bytes. Of an open volume: call it in its loop's thread, with `short_bytes` as its node's stack has them, which was asked
+    elsewhere: a file system may take its time. Raises as `look`.
 
     ``mapped_bytes``: storage taken by chunks (compact: slots in use; raw, where every chunk has its slot: present blocks).
     ``base``: ``path`` is its path or URI, ``uri`` is the latter or None; ``copy_on_read`` and ``prefetch`` are what opens do by default;
@@ -33,7 +34,8 @@ def info(target: Target | View) -> dict[str, Any]:
         mapped_bytes, free_bytes, low_water_bytes = present_bytes, 0, 0
     else:
         mapped_bytes = view.mapped_chunks * geometry.chunk_size_bytes
-        free_bytes = slots * geometry.chunk_size_bytes - mapped_bytes
+        # Storage that its file system has no room for is not free, whatever its size says.
+        free_bytes = max(0, slots * geometry.chunk_size_bytes - mapped_bytes - max(short_bytes, view.short_bytes))
         # Where every chunk has its place nothing will ever be asked for.
         low_water_bytes = 0 if slots >= geometry.chunks else min(default_low_water_bytes(geometry), geometry.max_storage_size_bytes)
     found: dict[str, Any] = {
@@ -96,9 +98,12 @@ def _open_info(volume: OpenVolume, low_water_bytes: int) -> dict[str, Any]:
         "pending_log": volume.log.record.path if volume.log is not None and volume.log.record.path else None,
         "failed_errno": volume.engine.failed_errno,
         "stopped": volume.stopped,
-        "waiting_writes": volume.engine.waiting_writes,
+        "waiting_writes": volume.engine.waiting_writes + volume.engine.starved_count,
+        "no_room_below": volume.engine.no_room,
         "statistics": volume.engine.statistics(),
     }
+    if volume.engine.no_room:
+        found["free_bytes"] = 0
     if volume.allocator is not None:
         found["growth"] = volume.allocator.figures()
         found["low_water_bytes"] = volume.allocator.figures()["low_water"] if low_water_bytes else 0

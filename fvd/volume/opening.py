@@ -35,6 +35,7 @@ from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_by
 from fvd.volume.prefetching import BaseEvent, Copying, PrefetchOptions
 from fvd.volume.provider import provider_for
 from fvd.volume.recovery import recover_disk
+from fvd.volume.regrown import Regrown
 from fvd.volume.starting import engine_on
 from fvd.volume.superblocks import Pages, read_slots, read_superblock, write_superblock
 from fvd.volume.watching import watch_device
@@ -226,6 +227,7 @@ def open_volume(
                 **(allocator_options or {}),
             )
             undo.callback(allocator.close)
+            allocator.before_use = Regrown(str(volume), node, engine, holding.moved).look
         undo.callback(watch_device(node, holding, allocator).close)
         opened = OpenVolume(
             name=volume,

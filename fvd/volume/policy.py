@@ -8,7 +8,7 @@ learned, so the mark rises above its base on disks that are written fast or grow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fvd.errors import FvdError, InvalidArgument, NoSpace, Timeout
@@ -30,6 +30,7 @@ RATE_WINDOW_SECONDS = 0.25  # shorter ones would take a queue that is let go at 
 RATE_SHORT_WINDOW_SECONDS = 0.05  # but where room runs out there is no more to be seen
 RATE_HALF_LIFE_SECONDS = 600.0  # one burst does not keep an idle disk's mark high for ever
 GROUP_LOW_STEPS = 4
+STORAGE_FULL_SECONDS = 300.0  # a device that is full by turns is told of as often as this
 
 
 def initial_size_bytes(geometry: Geometry) -> int:
@@ -82,7 +83,7 @@ def guest_reserve_bytes(geometry: Geometry, low_water_bytes: int) -> int:
 
 
 EventKind = Literal[
-    "low_water", "extend_started", "extend_done", "extend_failed", "extend_slow", "group_low", "group_full", "storage_error"
+    "low_water", "extend_started", "extend_done", "extend_failed", "extend_slow", "group_low", "group_full", "storage_full", "storage_error"
 ]
 
 
@@ -241,6 +242,7 @@ class GrowthPolicy:
         self._asking = False
         self._asked_pool_at: float | None = None
         self._ask_rest = RETRY_SECONDS
+        self._storage_full_at: float | None = None
         self._rate = WriteRate()
         self._recent_seconds: tuple[float, ...] = ()
         self._step: _Step | None = None
@@ -394,6 +396,18 @@ class GrowthPolicy:
     def removed(self, message: str) -> list[Action]:
         """The storage has gone."""
         return [self._event("storage_error", message=message)]
+
+    def below(self, now: float, no_room: bool, waits: bool) -> list[Action]:
+        """What the storage lies on has no room for a guest's write, though the storage is there; or it has some again."""
+        if not no_room or (self._storage_full_at is not None and now < self._storage_full_at + STORAGE_FULL_SECONDS):
+            return []
+        self._storage_full_at = now
+        what = "wait, and go on by themselves when there is some" if waits else "fail"
+        message = (
+            f"what the storage lies on (a file system, a pool) has no room left, though {format_size(self.free_bytes)} of the storage are "
+            f"taken by no chunk: writes that need room there {what}. Make room there"
+        )
+        return [replace(self._event("storage_full", message=message), free_bytes=0)]
 
     def tick(self, now: float, free_bytes: int) -> list[Action]:
         """Time has passed."""

@@ -39,6 +39,7 @@ class View:
     loss: PossibleLoss | None = None  # acknowledged writes may be gone
     left_open: bool = False  # closed, but its last server did not close it: it died, or has it open on another host
     pending_changes: int = 0  # left open: entries of the maps in its log, of which the next open commits what is in no commit yet
+    short_bytes: int = 0  # of its storage: what finds no room in the file system that it lies on
     notices: tuple[str, ...] = ()  # what there is to say about how it was left: lines for the user
 
     @property
@@ -92,8 +93,9 @@ def look(target: Target) -> View:
 def view_of(name: VolumeName, node: Pages) -> View:
     """The closed disk in an open node; one whose server died as that one had it, if its log can be found. Raises as `look`."""
     notices: list[str] = []
-    pending_changes = 0
+    pending_changes = short_bytes = 0
     if isinstance(node, Node):
+        short_bytes = node.stack().short_bytes
         disk, left = recover(node, str(name), read_only=True, discard_pending=False, notices=notices)
         loss = loss_after(left, disk.superblock)
         left_open = left.kind is not pending.Left.NOTHING
@@ -114,5 +116,6 @@ def view_of(name: VolumeName, node: Pages) -> View:
         loss=loss,
         left_open=left_open,
         pending_changes=pending_changes,
+        short_bytes=short_bytes,
         notices=tuple(notices),
     )

@@ -26,6 +26,7 @@ class Bench:
     operations: list[int]  # tokens under way
     open: set[int]  # cookies
     answered: list[tuple[int, int]]
+    data_offset: int
 
     def take(self) -> None:
         for token, *_ in self.engine.take_operations():
@@ -59,7 +60,7 @@ def bench(**options: object) -> Bench:
         storage_size_bytes=disk.storage_size_bytes,
         **({"base_size_bytes": 1 << 20, "copy_on_read": True} | options),  # type: ignore[arg-type]
     )
-    return Bench(engine, Memory(512 * KIB), [], set(), [])
+    return Bench(engine, Memory(512 * KIB), [], set(), [], stage.geometry.data_offset_bytes)
 
 
 KINDS = (READ, READ, WRITE, WRITE, WRITE, TRIM, WRITE_ZEROES, FLUSH)

@@ -130,7 +130,7 @@ def test_what_is_held_does_not_move() -> None:
 
 
 def test_faults() -> None:
-    console = play("a: write 0 8", "fail a", "expect pending a 1")
+    console = play("a: write 0 8", "fail a", "expect pending a 1", **{"on-full": "error"})
     assert "submitted, will fail with EIO" in text(console, "pending")
     for line in ("run", "expect failed a", "expect failed a EIO", "expect sectors 0 8 zeros", "b: write 0 8", "process b", "fail b ENOSPC"):
         console.run_line(line)

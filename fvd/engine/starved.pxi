@@ -1,0 +1,126 @@
+# Guests' writes for which there is no room below the storage: in the file system of a file or of a loop device's file, in a pool. With
+# on_full="wait" they wait here, as those that find no slot do elsewhere: the operation stays under way for everything that looks for it.
+
+
+cdef inline bint is_full(int32_t error) noexcept nogil:
+    return error == -ENOSPC or error == -EDQUOT
+
+
+cdef inline Request *starved_request(Op *op) noexcept nogil:
+    """Who waits for it; NULL: nobody, it is of a copy, which is dropped."""
+    if op.what == WHAT_PLAIN:
+        return op.request
+    return op.job.request if op.what == WHAT_JOB else NULL
+
+
+cdef bint starves(Engine e, Op *op) noexcept nogil:
+    """A guest's write has found no room. True: it is held, and tried again."""
+    if starved_request(op) == NULL:
+        return False
+    if not e.no_room:
+        e.no_room = True
+        e.want |= WANT_ROOM
+    if e.fail_when_full or op.durable or e.giving_up or e.failed_errno or e.closing != NULL:
+        return False
+    if op.starved == 0:
+        e.starved_count += 1
+    if e.starved == NULL:
+        e.starved_ns = e.now_ns
+        e.starved = op
+    else:
+        e.last_starved.newer = op
+    e.last_starved = op
+    op.newer = NULL
+    op.starved = STARVED_WAITS
+    return True
+
+
+cdef int starved_ended(Engine e, Op *op, int32_t error) except -1 nogil:
+    """While there is no room a write of data ends otherwise."""
+    cdef bint tried = op.starved != 0
+    if tried:
+        op.starved = 0
+        e.starved_count -= 1
+    # An overwrite needs no room, and shows nothing.
+    if error or starved_request(op) == NULL or not (tried or op.what == WHAT_JOB):
+        return 0
+    if e.starved != NULL:
+        starved_try(e, True)
+    if e.starved_count == 0:
+        e.no_room = False
+        e.want |= WANT_ROOM
+    return 0
+
+
+cdef int starved_try(Engine e, bint all_of_them) except -1 nogil:
+    """The oldest is handed out again, or all that wait: what they are to write is where it was."""
+    cdef Op *op
+    cdef DeviceOp *out
+    e.starved_ns = e.now_ns
+    while e.starved != NULL:
+        op = e.starved
+        e.starved = op.newer
+        op.newer = NULL
+        op.starved = STARVED_TRIED
+        if e.op_count == e.op_room:
+            out = <DeviceOp *> realloc(e.ops, 2 * e.op_room * sizeof(DeviceOp))
+            if out == NULL:
+                out_of_memory()
+            e.ops = out
+            e.op_room *= 2
+        out = &e.ops[e.op_count]
+        out.token = (<uint64_t> op.generation << 32) | op.index
+        out.offset_bytes = op.offset_bytes
+        out.length_bytes = op.length_bytes
+        out.buffer = op.buffer
+        out.kind = OP_WRITE
+        out.target = TARGET_STORAGE
+        out.durable = False
+        e.op_count += 1
+        if not all_of_them:
+            return 0
+    return 0
+
+
+cdef uint64_t starved_bytes(Engine e, uint64_t mask, uint64_t value) noexcept nogil:
+    """Of those that wait, of such requests."""
+    cdef Op *op = e.starved
+    cdef uint64_t total = 0
+    while op != NULL:
+        if (starved_request(op).cookie & mask) == value:
+            total += op.length_bytes
+        op = op.newer
+    return total
+
+
+cdef int starved_end(Engine e, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
+    """Those of such requests that wait end with an error. Returns how many."""
+    cdef Op *op = e.starved
+    cdef Op *following
+    cdef Op *kept = NULL
+    cdef Op *doomed = NULL
+    cdef int count = 0
+    cdef bint before = e.giving_up
+    e.starved = NULL
+    while op != NULL:
+        following = op.newer
+        op.newer = NULL
+        if (starved_request(op).cookie & mask) == value:
+            op.newer = doomed
+            doomed = op
+        elif kept == NULL:
+            e.starved = kept = op
+        else:
+            kept.newer = op
+            kept = op
+        op = following
+    e.last_starved = kept
+    e.giving_up = True
+    while doomed != NULL:
+        following = doomed.newer
+        doomed.newer = NULL
+        e.complete((<uint64_t> doomed.generation << 32) | doomed.index, error)
+        count += 1
+        doomed = following
+    e.giving_up = before
+    return count
