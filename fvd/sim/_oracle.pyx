@@ -122,6 +122,7 @@ cdef class Oracle:
         self.touched_count = 0
         self.unflushed_count = self.read_count = 0
         self.last_flush = 0
+        self.any_failed = False
         memset(&self.writes[0], 0, sizeof(Write))
         self.writes[0].succeeded = self.writes[0].durable = 1
         self.write_count = 1
@@ -247,6 +248,8 @@ cdef class Oracle:
         record.ended = self.tick_()
         record.succeeded = succeeded
         record.durable = durable and succeeded
+        if not succeeded:
+            self.any_failed = True
         if succeeded and not durable:
             if self.unflushed_count == self.unflushed_room:
                 self.unflushed = <uint32_t *> larger(self.unflushed, self.unflushed_room * 8)
@@ -390,7 +393,6 @@ cdef class Oracle:
         cdef Entry *only
         cdef Write *write
         cdef uint32_t j, found
-        cdef bint failed
         now = self.tick_()
         self.read_dropped(began)
         for i in range(sectors):
@@ -410,28 +412,26 @@ cdef class Oracle:
                     floor = write.began
             found = 0
             only = NULL
-            failed = False
             for j in range(history.count):
                 entry = &history.entries[j]
                 if (self.writes[entry.write].ended >= floor and entry.outdated >= began
                         and self.shows(entry.write, index, sector, value)):
                     found += 1
                     only = entry
-                    failed |= not self.writes[entry.write].succeeded and self.writes[entry.write].ended < began
             if found == 0:
                 if self.loose_sectors and self.unsettled_near(sector):
                     continue
                 raise self.violation(index, value, floor, "a read showed")
             if began < self.doubted_at:
                 continue
-            # What one write that failed has left is what another's, of a part of the same block, may have read before: that may land yet,
-            # and brings back what it read.
-            if failed and self.lands_late:
+            # A write that failed, of another part of the same block, may have read before it anything that this sector held: it may land
+            # yet, and brings that back, and so may one that read what it had left.
+            if self.any_failed and self.lands_late:
                 continue
             # What had ended before this read and was not shown came before what was: no later read may show it again.
             for j in range(history.count):
                 entry = &history.entries[j]
-                if self.writes[entry.write].ended >= began or (self.lands_late and not self.writes[entry.write].succeeded):
+                if self.writes[entry.write].ended >= began:
                     continue
                 if entry == only if found == 1 else self.shows(entry.write, index, sector, value):
                     continue

@@ -17,6 +17,7 @@ TOO_STRICT = {
     12000002037: "a checkpoint beside a commit whose good end is held back",
     12000004735: "slots after a commit that has failed",
     12000006889: "what one failed write has left, brought back by another's that lands late",
+    16000001974: "an older value, brought back by a failed write of another part of its block",
     466448788406: "slots that a request asks for bit by bit",
 }
 
