@@ -25,8 +25,6 @@ from fvd.api.profile import read_profile
 from fvd.api.served import Served, serve
 from fvd.api.types import (
     Base,
-    BaseFormat,
-    CacheMode,
     CheckReport,
     Export,
     Extended,
@@ -35,7 +33,6 @@ from fvd.api.types import (
     Info,
     Listed,
     Map,
-    OnFull,
     PossibleLoss,
     PrefetchOptions,
     PrefetchState,
@@ -61,6 +58,7 @@ from fvd.errors import (
     Timeout,
     Unsupported,
 )
+from fvd.modes import BaseFormat, CacheMode, OnFull
 
 __version__ = "0.2.0"
 

@@ -16,6 +16,7 @@ from xml.sax.saxutils import quoteattr
 from fvd.api.hints import how_to_serve, plain_name
 from fvd.api.types import Info
 from fvd.errors import InvalidArgument, NotFound, quoted
+from fvd.modes import WRITE_THROUGH_CACHE_MODES
 
 # For so long QEMU holds a guest's requests back while the server is away; then they fail. Longer than the slowest `systemctl restart`
 # (systemd/fvd@.service: TimeoutStopSec, RestartSec), so that a restart, and a crash, is a pause for the guest and no error.
@@ -208,7 +209,7 @@ def _notes(found: Info, server: dict[str, str], iothread: bool, target: str, *, 
             "A server that is killed loses nothing that it had answered, as long as this host runs and serves the disk again; QEMU sends "
             "again what was not answered."
         )
-    elif not found.read_only and found.cache not in ("writethrough", "directsync"):
+    elif not found.read_only and found.cache not in WRITE_THROUGH_CACHE_MODES:
         notes.append(
             "This server has no log of pending changes (fvd-lv info says why): if it is killed, writes that it had answered and that were "
             "not flushed may be lost, and QEMU does not send them again; serve with --cache writethrough where guests must outlive that."

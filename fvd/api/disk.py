@@ -13,12 +13,10 @@ from fvd.api.copying import absolute, allowed_bases, prefetch_options, volume_op
 from fvd.api.events import Deliveries, Event, EventStream, Hub, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import (
-    CacheMode,
     CheckReport,
     Extended,
     Info,
     Map,
-    OnFull,
     PrefetchOptions,
     PrefetchStatus,
     SavedProfile,
@@ -27,6 +25,7 @@ from fvd.api.types import (
 )
 from fvd.api.verbs import map_from_json
 from fvd.errors import DeviceError
+from fvd.modes import CacheMode, OnFull
 from fvd.units import parse_size
 
 if TYPE_CHECKING:

@@ -11,11 +11,9 @@ from fvd.api.copying import absolute, prefetch_options
 from fvd.api.events import Event, EventStream
 from fvd.api.serving import Serving
 from fvd.api.types import (
-    CacheMode,
     Export,
     Extended,
     Info,
-    OnFull,
     PrefetchOptions,
     PrefetchStatus,
     SavedProfile,
@@ -23,6 +21,7 @@ from fvd.api.types import (
     info_from_json,
 )
 from fvd.errors import InvalidArgument
+from fvd.modes import CacheMode, OnFull
 from fvd.units import parse_size
 
 if TYPE_CHECKING:

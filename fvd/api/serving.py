@@ -15,13 +15,9 @@ from fvd.api.address import parse_listen
 from fvd.api.copying import allowed_bases, volume_options
 from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
-from fvd.api.types import (
-    CacheMode,
-    Export,
-    OnFull,
-    PrefetchOptions,
-)
+from fvd.api.types import Export, PrefetchOptions
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound
+from fvd.modes import CacheMode, OnFull
 
 if TYPE_CHECKING:
     from fvd.control.server import ControlServer
@@ -33,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
-# The engine's Want bits (fvd/engine/_engine.pxd).
-_WANT_GROWTH, _WANT_EVENT, _WANT_STEER, _WANT_BASE, _WANT_ROOM = 1, 2, 4, 8, 16
 
 
 class Serving:
@@ -243,32 +237,36 @@ class Serving:
 
     def _act_on_want(self, export_name: str, wants: int) -> None:
         """In the serving thread: what an engine asks of its Python side."""
+        from fvd.engine._engine import Want
+
         disk = self._disks[export_name]
-        if wants & _WANT_GROWTH:
+        if wants & Want.GROWTH:
             if disk.allocator is None:
-                disk.engine.want &= ~_WANT_GROWTH
+                disk.engine.want &= ~Want.GROWTH
             elif not self._begin(export_name):
                 disk.allocator.on_want(disk.engine)
-        if wants & _WANT_ROOM:
-            disk.engine.want &= ~_WANT_ROOM
+        if wants & Want.ROOM:
+            disk.engine.want &= ~Want.ROOM
             if disk.allocator is not None:
                 self._begin(export_name)
                 disk.allocator.on_room(disk.engine)
-        if wants & _WANT_EVENT:
-            disk.engine.want &= ~_WANT_EVENT
+        if wants & Want.EVENT:
+            disk.engine.want &= ~Want.EVENT
             if disk.failing is not None and disk.failing.noticed():
                 self._hubs[export_name].publish("storage_error", disk, storage_failure(disk), **failure_details(disk))
-        if wants & (_WANT_STEER | _WANT_BASE):
-            disk.engine.want &= ~(_WANT_STEER | _WANT_BASE)
+        if wants & (Want.STEER | Want.BASE):
+            disk.engine.want &= ~(Want.STEER | Want.BASE)
             self._begin(export_name)
-            self._act_on_base(export_name, wants & (_WANT_STEER | _WANT_BASE))
+            self._act_on_base(export_name, wants & (Want.STEER | Want.BASE))
 
     def _act_on_base(self, export_name: str, wants: int) -> None:
         """In the serving thread: prefetching is to be steered, or the base has failed, is back, or is not needed any more."""
+        from fvd.engine._engine import Want
+
         disk = self._disks[export_name]
         if disk.copying is not None:
             disk.copying.on_want(wants)
-        elif wants & _WANT_BASE:
+        elif wants & Want.BASE:
             self._tell_of_base(export_name)
 
     def _tell_of_base(self, export_name: str) -> None:

@@ -8,12 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-Layout = Literal["compact", "raw"]
-Placement = Literal["append", "spread"]
-CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
-OnFull = Literal["wait", "error"]
-ExtentState = Literal["data", "base", "zero"]
-BaseFormat = Literal["raw", "nbd", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"]
+from fvd.modes import CacheMode, ExtentState, Layout, OnFull, Placement
+
 PrefetchState = Literal["off", "delayed", "running", "yielding", "paused", "full", "base-lost", "done"]
 T = TypeVar("T")
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from fvd._lifetime import in_caller, whole
 from fvd.api.copying import allowed_bases
-from fvd.api.types import BaseFormat, CheckReport, Extended, Extent, Info, Layout, Map, Placement, Provisioned, from_json, info_from_json
+from fvd.api.types import CheckReport, Extended, Extent, Info, Map, Provisioned, from_json, info_from_json
 from fvd.errors import InUse, InvalidArgument, quoted
+from fvd.modes import BaseFormat, Layout, Placement
 from fvd.units import parse_size
 
 if TYPE_CHECKING:

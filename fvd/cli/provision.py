@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import get_args
 
 import fvd
 from fvd.cli.info import describe_info
 from fvd.cli.options import ON_OFF, Subparsers, add_base_allow, add_command, add_volume, number, size
 from fvd.cli.output import Output
 from fvd.cli.progress import Progress
+from fvd.modes import BASE_FORMATS, LAYOUTS, PLACEMENTS
 
 EXAMPLES = """\
   fvd-lv provision vg0/vm1 --size 100G
@@ -28,7 +28,6 @@ The same command again is fine and changes nothing; with other parameters it fai
 BASE_HELP = """what shows through where nothing was written, and is never written itself: the path of a raw file or block device; an
 NBD URI (nbd://HOST/EXPORT, nbds://..., nbd+unix:///EXPORT?socket=PATH); or, with --base-format, an image or a URI that QEMU reads
 (rbd:..., ssh://..., https://...)"""
-BASE_FORMATS: tuple[str, ...] = get_args(fvd.BaseFormat)
 
 
 def register(subparsers: Subparsers) -> None:
@@ -42,7 +41,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--copy-on-read", choices=ON_OFF, default="off", help="keep what is read from the base; serve may say otherwise")
     parser.add_argument("--prefetch", choices=ON_OFF, default="off", help="copy all of the base in the background; likewise")
     parser.add_argument(
-        "--layout", choices=("compact", "raw"), default="compact", help="compact: storage on demand (default); raw: all of it now"
+        "--layout", choices=LAYOUTS, default="compact", help="compact: storage on demand (default); raw: all of it now"
     )
     parser.add_argument("--block-size", metavar="SIZE", type=size, default="64K", help="unit of presence: 4K to 1M, default 64K")
     parser.add_argument("--chunk-size", metavar="SIZE", type=size, default="1M", help="unit of allocation: 64K to 256M, default 1M")
@@ -50,7 +49,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--grow-step", metavar="SIZE", type=size, default="5G", help="storage at first and at each growth, default 5G")
     parser.add_argument(
         "--placement",
-        choices=("append", "spread"),
+        choices=PLACEMENTS,
         default="append",
         help="where new chunks go; append: after the others (default); spread: as in a raw disk, as far as storage allows",
     )

@@ -17,6 +17,7 @@ from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
 from fvd.errors import InvalidArgument
+from fvd.modes import CACHE_MODES, ON_FULL
 
 if TYPE_CHECKING:
     from fvd.export.listening import Socket
@@ -43,11 +44,11 @@ def register(subparsers: Subparsers) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="listen on a unix socket; not needed where a service manager hands one over")
     where.add_argument("--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP: whoever reaches it reads and writes")
-    parser.add_argument("--cache", choices=("none", "writeback", "writethrough", "directsync", "unsafe"), default="none", help=CACHE_HELP)
+    parser.add_argument("--cache", choices=CACHE_MODES, default="none", help=CACHE_HELP)
     parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
     parser.add_argument(
         "--on-full",
-        choices=("wait", "error"),
+        choices=ON_FULL,
         default="wait",
         help="when storage has ended, a write that needs more waits until there is some (default) or fails with ENOSPC",
     )

@@ -18,12 +18,12 @@ cdef enum RequestFlag:
 cdef enum DoneFlag:
     DONE_ALL_ZERO = 1       # a read that touched no device: the whole buffer is zeros (and was zeroed)
 
-cdef enum Want:             # what the engine asks of its Python side; see Engine.want
-    WANT_GROWTH = 1         # free slots are fewer than were asked for, or writes wait for a slot
-    WANT_EVENT = 2          # something to report (sticky error)
-    WANT_STEER = 4          # a quarter of a second has passed, and there is a plan to prefetch
-    WANT_BASE = 8           # the base began or ceased to fail, or is needed no longer
-    WANT_ROOM = 16          # what the storage lies on has no room for a guest's write, or has some again
+cpdef enum Want:            # what the engine asks of its Python side; see Engine.want
+    GROWTH = 1          # free slots are fewer than were asked for, or writes wait for a slot
+    EVENT = 2           # something to report (sticky error)
+    STEER = 4           # a quarter of a second has passed, and there is a plan to prefetch
+    BASE = 8            # the base began or ceased to fail, or is needed no longer
+    ROOM = 16           # what the storage lies on has no room for a guest's write, or has some again
 
 cdef enum ExtentState:      # block status
     EXTENT_DATA = 0
@@ -250,7 +250,7 @@ cdef class Engine:
     cdef bint zero_chunks           # chunks that are new are zeroed by the device
     cdef uint32_t zeroing           # of them now
     cdef uint64_t capacity, free_count, slot_cursor, mapped_slots
-    cdef uint64_t wake_below_slots  # fewer are free: WANT_GROWTH; whoever grows the storage moves it
+    cdef uint64_t wake_below_slots  # fewer are free: Want.GROWTH; whoever grows the storage moves it
     cdef uint64_t reserve_slots     # those that copies leave to the guest
     cdef bint exhausted
     cdef readonly bint no_room      # what the storage lies on had none for the last guest's write that needed some

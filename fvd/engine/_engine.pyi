@@ -1,12 +1,21 @@
 """The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md."""
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-CACHE_MODES: Final[tuple[str, ...]]
+class Want(IntEnum):
+    """What the engine asks of its Python side; see Engine.want."""
+
+    GROWTH = 1
+    EVENT = 2
+    STEER = 4
+    BASE = 8
+    ROOM = 16
+
 SEEDED_BUGS: Final[bool]
 """Whether this build contains the bugs that prove the tests; a release does not."""
 
@@ -144,7 +153,7 @@ class Engine:
 
     @property
     def wake_below_bytes(self) -> int:
-        """WANT_GROWTH is set when fewer bytes than this are in free slots. Settable: growth may have to begin earlier, or later, now."""
+        """Want.GROWTH is set when fewer bytes than this are in free slots. Settable: growth may have to begin earlier, or later, now."""
 
     @wake_below_bytes.setter
     def wake_below_bytes(self, size_bytes: int) -> None: ...

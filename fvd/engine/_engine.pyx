@@ -18,6 +18,7 @@ import numpy as np
 from fvd.errors import Corrupt, InvalidArgument, quoted
 from fvd.format.geometry import Placement
 from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
+from fvd.modes import CACHE_MODES, ON_FULL, WRITE_THROUGH_CACHE_MODES
 
 from fvd cimport _core
 from fvd._core cimport (
@@ -183,7 +184,6 @@ cdef int refuse_ops(Engine e) except -1 nogil:
     return 0
 
 
-CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 SEEDED_BUGS = bool(HAS_BUGS)
 
 
@@ -209,7 +209,7 @@ cdef int resize_storage(Engine e, uint64_t size_bytes) except -1:
     if e.slot_cursor >= capacity:
         e.slot_cursor = 0
     if not e.raw and not e.read_only and slots_at_hand(e) < e.wake_below_slots and capacity < e.chunks:
-        e.want |= WANT_GROWTH
+        e.want |= Want.GROWTH
     return 0
 
 
@@ -232,8 +232,8 @@ cdef class Engine:
         cdef uint32_t[::1] entries
         if cache_mode not in CACHE_MODES:
             raise InvalidArgument(f"cache mode {quoted(cache_mode)}: choose one of {', '.join(CACHE_MODES)}")
-        if on_full not in ("wait", "error"):
-            raise InvalidArgument(f"on_full {quoted(on_full)}: choose wait or error")
+        if on_full not in ON_FULL:
+            raise InvalidArgument(f"on_full {quoted(on_full)}: choose one of {', '.join(ON_FULL)}")
         if len(uuid) != 16 or align_bytes not in (512, 4096):
             raise InvalidArgument("a UUID of 16 bytes and logical blocks of 512 or 4096 bytes are needed")
         self.virtual_size = geometry.virtual_size_bytes
@@ -259,7 +259,7 @@ cdef class Engine:
         self.align_mask = align_bytes - 1
         self.read_only = read_only
         self.unsafe = cache_mode == "unsafe"
-        self.write_through = cache_mode in ("writethrough", "directsync")
+        self.write_through = cache_mode in WRITE_THROUGH_CACHE_MODES
         self.durable_writes = durable_writes
         self.fail_when_full = on_full == "error"
         self.discard = discard
@@ -526,7 +526,7 @@ cdef class Engine:
         if self.plan_count:
             if now_ns - self.steer_ns >= STEER_AFTER_NS:
                 self.steer_ns = now_ns
-                self.want |= WANT_STEER
+                self.want |= Want.STEER
             prefetch_pump(self)
         if (self.open.words + self.open.entries and not self.commit_due and self.commit_state == COMMIT_IDLE
                 and now_ns - self.open_since_ns > COMMIT_AFTER_NS):
@@ -719,7 +719,7 @@ cdef class Engine:
     def wake_below_bytes(self, uint64_t size_bytes):
         self.wake_below_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
         if not self.raw and not self.read_only and slots_at_hand(self) < self.wake_below_slots and self.capacity < self.chunks:
-            self.want |= WANT_GROWTH
+            self.want |= Want.GROWTH
 
     @property
     def clean(self):
@@ -790,7 +790,7 @@ cdef class Engine:
         self.plan_at = 0
         self.plan_cursor = plan[0].first if count else 0
         self.plan_again = False
-        self.want &= ~<uint32_t> WANT_STEER
+        self.want &= ~<uint32_t> Want.STEER
 
     @property
     def prefetching(self):

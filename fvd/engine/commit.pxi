@@ -448,7 +448,7 @@ cdef int flush_failed(Engine e, int32_t error) except -1 nogil:
     """A durability operation of this disk's own has failed."""
     if e.flush_failed_errno == 0:
         e.flush_failed_errno = -error
-        e.want |= WANT_EVENT
+        e.want |= Want.EVENT
     return fail(e, error)
 
 
@@ -459,7 +459,7 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
     if e.failed_errno == 0:
         e.failed_errno = -error if error < 0 else error
         log_failed(e)
-        e.want |= WANT_EVENT
+        e.want |= Want.EVENT
     while e.held != NULL:
         record_ended(e, held_take(e), -EIO)     # R26: this failure may have taken their reports
     list_fail_done(e, &e.flush_now)

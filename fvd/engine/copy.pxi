@@ -110,7 +110,7 @@ cdef void base_release(Engine e) noexcept nogil:
     if e.release_after and durable and e.base_inflight == 0 and e.retries == NULL:
         e.release_after = 0
         e.base_released = True
-        e.want |= WANT_BASE
+        e.want |= Want.BASE
 
 
 # --- the base's answers -------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ cdef bint base_tried(Engine e, Op *op, int32_t error) except -1 nogil:
     if error == 0:
         if e.base_failing and e.retries == NULL:
             e.base_failing = False
-            e.want |= WANT_BASE
+            e.want |= Want.BASE
         return False
     if not e.base_failing:
         e.base_failing = True
-        e.want |= WANT_BASE
+        e.want |= Want.BASE
     if op.what == WHAT_COPY_READ:
         if op.copy.waiters.head == NULL:
             return False            # nobody asked for it
@@ -482,7 +482,7 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
     if slot == EMPTY and b == NULL:
         if not slot_for_copy(e, chunk):
             if e.capacity < e.chunks:
-                e.want |= WANT_GROWTH
+                e.want |= Want.GROWTH
             no_slot_for_copy(e)
             return 0
         slot = slot_take(e, chunk)

@@ -83,7 +83,7 @@ cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
     if e.slot_cursor >= e.capacity:
         e.slot_cursor = 0
     if slots_at_hand(e) < e.wake_below_slots and e.capacity < e.chunks:
-        e.want |= WANT_GROWTH
+        e.want |= Want.GROWTH
     return <uint32_t> slot
 
 

@@ -19,7 +19,7 @@ cdef bint starves(Engine e, Op *op) noexcept nogil:
         return False
     if not e.no_room:
         e.no_room = True
-        e.want |= WANT_ROOM
+        e.want |= Want.ROOM
     if e.fail_when_full or op.durable or e.giving_up or e.failed_errno or e.closing != NULL:
         return False
     if op.starved == 0:
@@ -48,7 +48,7 @@ cdef int starved_ended(Engine e, Op *op, int32_t error) except -1 nogil:
         starved_try(e, True)
     if e.starved_count == 0:
         e.no_room = False
-        e.want |= WANT_ROOM
+        e.want |= Want.ROOM
     return 0
 
 

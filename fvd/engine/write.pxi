@@ -99,7 +99,7 @@ cdef inline bint has_room(Engine e, uint64_t need) noexcept nogil:
 
 cdef int no_slot(Engine e, Request *r) except -1 nogil:
     if e.capacity < e.chunks:
-        e.want |= WANT_GROWTH
+        e.want |= Want.GROWTH
     if e.closing != NULL:
         return give_up(r, -ESHUTDOWN)       # nobody waits for growth any more, and the close waits for this request
     # A slot that is about to be free is worth waiting for.

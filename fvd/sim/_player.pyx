@@ -21,6 +21,7 @@ from fvd.sim._device cimport (
 from fvd.sim._dice cimport Dice
 from fvd.sim._oracle cimport Oracle
 
+from fvd.modes import WRITE_THROUGH_CACHE_MODES
 from fvd.sim._oracle import Violation
 
 KINDS = ("read", "write", "flush", "trim", "zero", "close", "fua", "rewrite")
@@ -69,7 +70,7 @@ cdef class Player:
         self.has_base = base_bytes is not None
         self.trims = base_bytes is None or geometry.table_entries > 0
         self.promises_flush = cache_mode != "unsafe"
-        self.every_write_durable = cache_mode in ("writethrough", "directsync")
+        self.every_write_durable = cache_mode in WRITE_THROUGH_CACHE_MODES
         self.failed_at = self.changes_at_failure = self.due_ns = NEVER
         self.room = 64
         self.guests = <Guest *> calloc(self.room, sizeof(Guest))

@@ -16,6 +16,7 @@ import numpy as np
 
 from fvd.errors import FvdError, InvalidArgument
 from fvd.format.geometry import PAGE_BYTES, Layout, Placement
+from fvd.modes import CACHE_MODES, ON_FULL
 from fvd.sim._base import base_content
 from fvd.sim._device import WRITE, ZERO, Operation
 from fvd.sim._oracle import SECTOR_BYTES, Violation, unstamp
@@ -78,8 +79,8 @@ OPTIONS: dict[str, Option] = {
     "layout": _choice("layout", "how a chunk finds its place (compact)", {layout.name.lower(): layout for layout in Layout}),
     "placement": _choice("placement", "where new chunks go (append)", {placement.name.lower(): placement for placement in Placement}),
     "lbs": _choice("logical_block_bytes", "what the device writes whole or not at all (512)", {"512": 512, "4096": 4096}),
-    "cache": _choice("cache_mode", "the cache mode (none)", _same("none", "writeback", "writethrough", "directsync", "unsafe")),
-    "on-full": _choice("on_full", "what a write does when storage cannot grow (wait)", _same("wait", "error")),
+    "cache": _choice("cache_mode", "the cache mode (none)", _same(*CACHE_MODES)),
+    "on-full": _choice("on_full", "what a write does when storage cannot grow (wait)", _same(*ON_FULL)),
     "discard": _choice("discard", "whether freed chunks are discarded (off)", {"on": True, "off": False}),
     "zero-chunks": _choice("zero_chunks", "whether the device zeroes new chunks (off)", {"on": True, "off": False}),
 }

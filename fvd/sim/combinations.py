@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fvd.format.geometry import Geometry, Layout, Placement
+from fvd.modes import CACHE_MODES, LAYOUTS, ON_FULL, PLACEMENTS
 from fvd.sim._dice import Dice
 from fvd.sim.rounds import Outcome, play_round
 from fvd.sim.shape import SECTOR_BYTES, Shape
@@ -17,16 +18,16 @@ MIB = 1 << 20
 REQUESTS = 2000
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "layout": ("compact", "raw"),
+    "layout": LAYOUTS,
     "base": ("none", "smaller", "equal", "larger"),
     "copy_on_read": (True, False),
     "prefetch": (True, False),
-    "cache_mode": ("none", "writeback", "writethrough", "directsync", "unsafe"),
+    "cache_mode": CACHE_MODES,
     "block_size_bytes": (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB),
     "chunk_size_bytes": (64 * KIB, 256 * KIB, MIB, 4 * MIB),
-    "placement": ("append", "spread"),
+    "placement": PLACEMENTS,
     "discard": (True, False),
-    "on_full": ("wait", "error"),
+    "on_full": ON_FULL,
     "zero_chunks": (True, False),
 }
 

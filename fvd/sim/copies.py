@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fvd.engine._engine import Want
 from fvd.format.geometry import Geometry
 from fvd.sim._device import BASE, SimulatedDevice
 from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.volume.prefetching import BaseEvent, Copying, FoundProfile, PrefetchOptions
 
-WANT_STEER, WANT_BASE = 4, 8
 TICK_NS = 250_000_000  # a driver's, while there is something to steer
 LONGEST_TICKS = 4 * 1800  # from faults' end to the end of copying: a pause is at most 45 s, and what is left a few MiB
 STATES = ("off", "delayed", "running", "yielding", "paused", "full", "base-lost", "done")
@@ -58,7 +58,7 @@ class Copies:
 
     def attend(self) -> None:
         if self.copying is not None:
-            self.copying.on_want(self._engine.want & (WANT_STEER | WANT_BASE))
+            self.copying.on_want(self._engine.want & (Want.STEER | Want.BASE))
         self.raise_found()
 
     def start(self, dice: Dice, *, hasty: bool = False) -> None:

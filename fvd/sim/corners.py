@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fvd.format.geometry import Geometry, Layout
+from fvd.modes import WRITE_THROUGH_CACHE_MODES
 from fvd.sim._dice import Dice
 from fvd.sim.shape import KIB, SECTOR_BYTES, Area, Shape
 
 CORNER_SHARE = 0.35
-WRITES_DURABLY = ("writethrough", "directsync")
 
 
 def draw_corner(dice: Dice) -> Shape | None:
@@ -64,7 +64,7 @@ def _zeros_by_their_bits(dice: Dice) -> Shape:
     """Over a base a chunk of several words is zeros by its bits; a write gives it a slot, and others are durable before that is."""
     shape = _over_base(dice, chunks=dice.randint(2, 4))
     shape.kinds = {"write": 1.0, "fua": 4.0, "zero": 2.0, "read": dice.choice((0.0, 0.3))}
-    shape.cache_mode = dice.choice(("none", "writeback", *WRITES_DURABLY))
+    shape.cache_mode = dice.choice(("none", "writeback", *WRITE_THROUGH_CACHE_MODES))
     shape.areas = [(0, shape.sectors)]
     shape.largest_sectors = 8
     shape.depth, shape.longest_round = dice.choice((8, 16, 32)), 60

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from fvd.engine._engine import Want
 from fvd.errors import DeviceError, FvdError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
 from fvd.sim._device import SimulatedDevice
@@ -21,7 +22,6 @@ from fvd.volume.allocator import Allocator
 from fvd.volume.growth import Pool
 from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, limit_size_bytes
 
-WANT_GROWTH = 1
 UNIT_BYTES = 4096
 # How long a write may have to wait once there is room, from the last step that brought some: the rest of a second, and a step of one. A
 # group that is full is asked again after 8 s at the latest when it tells of room.
@@ -370,7 +370,7 @@ class Place:
 
     def attend(self) -> None:
         """One thing that the engine wants, or that is due."""
-        if self.engine.want & WANT_GROWTH:
+        if self.engine.want & Want.GROWTH:
             self.allocator.on_want(self.engine)
         else:
             self.agenda.run_next()

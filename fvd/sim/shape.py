@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fvd.format.geometry import Geometry, Layout, Placement
+from fvd.modes import ON_FULL
 from fvd.sim._device import CATEGORIES
 from fvd.sim._dice import Dice
 
@@ -394,7 +395,7 @@ def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
         geometry=geometry,
         logical_block_bytes=dice.choice((512, 512, 4096)),
         cache_mode=dice.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
-        on_full=dice.choice(("wait", "error")),
+        on_full=dice.choice(ON_FULL),
         storage_chunks=chunks if whole else dice.randint(1, chunks),
         surplus_bytes=dice.choice((0, 0, 0, 4096, geometry.chunk_size_bytes - 4096, 2 * geometry.chunk_size_bytes + 4096)),
         bounce_limit_bytes=dice.choice((1 << 16, 1 << 20, 64 << 20, 64 << 20)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fvd.engine._engine import Want
 from fvd.errors import DeviceError, NotFound
 from fvd.format import pending
 from fvd.format.pending import LogIdentity
@@ -47,7 +48,6 @@ from fvd.volume.recovery import recover_disk
 from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
-WANT_GROWTH, WANT_EVENT, WANT_STEER, WANT_BASE = 1, 2, 4, 8
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
 WEATHER = 40
 LOG, DURABLE = 20, 21
@@ -250,10 +250,10 @@ class World:
         if self.copies is not None:
             self.copies.end_life()
             if not read_only and not self.device.base_closed:
-                self.player.attended |= WANT_STEER | WANT_BASE
+                self.player.attended |= Want.STEER | Want.BASE
                 self.copies.begin_life(engine)
         if self.place is not None and not read_only:
-            self.player.attended |= WANT_GROWTH
+            self.player.attended |= Want.GROWTH
             self.place.begin_life(engine, self.player, engine.storage_size_bytes)
         if self.copies is not None:
             return
@@ -298,7 +298,7 @@ class World:
 
     def _attend(self) -> None:
         """What the engine wants of a driver's Python side, one thing at a time."""
-        if self.copies is not None and self.engine.want & self.player.attended & (WANT_STEER | WANT_BASE):
+        if self.copies is not None and self.engine.want & self.player.attended & (Want.STEER | Want.BASE):
             self.copies.attend()
         elif self.place is not None:
             self.place.attend()
@@ -309,7 +309,7 @@ class World:
         if self.device.size_bytes >= limit:
             return False
         self.device.grow(min(self.device.size_bytes + self.geometry.grow_step_bytes, limit), self.filler)
-        self.engine.want &= ~WANT_GROWTH
+        self.engine.want &= ~Want.GROWTH
         self.engine.set_storage_size(self.device.size_bytes)
         self.say(f"storage grows to {self.device.size_bytes}")
         return True
@@ -438,7 +438,7 @@ class World:
         def tick() -> None:
             self.device.advance(TICK_NS)
             self.player.drain()
-            if self.place is None and grows and self.engine.want & WANT_GROWTH:
+            if self.place is None and grows and self.engine.want & Want.GROWTH:
                 self.grow()
 
         copies.finish(tick, grows=grows)
@@ -446,14 +446,14 @@ class World:
     def _check_wants(self) -> None:
         """Whoever grows the storage and tells of failures does so only when asked."""
         engine = self.engine
-        if engine.failed_errno and not engine.want & WANT_EVENT:
+        if engine.failed_errno and not engine.want & Want.EVENT:
             raise Violation("the engine has failed and does not say so")
         if self.place is not None:
             self.place.check()
             return
         free_bytes = engine.free_slots * self.geometry.chunk_size_bytes
         short = engine.waiting_writes or free_bytes < engine.wake_below_bytes
-        if short and self.geometry.table_entries and engine.capacity_slots < self.geometry.chunks and not engine.want & WANT_GROWTH:
+        if short and self.geometry.table_entries and engine.capacity_slots < self.geometry.chunks and not engine.want & Want.GROWTH:
             raise Violation(f"{engine.waiting_writes} writes wait, {engine.free_slots} slots are free, and no growth is asked for")
 
     def _check_slots(self) -> None:

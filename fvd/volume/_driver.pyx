@@ -22,7 +22,7 @@ from libc.string cimport memcpy
 from fvd._lifetime cimport asked_to_stop, is_work, process
 from fvd.device._queue cimport EVENT_OP, open_queue
 from fvd.engine._engine cimport (
-    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, WANT_EVENT, WANT_GROWTH,
+    FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Want,
 )
 
 from fvd._lifetime import Interrupted, keep, never_wait
@@ -48,9 +48,6 @@ cdef enum:
     TICK_NS = 1000000000            # a quiet disk still commits what is pending
     COPYING_TICK_NS = 250000000     # copying is steered this often
     LOOK_NS = 50000000              # so often work that is waiting looks whether it is still wanted
-    WANT_STEER = 4
-    WANT_BASE = 8
-    WANT_ROOM = 16
 
 _WAKE_KEY = 0xFFFFFFFFFFFFFFFF
 log = logging.getLogger(__name__)
@@ -466,16 +463,16 @@ cdef class Driver:
         """What needs Python: growth, copying, and calls from other threads."""
         cdef uint32_t wants = self.engine.want
         self.engine.want = 0        # first: what is wanted meanwhile is another wish
-        if wants & WANT_GROWTH and self.volume.allocator is not None:
+        if wants & Want.GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
-        if wants & WANT_ROOM and self.volume.allocator is not None:
+        if wants & Want.ROOM and self.volume.allocator is not None:
             self.volume.allocator.on_room(self.engine)
-        if wants & WANT_EVENT and self.volume.failing is not None and self.volume.failing.noticed() and self.on_failure is not None:
+        if wants & Want.EVENT and self.volume.failing is not None and self.volume.failing.noticed() and self.on_failure is not None:
             self.on_failure()
-        if wants & (WANT_STEER | WANT_BASE):
+        if wants & (Want.STEER | Want.BASE):
             if self.volume.copying is not None:
                 try:
-                    self.volume.copying.on_want(wants & (WANT_STEER | WANT_BASE))
+                    self.volume.copying.on_want(wants & (Want.STEER | Want.BASE))
                 except Exception:   # the disk does without
                     log.exception("%s: copying from the base could not be steered", self.volume.name)
         result = self.run_posted()

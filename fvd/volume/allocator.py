@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from fvd.engine._engine import Want
 from fvd.errors import DeviceError, FvdError, quoted
 from fvd.format.geometry import Geometry
 from fvd.volume.growth import Pool, Storage
@@ -30,8 +31,6 @@ from fvd.volume.policy import (
     WakeAt,
 )
 
-WANT_GROWTH = 1  # fvd.engine: Engine.want
-
 Post = Callable[[Callable[[], None]], None]
 
 
@@ -39,7 +38,7 @@ class GrowingEngine(Protocol):
     """What the allocator needs of an engine. Touched only in the loop's thread."""
 
     want: int
-    wake_below_bytes: int  # WANT_GROWTH is set when fewer bytes than this are in free slots
+    wake_below_bytes: int  # Want.GROWTH is set when fewer bytes than this are in free slots
 
     @property
     def no_room(self) -> bool:
@@ -82,7 +81,7 @@ def call_later(seconds: float, call: Callable[[], None]) -> Timer:
 class Allocator:
     """Growth of one open disk.
 
-    A driver calls `attach` once, in its loop's thread, and `on_want` there whenever the engine's `want` has WANT_GROWTH. `extend_now`,
+    A driver calls `attach` once, in its loop's thread, and `on_want` there whenever the engine's `want` has Want.GROWTH. `extend_now`,
     `poke`, `room_made`, `resized`, `removed`, `figures` and `close` may be called from any thread, and before `attach` too: then they
     take effect with it.
     """
@@ -146,7 +145,7 @@ class Allocator:
 
     def on_want(self, engine: GrowingEngine) -> None:
         """The engine wants room: takes the wish back and begins a step, unless one runs or rests after a failure."""
-        engine.want &= ~WANT_GROWTH
+        engine.want &= ~Want.GROWTH
         # Before `attach` the result of a step would have nowhere to go, and no other would ever begin. `attach` looks for itself.
         if not self._closed and self._post is not None:
             self._do(self._policy.room(self._clock(), self._free_bytes()))

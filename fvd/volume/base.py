@@ -82,7 +82,7 @@ def examine_base(
     timeout_s: float = TIMEOUT_S,
     allow: Sequence[str] = (),
 ) -> BaseReference:
-    """What a provision records of a base: a path of a file or device, or a URI. `base_format`: one of `base_locator.FORMATS`; it must be
+    """What a provision records of a base: a path of a file or device, or a URI. `base_format`: one of `fvd.modes.BASE_FORMATS`; it must be
     stated where it could be mistaken. `volume`: the disk's own storage, if it exists already. `timeout_s`: how long servers may take.
     `allow`: what is opened though its name is a user's to change (`base_rights.py`).
 

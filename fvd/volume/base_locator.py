@@ -9,16 +9,15 @@ import os
 
 from fvd.errors import InvalidArgument, quoted
 from fvd.format.locator import NBD_SCHEMES, BaseFormat, check_locator, scheme_of
-
-FORMATS = ("raw", "nbd", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels")
+from fvd.modes import BASE_FORMATS
 
 
 def parse_format(name: str | None) -> BaseFormat | None:
     """The format that a user named; None: none was named. Raises InvalidArgument."""
     if name is None:
         return None
-    if name not in FORMATS:
-        raise InvalidArgument(f"base format {quoted(name)}: choose one of {', '.join(FORMATS)}")
+    if name not in BASE_FORMATS:
+        raise InvalidArgument(f"base format {quoted(name)}: choose one of {', '.join(BASE_FORMATS)}")
     return BaseFormat[name.upper()]
 
 

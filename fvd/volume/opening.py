@@ -23,6 +23,7 @@ from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.pending import mark_acknowledged
 from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
+from fvd.modes import CACHE_MODES, DIRECT_CACHE_MODES, ON_FULL
 from fvd.volume import pending
 from fvd.volume.allocator import Allocator
 from fvd.volume.base import TIMEOUT_S, OpenBase, open_base
@@ -40,9 +41,6 @@ from fvd.volume.starting import engine_on
 from fvd.volume.superblocks import Pages, read_slots, read_superblock, write_superblock
 from fvd.volume.watching import watch_device
 
-CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
-DIRECT_CACHE_MODES = ("none", "directsync")
-ON_FULL = ("wait", "error")
 SECTOR_BYTES = 512
 MAX_TIMEOUT_S = 1e9
 

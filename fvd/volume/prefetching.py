@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fvd.device import names
+from fvd.engine._engine import Want
 from fvd.errors import FvdError, InvalidArgument
 from fvd.units import format_size
 from fvd.volume import profile
@@ -21,9 +22,6 @@ from fvd.volume.steering import Decision, Dice, Steering, sample_between
 
 log = logging.getLogger(__name__)
 
-# As in fvd/engine/_engine.pxd.
-WANT_STEER = 4
-WANT_BASE = 8
 
 PROGRESS_PERCENT = 5
 RATE_HALF_LIFE_SECONDS = 10.0
@@ -308,8 +306,8 @@ class Copying:
     # --- What the engine asks for -----------------------------------------------------------------------------------------------
 
     def on_want(self, wants: int) -> None:
-        """Acts on WANT_STEER and WANT_BASE, and clears them in the engine; other bits are somebody else's."""
-        mine = wants & (WANT_STEER | WANT_BASE)
+        """Acts on Want.STEER and Want.BASE, and clears them in the engine; other bits are somebody else's."""
+        mine = wants & (Want.STEER | Want.BASE)
         if not mine:
             return
         self._engine.want &= ~mine  # first: what is done about them may raise them again

@@ -21,9 +21,8 @@ from fvd.api.events import Event, Hub, Subscription, report
 from fvd.api.opened import OpenedVerbs
 from fvd.api.serving import Serving
 from fvd.api.types import from_json, info_from_json
+from fvd.engine._engine import Want
 from fvd.errors import Corrupt, InvalidArgument, NotFound, ReadOnly
-
-WANT_STEER, WANT_BASE = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +249,10 @@ def served_over(disk: FakeDisk) -> tuple[Serving, Hub]:
 def test_steering_reaches_the_copies_and_is_cleared() -> None:
     disk = FakeDisk()
     served, hub = served_over(disk)
-    disk.engine.want = 1 | 2 | WANT_STEER
-    served._act_on_want("a", WANT_STEER)
+    disk.engine.want = Want.GROWTH | Want.EVENT | Want.STEER
+    served._act_on_want("a", Want.STEER)
     assert isinstance(disk.copying, FakeCopying)
-    assert disk.copying.wants == [WANT_STEER]
+    assert disk.copying.wants == [Want.STEER]
     assert disk.engine.want == 1 | 2  # what others act on stays
     assert [event.kind for event in all_of(hub)] == ["served"]  # the first thing that is told, whoever wants first
     assert disk.trace == []
@@ -264,8 +263,8 @@ def test_a_reader_is_told_of_its_base() -> None:
     served, hub = served_over(disk)
     for failing in (False, True, True, False):
         disk.engine.base_failing = failing
-        disk.engine.want = WANT_BASE
-        served._act_on_want("a", WANT_BASE)
+        disk.engine.want = Want.BASE
+        served._act_on_want("a", Want.BASE)
         assert disk.engine.want == 0
     found = all_of(hub)
     assert [event.kind for event in found] == ["served", "base_lost", "base_back"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fvd.engine._engine import Want
 from fvd.format.geometry import Layout
 from fvd.sim._device import BASE, FLUSH, READ, STORAGE, WRITE, Operation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
@@ -196,7 +197,7 @@ def test_a_full_storage_ends_copies_and_nothing_else() -> None:
 def test_half_of_the_low_water_mark_is_the_guests() -> None:
     stage = prefetching(storage_chunks=3, low_water_chunks=4)
     stage.finish_all()
-    assert stage.engine.free_slots == 2 and stage.engine.want & 1 and stage.engine.copy_counters()["no_slot_copies"] > 0
+    assert stage.engine.free_slots == 2 and stage.engine.want & Want.GROWTH and stage.engine.copy_counters()["no_slot_copies"] > 0
     stage.grow()
     stage.device.advance(SECOND)
     stage.finish_all()
@@ -259,7 +260,7 @@ def test_slots_and_rate_are_kept() -> None:
 def test_the_end_is_committed_and_the_base_released_at_the_cost_of_few_metadata_writes() -> None:
     stage = prefetching()
     stage.finish_all()
-    assert stage.engine.base_released and stage.engine.want & 8
+    assert stage.engine.base_released and stage.engine.want & Want.BASE
     assert stage.counts()["journal_writes"] == 1 and stage.engine.copy_counters()["soft_changes"] == 0
     stage.crash()
     assert stage.engine.base_released and stage.engine.base_remaining_bytes == 0
@@ -323,7 +324,7 @@ def test_a_failed_base_read_is_tried_again_in_time(copy_on_read: bool) -> None:
     read = stage.submit("read", 0, 8)
     partial = stage.submit("write", 4 * BLOCK, 8)
     stage.finish_all()
-    assert {read, partial} <= set(stage.in_flight) and stage.engine.base_failing and stage.engine.want & 8
+    assert {read, partial} <= set(stage.in_flight) and stage.engine.base_failing and stage.engine.want & Want.BASE
     stage.now("write", 8 * BLOCK, BLOCK)  # needs no base
     stage.now("read", 8 * BLOCK, BLOCK)
     stage.now("flush")

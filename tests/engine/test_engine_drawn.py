@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fvd.engine._engine import Want
 from fvd.format.geometry import Placement
 from fvd.sim._device import FLUSH, Operation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 PAGE_BYTES = 4096
-WANT_STEER = 4
 
 
 def test_every_page_of_the_ring_is_used() -> None:
@@ -59,14 +59,14 @@ def test_a_plan_asks_for_steering_five_times_a_second() -> None:
     engine.prefetch_plan([(0, 1 << 20)])
     stage.device.advance(200_000_000)
     stage.player.exchange()
-    assert engine.want & WANT_STEER
-    engine.want &= ~WANT_STEER
+    assert engine.want & Want.STEER
+    engine.want &= ~Want.STEER
     stage.device.advance(199_000_000)
     stage.player.exchange()
-    assert not engine.want & WANT_STEER
+    assert not engine.want & Want.STEER
     stage.device.advance(1_000_000)
     stage.player.exchange()
-    assert engine.want & WANT_STEER
+    assert engine.want & Want.STEER
 
 
 def test_overwrites_of_parts_of_blocks_go_on_after_a_failed_flush() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fvd.engine._engine import Engine
+from fvd.engine._engine import Engine, Want
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.sim._player import CLOSE as REQUEST_CLOSE
 from fvd.sim._player import FLUSH as REQUEST_FLUSH
@@ -110,7 +110,7 @@ def test_full_storage_stops_only_those_that_need_it() -> None:
     stage.now("write", 0, 8)
     stage.now("flush")
     stage.now("read", SECTORS_PER_CHUNK, 8)
-    assert waiting in stage.in_flight and stage.engine.waiting_writes == 1 and stage.engine.want & 1
+    assert waiting in stage.in_flight and stage.engine.waiting_writes == 1 and stage.engine.want & Want.GROWTH
     stage.grow()
     stage.finish_all()
     assert waiting not in stage.in_flight

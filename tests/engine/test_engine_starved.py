@@ -8,8 +8,9 @@ import random
 import pytest
 from test_engine_stop import CLOSE, FLUSH, FUA, KIB, READ, TRIM, WRITE, WRITE_ZEROES, Bench, bench
 
+from fvd.engine._engine import Want
+
 SECOND = 1_000_000_000
-WANT_ROOM = 16
 
 
 def starve(it: Bench, error: int = -errno.ENOSPC) -> None:
@@ -29,7 +30,7 @@ def test_a_write_waits_and_goes_on(error: int) -> None:
     engine.advance_clock(SECOND)
     engine.want = 0
     starve(it, -error)
-    assert engine.no_room and engine.starved_count == 3 and engine.want & WANT_ROOM and not it.answered
+    assert engine.no_room and engine.starved_count == 3 and engine.want & Want.ROOM and not it.answered
     engine.want = 0
     engine.advance_clock(2 * SECOND - 1)
     it.take()
@@ -46,7 +47,7 @@ def test_a_write_waits_and_goes_on(error: int) -> None:
     while it.operations:
         it.complete(0)
         it.take()
-    assert not it.open and not engine.no_room and engine.starved_count == 0 and engine.want & WANT_ROOM and engine.leaks() == {}
+    assert not it.open and not engine.no_room and engine.starved_count == 0 and engine.want & Want.ROOM and engine.leaks() == {}
 
 
 def test_it_fails_where_that_was_asked_for() -> None:
@@ -54,7 +55,7 @@ def test_it_fails_where_that_was_asked_for() -> None:
     it.submit(WRITE, 0, 64 * KIB)
     it.take()
     starve(it)
-    assert it.answered == [(1, -errno.ENOSPC)] and it.engine.no_room and it.engine.want & WANT_ROOM
+    assert it.answered == [(1, -errno.ENOSPC)] and it.engine.no_room and it.engine.want & Want.ROOM
     it.submit(WRITE, 0, 64 * KIB)
     it.take()
     it.complete(0)

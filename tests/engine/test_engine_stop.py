@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fvd.engine._engine import Engine
+from fvd.engine._engine import Engine, Want
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE
 from fvd.sim._player import ZERO as WRITE_ZEROES
 from fvd.sim.bytewise import Memory
@@ -127,4 +127,4 @@ def test_it_does_not_say_that_a_flush_failed() -> None:
     """Who stops it tells why."""
     it = bench()
     it.engine.stop()
-    assert it.engine.want & 2 == 0
+    assert it.engine.want & Want.EVENT == 0

@@ -11,7 +11,7 @@ import pytest
 from nbd_client import TIMEOUT_S, request
 from nbd_running import MIB, Disks, Running
 
-from fvd.engine._engine import Engine
+from fvd.engine._engine import Engine, Want
 from fvd.export import _nbd as nbd
 from fvd.export.server import Limits
 
@@ -19,7 +19,6 @@ READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUS
 ZEROES, STATUS = nbd.COMMAND_WRITE_ZEROES, nbd.COMMAND_BLOCK_STATUS
 FUA, NO_HOLE, REQ_ONE = nbd.COMMAND_FLAG_FUA, nbd.COMMAND_FLAG_NO_HOLE, nbd.COMMAND_FLAG_REQ_ONE
 ENOSPC, ESHUTDOWN = 28, 108
-WANT_GROWTH = 1
 SIZE = 64 * MIB
 
 
@@ -108,7 +107,7 @@ def test_a_write_that_waits_stops_nothing_else(full: Full) -> None:
     assert client.call(READ, MIB, 4096).data == b"x" * 4096
     assert client.call(FLUSH).error == 0
     assert waits not in client.replies
-    assert full.wants == [WANT_GROWTH]
+    assert full.wants == [Want.GROWTH]
     full.grow(1)
     assert client.take(waits).error == 0
 
@@ -178,9 +177,9 @@ def test_growth_is_asked_for_again(full: Full) -> None:
     """on_want is called once for what has not been cleared, and again after Python cleared it."""
     client = full.client()
     first = client.begin(WRITE, 10 * MIB, data=bytes(4096))
-    eventually(lambda: full.wants == [WANT_GROWTH])
+    eventually(lambda: full.wants == [Want.GROWTH])
     time.sleep(0.6)
-    assert full.wants == [WANT_GROWTH]
+    assert full.wants == [Want.GROWTH]
 
     def clear() -> None:
         full.engine.want = 0

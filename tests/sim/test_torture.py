@@ -15,6 +15,7 @@ from bugs import needs_bugs, seeded
 from fvd._core import Bug
 from fvd.engine import _engine
 from fvd.errors import InvalidArgument
+from fvd.modes import CACHE_MODES
 from fvd.sim import torture as torture_module
 from fvd.sim._device import CATEGORIES
 from fvd.sim._dice import Dice
@@ -85,7 +86,7 @@ def test_shapes_differ() -> None:
     """Both layouts, all cache modes, with and without a base, faults of every category, sizes that are odd."""
     shapes = [shape_of(seed) for seed in range(3000)]
     assert {shape.geometry.layout.name for shape in shapes} == {"COMPACT", "RAW"}
-    assert {shape.cache_mode for shape in shapes} == set(_engine.CACHE_MODES)
+    assert {shape.cache_mode for shape in shapes} == set(CACHE_MODES)
     assert {shape.base_bytes is None for shape in shapes} == {True, False}
     assert any(shape.base_bytes and shape.base_bytes % 512 for shape in shapes)
     assert any(shape.base_bytes and shape.base_bytes > shape.geometry.virtual_size_bytes for shape in shapes)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from disks import make
+from fvd.engine._engine import Want
 from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
-from fvd.volume.allocator import WANT_GROWTH, Allocator, call_later, run_in_thread
+from fvd.volume.allocator import Allocator, call_later, run_in_thread
 from fvd.volume.growth import Pool
 from fvd.volume.opening import open_volume
 from fvd.volume.policy import GrowthEvent
@@ -39,7 +40,7 @@ class FakeEngine:
         """New places are written."""
         self.used += slots
         if self.free_slots * MIB < self.wake_below_bytes:
-            self.want |= WANT_GROWTH
+            self.want |= Want.GROWTH
 
     def set_storage_size(self, size_bytes: int) -> None:
         self.size = size_bytes
@@ -125,7 +126,7 @@ class World:
 
     def fill(self, leave_slots: int) -> None:
         self.engine.used = DISK.slots_in(self.engine.size) - leave_slots
-        self.engine.want |= WANT_GROWTH
+        self.engine.want |= Want.GROWTH
         self.allocator.on_want(self.engine)
 
     def loop(self) -> None:
@@ -391,7 +392,7 @@ def test_a_real_engine_wants_room_below_the_mark_that_it_was_given(tmp_path: Pat
         engine.wake_below_bytes = 14 * MIB
         assert (engine.wake_below_bytes, engine.want) == (14 * MIB, 0)
         engine.wake_below_bytes = 14 * MIB + 1  # slots are whole: rounded up
-        assert (engine.wake_below_bytes, engine.want) == (15 * MIB, WANT_GROWTH)  # at once, for it is below the mark already
+        assert (engine.wake_below_bytes, engine.want) == (15 * MIB, Want.GROWTH)  # at once, for it is below the mark already
         engine.want = engine.wake_below_bytes = 0
         engine.set_storage_size(16 * MIB)
         assert engine.want == 0

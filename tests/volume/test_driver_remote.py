@@ -15,12 +15,12 @@ from nbd_base import Nbdkit, until
 
 from disks import MIB, make, volume
 from fvd.device._remote import Remote
+from fvd.engine._engine import Want
 from fvd.errors import DeviceError
 from fvd.volume._driver import Driver, drive
 from fvd.volume.opening import OpenVolume, open_volume
 
 BASE = random.Random(5).randbytes(16 * MIB)
-WANT_STEER, WANT_BASE = 4, 8
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ class Copying:
         self.threads.add(threading.get_ident())
         if self.fails:
             raise ValueError("a bug of ours")
-        if wants & WANT_BASE:
+        if wants & Want.BASE:
             self.driver[0].release_base()
 
 
@@ -97,16 +97,16 @@ def test_copying_is_told(tmp_path: Path, server: Nbdkit, blocking: bool, caplog:
     with drive(opened, force_blocking=blocking) as driver:
         drivers.append(driver)
         assert driver.pread(0, 4096) == BASE[:4096]
-        driver.call(lambda: want(1 | 2 | WANT_STEER))
-        until(lambda: copying.wants == [WANT_STEER])
+        driver.call(lambda: want(1 | 2 | Want.STEER))
+        until(lambda: copying.wants == [Want.STEER])
         copying.fails = True
-        driver.call(lambda: want(WANT_STEER))
+        driver.call(lambda: want(Want.STEER))
         until(lambda: "could not be steered" in caplog.text)
         assert len(copying.wants) == 2
         copying.fails = False
-        driver.call(lambda: want(WANT_BASE | WANT_STEER))
+        driver.call(lambda: want(Want.BASE | Want.STEER))
         until(lambda: len(copying.wants) == 3)
-        assert copying.wants[2] == WANT_BASE | WANT_STEER and driver.call(lambda: engine.want) == 0
+        assert copying.wants[2] == Want.BASE | Want.STEER and driver.call(lambda: engine.want) == 0
         assert len(copying.threads) == 1 and threading.get_ident() not in copying.threads
         remote.close()
         with pytest.raises(DeviceError):
@@ -114,7 +114,7 @@ def test_copying_is_told(tmp_path: Path, server: Nbdkit, blocking: bool, caplog:
         until(lambda: driver.call(lambda: engine.want) == 0)
         heard = len(copying.wants)  # the engine itself has told that the base fails
         opened.copying = None
-        driver.call(lambda: want(WANT_STEER))
+        driver.call(lambda: want(Want.STEER))
         until(lambda: driver.call(lambda: engine.want) == 0)
         assert len(copying.wants) == heard
 

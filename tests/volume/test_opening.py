@@ -22,8 +22,9 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import PENDING_LOG, SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
+from fvd.modes import CACHE_MODES
 from fvd.volume import opening, recovery
-from fvd.volume.opening import CACHE_MODES, open_volume
+from fvd.volume.opening import open_volume
 from fvd.volume.prefetching import PrefetchOptions
 
 

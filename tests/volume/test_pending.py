@@ -20,10 +20,11 @@ from fvd.format import pending as layout
 from fvd.format.geometry import Layout
 from fvd.format.maps import map_hash
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, LossReason, Superblock, encode
+from fvd.modes import CACHE_MODES
 from fvd.volume import opening, pending, recovery
 from fvd.volume.check import check
 from fvd.volume.info import info
-from fvd.volume.opening import CACHE_MODES, open_volume
+from fvd.volume.opening import open_volume
 from fvd.volume.superblocks import read_superblock
 
 A, B, C = (letter * 4096 for letter in (b"A", b"B", b"C"))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from fvd.engine._engine import Want
 from fvd.errors import Conflict, InvalidArgument
 from fvd.volume import profile
-from fvd.volume.prefetching import AGAIN_NS, WANT_BASE, WANT_STEER, BaseEvent, Copying, PrefetchOptions
+from fvd.volume.prefetching import AGAIN_NS, BaseEvent, Copying, PrefetchOptions
 
 MIB = 1 << 20
 MS = 1_000_000
@@ -120,13 +121,13 @@ class Disk:
         for _ in range(round(seconds * 4)):
             self.now_ns += SECOND // 4
             self.engine.step(self.now_ns)
-            self.engine.want |= WANT_STEER
+            self.engine.want |= Want.STEER
             self.copying.on_want(self.engine.want)
 
     def base(self, **changes: bool) -> None:
         for name, value in changes.items():
             setattr(self.engine, name, value)
-        self.engine.want |= WANT_BASE
+        self.engine.want |= Want.BASE
         self.copying.on_want(self.engine.want)
 
     def kinds(self) -> list[str]:
@@ -280,24 +281,24 @@ def test_what_a_pass_left_is_gone_through_again(disk: Disk) -> None:
 
 
 def test_only_the_bits_that_were_acted_on_are_cleared(disk: Disk) -> None:
-    disk.engine.want = 1 | 2 | WANT_STEER | WANT_BASE
+    disk.engine.want = Want.GROWTH | Want.EVENT | Want.STEER | Want.BASE
     disk.copying.on_want(disk.engine.want)
     assert disk.engine.want == 3
-    disk.engine.want |= WANT_BASE  # raised after it had been looked at
-    disk.copying.on_want(WANT_STEER)
-    assert disk.engine.want == 3 | WANT_BASE
+    disk.engine.want |= Want.BASE  # raised after it had been looked at
+    disk.copying.on_want(Want.STEER)
+    assert disk.engine.want == Want.GROWTH | Want.EVENT | Want.BASE
     disk.copying.on_want(3)
-    assert disk.engine.want == 3 | WANT_BASE
+    assert disk.engine.want == Want.GROWTH | Want.EVENT | Want.BASE
 
 
 def test_a_want_that_acting_raises_is_not_lost(disk: Disk) -> None:
     disk.copying.start(PrefetchOptions(delay_s=0))
     plan = disk.engine.prefetch_plan
-    disk.engine.prefetch_plan = lambda extents: (plan(extents), setattr(disk.engine, "want", disk.engine.want | WANT_STEER))  # type: ignore
+    disk.engine.prefetch_plan = lambda extents: (plan(extents), setattr(disk.engine, "want", disk.engine.want | Want.STEER))  # type: ignore
     disk.engine.base_remaining_bytes = 0
-    disk.engine.want = WANT_STEER
-    disk.copying.on_want(WANT_STEER)
-    assert disk.engine.want == WANT_STEER
+    disk.engine.want = Want.STEER
+    disk.copying.on_want(Want.STEER)
+    assert disk.engine.want == Want.STEER
 
 
 # --- The base -----------------------------------------------------------------------------------------------------------------------
