@@ -62,6 +62,8 @@ INFO_TYPES: dict[str, tuple[type, ...]] = {
     "pending_log": (str, type(None)),
     "left_open": (bool,),
     "pending_changes": (int,),
+    "no_room_below": (bool,),
+    "stopped": (str,),
     "notices": (list,),
 }
 
