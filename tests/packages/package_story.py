@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 
 DISK = "vg0/vm1"
 UNIT = "fvd@vm1.service"
+DECOY = Path("/usr/local/bin/fvd-lv")
 BLOCK = 4096
 # A restart and an upgrade are the same for a guest; this much more is for chance, on a machine with one slow processor.
 SLACK_SECONDS = 3.0
@@ -56,6 +56,11 @@ def show(what: str, unit: str = UNIT) -> str:
 def served_by() -> list[str]:
     """The command line of the server."""
     return Path(f"/proc/{show('MainPID')}/cmdline").read_text().split("\0")
+
+
+def away_seconds() -> float:
+    """From the last time that the server was told to end until it served again."""
+    return (int(show("ActiveEnterTimestampMonotonic")) - int(show("ActiveExitTimestampMonotonic"))) / 1e6
 
 
 def starts() -> int:
@@ -152,9 +157,6 @@ def it_serves(device: str) -> None:
     Path("/etc/fvd/vm1.conf").write_text(f"VOLUME={DISK}\nOPTIONS=--cache none\n")
     run("systemctl", "enable", "--now", "fvd@vm1")
     assert (show("ActiveState"), show("StatusText")) == ("active", f"serving {DISK}")
-    python, command, *_ = served_by()
-    # By the unit, what the package has installed, although something of that name is earlier in everyone's PATH.
-    assert Path(python).name.startswith("python3") and Path(command).resolve() == Path("/usr/bin/fvd-lv"), (python, command)
     # And one that waits for its first connection.
     run("fvd-lv", "provision", "vg0/vm2", "--size", "256M")
     Path("/etc/fvd/vm2.conf").write_text("VOLUME=vg0/vm2\nOPTIONS=\n")
@@ -163,16 +165,24 @@ def it_serves(device: str) -> None:
 
 def the_upgrade_is_a_restart(newer: str) -> None:
     guest = Guest()
-    restart_seconds = guest.longest_pause_during(lambda: run("systemctl", "restart", UNIT))
+    restart_pause = guest.longest_pause_during(lambda: run("systemctl", "restart", UNIT))
+    restart_seconds = away_seconds()
+    # From now on something of that name is earlier in everyone's PATH. The unit runs what its package has installed.
+    DECOY.write_text("#!/bin/sh\nexit 99\n")
+    DECOY.chmod(0o755)
     said = ""
 
     def upgrade() -> None:
         nonlocal said
         said = install(newer)
 
-    upgrade_seconds = guest.longest_pause_during(upgrade)
-    say(f"the guest's longest pause in a restart {restart_seconds:.2f} s, in the upgrade {upgrade_seconds:.2f} s")
+    upgrade_pause = guest.longest_pause_during(upgrade)
+    upgrade_seconds = away_seconds()
+    say(f"the server was away for {restart_seconds:.2f} s in a restart, for {upgrade_seconds:.2f} s in the upgrade")
+    say(f"the guest's longest pause {restart_pause:.2f} s, {upgrade_pause:.2f} s: QEMU looks for it after 1, 3, 7, 15, 31 s")
     assert "not every disk" not in said
+    python, command, *_ = served_by()
+    assert Path(python).name.startswith("python3") and Path(command).resolve() == Path("/usr/bin/fvd-lv"), (python, command)
     assert upgrade_seconds < 2 * restart_seconds + SLACK_SECONDS
     assert starts() == 3, "started, restarted and upgraded it should be"
     assert show("NRestarts") == "0" and show("ActiveState") == "active"
@@ -202,7 +212,7 @@ def purged(before: set[str]) -> None:
     said = run("dpkg", "--purge", "fvd")
     assert "not empty" not in said and "warning" not in said, said
     assert not Path("/etc/fvd").exists() and not Path("/run/fvd").exists()
-    left = files() - before
+    left = files() - before - {str(DECOY)}
     assert not left, f"left by the purge: {sorted(left)}"
     assert not list(Path("/etc/systemd/system").rglob("fvd@*"))
     assert run("systemctl", "list-units", "--all", "--no-legend", "--plain", "fvd@*") == ""
@@ -225,9 +235,6 @@ def a_wheel_serves_from_a_virtual_environment(wheel: str, pip: str) -> None:
 
 def main(older: str, newer: str, device: str, *wheel: str) -> None:
     versions = [run("dpkg-deb", "--field", package, "Version").strip().partition("~")[0] for package in (older, newer)]
-    decoy = Path("/usr/local/bin/fvd-lv")
-    decoy.write_text("#!/bin/sh\nexit 99\n")
-    decoy.chmod(decoy.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     before = files()
     # Nothing of the tests' own environment: the disks are root's, served by units.
     os.environ.clear()
