@@ -125,6 +125,12 @@ class SlowGroup:
                 "vg_free": str(self.free_bytes),
                 "vg_extent_size": str(self.EXTENT_BYTES),
                 "vg_permissions": "writeable",
+                "pv_name": "/dev/played",
+                "pv_uuid": "played",
+                "pv_free": str(self.free_bytes),
+                "pv_allocatable": "allocatable",
+                "pv_major": "1",
+                "pv_minor": "0",
             }
             printed, said = json.dumps({"report": [{"vg": [row]}]}), ""
         else:

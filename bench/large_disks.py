@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fvd.device.folders import reach
 from fvd.device.node import Node, create_file, open_node
 from fvd.format.geometry import PAGE_BYTES, Geometry
 from fvd.format.journal import first_page, page_offset_bytes
@@ -50,7 +51,8 @@ def make_disk(path: Path, size_bytes: int, *, full: bool) -> None:
         raise ValueError("only disks with a table are made here")
     if full:
         fill(geometry, bitmap, table)
-    create_file(path, geometry.max_storage_size_bytes)
+    with reach(path) as place:
+        os.close(create_file(place, path.name, geometry.max_storage_size_bytes))
     with open_node(path) as node:
         _write_map(node, superblock, MapKind.BITMAP, bitmap)
         _write_map(node, superblock, MapKind.TABLE, table)

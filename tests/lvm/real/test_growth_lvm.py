@@ -464,7 +464,8 @@ def test_a_volume_that_lvm_moves_and_copies(make_group: Callable[..., Group]) ->
             disk.pwrite(chunk * MIB, content(chunk))
         there, other = group.devices if group.devices[0] in str(group.report("lv_name,devices")) else reversed(group.devices)
         run("pvmove", "--config", "global/use_lvmpolld=0", "--interval", "1", "--name", "vm1", there, other)
-        wait_for(lambda: "pvmove" not in str(group.report("lv_name")))
+        # lvm has ended, and the volume may be locked for a moment longer.
+        wait_for(lambda: "pvmove" not in (rows := str(group.report("lv_name,lv_allocation_locked"))) and "allocation locked" not in rows)
         assert other in str(group.report("lv_name,devices"))
         disk.extend()
         run("lvcreate", "--yes", "--snapshot", "-L", "64M", "-n", "snap", volume)
