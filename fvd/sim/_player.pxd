@@ -52,6 +52,7 @@ cdef class Player:
     cdef public uint32_t attended
     cdef public uint64_t due_ns
     cdef uint64_t reserve_left, chunks_in_flight, waited
+    cdef bint promises              # to some that are under way
     cdef bint trims                 # else a trim does nothing: the raw layout over a base
     cdef readonly uint32_t in_flight_count
     cdef uint64_t reverted          # blocks that the device lost and no longer shows, when that was last looked at
@@ -75,6 +76,7 @@ cdef class Player:
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
                        uint32_t again=*) except 0
+    cdef void promises_end(self) noexcept nogil
     cdef int send_some_again(self, bint every) except -1
     cdef int pump(self) except -1
     cdef int check_progress(self) except -1

@@ -140,6 +140,10 @@ cdef class Player:
             guest.chunks = <uint32_t> ((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
             # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
             guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
+            # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
+            if guest.chunks > self.reserve_left:
+                self.promises_end()
+            self.promises |= guest.promised
             self.reserve_left -= min(self.reserve_left, <uint64_t> guest.chunks)
             self.chunks_in_flight += guest.chunks
         if kind == KIND_READ or kind == KIND_WRITE:
@@ -254,6 +258,13 @@ cdef class Player:
             # Those under way may take theirs yet.
             self.reserve_left = max(self.reserve_left, reserve - self.chunks_in_flight)
         return 0
+
+    cdef void promises_end(self) noexcept nogil:
+        cdef uint32_t i
+        if self.promises:
+            for i in range(self.room):
+                self.guests[i].promised = 0
+        self.promises = False
 
     def unanswered(self):
         """See _player.pyi."""

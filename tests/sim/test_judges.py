@@ -18,6 +18,7 @@ TOO_STRICT = {
     12000004735: "slots after a commit that has failed",
     12000006889: "what one failed write has left, brought back by another's that lands late",
     16000001974: "an older value, brought back by a failed write of another part of its block",
+    16000108649: "a slot that a later write took, while an earlier one waited for memory",
     466448788406: "slots that a request asks for bit by bit",
 }
 
