@@ -296,10 +296,10 @@ def test_a_loop_that_was_away(bench: Bench) -> None:
 
 def test_a_request_without_an_answer(bench: Bench) -> None:
     server = bench.odd("skips")
-    bench.attach(server.uri, timeout_s=3)
+    remote = bench.attach(server.uri, timeout_s=3)
     results = bench.driver.run([("read_base", 0, 512), *[("read_base", 4096, 512)] * 5])
     assert [result for result, _ in results] == [-errno.ETIMEDOUT, 0, 0, 0, 0, 0]
-    until(lambda: bench.driver.turn(0.02) == [] and server.accepted == 2)
+    until(lambda: bench.driver.turn(0.02) == [] and server.accepted == 2 and remote.connected)
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
 
 
