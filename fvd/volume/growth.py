@@ -7,6 +7,7 @@ Knows neither engine nor format. docs/growth.md says what an implementation must
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -77,6 +78,7 @@ class Ends:
     def __init__(self, size_bytes: Callable[[], int], path: str) -> None:
         self._size_bytes = size_bytes
         self._path = path
+        self._looking = threading.Lock()  # guards the rest
         self._held_bytes = self._most_bytes = 0
         self._on_moved: Callable[[str], None] | None = None
         self._why = ""
@@ -86,17 +88,21 @@ class Ends:
         self.look()
 
     def seen(self, size_bytes: int) -> None:
-        """It has this size."""
-        if size_bytes >= self._held_bytes:
-            self._held_bytes = min(size_bytes, self._most_bytes)
-            return
-        told, self._on_moved = self._on_moved, None
-        if told is not None:
+        """It has this size, or had it a moment ago. Raises DeviceError if it cannot be looked at again."""
+        with self._looking:
+            if size_bytes < self._held_bytes:
+                size_bytes = self._size_bytes()  # a step of our own may have ended since it was read
+            if size_bytes >= self._held_bytes:
+                self._held_bytes = min(size_bytes, self._most_bytes)
+                return
+            told, self._on_moved = self._on_moved, None
+            if told is None:
+                return
             self._why = (
                 f"{self._path} has been made smaller by somebody else while it was in use: {format_size(size_bytes)}, where it had "
                 f"{format_size(self._held_bytes)}"
             )
-            told(self._why)
+        told(self._why)
 
     def check(self) -> None:
         """Raises DeviceError if it has been smaller: nothing is done to it any more."""

@@ -74,6 +74,9 @@ class LvmStorage:
             if self._on_moved is None:
                 return
             size_bytes = min(size_bytes, self._most_bytes)
+            if size_bytes < self._held_bytes:
+                # A step of our own may have ended since it was read.
+                size_bytes = min(self._device.size_bytes(), self._held_bytes)
             why: str | None = None
             if size_bytes < self._held_bytes:
                 why = f"it has {format_size(size_bytes)}, and had {format_size(self._held_bytes)}"

@@ -19,6 +19,7 @@ from fvd.errors import DeviceError
 from fvd.lvm import dm
 from fvd.lvm.placement import Placement
 from fvd.volume._driver import Driver, drive
+from fvd.volume.growth import Ends
 from fvd.volume.opening import open_volume
 from fvd.volume.policy import GrowthEvent
 from fvd.volume.provision import provision
@@ -281,3 +282,33 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     with pytest.raises(DeviceError):
         driver.close()
     assert path.stat().st_size < 64 * MIB
+
+
+# --- Sizes that were read a moment ago ---------------------------------------------------------------------------------------------
+
+
+def test_a_size_read_before_a_step_of_its_own_ended_is_no_reason(machine: Machine, name: str) -> None:
+    """Whoever looks at the device may be overtaken by a step between reading its size and comparing it."""
+    with drive(open_volume(name)) as driver:
+        allocator = driver.volume.allocator
+        assert allocator is not None
+        storage = allocator.storage
+        before = storage.size_bytes()
+        assert allocator.extend_now().result(20) > before
+        storage._follow(before)  # type: ignore[attr-defined]
+        driver.pwrite(0, bytes(4096))
+        assert not driver.volume.stopped
+
+
+def test_the_same_of_what_has_nothing_but_a_size() -> None:
+    told: list[str] = []
+    size = [16]
+    ends = Ends(lambda: size[0], "it")
+    ends.hold(16, 100, told.append)
+    size[0] = 32
+    ends.seen(32)
+    ends.seen(16)
+    assert told == []
+    size[0] = 16
+    ends.seen(16)
+    assert len(told) == 1 and "made smaller" in told[0]
