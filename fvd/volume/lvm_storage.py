@@ -51,7 +51,8 @@ class LvmStorage:
 
     def size_bytes(self) -> int:
         size_bytes = self._device.size_bytes()
-        if size_bytes > self._committed_bytes and not self._growing:
+        # In this order: a step that ends meanwhile has committed its size before it ends.
+        if not self._growing and size_bytes > self._committed_bytes:
             # Not by us. Somebody's lvextend, or the loaded table of a dead one.
             self._settle()
             size_bytes = self._device.size_bytes()
