@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from another_user import STRANGER, forge_base, give, needs_root, open_folder
 from loops import loop_device, run
-from lvm_machine import Machine, simulated_lvm
+from lvm_machine import Machine
 
 from disks import MIB, SMALL, driven, make, volume
 from fvd.device import as_user
@@ -347,12 +347,6 @@ def test_a_device(folder: Path, base: Path, secret: Path) -> None:
         backing.unlink()
         with pytest.raises(PermissionDenied, match="nobody can tell whose"):
             open_volume(device)
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 def test_a_logical_volume_and_its_tag(machine: Machine, folder: Path, base: Path, secret: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbd
 import pytest
 from loops import loop_device, run
-from lvm_machine import Machine, Volume, simulated_lvm
+from lvm_machine import Machine, Volume
 
 import fvd
 from disks import MIB, SMALL, make, start
@@ -25,12 +24,6 @@ from fvd.volume.policy import GrowthEvent
 from fvd.volume.provision import provision
 
 SECTOR = 512
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

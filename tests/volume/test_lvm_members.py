@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
-from lvm_machine import Machine, Physical, simulated_lvm
+from lvm_machine import Machine, Physical
 from test_lvm_commands import GROUP, PHYSICAL, group_row
 
 from disks import MIB, SMALL
@@ -24,12 +22,6 @@ from fvd.volume.provision import provision
 from fvd.volume.removing import remove
 
 STRANGER = "/dev/nbd0"
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 @dataclass

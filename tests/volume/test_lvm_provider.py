@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from loops import run
-from lvm_machine import Killed, Machine, simulated_lvm
+from lvm_machine import Killed, Machine
 
 from disks import MIB, SMALL, crash
 from fvd.device.claim import claim
@@ -29,12 +29,6 @@ from fvd.volume.removing import remove
 from fvd.volume.view import look
 
 SECRET = b"another tenant's secret " * 170 + bytes(16)  # 4096 bytes
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loops import run
-from lvm_machine import Machine, Volume, simulated_lvm
+from lvm_machine import Machine, Volume
 
 from disks import MIB, SMALL
 from fvd.device.node import open_node
@@ -24,12 +24,6 @@ from fvd.volume.opening import open_volume
 from fvd.volume.provision import provision
 from fvd.volume.removing import remove
 from fvd.volume.view import look
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

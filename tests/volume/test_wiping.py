@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loops import loop_device, sparse
-from lvm_machine import Killed, Machine, simulated_lvm
+from lvm_machine import Killed, Machine
 
 from disks import MIB, SMALL, driven, make, volume
 from fvd.device import wiping
@@ -154,12 +153,6 @@ def test_a_damaged_disk_is_wiped_too(path: Path) -> None:
 
 
 # --- Logical volumes ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with simulated_lvm(tmp_path, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture
