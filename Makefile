@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Two commands on a bare Debian 12 or 13 with git, python3 and make:  make demo  ·  make test
 # Both install what is missing (scripts/setup), build, and run. `make help` lists the rest.
 

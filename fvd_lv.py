@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first lines of the command ``fvd-lv``: from here on Ctrl-C ends it without a traceback, also while everything else is imported.
 
 Beside the package and not in it, for what is in it imports the whole library first. Importing this does nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the compiled modules.
 
 FVD_BUILD=release (default): -O3, no bounds checks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same disk fresh and aged: after ten times 30 % of it trimmed in random pieces and all of it written again in random order.
 
 Fresh means written once from its beginning to its end. In both states every block is mapped, so that what differs is where things lie and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* An NBD server that only answers: answer SOCKET SIZE_BYTES. Nothing is stored; reads show zeros. It exists to measure what a client can do
    at most: no server of this protocol over this socket is faster. One thread for each connection; the newstyle handshake with NBD_OPT_GO. */
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of a real application's start comes from the local disk when its profile, or as much in sequence, has been prefetched.
 
 A User-Mode Linux guest (a kernel of its own, with its file system, page cache and read-ahead) mounts the disk and starts Python with what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every I/O that reaches a block device, as the kernel's own trace tells it. Knows nothing of who made it.
 
 Two events are traced: block:block_bio_queue, what was submitted, before anything is split or merged; and block:block_rq_issue, what the

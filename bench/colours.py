@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which colour a peer has, the same in every picture: fvd strong, everything else muted. Can be told apart by who sees few colours.
 
 Every colour is readable on white and on near-black. Knows nothing of drawing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copy-on-read and prefetching from a slow base: the second start, a guest that is busy and idle by turns, and an application's start.
 
 The same is done to an fvd disk and to a qcow2 overlay in qemu-storage-daemon (copy-on-read filter, block-stream), in one run, interleaved.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks over a slow base, served side by side: an fvd disk, and a qcow2 overlay in qemu-storage-daemon. Both answer the same questions.
 
 The base is nbdkit's pattern plugin, which holds no zeros and takes no room, behind its delay and rate filters. Each disk lies on a loop

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a flush costs: 4 KiB random writes with a flush after every write, and after every 32, on data that are mapped and while allocating.
 
 While allocating, each write is the first to its 64 KiB, so that each changes metadata that the next flush has to make durable. A flush at

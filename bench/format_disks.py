@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk in each format on a loop device of its own, as a guest gets it; and where on the device the guest's data lie.
 
 fvd is served by `fvd-lv serve`; qemu-storage-daemon is its client. "raw" goes the same way, through a pass-through server of the same shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does a write ever wait for growth? New places are written as fast as the device takes them, while steps take from 0.2 to 6 seconds.
 
 That is what users of others report of `lvextend`. Beside it stand the same writes to the device itself, and growth that begins too late:

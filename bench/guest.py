@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest does to a disk, over one NBD connection: `guest.py start|alternate SOCKET ...`. Prints JSON lines.
 
 A program of its own, for it needs libnbd's Python bindings, which a distribution installs for its own Python only. `start` replays a

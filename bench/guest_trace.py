@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's requests in order, and the file they are kept in. Knows nothing of how they came about or what is done with them.
 
 The file is xz over a line of JSON (what the trace is, how many requests, how they are divided into phases) and three columns: the kinds,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A load on a disk inside one process, without NBD: `inprocess.py VOLUME PATTERN ...`. Prints one JSON object, and where the data lie.
 
 A program of its own, so that its CPU time is that of the load and the disk alone. matrix.py compares it with fio on the same device.

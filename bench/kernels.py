@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Cython kernels against numpy and against memory: one request's lookup, a whole-bitmap scan, CRC32C."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks of many TiB in sparse files, made at once: their maps are written by the format's own code, and no data at all.
 
 A full disk maps every chunk and every block; the slots are in no order, as after a long life. What it reads are the zeros of its storage's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a format puts what a guest writes: a real image is made and written in the order of a trace, then its map is read.
 
 What matters is which unit of allocation is touched when, so only that is written: for fvd a page in each new chunk, for QEMU's formats

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A steady load on served disks, and what their server does in a window of it: requests counted at the disks' devices, CPU by process.
 
 The window begins when every connection is at work, so that neither handshakes nor the client's start are counted. One request of a mapped

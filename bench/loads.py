@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done to a disk: runs of fio over NBD or on a device, bounded by time or by size; writes at given places with flushes between
 them, by a client of our own (trace.c); random requests by one that costs little (many.c); and what was seen of each. Knows no server.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What LVM's own thin volumes and snapshots make of a guest's writes, and what fvd does on a logical volume: counts at the physical volume.
 
 The volumes are real: lvm2 and device-mapper of a User-Mode Linux guest (lvm_counts.py runs in it). It has no useful clock, so nothing is

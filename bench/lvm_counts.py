@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts what reaches a physical volume when a guest writes to a volume on it: `lvm_counts.py DEVICE RESULT --writes N [--full]`.
 
 Runs in a User-Mode Linux guest (scripts/uml) with dm-thin-pool and dm-snapshot loaded, and takes DEVICE for itself. Writes JSON to RESULT:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a measurement stands on: loop devices over tmpfs, server processes, fio runs, and the facts of the machine."""
 
 from __future__ import annotations

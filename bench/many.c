@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A client of many NBD connections, or of one, in one thread:
 
      many SOCKET randread|randwrite SIZE_BYTES DEPTH SECONDS TIMES EXPORT...

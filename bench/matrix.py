@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd and what one would use instead, over NBD, side by side; and fvd in one process against fio on the same device.
 
 Each peer serves a disk of its own on a loop device of its own. On disks whose blocks are all mapped, each run lasts as long as the others;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long opening a disk takes and what it holds in memory, in a process that does nothing else: `open_disk.py VOLUME`.
 
 Prints JSON: what open() took, and by how much the process grew. A program of its own, because a process that has opened a disk before has

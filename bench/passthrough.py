@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """A pass-through NBD server of the same shape as fvd's, with no mapping: what the serving loop costs by itself.
 
     bench/passthrough.py serve STORAGE --socket PATH

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a request's microseconds go: the CPU time of one request, stage by stage, over NBD and in process, beside the pass-through server
 and qemu-nbd.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which stage of a request a sampled call chain belongs to, and what perf saw of a process: samples by stage, system calls by name.
 
 Only the names of functions are known here; nothing of servers, loads or tables. What a kernel worker does for a loop device is no part of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be served side by side: fvd and what one would use instead, each in its default form and in its best one, and the limits.
 
 A peer prepares a fresh disk on a device of its own and serves it on a unix socket:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A raw file on a host file system on the device: what a file system costs where fvd has none. Served as the raw device is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd as a peer: as it is, with chunks placed over the device, with chunks that the device zeroes, with all storage allocated at first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The limits: a server that only answers (no server can do more with this client), and fvd's own loop without an engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nbdkit's file plugin. It knows no direct I/O: reads may come from memory, and what it has written the kernel writes later."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """qemu-nbd with each of its formats. Formats that lie on no block device lie on XFS on one."""
 
 from __future__ import annotations

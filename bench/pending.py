@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the log of pending changes costs: fvd with it and without, in process, on the same device in alternating runs.
 
 First writes of 4 KiB on a disk with blocks of 4 KiB, so that each changes metadata and is logged; and overwrites of mapped data, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws what `suite.Plot` describes as SVG: the same data give the same bytes.
 
 Letters are drawn as paths, from the font that comes with matplotlib: a picture in a page of a forge must not depend on the fonts of who

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PostMark in a real guest kernel, on each format: how many I/Os reach the device, and how many of them are the format's own.
 
 The guest is a User-Mode Linux kernel with an ext4; the device is a loop device, whose I/Os the host's kernel traces. It is counts that are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PostMark in a guest: makes a file system, creates files, does transactions on them, and pauses after each.
 
 PostMark itself is stopped while the guest pauses, and everything is written before: what reached the disk until then belongs to that phase.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/benchmarks.md and the pictures that the README shows of results/*.json, wholly: text that is not a figure is in
 benchmarks.md.in. All pictures are in the report (report.py).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes results/report.html of results/*.json: one file that needs nothing else, neither a network nor a script.
 
 Nothing in a result is taken for markup. The same results give the same bytes. Knows no suite: what there is to tell is in the rows.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What results/NAME.json holds, read and judged: which goals were reached, where fvd loses, what was not measured.
 
 Whatever is in a file is taken as it is found: half a file, a figure that is no number, a suite that failed. Knows no suite and no format

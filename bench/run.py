@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the benchmarks: ``bench/run.py [--mode quick|normal|full] [SUITE...]``. Prints tables, writes results/NAME.json and a report.
 
 Ratios stand in front and absolute figures behind: this says how fvd compares on one machine in one run, nothing more. What could not

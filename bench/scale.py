@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Large disks and many disks: what opening them costs, what they hold in memory, and whether a request costs the same as on a small one.
 
 Large disks lie in sparse files in memory (large_disks.py): their maps are whole, their data are holes. Full ones map every chunk, with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a head would travel: a guest's trace with a working set of more than 20 GB, mapped through each format's own layout.
 
 The trace is a real guest's (bench/traces/README.md), the layouts are those of real images that were written in its order. A request

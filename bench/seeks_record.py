@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records a guest's requests as PostMark makes a file system, creates files and does transactions on them.
 
     bench/seeks_record.py OUTPUT [--disk-gib N] [--files N] [--transactions N] [--folder FOLDER]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a suite of the benchmark is: how long it may take, what it gives back, and how a figure and a goal are written.
 
 A suite is a module with

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Writes at given offsets over NBD, in the order given, with flushes at exact places, and tells how long each took:
 
      trace SOCKET OFFSETS DEPTH BLOCK_BYTES FLUSH_EVERY SECONDS FINAL_FLUSH TIMES

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest's reads wait for while much is trimmed: 4,096 chunks at once, with the discards that follow, and without.
 
 In process, a reader of one 4 KiB block each few milliseconds beside the trim, on a file and on loop devices: over a file of the disk, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A User-Mode Linux guest with a disk: a kernel of its own, with its file system, page cache and virtio-blk driver, as an ordinary process.
 
 qemu-storage-daemon exports the disk as vhost-user-blk; the guest sees /dev/vda. Its root is this machine's own file system, so that every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The versions of everything that takes part in a measurement. Knows no suite."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* What answer.c and many.c both say over NBD: magic numbers, commands, and the heads of requests and simple replies. */
 
 #ifndef WIRE_H

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First writes where the device writes zeros without being sent any: fvd with whole blocks and with zeroed chunks, qcow2, raw.
 
 The device is a loop device over a file of ext4: its zeros are holes in that file, and the first write to a hole costs more than one to

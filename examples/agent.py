@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """A small agent of a hypervisor: it makes a disk, serves it, hands it to a QEMU that runs, and adds storage to the volume group when that
 gets low. An example, complete and tested; take from it what you need. It knows nothing of fvd but `import fvd`.
 

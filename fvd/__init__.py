@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd: virtual disks that hold what was written and no more, on raw storage, and survive any crash.
 
     import fvd

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels shared by the compiled layers: checksums, bit runs, map hash, cells. Pure memory: no I/O, no Python objects."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels on memory, as Python sees them. Arrays are C-contiguous; a range or shape that does not fit raises ValueError.
 
 Bit ranges are half-open: [first, end). A UUID is 16 bytes. Offsets and positions are byte offsets in the storage.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels shared by the compiled layers: checksums, bit runs, map hash, cells, journal pages.
 
 Pure memory: whole batches in and out, result codes instead of exceptions inside nogil code. Knows neither files nor time nor any other

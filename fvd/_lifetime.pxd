@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compiled modules ask of _lifetime.pyx."""
 
 cdef extern from "<semaphore.h>" nogil:

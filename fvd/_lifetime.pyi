@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of _lifetime.pyx."""
 
 from collections.abc import Callable, Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a signal must not tear, and what a fork must not share: work that is wholly done or undone, handles that belong to one process.
 
 Python runs signal handlers in the main thread, between any two steps of it. So work that must not be left half-way is done in a thread of

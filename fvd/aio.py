@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The long verbs of `fvd` for asyncio: the same functions and values, awaited instead of waited for. Knows no more than `import fvd` does.
 
     import fvd.aio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages whose rate somebody else decides (a client, another server, whoever can connect): counted, not repeated.
 
 Of each kind the first FIRST are logged as they are. Further ones are counted, and told once in EVERY_S: the last of them, and how many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user chooses from, each list once: the engine, the API, the command line, the simulator and the tests take it from here.
 
 Lowest layer: imports nothing of the project. A new mode is added here, and where it makes a difference.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes as people write them. G means GiB. Lowest floor: imports only the errors."""
 
 from __future__ import annotations

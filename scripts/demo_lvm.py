@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job on a logical volume of a group that the user names, with what is particular to LVM; and the same in a guest.
 
 It makes one logical volume with a name of its own, and removes it at the end, however that comes. Only with a spare device it does more: it

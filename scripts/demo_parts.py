@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo's two stories share: narration, a client that knows what it wrote, the server, a guest's file system.
 
 `scripts/demo` tells the story on a file, `demo_lvm.py` the one on a volume group.

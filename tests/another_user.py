@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Another user of this host, whom no password database knows, and images that say what they like: what tests of strangers' files share."""
 
 from __future__ import annotations

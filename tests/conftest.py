@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which build is tested, and what every test may ask for.
 
 FVD_TEST_BUILD=release (default) is the tree itself; checked is the copy in build/checked, compiled with bounds checks and assertions.

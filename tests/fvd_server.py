@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ``fvd-lv serve`` in a process of its own, for tests that kill it hundreds of times.
 
 Starting Python takes longer than recovering a disk. So the servers are children of a process that has imported fvd and waits; each runs the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loop device whose transfers can be held back one by one, as a failed path holds them: in flight, until it comes again.
 
 Below it lies a file that is served here through FUSE, by a process of its own. The kernel hands it the loop device's transfers as they come

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real loop devices and mounts for tests. Where they are not permitted the test is skipped, and the reason is in pytest's summary."""
 
 from __future__ import annotations

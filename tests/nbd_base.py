@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Servers of bases for the tests: nbdkit with any plugin and filters, and a small one of our own that behaves oddly on purpose."""
 
 from __future__ import annotations

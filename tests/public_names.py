@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others rely on by name: commands, options and their values, exit codes, JSON keys, event kinds, and the Python API.
 
 `python tests/public_names.py --write` records what there is in public_names.json beside this file. Names are added there with the

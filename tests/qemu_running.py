@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """QEMU for the tests: a storage daemon or a whole machine that has not been started, and QMP, its language."""
 
 from __future__ import annotations

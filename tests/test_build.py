@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """setup.py on a machine that lacks something: it says what to install, and no compiler complains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages whose rate somebody else decides: a handful of lines, then a count."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written for users: links that lead somewhere, a README that can be read at once, sentences that can be read once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The floors of docs/architecture.md, held: who imports whom, and who may touch clocks, dice, sockets, processes and files.
 
 The table is parsed out of that document, so the two cannot drift apart.

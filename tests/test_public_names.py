@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public names stay: what was recorded is there, and what is there was recorded."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stranger finds beside the code: a licence, one version everywhere, tools that are set up as `make lint` uses them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make test` itself: no test falls between its parts, and a part that fails, hangs or dies is told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where to listen, as people write it. Pure text: resolves no names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is given to QEMU or libvirt so that a virtual machine uses a served disk: command line, QMP, XML. Knows their syntax and NBD URIs.
 
 ``attach_info`` asks where the volume is served; ``describe`` is pure text generation, and asks nobody.

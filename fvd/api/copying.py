@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copy-on-read, prefetching and profiles of one open disk as plain values, whether it has something to copy or not.
 
 The disk's `copying` does the work where there is one; without it (no base, read-only, nothing left) these functions say so in its place.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An open disk in this process: read and write it without NBD, from any number of threads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens to a disk, for programs that wait for it: numbered events, their recent history, and whoever subscribed.
 
 A hub belongs to one open disk. The disk's loop tells it what happened and goes on at once: no code of a listener runs there, nobody is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The events of disks that other processes serve. Knows volume names and events, not how servers are asked."""
 
 from __future__ import annotations

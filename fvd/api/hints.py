@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to type next, for messages. Pure text: asks nobody."""
 
 from __future__ import annotations

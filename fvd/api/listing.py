@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which disks are there: served ones by their control sockets, closed ones in the folders and volume groups that one names."""
 
 from __future__ import annotations

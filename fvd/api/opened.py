@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs on a disk that this process has open, whoever drives it: the in-process driver or the NBD server's loop.
 
 Answers are plain values, for a control socket as for this process. What looks at the engine runs in the loop's thread.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs on a served disk's copies from its base, by the volume's name: whoever serves it is asked through its control socket.
 
 Each raises NotFound for a volume that is not there or that nobody serves, PermissionDenied (another user's) and Timeout. A disk that this

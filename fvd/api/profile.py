@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a profile to show it: what a guest read from a base, in order. Who prefetches by it is not known here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks the process that serves a volume, if there is one. Knows control sockets, not what the verbs mean."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks served over NBD by a thread of this process, as a program has them in its hand: `serve` and what it returns."""
 
 from __future__ import annotations

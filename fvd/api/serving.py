@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks served over NBD by a thread of this process, each with its control socket. Composes volumes, the NBD server and control sockets."""
 
 from __future__ import annotations

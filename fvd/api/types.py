@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the public functions answer: frozen dataclasses whose fields are also the keys of JSON output. Knows only its own shape.
 
 All sizes and offsets are bytes. Fields are only ever added; a removed or changed one would raise the schema version.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verbs on a volume, by its name. On a served volume they go to the process that serves it, through its control socket.
 
 A volume is ``VG/LV``, ``file:PATH`` or a block device. Sizes are bytes, or text such as "100G" (GiB). Every verb raises InvalidArgument for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fvd.cli``: the same as ``fvd-lv``."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv acknowledge``: an administrator has seen that acknowledged writes of a disk may be gone."""
 
 from __future__ import annotations

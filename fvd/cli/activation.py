@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets that a service manager, or ``nbdinfo [ fvd-lv serve ... ]``, has made and handed over: sd_listen_fds(3). Knows no command."""
 
 from __future__ import annotations

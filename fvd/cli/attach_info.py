@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv attach-info``: what an administrator pastes to give a served disk to a virtual machine. Knows its layout, not its contents."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv check``: is the metadata whole? Reads only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv copy-on-read``: whether a served disk keeps what its guest reads from the base."""
 
 from __future__ import annotations

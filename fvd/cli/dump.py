@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv dump``: a disk's metadata as it lies on the storage, for whoever must understand it. Reads only, interprets nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv events``: what happens to served disks, a line for each event as it happens, for agents and for people."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv extend``: more storage under a disk, served or not."""
 
 from __future__ import annotations

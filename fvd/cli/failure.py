@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors as a person and a program see them: one clear line, one JSON object, one exit code. Knows no command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv info``: what a disk is and how full. Knows how to say it, not how it is found out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv list``: which disks are there, and what their volume groups have promised them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv``: reads the command line, runs one command, turns errors into one line and an exit code."""
 
 from __future__ import annotations

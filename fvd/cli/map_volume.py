@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv map``: which parts of a disk are where; on a terminal, a picture of it. Knows nothing of the format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """systemd's notify protocol: one datagram to the socket that $NOTIFY_SOCKET names. Nothing happens where there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options and argument types that several commands share. Knows argparse and sizes, not what the commands do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command prints: text for people, or one JSON object with a schema version for programs. Knows no command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv prefetch``: copying what a served disk has not yet from its base, and how far that is. Knows how to say it, no more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command as a process: its standard streams, which may be closed or full, and Ctrl-C, at whatever moment. Knows no command.
 
 A result that cannot be written is an error with one line; a reader that has gone (``| head -1``) is none to speak of. The first Ctrl-C

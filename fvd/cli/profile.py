@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv profile``: what a guest reads from the base, saved for later disks to prefetch first; and a picture of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A progress bar on a terminal's stderr; nothing at all elsewhere. Knows no command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv provision``: make a virtual disk in a volume. Knows the options; what they mean is the API's business."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv remove``: end a disk and give its storage back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv serve``: disks over NBD until SIGTERM or SIGINT. Says one line per volume when it is ready, tells systemd, closes cleanly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A command for several volumes, one after the other, whatever becomes of each; for one it answers as it always did. Knows no verb."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What somebody may have meant: the nearest of the names that there are. Knows no command; changes nothing, and never fails."""
 
 from __future__ import annotations

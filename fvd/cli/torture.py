@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv torture``: random disks on a simulated device, until something is found; and the same load against any NBD server."""
 
 from __future__ import annotations

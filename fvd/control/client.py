@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks a served disk through its control socket. Knows the messages, not what the verbs mean."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Follows the events of served disks through their control sockets, those of disks that begin to be served later too.
 
 One thread, the one that calls ``next``, waits for all sockets at once. A server that is killed is noticed at once, one that is stuck by its

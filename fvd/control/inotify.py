@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's inotify: the three calls of it that watching folders needs. Knows no socket, and no folder of ours.
 
 Written here, and not taken from PyPI, because no Debian has a package with it: a package of fvd's would have to carry somebody's copy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where control sockets live: the folder, and the name of a volume's socket, the same for everyone who names that volume.
 
 A volume is known by what it is (device and inode of a file, numbers of a block device), not by how it is written: links, relative

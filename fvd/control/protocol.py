@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages of a control socket: one JSON object a line, with a schema version. Pure: bytes in, messages out; no sockets.
 
 Request: ``{"schema_version": 1, "verb": "info", "arguments": {}}``. Answer: ``{"schema_version": 1, "result": ...}`` or

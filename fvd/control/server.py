@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The control socket of one served disk: takes connections, hands each request to the verb's handler, sends the answer.
 
 Knows sockets and messages; what a verb does is the handlers' business. Handlers run in threads of their own, one request of a

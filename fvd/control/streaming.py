@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server's end of a streaming verb: sends what a stream has, as fast as its subscriber reads and no faster.
 
 One thread for each subscriber, which waits for nothing but its own: whoever reads slowly, or not at all, costs a bounded amount of memory

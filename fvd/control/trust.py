@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is believed at a control socket. Knows users and the volumes that are theirs, not what is said.
 
 Where a socket lies proves nothing: anyone may put one into a folder of his own, under any name. The kernel tells whose process listens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bell that wakes a thread which waits in poll(). Knows nothing of what it is rung for."""
 
 from __future__ import annotations

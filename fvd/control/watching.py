@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notices that a control socket appears, by inotify on the folders where they live: nothing is polled.
 
 A folder that is not there yet is waited for in its parent. Knows the folders, not what is said at the sockets.

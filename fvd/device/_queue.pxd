@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled interface of operation queues: device operations in, completions and socket readiness out. See _queue.pyx."""
 
 from cpython.ref cimport PyObject

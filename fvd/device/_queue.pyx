@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operation queues: run device operations and watch sockets, through io_uring or, where the kernel refuses that, blocking calls and epoll.
 
 A queue belongs to the thread that opened it. It finishes short transfers itself and answers 0 or a negative errno. It knows

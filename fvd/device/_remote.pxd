@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled fields of a remote base. See _remote.pyx."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t

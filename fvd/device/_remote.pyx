@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A base behind NBD: the operation queue's loop reads from it through libnbd's asynchronous calls; a connection that ends is made again.
 
 One helper thread per remote does what blocks (names, connecting, negotiation, ending a server of our own); requests never leave the

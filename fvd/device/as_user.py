@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens a file with another user's rights: a child process becomes him, opens it, and hands the descriptor back. For root.
 
 What a stranger has named is opened by him, so that he gets to see nothing that he could not read himself. A process of its own, since a

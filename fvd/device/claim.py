@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One owner: nobody else writes a volume while we have it, and we touch none that somebody else has. Knows nothing of the disk format.
 
 What protects what:

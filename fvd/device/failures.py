@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is told that a flush has failed: everything in this process that lies on the same device (R30).
 
 The kernel tells the failure of a device's flush to one caller in the whole system, whatever it was that did not reach the medium. What this

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a path leads, and what is done with names there: in a folder that is held open, so that nobody can swap it meanwhile.
 
 Root works for others in folders of theirs, and whoever may write in a folder can put anything under any name in it, at any moment. So a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who has a file or device open: living processes, dying ones, and the kernel alone, as /proc and /sys show it. Claims nothing.
 
 A process that was killed is not gone before its last operation has: it stands in the kernel, its descriptors still open, with the signal

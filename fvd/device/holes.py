@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holes of files and devices: where they are in one that is read, and how they are made in one that is written. Knows nothing of disks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A descriptor of its own for whoever makes storage larger in a thread of its own: asks the size, lengthens files. Knows no disk format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What we use of libnbd's C interface, an NBD client: see libnbd(3) and a manual page per function. Declarations only."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t

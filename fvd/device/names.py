@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What names lead to now, for whoever decides by it what to do; how it is done safely is folders.py's. Knows no disk format."""
 
 from __future__ import annotations

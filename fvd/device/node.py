@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Open files and block devices: whole transfers at given offsets, direct or through the page cache, with errors that say what to do.
 
 For metadata and for everything that is not the data path (that one has its own queues). Knows neither the disk format nor the engine.

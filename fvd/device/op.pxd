@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vocabulary of device operations: what an engine asks of a device, and what a device (io_uring, blocking, simulated) answers.
 
 Declarations only. A device owns order: submission, persistence and completion are its business; an engine may assume nothing but

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of a file by which QEMU's programs tell each other what they do with it: a base of ours may be one of theirs too.
 
 QEMU (block/file-posix.c) has a few permissions. Who uses one locks a byte from 100 on, who suffers no other to use it a byte from 200 on,

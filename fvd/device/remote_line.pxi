@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # A connection as _remote.pyx keeps it: its operations and the NBD reads that they are made of, from free lists, so that a steady state
 # allocates nothing; and the calls that libnbd makes back. No Python here.
 

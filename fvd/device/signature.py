@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What else lives on a device: file systems, partition tables, RAID members, as libblkid (util-linux) sees them.
 
 Asks the `wipefs` program with explicit options and a timeout, for it lists everything that probing finds, at every offset. Reads and wipes;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies below a file or block device, as sysfs tells: whose failed flush is also its own, and whether it may run out of room.
 
 Knows no disk format. What sysfs does not tell (the devices of a btrfs, a network's storage) is not known here.

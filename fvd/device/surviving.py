@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that outlives this process but not this boot: files in a tmpfs, in a folder that nobody else may write to.
 
 Links are never followed and owners are checked, for the names lie where other users can see them. Knows nothing of what is kept there.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events of block devices through pyudev: a node appears, a size changes, a device is removed. Waits; never polls. Knows no volumes.
 
 What udev tells it tells when it has looked at the device. The kernel tells at once, and where there is no udev, or it is stuck, too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every byte of an open file or device becomes zero and is read back, so that who gets the storage next reads nothing of it. Knows no disk.
 
 It goes from the end to the beginning, and what is zero already is only read: whoever is interrupted begins again and is soon where it was.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Commits, checkpoints, failure and close: everything that orders writes against flushes. docs/durability.md numbers the rules.
 
 

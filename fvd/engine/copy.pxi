@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Copies from the base, and the changes that a crash may take back (docs/base.md). A copy reads whole blocks of the base into a buffer
 # of its own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or
 # journal room.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Pools and buffers. Everything here is memory only; exhaustion of memory raises MemoryError.
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Prefetching: copies of what nobody has asked for yet, along the plan, while the guest is quiet. How many at once and how fast is said from
 # outside (fvd.volume.steering); when, is decided here, for a guest that comes back must not wait for somebody to notice.
 

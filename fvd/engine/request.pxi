@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Requests: how one is walked, how it ends, and what reads do. A request is handed on piece by piece from its cursor; each piece becomes
 # device operations or a job, and a piece that must wait leaves the whole request in one list, from which it walks on later.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Which free slot a chunk gets. Any will do for correctness; where it lies decides how far a head travels, and how many requests of a
 # guest that reads in sequence stay in sequence on the device.
 

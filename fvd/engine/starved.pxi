@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Guests' writes for which there is no room below the storage: in the file system of a file or of a loop device's file, in a pool. With
 # on_full="wait" they wait here, as those that find no slot do elsewhere: the operation stays under way for everything that looks for it.
 

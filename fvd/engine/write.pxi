@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Writes, write-zeroes and trim. docs/durability.md numbers the rules that the comments name (R1, R2, ...).
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from fvd.engine._engine import Engine
 from fvd.export._server import Backend
 

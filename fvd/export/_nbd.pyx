@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NBD's transmission phase without I/O: request headers in, validated requests out, reply heads out; all of it in C speed.
 
 The one place that judges a request, and the one table of what may follow what. The handshake is handshake.py. May not know sockets,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A backend without an engine: every request becomes one operation at the same place. It exists to measure what the serving loop costs
 by itself (bench/passthrough.py) and to test it; never serve a disk with it. Keep it tiny.
 """

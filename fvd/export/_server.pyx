@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The serving loop: one thread moves requests between NBD connections, engines and the device queue, with no Python object per request.
 
 A turn: take what the device finished, answer, read what clients sent, submit, hand new operations to the queue. It returns to Python

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Buffers for the data of requests, of 4 KiB << class, each with a page before it for a reply's head. Part of _server.pyx; knows no request.
 #
 # What is given back is kept for the next one, up to POOLED_BYTES; beyond it the memory itself goes back to the system at once. A

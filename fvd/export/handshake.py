@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NBD's handshake without I/O: bytes from the client in, bytes to it and a decision out.
 
 Fixed newstyle with the options of docs/nbd.md. Hostile bytes cost a bounded amount of memory and end in Rejected, never in an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets that listen: a Unix socket made in a folder that others may write in, TCP, and sockets that somebody else has made. Knows no NBD.
 
 A Unix socket gets its name only when it listens and has its owner and mode: whoever waits for the name is not refused. It is made in a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is at the other end of a connection, as far as the kernel knows, and how the socket is set for it. Knows no NBD.
 
 A peer is a user of this host (Unix sockets: SO_PEERCRED) or an address (TCP): what is counted by peer cannot be had again by connecting

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The NBD server as Python sees it: listening sockets, handshakes, control calls, start and stop.
 
 Requests never come here: `_server.Server` moves them in the same thread, and returns to this module for everything else. May not know

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes and places of a disk's regions, all derived from a few chosen sizes (FORMAT.md sections 1 and 2).
 
 Pure arithmetic: knows no bytes, no files and no devices.

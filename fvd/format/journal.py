@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The journal: commits to and from ring pages, and what an opened ring says about the maps (FORMAT.md section 6).
 
 Pure: the caller reads and writes the ring. A ring may hold anything; reading it raises only Corrupt, and walks are bounded by its pages.

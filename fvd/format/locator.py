@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a base is, as a superblock may say it: an absolute path or a URI (FORMAT.md section 4). Pure: opens and resolves nothing.
 
 A superblock can come from anybody, and a locator ends up in the hands of other programs. So it is judged by what is allowed, not by what

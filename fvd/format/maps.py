@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bitmap and table: arrays to and from the pages of cells that hold them, and what must be true of them (FORMAT.md sections 5 and 7).
 
 Pure: the caller reads and writes the pages. A bitmap is ``uint64[bitmap_words]``, a table is ``uint32[chunks]`` or None in the raw layout.

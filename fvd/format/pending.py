@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log of pending changes: what lies in memory that outlives a server, so that the next open shows every acknowledged write.
 
 One page of header, then two areas of records (FORMAT.md section 10). Pure: who maps or reads the memory is the caller. What is read may be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The superblock: one page that says what the disk is (FORMAT.md section 4), to and from bytes.
 
 Pure: the caller reads and writes the pages. What comes from storage may be anything; decoding it raises only FvdError.

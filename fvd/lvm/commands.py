@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of lvm2 that fvd uses, each with explicit fields, units and configuration, retried where a failure is known to pass.
 
 What came of a command is read from its exit status and from what is reported afterwards; a failure becomes a typed error that quotes lvm's

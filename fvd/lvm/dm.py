@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel says of a device-mapper device: its name, size, tables, whether it is suspended, and for how long. Changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a linear logical volume lies on its physical volumes, as lvm2 reports it. Pure: runs nothing, opens nothing.
 
 So an inactive volume can be read without being activated, which a mere look at a group must not do.

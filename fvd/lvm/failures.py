@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command of lvm2 or dmsetup says when it fails: the line that tells why, and the typed error for it. Pure: runs nothing.
 
 Words are believed only where no field of a report tells the same (`commands.py` asks for those first): they differ between versions.

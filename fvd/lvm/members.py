@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which devices hold the physical volumes of a group, as far as the kernel and udev know: nothing is read from any device.
 
 lvm left alone reads every block device of the host, and waits for each that does not answer. What is found here is a guess, which a look

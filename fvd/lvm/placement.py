@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the bytes of a logical volume lie, by the kernel's table in use, and whether they still lie there. Asks, and changes nothing.
 
 A table is swapped whole: who looks sees the one before or the one after. What lvm does to a volume without changing what its bytes are is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lvm2 reports, as types: its JSON in, logical volumes and groups out. Pure: runs nothing, asks nothing.
 
 Only the fields named here are ever asked for, so a newer lvm2 changes nothing. Sizes are bytes (`--units b --nosuffix`).

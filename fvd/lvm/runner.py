@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one command of lvm2 or dmsetup to its end: fixed environment, a time limit, a kill that is waited for. Knows no command's meaning.
 
 `run_command` is the only place from which a command leaves this process; the tests put a simulated machine there.

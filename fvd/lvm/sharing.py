@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who uses a logical volume on this host, across processes: the last one out switches it off. Locks only; knows no command of lvm.
 
 A lock file for each volume, with locks of the open file (OFD), so the kernel gives them back when a process dies and nobody is counted for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulated base, for compiled callers."""
 
 from libc.stdint cimport uint8_t, uint64_t

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """The simulated base: another value in every sector, so that a wrong offset is seen, and some zeros. Computed, not stored: of any size."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulated device, for compiled callers."""
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t

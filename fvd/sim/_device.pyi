@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers from a seed, for compiled callers."""
 
 from libc.stdint cimport uint64_t

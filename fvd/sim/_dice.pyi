@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers from a seed: the same ones on every machine and in every version of Python."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """Numbers from a seed: the same ones on every machine and in every version of Python, and cheap enough to be asked at every event.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """What the durability contract allows each sector of the guest's disk to hold, computed by none of the engine's code.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests in flight on one open disk: hands them to the engine, moves the device event by event, asks the oracle what came of it."""
 
 from collections.abc import Callable, Container, Mapping, Sequence

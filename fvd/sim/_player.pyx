@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
 """Requests in flight on one open disk: hands them to the engine, moves the device one event at a time, and asks the oracle what came of it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is to happen at a time of the device's clock, and the threads of production code without threads. Knows nothing of what happens.
 
 Work that would run in a thread is run again from its beginning each time that something it waited for has come: what it was told before it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A simulated disk that somebody asks for, whose requests and operations have names, and whose sectors and chunks can be looked at.
 
 It may not know the commands that are given to it, nor where they come from.

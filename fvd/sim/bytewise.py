@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of any offset, length and buffer alignment, judged byte by byte.
 
 Requests under way at one moment never overlap, though they meet inside sectors and blocks, so one array of bytes says what the disk must

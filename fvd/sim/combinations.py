@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every feature with every other: a small disk of each combination of layout, base, copying, cache mode and sizes, under a mixed load with
 crashes, kills and reopens. The features are named as users choose them. Knows neither real bases nor how a cover of them is chosen."""
 

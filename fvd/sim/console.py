@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events by hand: a console on a simulated disk where a person, or a script, decides what happens next, and looks at what came of it.
 
 A script is the same lines in a file, with expectations: a test. It may not know the terminal, nor how the engine and the

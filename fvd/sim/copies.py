@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copying of a world's base: the real Copying with its steering on the device's clock, and the end of the base, which is then taken away.
 
 Judged: what events and status tell, that nothing reads the base when it is given up, that copying comes to its end when nothing hinders it.

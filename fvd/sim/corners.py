@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worlds for what the others meet too rarely: each kind brings one corner of the engine about again and again, with few requests."""
 
 from __future__ import annotations

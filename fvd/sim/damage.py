@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metadata that rots, is lost, is forged or was written to the wrong place: what a disk may then show, and what it must refuse."""
 
 from __future__ import annotations

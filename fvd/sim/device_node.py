@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulated device as provision, recovery and check see it, while nothing is under way. It may not know the engine."""
 
 from __future__ import annotations

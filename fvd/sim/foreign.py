@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random requests against an NBD server, whoever wrote it: many in flight, overlapping, judged by the oracle.
 
 The seed decides the requests, one after the other; what the server makes of them, and when, is its own. So a seed repeats the requests, not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Growth in a world: storage whose steps take time, fail, lie and hang; somebody outside; the real Allocator between them and the engine.
 
 Judged at every turn: what the storage is asked for, what the engine is told, what events tell. Knows neither requests nor the oracle.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every write of metadata must look like: decoded as it passes, and held against what was committed. It may not know the engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tester of other servers against a qemu-nbd of its own, which it stops, kills and starts again over a temporary image."""
 
 from __future__ import annotations

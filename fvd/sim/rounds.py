@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A world from beginning to end: rounds of random requests, each with an end of its own; and which of the requests are played."""
 
 from __future__ import annotations

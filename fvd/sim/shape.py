@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one world looks like: sizes, layout, base, cache mode, load, faults. Drawn from its seed, and independent of what happens in it."""
 
 from __future__ import annotations

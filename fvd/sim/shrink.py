@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fewest requests of a failing world that still fail: rounds, then requests are left out, under a few orders of events each."""
 
 from __future__ import annotations

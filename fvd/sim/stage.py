@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small disk on the simulated device whose events somebody decides one by one: a scenario, the sweep, or a person at the console."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every crash point of a short scenario, and every subset of what was volatile there. It may not know what the scenarios do.
 
 Random play meets more situations; in these few nothing is left to chance.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A terminal for the console: lines in and out, history, completion. It may not know what the lines mean."""
 
 from __future__ import annotations

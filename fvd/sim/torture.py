@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worlds one after another, on all processors, until something is found or enough was played. Knows worlds, not what is in them."""
 
 from __future__ import annotations

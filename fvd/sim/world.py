@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One disk's life on the simulated device: random requests, faults, growth, crashes, kills, closes and reopens, judged at every turn.
 
 Everything follows from one seed. Provision, recovery, check and the engine are the production code, unmodified.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled fields of the in-process driver. See _driver.pyx."""
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t

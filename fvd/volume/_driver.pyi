@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of the in-process driver; see _driver.pyx."""
 
 from collections.abc import Callable

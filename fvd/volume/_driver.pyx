@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drives one open disk inside this process: reads and writes of any thread become requests of the engine, without NBD.
 
 One thread owns the engine and its operation queue, for both belong to one thread; callers hand it their requests and sleep without the GIL.

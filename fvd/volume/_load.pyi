@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of the closed loop of requests; see _load.pyx."""
 
 from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A closed loop of requests to one open disk inside this process: so many in flight, each followed by the next, and no Python for any.
 
 It exists to measure what the engine and the operation queue cost by themselves, without NBD and without callers that sleep

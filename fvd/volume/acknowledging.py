@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An administrator has seen that acknowledged writes may be gone, of a disk that nobody has open. Of an open one it is
 `OpenVolume.acknowledge_loss`."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Owns the storage's size while a disk is open: grows it in the background, before it is needed, and tells the engine.
 
 Carries out what `policy.GrowthPolicy` decides. Everything but the steps themselves happens in the thread of the disk's loop, which `post`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base under a disk: an image, of whatever kind, that shows through where the disk has no block of its own. Read, never written.
 
 Its format and size are stated once, at provision, and only compared afterwards: nothing is ever concluded from a base's contents later on,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images that are not raw: how they are told from raw ones, and the program of QEMU's that reads them. Starts qemu-img; knows no disk.
 
 An image may name other files (a backing file, data kept outside, further extents). Such images are refused: by their headers before a

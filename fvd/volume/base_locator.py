@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user means by a base and its format: a path from here or a URI, and which of the superblock's formats that is.
 
 Works on names alone: what the base holds is `base_images.py`'s.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """With whose rights a base is opened: whoever has named it must be entitled to it. For root alone: everybody else has his own rights only.
 
 A superblock is written by whoever may write to the image, and names a base; root, who serves it, could read anything. So:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is a disk whole? Reads everything that describes it, lists what is wrong, and changes nothing.
 
 Opening stops at the first fault; this goes on as far as the rest still makes sense.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block devices of fixed size: they are there or not, and nothing but their contents is ours. One implementation of `seams.Provider`."""
 
 from __future__ import annotations

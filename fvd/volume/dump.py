@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk's metadata as it lies on storage, for whoever must understand it. Interprets as little as it can and shows damaged things too.
 
 Field names are those of FORMAT.md. Never modifies. Only for closed disks: of an open one the storage is behind the memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """More storage under a disk that nobody has open. A served disk's allocator does the same (`Allocator.extend_now`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one open disk does about failed flushes: its own are told to all disks of this process on the same device, and theirs to it (R30).
 
 Knows the engine and the devices below the disk; what moves it through its loop is told by whoever drives it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse files that play the logical volume: made beside their place, linked to it when whole. One implementation of `seams.Provider`.
 
 The folder may be somebody else's, who can put anything under any name in it meanwhile: everything goes through `folders.Place`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam to whatever holds a disk: a sparse file, a device of fixed size, later a logical volume. Only sizes are spoken of here.
 
 A Storage grows and tells its size, and nothing else: what lies in it, who waits for it and when it should grow are not its business.

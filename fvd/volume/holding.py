@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one open disk does when what it lies on is not its own any more: somebody has shrunk or remapped it. The disk stops, at once (R39).
 
 Knows the engine and that there is ground below it; whoever drives the disk says how its clients are let go.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a disk is and how full: plain values with stable keys, for JSON as for people. Only ever added to within a schema version."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a whole disk into memory as its last commit left it: superblock, maps, journal replayed, everything checked. Writes nothing.
 
 Opening, info, map and check all begin here, so a disk that one of them accepts is accepted by all. Knows neither engine nor base.

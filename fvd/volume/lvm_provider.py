@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where logical volumes live: made, activated, switched off by the last user, removed. The states of a volume are docs/lvm.md's table.
 
 Third implementation of `provider.Provider`. Knows nothing of what a disk's bytes mean.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The growing end of an open logical volume: one `lvextend` a step, and what a broken one leaves is put right (docs/lvm.md has the table).
 
 Knows neither engine nor format. A size is believed only when lvm's committed metadata has it: what a device shows may be the table of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which part of a disk is where: extents in the order of the virtual disk. Works on arrays, in windows that bound its memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a disk takes of memory, told to whoever is refused it. Knows sizes only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How people name a volume: `file:PATH`, `VG/LV`, `/dev/VG/LV`, `/dev/X`. Pure text: asks no file system and no LVM."""
 
 from __future__ import annotations

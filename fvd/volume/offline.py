@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a disk in a logical volume that is not active, straight from the physical volumes. Reads only; activates nothing, claims nothing.
 
 For looking at many disks at once. Every structure's checksum is seeded with the disk's UUID and its place, so what is read while somebody

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens a disk for use: ownership, recovery, base, engine, allocator. What drives the engine afterwards is not known here.
 
 Order: claim, read and check everything, and only then (and only for a writable open) the first write: a damaged disk is not touched.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much the disks of a volume group have been promised, and how much there is: pure figures from what lvm reports. Runs nothing.
 
 The facts about a disk stand in the tags of its logical volume, so that a group is judged by one look and nothing need be activated.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws where the chunks of a disk lie in its storage, for terminals. Knows only views: no files, no terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When storage grows, and to what size: pure decisions. Knows no threads, no clock (times come as arguments), no storage and no engine.
 
 `GrowthPolicy` is told what happened (the engine wants room, a step ended, time passed) and answers with what to do. `allocator.py` does it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copying of a disk's base while the disk is in use: starts and stops prefetching, steers it, reports it, and gives the base up at its end.
 
 Everything is called in the loop's thread, while guests wait, so nothing here may block. Files are the exception, and have ways around it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profile files: what a guest read from a base, in order, so that the next disk over the same base is prefetched in that order.
 
 JSON lines: a header with the base's size, then `[offset_bytes, length_bytes]`. A profile is advice from a file that anybody may have

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which provider holds a volume, by the kind of its name. The shapes are in `seams.py`."""
 
 from __future__ import annotations

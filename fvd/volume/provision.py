@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a disk in a volume, so that at every moment there is either no disk or a whole one (FORMAT.md section 8). Idempotent by name.
 
 What happens to the name (a hidden file, a device) is the provider's; what a superblock or map page looks like is the format's.

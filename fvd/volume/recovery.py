@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Brings a disk whose server has died to what that server had acknowledged: flush, mistrust the cache, commit what the log says is pending.
 
 Everything here comes before the first answer of the new open. docs/durability.md, "When the server dies", has the order and what a death

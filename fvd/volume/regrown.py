@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What else a device may have become when it grew: what was asked of it at open is asked again, and what has changed is acted upon.
 
 In the loop's thread, before new storage is used.

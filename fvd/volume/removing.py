@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ends a disk: its superblocks are wiped, all of its storage if that is wanted, and the place is given back.
 
 Idempotent; an interrupted remove can be run again. Superblocks go first: a disk of which some is zeros by now is no disk any more.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam to the places that hold disks: what happens to a volume's *name* (made, attached, released, removed). Shapes only.
 
 `file_provider`, `device_provider` and `lvm_provider` have these shapes; `provider.provider_for` chooses. None knows what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which blocks of a new disk are zeros because there is nothing in its base: bits without data, so that no read ever goes there.
 
 Arithmetic on extents and bitmaps (FORMAT.md section 8). Knows neither how the extents were found nor where the bitmap goes.

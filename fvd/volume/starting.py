@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine over a disk that was loaded: the one place where what a disk is becomes what an engine is given."""
 
 from __future__ import annotations

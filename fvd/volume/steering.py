@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a disk may be prefetched: pure decisions. Knows no clock (times come as arguments), no I/O, no engine.
 
 `Steering.step` is told every quarter of a second what happened since the last time and answers with how many copies may read at once.

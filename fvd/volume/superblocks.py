@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two superblock slots of a volume: read, changed, wiped. Order matters here and is FORMAT.md section 8; bytes are `fvd.format`'s."""
 
 from __future__ import annotations

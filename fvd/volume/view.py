@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk to look at: the same view of a closed disk, read from its storage, and of an open one, taken from its engine.
 
 Never modifies anything. Of an open volume the snapshot must be taken in the thread of its loop, like everything else of an engine.

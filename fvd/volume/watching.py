@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """While a disk is open: what is told of its device, and of the physical volumes that its growth comes from, reaches those whom it concerns.
 
 Knows neither lvm nor the engine. Of its own device the kernel itself tells, so no udev that is stuck or absent is in the way of that.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk over a base that is none: what the API asks of an open disk, its engine and its `copying`, remembered instead of done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd.aio``: verbs awaited, disks in ``async with``, events in ``async for``, and what cancelling leaves behind: nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies from the base as the API tells and steers them: every disk answers, wants reach the right place, the base goes in order."""
 
 from __future__ import annotations

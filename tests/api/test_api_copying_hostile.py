@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What anybody may ask of a disk's copying, within reason or not, and that guests wait for none of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd.open``: a disk read and written in this process."""
 
 from __future__ import annotations

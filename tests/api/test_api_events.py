@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events of disks: numbers, history, listeners that are slow or raise, growth under writes, servers that close, are killed, come again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A child after ``os.fork``: a typed error at once from everything that was open, nothing held of it, and the parent undisturbed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks that are forgotten, and work that is interrupted: the claim is given up, and what a signal met is wholly done or wholly undone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes that may be gone, for programs: the event, the fields of `info`, what is refused, and `acknowledge` by every way there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk that becomes independent of its base, through the Python API: opened, served, awaited; until the base is deleted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd.serve``: disks over NBD from this process, and the verbs on them by way of their control sockets."""
 
 from __future__ import annotations

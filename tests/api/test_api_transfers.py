@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is passed to reads and writes: refused with a typed error before anything is allocated; and what a read of bytes costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``import fvd``: the verbs as functions, on closed disks."""
 
 from __future__ import annotations

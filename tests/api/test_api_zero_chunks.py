@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """New chunks zeroed by real devices: by one that can, and by one that refuses. What is read is what was written."""
 
 from __future__ import annotations

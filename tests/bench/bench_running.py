@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs statements with the benchmarks' modules in a process of its own: these modules have names that others have too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aging trims and writes what it says, and leaves every block mapped."""
 
 from __future__ import annotations

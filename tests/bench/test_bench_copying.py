@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of copying runs and adds up: short runs on a real slow base. Nothing here says how fast anything is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of flushes flushes as often as it says, and measures every pair."""
 
 from __future__ import annotations

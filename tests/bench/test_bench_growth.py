@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of growth: one small run. What it says of waiting is held by tests/volume/test_growth_figure.py."""
 
 from __future__ import annotations

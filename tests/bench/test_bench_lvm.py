@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of LVM's own formats: real counts of a small run in the guest."""
 
 from __future__ import annotations

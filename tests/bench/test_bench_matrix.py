@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix measures every cell that it should, and says what it did not. Nothing here says how fast anything is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of a request's path names stages, and what it names adds up. Nothing here says how fast anything is."""
 
 from __future__ import annotations

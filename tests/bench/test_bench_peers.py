@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each peer of the benchmarks serves a disk that holds what was written, and the server that only answers keeps to the protocol."""
 
 from __future__ import annotations

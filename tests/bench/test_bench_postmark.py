@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The I/Os of a guest's PostMark are counted and told apart: one real guest with few files, and traces and maps that are known."""
 
 from __future__ import annotations

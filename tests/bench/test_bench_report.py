@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of the benchmarks: whatever a result holds, the page is whole, says what was missed, and lets no text become markup."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command that runs the benchmarks: what it writes, and what it says of suites that cannot measure, or are wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of large and many disks: small ones of both. Nothing here says how fast anything is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded traces, real layouts and what is made of them: small disks, and figures that follow from where the data lie."""
 
 from __future__ import annotations

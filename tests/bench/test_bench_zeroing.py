@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First writes where the device zeroes by itself: one small run. Nothing here says how fast anything is; bytes are counted."""
 
 from __future__ import annotations

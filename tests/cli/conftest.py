@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real commands in a folder of their own: ``fvd_lv(...)`` runs one, ``serving(...)`` keeps a server while a test uses it."""
 
 from __future__ import annotations

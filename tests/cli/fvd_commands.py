@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of commands share: the command itself, one that has ended, one that serves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets that are handed over: real nbdinfo, systemd-socket-activate, and a signal before anything is served."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv attach-info``: what it prints is what QEMU's programs open and what libvirt's schema allows."""
 
 from __future__ import annotations

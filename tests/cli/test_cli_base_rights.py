@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of root's on a user's image: what it names is not shown, and the error says how to allow it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command on closed disks, as a user types it: results, errors, exit codes, JSON."""
 
 from __future__ import annotations

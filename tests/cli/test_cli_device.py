@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands on a block device of fixed size: a loop device. Needs root and loop devices; skips where there are none."""
 
 from __future__ import annotations

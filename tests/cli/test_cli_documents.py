@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written about the command line is what it does: manual page, completions, help, exit codes."""
 
 from __future__ import annotations

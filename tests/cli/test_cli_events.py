@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv events``: lines as they come, in both forms, from servers that begin, end and are killed; how it ends itself."""
 
 from __future__ import annotations

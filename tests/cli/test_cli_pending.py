@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server that is killed, as a person meets it: what info says, what the next server shows, what is refused, what is acknowledged."""
 
 from __future__ import annotations

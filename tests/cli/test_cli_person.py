@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person meets: guesses at what was meant, several volumes at once, sizes, advice that loses nothing, messages in plain words."""
 
 from __future__ import annotations

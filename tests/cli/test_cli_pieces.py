@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the command line that need no disk: argument types, errors, drawing, progress, notify."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv prefetch``, ``copy-on-read`` and ``profile``: words, pictures, errors; and a disk that leaves its base, to the end."""
 
 from __future__ import annotations

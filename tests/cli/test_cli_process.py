@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command as a process: closed and full streams, Ctrl-C at any moment, memory that is refused. One clear line, or silence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv serve`` and what the other commands do to a disk that is served: readiness, ends clean and unclean, one owner, growth."""
 
 from __future__ import annotations

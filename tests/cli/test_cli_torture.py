@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fvd-lv torture`` as people run it: worlds, one world again, scripts, other servers, wrong words, Ctrl-C."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each field of a superblock says what it likes, sealed with a checksum that is right, and every command has to do with it: it ends with
 an answer or with an error that says what is wrong, and nothing that reaches the terminal is obeyed by it."""
 

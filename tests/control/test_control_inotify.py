@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's inotify as watching uses it: names, folders, loss, and what happens where there is no more of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The control messages: round trips, limits and malformed input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A control socket with real connections: who may have it, what it survives, what it leaves behind."""
 
 from __future__ import annotations

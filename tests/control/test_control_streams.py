@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming verbs over real sockets: what a subscriber gets, what one that does not read costs, how each side notices the other's death."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stranger's process behind a control socket: believed about what is his, and about nothing else; and it keeps nobody waiting."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bit kernels against lists of bits."""
 
 from __future__ import annotations

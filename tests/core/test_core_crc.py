@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CRC32C: known vectors, both kernels against each other and against the definition."""
 
 from __future__ import annotations

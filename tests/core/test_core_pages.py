@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cells and journal pages: the kernels against structures packed by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.device.claim: one owner, whatever path leads to the volume, and whoever it is."""
 
 from __future__ import annotations

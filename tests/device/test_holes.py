@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.device.holes: holes of real files and devices, found and made; and what happens where there are none."""
 
 from __future__ import annotations

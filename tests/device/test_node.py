@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.device.node: whole transfers, direct and not, and errors that say what happened."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operation queues: what they answer, on files and on a block device, through io_uring and blocking."""
 
 from __future__ import annotations

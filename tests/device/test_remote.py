@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.device._remote: bases over NBD in the operation queue's loop, with real servers that are slow, fail, stop, vanish and return."""
 
 from __future__ import annotations

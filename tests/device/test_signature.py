@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.device.signature: foreign file systems are seen and wiped, and a machine that cannot look says so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies below a node: each kind of it on a made-up sysfs, and what this machine has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that outlives a process: only in a tmpfs, only in folders that are the user's alone, by no link."""
 
 from __future__ import annotations

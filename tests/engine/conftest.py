@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's tests share stage.py and scenarios.py, which lie beside them."""
 
 import sys

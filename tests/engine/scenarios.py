@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directed scenarios for the rules that random play meets too rarely. Each raises when its rule is broken, and passes when it is kept."""
 
 from __future__ import annotations

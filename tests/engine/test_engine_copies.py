@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies from the base: what they cost, whom they may hold up, what a crash leaves of them, and how a failing base is met."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies from the base against what else may happen to a chunk at the same time."""
 
 from __future__ import annotations

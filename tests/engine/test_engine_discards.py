@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Discards: few at once, neighbours together, and nobody who needs a slot waits for them (R31, R32)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What changes drawn by `make mutants` went unnoticed by: small things that the engine does, each seen from outside."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's edges: bad requests, bad completions, full storage, cancelling, read-only, close."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rule R13: the server is killed while a commit is readable but not durable, or on its way though it has failed, starts again, and then
 power fails.
 

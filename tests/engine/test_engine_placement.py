@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which slot a chunk gets. `spread` imitates a raw layout: tested by what a reader of the map would see, not by how it is found."""
 
 from __future__ import annotations

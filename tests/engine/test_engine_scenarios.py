@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every directed scenario holds on the engine as it is."""
 
 from collections.abc import Callable

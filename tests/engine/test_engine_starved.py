@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests' writes for which what the storage lies on has no room: with on_full="wait" they wait and go on, at whatever moment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """R39: of a stopped engine nothing is answered but errors, and nothing reaches its devices, at whatever moment it is stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine makes of failures from outside, and what its log says of durability operations (R24, R26, R30)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one request may have under way at once (R34), and how long the engine works for it before others have their turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """New chunks that the device zeroes: what is asked of it, who waits, and when whole blocks are written all the same (R18)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/agent.py as a real process, with a QEMU that gets its disk; and what it does about a volume group, with a vgextend of ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server in a process of its own, whose memory and log can be looked at: `bounded_server.py SOCKET LIMITS`, the limits as JSON.
 
 Serves 64 MiB of nothing but holes by the pass-through backend; ends with SIGTERM.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Servers for the tests of this folder; they end with their test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A guest's disk driver as the host sees it: virtio-blk behind vhost-user, one ring, in one thread.
 
      guest SOCKET REQUESTS SEED FLAVOUR TRIM_SECTORS STATE

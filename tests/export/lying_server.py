@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small NBD server in this process that tells one lie of its choice, for tests that must notice. It can be "killed": then all that is not
 durable is gone."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client that speaks NBD byte by byte, for what well-behaved clients never do. Every wait ends after TIMEOUT_S."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Servers for the tests: over the pass-through backend or a real engine, each on a Unix socket of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients of several users, and a server process that is watched while they do their worst."""
 
 from __future__ import annotations

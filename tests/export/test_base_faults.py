@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest notices when the base of its disk fails, with real servers at both ends: what is here goes on, what is not waits, and fails
 only when the base has been away for `base_timeout_s`. See docs/base.md, "Faults of the base".
 """

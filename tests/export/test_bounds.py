@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What clients can make the server hold: never more than the stated limit, and never so much that others get nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server with the clients that people use: QEMU's tools, libnbd and its tools, fio."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server over a real engine: holes, block status, full storage, growth, proper close."""
 
 from __future__ import annotations

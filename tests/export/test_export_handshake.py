@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The handshake without I/O: what it answers, that the fragmentation of its input does not matter, that no bytes break it."""
 
 from __future__ import annotations

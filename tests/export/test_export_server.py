@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server with clients that speak byte by byte: what it answers, what it bounds, how it starts and ends."""
 
 from __future__ import annotations

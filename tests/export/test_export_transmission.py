@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transmission phase without I/O: how requests are judged, that fragmentation does not matter, that no bytes break it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random tester for NBD servers: it finds every kind of lie, and nothing wrong with servers that tell none."""
 
 from __future__ import annotations

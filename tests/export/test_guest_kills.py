@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 of a server under a guest: QEMU's NBD client connects again and sends again what had no answer, and nobody sends anything else.
 
 The guest is `tests/export/guest.c`, a virtio-blk driver, in front of qemu-storage-daemon. It never hears of the kills, and most of it never

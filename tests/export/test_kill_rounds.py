@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 of a real server, hundreds of times, under a load of which it is known what must be there.
 
 Each round: ``check`` finds nothing wrong with the disk as the last kill left it, a new server opens it, the whole disk is read and judged,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unix sockets: a name appears when its socket listens and is whose it should be; a living server's is never taken, whatever others do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who takes all the places, and who still finds one: by user on Unix sockets, by address on TCP. Clients that vanish without a word."""
 
 from __future__ import annotations

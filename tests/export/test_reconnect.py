@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients that stay while their server is killed and comes again: QEMU's, which reconnects by itself, and libnbd's, whose user does it.
 
 What a client must do is to send again what was not answered, and nothing else. What was answered is there, after SIGTERM and after

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server over a real engine whose base is behind NBD."""
 
 from __future__ import annotations

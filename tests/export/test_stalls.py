@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client that stalls in the middle of something is hung up on after a stated time; one that asks for nothing never is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FORMAT.md and the code say the same: every table of the document is parsed and compared."""
 
 from __future__ import annotations

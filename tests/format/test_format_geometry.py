@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Geometry: limits hold exactly at their edges, and derived sizes agree with each other for every allowed disk."""
 
 from __future__ import annotations

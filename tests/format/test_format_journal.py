@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an opened ring means: every rule of FORMAT.md section 6, and every way in which a ring can be damaged."""
 
 from __future__ import annotations

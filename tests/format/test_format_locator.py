@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.format.locator: what a superblock may say of where its base is; everything else is refused, for other programs are handed it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps to pages and back; what storage can do to a page; what must be true of complete maps."""
 
 from __future__ import annotations

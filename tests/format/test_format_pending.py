@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pending log's bytes: what is read may be anything, and only this disk's log of this open is believed."""
 
 from __future__ import annotations

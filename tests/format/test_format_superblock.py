@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The superblock survives its own encoding, and nothing else is taken for one."""
 
 from __future__ import annotations

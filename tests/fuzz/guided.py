@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing of one target, by atheris (libFuzzer): `python tests/fuzz/guided.py TARGET [libFuzzer's options] [FOLDERS]`.
 
 PYTHONPATH chooses the build. fvd's Python is instrumented in each; its compiled modules are in the fuzz build, where AddressSanitizer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile bytes with a structure: short inputs that say how a good disk, or a good conversation, is spoilt.
 
 Random bytes never get past a checksum. So an input is a program: byte after byte it changes fields, records and pages of a valid disk,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes tests/fuzz/corpus/corpus.xz from libFuzzer's folders: `python tests/fuzz/keep.py FOLDER`, which has a folder for each target.
 `python tests/fuzz/keep.py --unpack FOLDER` is the way back, to begin with what is known.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may come out when anything goes in: one function for each kind of input from outside.
 
 A target takes any bytes. It returns if what they describe was accepted and makes sense, or was refused with an error of ours; everything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing that comes from outside breaks fvd: not a superblock, map, journal or whole disk, not an NBD client, not a line of text.
 
 Three ways: the inputs that were worth keeping; hypothesis, which makes small examples of what it finds; and atheris, which is led by the

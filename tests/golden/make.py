@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the golden images: `PYTHONPATH=. python tests/golden/make.py` rewrites tests/golden/*.img.xz and expected.json.
 
 Uses only fvd.format, so that an image is what the format code of its day wrote. Run it only together with a change of FORMAT.md:

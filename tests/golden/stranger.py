@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second reader of fvd disks, written from FORMAT.md alone: plain Python, no fvd, no numpy, its own CRC table.
 
 It proves that the document is enough. It is slow, and refuses damage with one exception type.

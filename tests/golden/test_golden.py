@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks written by an earlier version must stay readable: by the code, and by a reader made from FORMAT.md alone."""
 
 from __future__ import annotations

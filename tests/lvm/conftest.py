@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files in `real/` need a machine with device-mapper, udev and lvm2, and root on it: `test_real_lvm.py` runs them on one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the log of device-mapper's log-writes target: a device's writes, flushes and discards, in an order in which they became durable.
 
 The log (Linux, Documentation/admin-guide/device-mapper/log-writes.rst) is a sector with a head, then for each entry a sector with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of lvm2 where something is absent, held, full, foreign, missing: told on a real lvm2, and from what each version answered.
 
 `told_for_real` runs it on devices of the caller's and keeps every answer; `told_again` plays kept answers. Both check the same outcomes: so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tests that need device-mapper, udev and lvm2 run: a User-Mode Linux guest (scripts/uml), or this machine if it is given to them."""
 
 from __future__ import annotations

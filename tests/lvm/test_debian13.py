@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """On Debian 13's lvm2, udev and Python, in a guest: the demo on a volume group, and what lvm2 answers where something is wrong.
 
 The demo provisions, lists, serves and grows a disk, fills its group and extends it, kills the server, checks, and removes the disk.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make demo-lvm` and `make demo VG=...`: all of the story in a guest, what an interruption leaves, and what is refused."""
 
 from __future__ import annotations

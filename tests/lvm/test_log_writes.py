@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every moment at which the power could have been cut.
 
 dm-log-writes logs what reaches the storage of a disk under a verified load, on the real machine. Replayed here to any point, the log is the

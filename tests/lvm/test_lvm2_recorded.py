@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fvd makes of the answers of lvm2 in each version that is supported: those in `recorded/` were given by real ones, in guests."""
 
 from __future__ import annotations

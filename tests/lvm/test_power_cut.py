@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine is switched off under a verified load, at moments that differ. In its next life the disk is whole, with all that was promised.
 
 Its storage keeps what it was given, flushed or not: a missing flush is found by `test_log_writes.py`.

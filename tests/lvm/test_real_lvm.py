@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs each test file of `real/` on a machine with real device-mapper, udev and lvm2, as one test of this machine's run.
 
 That machine is a User-Mode Linux guest, or with FVD_REAL_LVM_NATIVE=1 this one: as root, on groups and loop devices that the tests make.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A random load of which it is known, sector by sector, what may be there after a crash. Shares no code with fvd.
 
 Each 512-byte sector that is written holds its own number and the number of the operation that wrote it, 32 times over: a torn, misplaced

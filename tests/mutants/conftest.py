@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The script and its parts lie beside the tests."""
 
 import sys

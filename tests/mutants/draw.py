@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-line changes to the engine, drawn by a seed over the branches, assignments, calls and waits of its files.
 
 Each change keeps both versions in the line, and a number chooses: `if (not (x)) == BUG(1003):` is `if x:` until bug 1003 is switched on. So

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes that were drawn and change nothing that a guest, an administrator or the disk could tell: why, one by one."""
 
 # ruff: noqa: E501  (lines of the engine are what they are)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the drawn changes, plays each against the engine's tests and fresh random worlds, and reports what found it.
 
     hunt.py [--seed N] [--count N] [--requests N] [--first WORLD] [--only NUMBER ...] [--list]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the drawing of changes to the engine promises, and, in the long run, the hunt for them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The life of the Debian package on a bare Debian with systemd: installed, serves disks, upgraded under a guest, removed, purged.
 
 Runs as root on a machine that can be thrown away, with that machine's own Python and nothing of this tree but the packages it is given:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Debian package and the wheel: built from this tree, used on a bare Debian of each supported release that systemd has booted.
 
 What is built for this machine's Debian contains the modules that `make build` has compiled; compiling them once more takes minutes. For

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeded bugs for tests: the checked build has them, a release contains none; `make test` runs both."""
 
 from __future__ import annotations

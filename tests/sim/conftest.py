@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The directed scenarios lie beside the engine's tests."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every feature with every other: a cover in which each pair of choices meets, on the simulated disk. test_real_combinations.py has real
 bases; which combinations are refused, and how, is in docs/base.md."""
 

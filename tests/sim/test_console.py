@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console: scripts that come with fvd, what commands do and refuse, what drawings show, and a session on a real terminal."""
 
 from __future__ import annotations

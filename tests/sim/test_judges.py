@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges that allow what is odd and right, and still see what is wrong beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule of docs/durability.md taken away, each fault of the original put back: random worlds must notice. A tester that misses one is
 broken.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Power fails after every device operation of short scenarios of the engine, and every subset of what was volatile survives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Power fails at every operation of provision, extend, an open after a crash, and remove, over what others left on the storage.
 
 At every moment there is no disk, or a whole one; doing it again always succeeds.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random worlds from seeds, on all processors: what `fvd-lv torture` does, and that the same seed is the same world.
 
 FVD_SIM_SECONDS sets how long fresh worlds are played, FVD_SIM_JOBS on how many processors, FVD_SIM_FIRST from which seed on; a failure

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What many of these tests stand on."""
 
 from __future__ import annotations

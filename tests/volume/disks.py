@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small real disks for the tests of this folder, and what is done to them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storage in memory that fails at a chosen write or flush, and forgets what was not flushed: for what happens before an engine runs.
 
 Unflushed logical blocks each survive or not, by seed; that is all that a device promises (the simulator has more, for running disks).

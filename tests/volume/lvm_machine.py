@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine with LVM, simulated at the last call: `fvd.lvm.runner.run_command`. Its volumes are loop devices: what is written is real.
 
 Extents are used again: a new volume begins with what the last one that was removed held. A command can be slow, fail, or be the last thing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model of what prefetching meets: bases with bursts and other tenants, an engine's copies and idle gate, on a virtual clock."""
 
 from __future__ import annotations

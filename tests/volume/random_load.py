@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random requests to an open disk, from one thread or several, against a model in memory. Requests under way at once share blocks, and
 never bytes: so every byte that is read is known.
 """

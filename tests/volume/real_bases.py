@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bases as they are in use: a file, a device, images of QEMU's, and NBD servers, each with the same contents. A test may take them away.
 
 What a machine cannot make skips the test, with the reason.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """That acknowledged writes may be gone is told until somebody has seen it: of a disk that nobody has open."""
 
 from __future__ import annotations

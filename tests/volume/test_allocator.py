@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.allocator: what the policy decides is carried out in the loop's thread; threads, timers and the clock are the test's own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.base: what may be a base, how it is opened, and what is told from its contents, with a server and programs that are played."""
 
 from __future__ import annotations

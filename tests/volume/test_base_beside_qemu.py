@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A base that QEMU's programs use too: readers never shut each other out, whoever came first; a writer is noticed, and kept out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.base_rights: with whose rights a base is opened, with a real other user, and what a stranger's image gets to see of root's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bases that real programs read: qemu-nbd for images, nbdkit for NBD. Where these or libnbd are missing the tests are skipped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a killed process left under way in the kernel: nobody gets the disk before it has ended, and then everybody (rule R35).
 
 On a device that holds single writes back the rule is also taken away: a write of a dead process is seen to land on its successor's.

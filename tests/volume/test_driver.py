@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume._driver: a disk used from Python by many threads, growing, full, failing, closed."""
 
 from __future__ import annotations

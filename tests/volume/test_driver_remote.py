@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume._driver with a base behind NBD: attached, released; copying is steered."""
 
 from __future__ import annotations

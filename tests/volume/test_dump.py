@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `dump` shows of maps that are full of something else: enough to see it, not all of it."""
 
 from __future__ import annotations

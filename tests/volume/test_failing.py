@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Failed flushes go from disk to disk of one process (R30), each in the loop of the disk that hears."""
 
 from __future__ import annotations

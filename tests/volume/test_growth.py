@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.growth: storages keep their promises, which docs/growth.md lists. The LVM storage will have to pass the first tests too."""
 
 from __future__ import annotations

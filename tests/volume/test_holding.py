@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk whose storage is shrunk or remapped stops (R39): nothing is answered, read or written any more. Its own steps are no reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefetching beside a guest that is active for ten seconds and idle for ten, on a virtual clock.
 
 The real engine, steering and plan, over a base of limited bandwidth with a delay and a local disk, both modelled. What the figures of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume._load: a load that is made up inside the disk's own thread: counted, bounded, and ended by errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.lvm: real processes under the runner, reports of any shape, names of devices, and who uses a volume across processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which devices lvm's commands read, and what a volume can get of its group. LVM is simulated at its last call, udev at its database."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.lvm_provider: the states of a logical volume, a death at every command, what is refused. LVM is simulated at its last call."""
 
 from __future__ import annotations

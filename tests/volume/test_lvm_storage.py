@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.lvm_storage: every way in which an lvextend can end, and what is put right after it. LVM is simulated at its last call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.name: what is a volume and what is not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.opening: recovery, ownership, fallbacks; and that a read-only or failed open writes nothing at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pending log in a disk's life: what a dead server had acknowledged is there at the next open, or the open says why it is not."""
 
 from __future__ import annotations

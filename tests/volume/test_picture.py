@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.picture: fits its width, whatever the disk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.policy: when storage grows and to what size, decided without threads and without time passing."""
 
 from __future__ import annotations

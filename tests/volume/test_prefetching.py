@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.prefetching: what a disk does about its base, over an engine that only says it copies, on a virtual clock."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 of a process that uses a disk through Python: what any of its threads was told is done is there for the next one, flushed or not.
 
 Threads write, trim and zero sectors of their own, and tell through a pipe what they begin and what has returned. They are killed in the

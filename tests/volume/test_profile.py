@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.profile: what a guest read of a base, kept in a file that anybody may have written."""
 
 from __future__ import annotations

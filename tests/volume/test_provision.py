@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.provision: idempotent by name, in the order of FORMAT.md section 8, and overwriting nothing that it was not told to."""
 
 from __future__ import annotations

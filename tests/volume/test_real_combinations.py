@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every feature with every other, on real bases: the pairwise cover of tests/sim/test_combinations.py with files, devices, images and NBD
 servers under disks in real files, and kill -9 in place of the simulated crash.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What changes with a device's size: its blocks, whether it may be written, what it lies on. It is told before it hurts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.removing and extending: idempotent, refused while in use, and blind to what is not ours."""
 
 from __future__ import annotations

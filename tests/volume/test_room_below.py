@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storage that is there, on a file system that is full: writes wait or fail as `on_full` says, it is told, and nothing is shown as free."""
 
 from __future__ import annotations

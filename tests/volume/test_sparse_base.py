@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.sparse_base: zeros of a base become bits, block by block; and of a raw disk only where its storage has been made zeros."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fvd.volume.steering: how many copies may read at once, decided on a virtual clock, against models of bases, disks and guests."""
 
 from __future__ import annotations

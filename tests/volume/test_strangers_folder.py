@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Root works in a folder of somebody else's, who swaps what lies there just before each step: nothing else of root's is touched.
 
 The swaps are made by an audit hook of Python's, so before every system call by which a file is opened, made, renamed or removed, one after

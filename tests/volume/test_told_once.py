@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A failure that the kernel tells once is heard, whoever received it: on real devices that refuse some writes (R26 to R30).
 
 The medium is a sparse file on a tmpfs: places that were punched out of it cannot be written while the tmpfs is full. Each case has a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads beside a trim of many chunks, on a real file: what follows from the trim is bounded, and no read waits for long."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an administrator sees: info, map, check and dump, of closed and of open disks; none of them writes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """remove --wipe: nothing of a disk is left in what is given back, whatever interrupts it. LVM is simulated at its last call."""
 
 from __future__ import annotations

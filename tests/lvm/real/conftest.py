@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a test on the real machine may ask for. Sizes and options: the context managers of `real_devices.py`, over `pool.disk()`."""
 
 from __future__ import annotations

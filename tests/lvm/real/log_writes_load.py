@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads a disk on a device that logs what reaches it (dm-log-writes), and leaves the log and what was promised for `test_log_writes.py`.
 
 python log_writes_load.py FOLDER [CACHE SEED BATCHES]...     makes FOLDER/CACHE-SEED/

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One life of a machine that `test_power_cut.py` switches off: verify what the life before has promised, then load until the end.
 
     python power_cut_load.py FOLDER SEED [verify]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real devices for the tests of this folder: whole disks, device-mapper devices, volume groups, served disks. Each is one that a test made.
 
 Starting a process costs 25 to 70 ms in a guest, importing fvd a second: what is not about processes uses `import fvd` in the test's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/agent.py on a real volume group: a guest's writes outgrow the group, the agent adds a device, and they go on by themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A logical volume as the base of a disk: its blocks come to the disk, and the volume may go. Real lvm2 and device-mapper."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's NBD client, page cache and file systems on a served disk: ext4 and XFS, through restarts of the server, clean and killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storage that fails for a while (dm-flakey): clear errors, no flush that succeeds as if nothing had happened, and a reopen that finds
 everything that had been flushed."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Growth of real logical volumes: steps under verified load, a full group, lvextend killed half-way, storage added by hand, no udev."""
 
 from __future__ import annotations

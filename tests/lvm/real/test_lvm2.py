@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the lvm2 that is here answers where something is absent, held, full, foreign, missing; and what fvd makes of it."""
 
 from __future__ import annotations

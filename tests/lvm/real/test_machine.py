@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """That the machine is what the tests of this folder take it for: real device-mapper, lvm2 and udev."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """systemd/fvd@.service and .socket as they are, sandbox and all, run by a systemd in namespaces of its own: disks grow, crash, stop."""
 
 from __future__ import annotations

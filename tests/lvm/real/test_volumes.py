@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks in real logical volumes: their life, what another volume left, what is refused, two at once. Real lvm2, device-mapper and udev."""
 
 from __future__ import annotations
