@@ -41,9 +41,7 @@ def register(subparsers: Subparsers) -> None:
     add_base_allow(parser)
     parser.add_argument("--copy-on-read", choices=ON_OFF, default="off", help="keep what is read from the base; serve may say otherwise")
     parser.add_argument("--prefetch", choices=ON_OFF, default="off", help="copy all of the base in the background; likewise")
-    parser.add_argument(
-        "--layout", choices=LAYOUTS, default="compact", help="compact: storage on demand (default); raw: all of it now"
-    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="compact", help="compact: storage on demand (default); raw: all of it now")
     parser.add_argument("--block-size", metavar="SIZE", type=size, default="64K", help="unit of presence: 4K to 1M, default 64K")
     parser.add_argument("--chunk-size", metavar="SIZE", type=size, default="1M", help="unit of allocation: 64K to 256M, default 1M")
     parser.add_argument("--journal-size", metavar="SIZE", type=size, default="16M", help="64K to 1G, default 16M")
