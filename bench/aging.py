@@ -28,7 +28,7 @@ TRIM_SHARE = 0.3
 PAGE_BYTES = 4 * KIB
 PIECE_BYTES = 32 * KIB  # of an overwrite: half a block of fvd, half a cluster of qcow2
 RUN_SHARE = 0.2  # of plan.seconds, for one run
-MOST_ROUNDS = 2  # in normal mode
+ROUNDS_MAX = 2  # in normal mode
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ WORK = (
 
 def trim(served: Served, size_bytes: int, seed: int) -> int:
     """Half of the share in pieces of 1 MiB, half in pieces of any size at any 4 KiB; what was trimmed, in bytes."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     each = int(size_bytes * TRIM_SHARE / 2)
-    pieces = [(number * MIB, MIB) for number in dice.sample(range(size_bytes // MIB), each // MIB)]
+    pieces = [(number * MIB, MIB) for number in rng.sample(range(size_bytes // MIB), each // MIB)]
     loose_bytes = 0
     while loose_bytes < each:
-        length = dice.randint(1, MIB // PAGE_BYTES) * PAGE_BYTES
-        pieces.append((dice.randrange((size_bytes - length) // PAGE_BYTES + 1) * PAGE_BYTES, length))
+        length = rng.randint(1, MIB // PAGE_BYTES) * PAGE_BYTES
+        pieces.append((rng.randrange((size_bytes - length) // PAGE_BYTES + 1) * PAGE_BYTES, length))
         loose_bytes += length
-    dice.shuffle(pieces)
+    rng.shuffle(pieces)
     with client(served.socket) as handle:
         for offset, length in pieces:
             handle.trim(length, offset)
@@ -129,7 +129,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     names = [*PEERS, *plan.of((), (), ("qcow2, extended L2",))]
     names = [name for name in names if name in all_peers()]
     samples, failed = [], {}
-    for number in range(min(plan.rounds, plan.of(0, MOST_ROUNDS, plan.rounds))):
+    for number in range(min(plan.rounds, plan.of(0, ROUNDS_MAX, plan.rounds))):
         for name in names if number % 2 == 0 else names[::-1]:
             if name in failed:
                 continue

@@ -22,7 +22,7 @@ enum { OPT_ABORT = 2, OPT_INFO = 6, OPT_GO = 7 };
 enum { REP_ACK = 1, REP_INFO = 3 };
 #define REP_ERR_UNSUP 0x80000001u
 #define FLAGS_EXPORT 0x6d   /* has flags, flush, FUA, trim, write zeroes */
-enum { MOST_REPLIES = 256, IN_BYTES = 1 << 20, MOST_READ_BYTES = 32 << 20 };
+enum { REPLIES_MAX = 256, IN_BYTES = 1 << 20, READ_BYTES_MAX = 32 << 20 };
 
 static uint64_t size_bytes;
 static uint8_t *zeros;
@@ -101,8 +101,8 @@ static void answer_requests(int fd) {
     size_t held = 0;
     uint64_t to_drain = 0;          /* of a written payload that has not come yet */
     uint64_t drained_cookie = 0;    /* whose it is; it is answered when all of it has come */
-    struct reply replies[MOST_REPLIES];
-    struct iovec pieces[2 * MOST_REPLIES];
+    struct reply replies[REPLIES_MAX];
+    struct iovec pieces[2 * REPLIES_MAX];
     for (;;) {
         ssize_t got = recv(fd, in + held, IN_BYTES - held, 0);
         if (got <= 0) break;
@@ -112,7 +112,7 @@ static void answer_requests(int fd) {
         for (;;) {
             uint64_t cookie;
             uint32_t read_bytes = 0;
-            if (reply_count == MOST_REPLIES) {
+            if (reply_count == REPLIES_MAX) {
                 if (send_all(fd, pieces, piece_count)) goto out;
                 reply_count = piece_count = 0;
             }
@@ -135,7 +135,7 @@ static void answer_requests(int fd) {
                 cookie = asked.cookie;
                 if (type == CMD_READ) {
                     read_bytes = be32toh(asked.length);
-                    if (read_bytes > MOST_READ_BYTES) goto out;
+                    if (read_bytes > READ_BYTES_MAX) goto out;
                 } else if (type == CMD_WRITE && asked.length) {
                     to_drain = be32toh(asked.length);
                     drained_cookie = cookie;
@@ -176,7 +176,7 @@ int main(int count, char **words) {
     }
     strcpy(address.sun_path, words[1]);
     size_bytes = strtoull(words[2], NULL, 10);
-    zeros = calloc(1, MOST_READ_BYTES);
+    zeros = calloc(1, READ_BYTES_MAX);
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);
     if (!zeros || listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 16)) {
         perror(words[1]);

@@ -25,7 +25,7 @@ BLOCK_BYTES = 4 * KIB
 DISTANCE_BYTES = 64 * KIB  # fvd's block and qcow2's cluster
 MAPPED_BYTES = 128 * MIB
 RUN_SHARE = 0.2  # of plan.seconds, for one run
-MOST_WRITES_PER_SECOND = {1: 30_000, 32: 200_000}  # a trace must not end before its time: by depth
+WRITES_PER_SECOND_MAX = {1: 30_000, 32: 200_000}  # a trace must not end before its time: by depth
 QUICK_PEERS = ("fvd", "pass-through", "qcow2")
 NORMAL_PEERS = ("fvd", "pass-through", "qemu raw", "qcow2")
 
@@ -47,8 +47,8 @@ GOALS = {False: ("pass-through", ">= 0.95"), True: ("qcow2", ">= 1.5")}  # by wh
 
 
 def random_offsets(count: int, seed: int) -> list[int]:
-    dice = random.Random(seed)
-    return [dice.randrange(MAPPED_BYTES // BLOCK_BYTES) * BLOCK_BYTES for _ in range(count)]
+    rng = random.Random(seed)
+    return [rng.randrange(MAPPED_BYTES // BLOCK_BYTES) * BLOCK_BYTES for _ in range(count)]
 
 
 def run(served: Served, case: Case, offsets: list[int], seconds: float) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def measure(plan: Plan) -> dict[str, Any]:
                             size_bytes = plan.of(128, 128 if case.flush_every == 1 else 512, 512) * MIB
                             sample = allocate(found[name], case, size_bytes, seconds, number)
                         else:
-                            offsets = random_offsets(int(seconds * MOST_WRITES_PER_SECOND[case.flush_every]), number)
+                            offsets = random_offsets(int(seconds * WRITES_PER_SECOND_MAX[case.flush_every]), number)
                             sample = run(mapped[name], case, offsets, seconds)
                     except CannotMeasure as reason:
                         failed[name] = str(reason)

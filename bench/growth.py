@@ -25,16 +25,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fvd.disk._disk_thread import drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
 from fvd.lvm import runner
 from fvd.lvm.commands import Lvm
 from fvd.lvm.report import GROUP_FIELDS, GroupState, LogicalVolume
 from fvd.lvm.runner import Finished
-from fvd.volume._driver import drive
-from fvd.volume.allocator import Allocator
-from fvd.volume.lvm_storage import LvmStorage
-from fvd.volume.opening import open_volume
-from fvd.volume.policy import GrowthEvent, default_low_water_bytes
-from fvd.volume.provision import provision
+from fvd.storage.allocator import Allocator
+from fvd.storage.lvm_storage import LvmStorage
+from fvd.storage.policy import GrowthEvent, default_low_water_bytes
 from machine import CannotMeasure, need, output
 from suite import Plan, Plot, Row, Series, missing, row
 
@@ -292,7 +292,7 @@ def grow_under_load(
         volume.allocator.close()
         # To everybody else the device is one of fixed size: only this allocator takes it for a logical volume.
         volume.allocator = Allocator(
-            LvmStorage(volume.node, group.volume(step_bytes), Lvm(), tells_of_room=True),
+            LvmStorage(volume.node, group.volume(step_bytes), Lvm(), notifies_space=True),
             volume.geometry,
             storage_size_bytes=step_bytes,
             low_water_bytes=default_low_water_bytes(volume.geometry) if low_water_bytes is None else low_water_bytes,

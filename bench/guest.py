@@ -69,15 +69,15 @@ class Slots:
 def start_trace(disk_bytes: int, reads: int, seed: int) -> list[tuple[int, int]]:
     """Reads of a start, as a kernel's page cache lets them through: files here and there, most of them small, each read from its beginning
     with growing read-ahead, some of them in part; and single blocks of metadata, which lie together."""
-    dice = random.Random(seed)
-    groups = [dice.randrange(disk_bytes // (128 * MIB)) * 128 * MIB for _ in range(3)]  # where the metadata lie
+    rng = random.Random(seed)
+    groups = [rng.randrange(disk_bytes // (128 * MIB)) * 128 * MIB for _ in range(3)]  # where the metadata lie
     trace: list[tuple[int, int]] = []
     while len(trace) < reads:
-        for _ in range(dice.randrange(3)):
-            trace.append((dice.choice(groups) + dice.randrange(MIB // (4 * KIB)) * 4 * KIB, 4 * KIB))
-        at = dice.randrange((disk_bytes - 4 * MIB) // (4 * KIB)) * 4 * KIB
-        left = int(min(2 * MIB, 4 * KIB * (1 + dice.paretovariate(0.9))) * dice.choice((0.5, 1, 1)))
-        length = dice.choice(LENGTHS[:3])
+        for _ in range(rng.randrange(3)):
+            trace.append((rng.choice(groups) + rng.randrange(MIB // (4 * KIB)) * 4 * KIB, 4 * KIB))
+        at = rng.randrange((disk_bytes - 4 * MIB) // (4 * KIB)) * 4 * KIB
+        left = int(min(2 * MIB, 4 * KIB * (1 + rng.paretovariate(0.9))) * rng.choice((0.5, 1, 1)))
+        length = rng.choice(LENGTHS[:3])
         while left > 0:
             trace.append((at, length))
             at, left, length = at + length, left - length, min(2 * length, 64 * KIB)
@@ -116,7 +116,7 @@ def alternate(handle: Any, base_bytes: int, own_bytes: int, turns: int, seconds:
     there; 15 % read anywhere else, from the base unless it has been copied. Each of DEPTH slots thinks for 2 ms (exponentially) between its
     requests. `pauses`: instead all of them rest after each 32 requests, for 40 ms (exponentially).
     """
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     latencies: dict[str, list[float]] = {"own": [], "base": []}
     kinds = {"read": "own", "write": "own", "base": "base"}
     due: list[float] = []
@@ -124,7 +124,7 @@ def alternate(handle: Any, base_bytes: int, own_bytes: int, turns: int, seconds:
     def done(kind: str, taken: float) -> None:
         if kind in kinds:
             latencies[kinds[kind]].append(taken)
-        due.append(time.perf_counter() + (0 if pauses else dice.expovariate(1 / 0.002)))
+        due.append(time.perf_counter() + (0 if pauses else rng.expovariate(1 / 0.002)))
 
     slots = Slots(handle, done)
 
@@ -143,18 +143,18 @@ def alternate(handle: Any, base_bytes: int, own_bytes: int, turns: int, seconds:
         latencies["own"], latencies["base"] = [], []
         print(json.dumps({"turn": turn, "state": "busy"}), flush=True)
         begun = time.perf_counter()
-        due[:] = [begun + dice.expovariate(1 / 0.002) for _ in range(DEPTH)]
+        due[:] = [begun + rng.expovariate(1 / 0.002) for _ in range(DEPTH)]
         requests = 0
         while (now := time.perf_counter()) < begun + seconds:
             if pauses and requests and requests % 32 == 0:
                 drain()
-                due[:] = [time.perf_counter() + dice.expovariate(1 / 0.04)] * DEPTH
+                due[:] = [time.perf_counter() + rng.expovariate(1 / 0.04)] * DEPTH
                 requests += 1
             due.sort()
             while due and due[0] <= now:
                 due.pop(0)
                 requests += 1
-                slots.begin(one_request(dice, base_bytes, own_bytes))
+                slots.begin(one_request(rng, base_bytes, own_bytes))
                 if pauses and requests % 32 == 0:
                     break
             slots.wait((min(due[0], begun + seconds) if due else begun + seconds) - time.perf_counter())
@@ -167,12 +167,12 @@ def alternate(handle: Any, base_bytes: int, own_bytes: int, turns: int, seconds:
     print(json.dumps({"turn": turns, "state": "end"}), flush=True)
 
 
-def one_request(dice: random.Random, base_bytes: int, own_bytes: int) -> Request:
-    length = dice.choice(LENGTHS)
-    kind = dice.random()
+def one_request(rng: random.Random, base_bytes: int, own_bytes: int) -> Request:
+    length = rng.choice(LENGTHS)
+    kind = rng.random()
     if kind < 0.15:
-        return "base", dice.randrange(own_bytes, base_bytes - length) // length * length, length
-    return "write" if kind < 0.45 else "read", dice.randrange(own_bytes // length) * length, length
+        return "base", rng.randrange(own_bytes, base_bytes - length) // length * length, length
+    return "write" if kind < 0.45 else "read", rng.randrange(own_bytes // length) * length, length
 
 
 def main() -> None:

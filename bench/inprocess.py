@@ -19,18 +19,18 @@ import numpy as np
 
 from loads import percentiles
 
-MOST_TIMES = 8 << 20  # requests whose times are kept
+TIMES_MAX = 8 << 20  # requests whose times are kept
 PATTERNS = {"randread": (False, True), "randwrite": (True, True), "read": (False, False), "write": (True, False)}  # (writes, random)
 
 
 def run(
     volume_name: str, pattern: str, block_bytes: int, depth: int, seconds: float, requests: int, seed: int, cache: str
 ) -> dict[str, Any]:
-    from fvd.volume._load import load
-    from fvd.volume.opening import open_volume
+    from fvd.disk._load import load
+    from fvd.disk.opening import open_volume
 
     write, random = PATTERNS[pattern]
-    times_ns = np.zeros(MOST_TIMES, np.uint32)
+    times_ns = np.zeros(TIMES_MAX, np.uint32)
     times_ns.fill(1)  # its pages are there before the load begins
     with load(open_volume(volume_name, cache=cache)) as driver:
         before = time.process_time()
@@ -47,7 +47,7 @@ def run(
         cpu_seconds = time.process_time() - before
         driver.flush()
         geometry, queue = driver.volume.geometry, driver.queue_kind
-    seen_us = times_ns[: min(operations, MOST_TIMES)] / 1000
+    seen_us = times_ns[: min(operations, TIMES_MAX)] / 1000
     return {
         "operations": operations,
         "seconds": took,

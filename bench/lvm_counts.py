@@ -46,11 +46,11 @@ class Load:
     """The writes: two parts of as many places, each in a MiB of its own."""
 
     def __init__(self, count: int) -> None:
-        dice = random.Random(1)
-        found = [mib * MIB + dice.randrange(MIB // BLOCK_BYTES) * BLOCK_BYTES for mib in dice.sample(range(DISK_BYTES // MIB), 2 * count)]
+        rng = random.Random(1)
+        found = [mib * MIB + rng.randrange(MIB // BLOCK_BYTES) * BLOCK_BYTES for mib in rng.sample(range(DISK_BYTES // MIB), 2 * count)]
         self.parts = found[:count], found[count:]
         self._data = mmap.mmap(-1, BLOCK_BYTES)  # aligned
-        self._data.write(dice.randbytes(BLOCK_BYTES))
+        self._data.write(rng.randbytes(BLOCK_BYTES))
 
     def write(self, target: Target, part: Sequence[int], flush_every: int | None) -> int:
         """Returns how many flushes there were."""

@@ -25,7 +25,7 @@
 
 #include "wire.h"
 
-enum { BLOCK_BYTES = 4096, RECEIVE_BYTES = 256 << 10, MOST_EVENTS = 256, MOST_PER_SECOND = 2000000 };
+enum { BLOCK_BYTES = 4096, RECEIVE_BYTES = 256 << 10, EVENTS_MAX = 256, PER_SECOND_MAX = 2000000 };
 
 struct connection {
     int fd, wants_write;
@@ -35,7 +35,7 @@ struct connection {
 };
 
 static int poll_fd, is_write;
-static uint64_t blocks, dice = 0x9E3779B97F4A7C15ULL;
+static uint64_t blocks, rng = 0x9E3779B97F4A7C15ULL;
 static uint8_t data[BLOCK_BYTES];
 static uint64_t *took_ns;
 static size_t took_count, took_room;
@@ -52,8 +52,8 @@ static void die(const char *what) {
 }
 
 static uint64_t draw(void) {
-    dice ^= dice << 13, dice ^= dice >> 7, dice ^= dice << 17;
-    return dice;
+    rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
+    return rng;
 }
 
 static void take(int fd, void *into, size_t length) {
@@ -153,7 +153,7 @@ int main(int argc, char **argv) {
     is_write = !strcmp(argv[2], "randwrite");
     blocks = size_bytes / BLOCK_BYTES;
     poll_fd = epoll_create1(EPOLL_CLOEXEC);
-    took_room = seconds * MOST_PER_SECOND;
+    took_room = seconds * PER_SECOND_MAX;
     took_ns = calloc(took_room + 1, sizeof *took_ns);
     if (!all || !depth || !blocks || poll_fd < 0 || !took_ns) die("start");
     for (size_t at = 0; at < BLOCK_BYTES; at += 8) {
@@ -173,8 +173,8 @@ int main(int argc, char **argv) {
     uint64_t began = now_ns(), end = seconds > 0 ? began + (uint64_t)(seconds * 1e9) : UINT64_MAX, now;
     for (size_t at = 0; at < count; at++) ask(&all[at]);
     while ((now = now_ns()) < end) {
-        struct epoll_event events[MOST_EVENTS];
-        int ready = epoll_wait(poll_fd, events, MOST_EVENTS, seconds > 0 ? 100 : -1);
+        struct epoll_event events[EVENTS_MAX];
+        int ready = epoll_wait(poll_fd, events, EVENTS_MAX, seconds > 0 ? 100 : -1);
         if (ready < 0 && errno != EINTR) die("epoll_wait");
         for (int at = 0; at < ready; at++) {
             struct connection *one = events[at].data.ptr;

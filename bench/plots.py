@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "path.simplify": False,
 }
 BAR, BAR_GAP, GROUP_GAP = 13, 4, 10  # of horizontal bars
-MOST_UPRIGHT = 16  # bars; more of them lie
+UPRIGHT_MAX = 16  # bars; more of them lie
 PLOT_HEIGHT = 230
 FACTOR_OF_LOGARITHMIC_X = 16
 POINTS_OF_A_DISTRIBUTION = 300
@@ -246,7 +246,7 @@ def one_bar(axes: Axes, position: float, thickness: float, values: list[float], 
 def stands(plot: Plot, series: Sequence[Series]) -> bool:
     """Whether upright bars have room: for their values above and the categories below."""
     categories = [str(x) for x in plot["x"]]
-    if len(categories) * len(series) > MOST_UPRIGHT or len(categories) > 6 or len(series) > 6:
+    if len(categories) * len(series) > UPRIGHT_MAX or len(categories) > 6 or len(series) > 6:
         return False
     group = (WIDTH - 70) / len(categories)
     widest = max(text_width(short(value, zeros=True), SMALL_SIZE) for value in everything(series))

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fvd.volume._driver import drive
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import provision
+from fvd.disk._disk_thread import drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
 from loads import KIB, MIB
 from machine import CannotMeasure, file_loop_device, loop_device
 from suite import Plan, Plot, Row, missing, ratio, row
@@ -31,8 +31,8 @@ CHUNKS = 4096
 PLACES = ("file", "loop device over a file", "loop device over memory")
 EVERY_SECONDS = 0.003  # a read
 QUIET_SECONDS = 0.5  # before the trim, and after the last discard
-LEAST_SECONDS = 2.0  # of reading from the trim on
-LONGEST_SECONDS = 60.0  # that discards may take
+SECONDS_MIN = 2.0  # of reading from the trim on
+SECONDS_MAX = 60.0  # that discards may take
 GOAL = "<= 5"
 
 
@@ -107,7 +107,7 @@ def trim(volume: str, *, discard: bool, least_seconds: float) -> dict[str, float
         disk.trim(0, size_bytes - CHUNK_BYTES)
         trimmed = time.monotonic()
         disk.flush()
-        while disk.call(lambda: disk.volume.engine.free_slots) < CHUNKS - 1 and time.monotonic() < began + LONGEST_SECONDS:
+        while disk.call(lambda: disk.volume.engine.free_slots) < CHUNKS - 1 and time.monotonic() < began + SECONDS_MAX:
             time.sleep(EVERY_SECONDS)
         freed = time.monotonic()
         time.sleep(max(QUIET_SECONDS, began + least_seconds - freed))
@@ -133,7 +133,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         try:
             with place(name) as volume:
                 for number in range(plan.of(3, 7, 15)):
-                    seconds = LEAST_SECONDS
+                    seconds = SECONDS_MIN
                     for discard in (True, False):
                         sample = trim(volume, discard=discard, least_seconds=seconds)
                         seconds = sample["reading_seconds"]

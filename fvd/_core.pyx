@@ -335,7 +335,7 @@ cdef void journal_seal(uint8_t *page, uint32_t uuid_crc, uint64_t position_bytes
     header.page_checksum = checksum(uuid_crc, position_bytes, page, PAGE_BYTES, JOURNAL_CHECKSUM_OFFSET)
 
 
-cdef inline uint64_t records_room(uint64_t position, uint64_t ring_pages) noexcept nogil:
+cdef inline uint64_t records_capacity(uint64_t position, uint64_t ring_pages) noexcept nogil:
     """Bytes that the records of the page at this ring position may take."""
     return (ring_pages - position) * PAGE_BYTES - JOURNAL_HEADER_BYTES if BUG(Bug.RECORDS_BEYOND_THE_PAGE) else JOURNAL_RECORDS_BYTES
 
@@ -351,7 +351,7 @@ cdef bint journal_page_valid(const uint8_t *page, uint32_t uuid_crc, uint64_t jo
         return False
     if header.part >= header.parts or header.sequence <= header.part:
         return False
-    if not records_fit(header, records_room(position, ring_pages)):
+    if not records_fit(header, records_capacity(position, ring_pages)):
         return False
     return BUG(Bug.PAGE_CHECKSUM_IGNORED) or header.page_checksum == checksum(
         uuid_crc, journal_offset_bytes + position * PAGE_BYTES, page, PAGE_BYTES, JOURNAL_CHECKSUM_OFFSET)
@@ -784,7 +784,7 @@ def journal_apply(const uint8_t[::1] ring not None, const uint64_t[::1] position
             raise ValueError(f"ring position {positions[i]} of {pages}")
     with nogil:
         for i in range(count):
-            if not journal_page_in_range(&ring[positions[i] * PAGE_BYTES], records_room(positions[i], pages), words, entries):
+            if not journal_page_in_range(&ring[positions[i] * PAGE_BYTES], records_capacity(positions[i], pages), words, entries):
                 result = <int64_t>i
                 break
             journal_page_apply(&ring[positions[i] * PAGE_BYTES], word_data, entry_data, dirty_words, dirty_entries)

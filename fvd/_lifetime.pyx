@@ -81,7 +81,7 @@ cdef int process() noexcept nogil:
 
 
 cdef int asked_to_stop() noexcept nogil:
-    return 0 if fvd_work == NULL else (<Work> fvd_work).asked
+    return 0 if fvd_work == NULL else (<Work>fvd_work).asked
 
 
 cdef bint is_work() noexcept nogil:
@@ -114,7 +114,7 @@ cdef class Work:
         cdef void *before = fvd_work
         global fvd_work
         function, self.function = self.function, None
-        fvd_work = <void *> self
+        fvd_work = <void *>self
         try:
             return function()
         finally:
@@ -166,7 +166,7 @@ cdef class Work:
     cdef bint wait_for(self, double seconds) noexcept:
         """Whether it has ended within this time. No handler runs, and nobody's errands are run."""
         cdef int missed = 1
-        cdef int left = <int> (seconds * 1000 / LOOK_MS)
+        cdef int left = <int>(seconds * 1000 / LOOK_MS)
         while missed and left > 0:
             with nogil:
                 missed = fvd_wait(&self.done, LOOK_MS)
@@ -234,7 +234,7 @@ def checkpoint():
     each time, for then it is undone, which is not to be left half-way either."""
     cdef Work work
     if asked_to_stop():
-        work = <Work> fvd_work
+        work = <Work>fvd_work
         if work.asked > work.heard:
             work.heard = work.asked
             raise Interrupted
@@ -249,9 +249,9 @@ def in_caller(callback):
     """The same function, called in the thread of who called `whole`, wherever it is called from: a user's own, with its own threads."""
     def call(*arguments):
         cdef Work work
-        if fvd_work == NULL or not (<Work> fvd_work).waited_for:
+        if fvd_work == NULL or not (<Work>fvd_work).waited_for:
             return callback(*arguments)
-        work = <Work> fvd_work
+        work = <Work>fvd_work
         errand = _Errand(callback, arguments)
         work.errand = errand
         sem_post(&work.done)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages whose rate somebody else decides (a client, another server, whoever can connect): counted, not repeated.
 
-Of each kind the first FIRST are logged as they are. Further ones are counted, and told once in EVERY_S: the last of them, and how many
-there were. So a kind costs a handful of lines and then one a minute, whatever a stranger does. Kinds are the caller's, and few. May be
-used from any thread. Nothing here waits: a count is told by the next message of its kind, or by whoever calls say_due() from time to
+Of each kind the first FIRST are logged as they are. Further ones are counted, and told once in EVERY_SECONDS: the last of them, and how
+many there were. So a kind costs a handful of lines and then one a minute, whatever a stranger does. Kinds are the caller's, and few. May
+be used from any thread. Nothing here waits: a count is told by the next message of its kind, or by whoever calls say_due() from time to
 time; at exit.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from weakref import WeakSet
 
 FIRST = 5
-EVERY_S = 60.0
+EVERY_SECONDS = 60.0
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Counted:
     """Stands before a logger. A message is a text with nothing to fill in; `kind` tells what it is, whatever is quoted in it."""
 
     def __init__(
-        self, log: logging.Logger, *, first: int = FIRST, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic
+        self, log: logging.Logger, *, first: int = FIRST, every_seconds: float = EVERY_SECONDS, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._log = log
         self._first = first
-        self._every_s = every_s
+        self._every_seconds = every_seconds
         self._clock = clock
         self._kinds: dict[Hashable, _Kind] = {}
         self._lock = threading.Lock()
@@ -64,7 +64,7 @@ class Counted:
             it = self._kinds.get(kind)
             if it is None:
                 it = self._kinds[kind] = _Kind(now, self._first)
-            elif now - it.began >= self._every_s:
+            elif now - it.began >= self._every_seconds:
                 lines = self._turn(it, now)
             if it.counted == 0 and it.left > 0:
                 it.left -= 1
@@ -83,7 +83,7 @@ class Counted:
         lines = []
         with self._lock:
             for it in self._kinds.values():
-                if it.counted and (all_of_it or now - it.began >= self._every_s):
+                if it.counted and (all_of_it or now - it.began >= self._every_seconds):
                     lines += self._turn(it, now)
         self._write(lines)
 

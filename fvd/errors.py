@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can go wrong, as types: every error fvd raises on purpose, with the exit code that the command line gives it.
 
-Lowest floor: imports nothing of the project. A message says what happened, to which volume, and what to do.
+Lowest layer: imports nothing of the project. A message says what happened, to which volume, and what to do.
 """
 
 from __future__ import annotations

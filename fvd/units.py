@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes as people write them. G means GiB. Lowest floor: imports only the errors."""
+"""Sizes as people write them. G means GiB. Lowest layer: imports only the errors."""
 
 from __future__ import annotations
 

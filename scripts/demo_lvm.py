@@ -64,7 +64,7 @@ LARGEST_STEP, SMALLEST_STEP = 5 * GIB, 640 * MIB
 SECONDS_FOR_A_STEP = 12.8
 # The first storage, one step under the load, a quarter of one by hand, and room for a second step that a slow machine may ask for.
 STEPS_NEEDED = 3.25
-LEAST_SPARE = 1 * GIB
+SPARE_MIN = 1 * GIB
 BEYOND_FULL = 256  # chunks: what waits in a full group
 WAIT_SECONDS = 60
 
@@ -121,8 +121,8 @@ def check_spare(group: str, spare: str) -> None:
         os.close(descriptor)
     except OSError as error:
         refuse(f"SPARE={spare}: {error.strerror}")
-    if length < LEAST_SPARE:
-        refuse(f"SPARE={spare} has {size(length)}; the demo needs {size(LEAST_SPARE)}")
+    if length < SPARE_MIN:
+        refuse(f"SPARE={spare} has {size(length)}; the demo needs {size(SPARE_MIN)}")
     others = [f"{group}/{row['lv_name']}" for row in rows("lvs", "lv_name", "--select", "lv_tags=fvd.disk", group)]
     if others:
         refuse(f"SPARE means that {group} is full for a while: {', '.join(others)} could not grow. Leave it out, or name another group")

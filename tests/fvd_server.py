@@ -18,7 +18,7 @@ from pathlib import Path
 # One server at a time. Says the number of its process; it says its own line; and at its end, "ended" and how.
 _NURSERY = """
 import json, os, sys
-import fvd.api.serving, fvd.export.server, fvd.volume.opening
+import fvd.api.serving, fvd.export.server, fvd.disk.opening
 from fvd.cli.main import main
 for line in sys.stdin:
     child = os.fork()

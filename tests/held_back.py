@@ -34,7 +34,7 @@ _IO_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, f
 _WRITE_OUT = struct.Struct("=II")
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, STATFS = 1, 2, 3, 4, 14, 15, 16, 17
 RELEASE, FSYNC, FLUSH, INIT, OPENDIR, RELEASEDIR, INTERRUPT, BATCH_FORGET = 18, 20, 25, 26, 27, 29, 36, 42
-_ASYNC_READ, _BIG_WRITES, _ASYNC_DIO, _MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 22
+_ASYNC_READ, _BIG_WRITES, _ASYNC_DIO, _PAGES_MAX = 1 << 0, 1 << 5, 1 << 15, 1 << 22
 _DIRECT_IO, _PARALLEL_WRITES = 1 << 0, 1 << 6
 _WRITE_BYTES = 1 << 20
 _ROOT, _FILE, NAME = 1, 2, "disk"
@@ -109,7 +109,7 @@ class _Medium:
         body = memoryview(message)[_IN.size :]
         if code == INIT:
             major, minor, readahead, offered = _INIT_IN.unpack_from(body)
-            flags = offered & (_ASYNC_READ | _BIG_WRITES | _ASYNC_DIO | _MAX_PAGES)
+            flags = offered & (_ASYNC_READ | _BIG_WRITES | _ASYNC_DIO | _PAGES_MAX)
             self._answer(unique, _INIT_OUT.pack(major, min(minor, 31), readahead, flags, 64, 48, _WRITE_BYTES, 1, _WRITE_BYTES // 4096, 0))
         elif code == LOOKUP:
             if bytes(body).rstrip(b"\0").decode() != NAME:

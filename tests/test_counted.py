@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def notes(clock: Clock) -> Iterator[Counted]:
-    yield Counted(logging.getLogger("counted"), first=3, every_s=60, clock=clock)
+    yield Counted(logging.getLogger("counted"), first=3, every_seconds=60, clock=clock)
 
 
 def test_the_first_are_told_and_the_rest_counted(notes: Counted, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

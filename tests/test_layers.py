@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floors of docs/architecture.md, held: who imports whom, and who may touch clocks, dice, sockets, processes and files.
+"""The layers of docs/architecture.md, held: who imports whom, and who may touch clocks, rng, sockets, processes and files.
 
 The table is parsed out of that document, so the two cannot drift apart.
 """
@@ -34,14 +34,14 @@ def words(text: str) -> set[str]:
 
 OUTSIDE_MODULES = {
     "clock": {"time", "sched"},
-    "dice": {"random", "secrets", "uuid"},
+    "rng": {"random", "secrets", "uuid"},
     "socket": {"socket", "socketserver", "selectors", "select", "asyncio", "http", "urllib", "nbd"},
     "process": {"subprocess", "multiprocessing", "signal", "pty"},
     "file": {"fcntl", "mmap", "tempfile", "shutil", "pyudev", "glob", "fileinput", "ctypes"},
 }
 OUTSIDE_HEADERS = {
     "clock": {"time.h", "sys/time.h"},
-    "dice": {"sys/random.h"},
+    "rng": {"sys/random.h"},
     "socket": {"libnbd.h", "sys/socket.h", "netinet/in.h", "netinet/tcp.h", "sys/un.h"},
     "file": {
         "poll.h",
@@ -66,7 +66,7 @@ OUTSIDE_CIMPORTS = {
 }
 OS_CALLS = {
     "clock": {"times"},
-    "dice": {"urandom", "getrandom"},
+    "rng": {"urandom", "getrandom"},
     "process": {"system", "popen", "fork", "kill", "waitpid", "posix_spawn", "execv", "execve", "execvp"},
     "file": words(
         "open fdopen read write pread pwrite preadv pwritev readv writev fsync fdatasync sync lseek stat lstat fstat statvfs fstatvfs "
@@ -85,7 +85,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.counted": ({"clock"}, "how many messages of a kind there were in a minute; injected in tests"),
     "fvd.device._queue": ({"file", "clock"}, "device operations: io_uring and the blocking queue; waits with a time limit"),
     "fvd.device._remote": (
-        {"clock", "dice", "file", "process"},
+        {"clock", "rng", "file", "process"},
         "a base over libnbd: connections, their time limits, back-off; the helper's lock and wake-ups; where a server's program is",
     ),
     "fvd.device.libnbd": ({"socket"}, "declarations of libnbd, which opens the sockets of bases"),
@@ -108,18 +108,21 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.lvm.dm": ({"file", "clock"}, "reads /sys; samples for how long a device is suspended"),
     "fvd.lvm.members": ({"file"}, "reads /sys and udev's database: which devices hold physical volumes"),
     "fvd.lvm.sharing": ({"file"}, "lock files"),
-    "fvd.volume._driver": ({"clock", "file", "process"}, "the loop of a disk in this process: a thread, its wake-up, the engine's ticks"),
-    "fvd.volume.allocator": ({"clock"}, "when a growth step began; injected in tests"),
-    "fvd.volume.failing": ({"clock"}, "when a map could not be written; injected in tests"),
-    "fvd.volume.base": ({"file"}, "a descriptor for the program that reads an image, and whether its file is as it was"),
-    "fvd.volume.base_rights": ({"file"}, "whose files and folders are; the administrator's list"),
-    "fvd.volume.base_images": ({"file", "process"}, "runs qemu-img with a time limit; where QEMU's programs are"),
-    "fvd.volume.opening": ({"clock", "dice"}, "gives copying its clock and its dice"),
-    "fvd.volume.provision": ({"clock", "dice"}, "the UUID and the date of a new disk; injected in tests"),
-    "fvd.volume.recovery": ({"clock", "file"}, "when a flush failed; the engine's buffers, by ctypes"),
+    "fvd.disk._disk_thread": (
+        {"clock", "file", "process"},
+        "a disk's loop in this process: a thread, its wake-up, the engine's ticks",
+    ),
+    "fvd.storage.allocator": ({"clock"}, "when a growth step began; injected in tests"),
+    "fvd.disk.failing": ({"clock"}, "when a map could not be written; injected in tests"),
+    "fvd.base.base": ({"file"}, "a descriptor for the program that reads an image, and whether its file is as it was"),
+    "fvd.base.rights": ({"file"}, "whose files and folders are; the administrator's list"),
+    "fvd.base.images": ({"file", "process"}, "runs qemu-img with a time limit; where QEMU's programs are"),
+    "fvd.disk.opening": ({"clock", "rng"}, "gives copying its clock and its rng"),
+    "fvd.disk.provision": ({"clock", "rng"}, "the UUID and the date of a new disk; injected in tests"),
+    "fvd.disk.recovery": ({"clock", "file"}, "when a flush failed; the engine's buffers, by ctypes"),
     "fvd.export.server": ({"socket", "clock", "file"}, "the listening socket, handshakes with a time limit, the wake-up of the loop"),
     "fvd.export.listening": (
-        {"socket", "dice", "file", "clock"},
+        {"socket", "rng", "file", "clock"},
         "sockets that listen, their names, owners and modes; names of temporary folders; how long another server that begins is waited for",
     ),
     "fvd.export.peers": ({"socket"}, "who is at the other end of a socket, and its options"),
@@ -148,7 +151,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd.cli.profile": ({"clock"}, "waits before it records"),
     "fvd.cli.serve": ({"process", "file"}, "SIGTERM and SIGINT end it, through a pipe"),
     "fvd.cli.suggest": ({"file"}, "the names in a folder, of which one may have been meant"),
-    "fvd.cli.torture": ({"clock", "dice", "process", "file"}, "fresh seeds; how long it has run; SIGTERM ends it; a folder for an image"),
+    "fvd.cli.torture": ({"clock", "rng", "process", "file"}, "fresh seeds; how long it has run; SIGTERM ends it; a folder for an image"),
     "fvd.sim.foreign": ({"clock", "socket"}, "waits for an NBD server's answers"),
     "fvd.sim.qemu_nbd": ({"clock", "file", "process"}, "starts and kills qemu-nbd; its image"),
     "fvd.sim.torture": ({"process", "clock", "file"}, "worlds on all processors, for so many seconds; malloc_trim, by ctypes"),
@@ -214,40 +217,40 @@ def imports(path: Path) -> list[Import]:
     return list(python_imports(path) if path.suffix in (".py", ".pyi") else cython_imports(path))
 
 
-# --- Floors ------------------------------------------------------------------------------------------------------------------
+# --- Layers ------------------------------------------------------------------------------------------------------------------
 
 
-class Room(NamedTuple):
-    floor: int
-    row: int  # modules named in one row of the table are one room
+class Package(NamedTuple):
+    layer: int
+    row: int  # modules named in one row of the table are one package
 
 
-def read_rooms() -> dict[str, Room]:
-    rooms = {}
+def read_packages() -> dict[str, Package]:
+    packages = {}
     for row, line in enumerate(DOCUMENT.read_text().splitlines()):
         if match := re.match(r"\|\s*(\d+)\s*\|([^|]*)\|", line):
             for name in re.findall(r"`(fvd[\w.]*)`", match[2]):
-                rooms[name] = Room(int(match[1]), row)
-    return rooms
+                packages[name] = Package(int(match[1]), row)
+    return packages
 
 
-ROOMS = read_rooms()
+LAYERS = read_packages()
 
 
-def room_of(module: str) -> tuple[str, Room] | None:
+def package_of(module: str) -> tuple[str, Package] | None:
     if module in ("fvd", "fvd.*"):
-        return "fvd.api", ROOMS["fvd.api"]
-    for name, room in ROOMS.items():
+        return "fvd.api", LAYERS["fvd.api"]
+    for name, package in LAYERS.items():
         if module == name or module.startswith(f"{name}."):
-            return name, room
+            return name, package
     return None
 
 
-def test_the_document_has_its_floors() -> None:
-    assert {name: room.floor for name, room in ROOMS.items()} | {"fvd.errors": 0, "fvd._core": 1, "fvd.cli": 7} == {
-        name: room.floor for name, room in ROOMS.items()
+def test_the_document_has_its_layers() -> None:
+    assert {name: package.layer for name, package in LAYERS.items()} | {"fvd.errors": 0, "fvd._core": 1, "fvd.cli": 9} == {
+        name: package.layer for name, package in LAYERS.items()
     }
-    assert len({room.floor for room in ROOMS.values()}) == 8
+    assert len({package.layer for package in LAYERS.values()}) == 10
 
 
 def sources_of(package: Path) -> list[Path]:
@@ -261,23 +264,23 @@ def test_imports_go_down(package: Path) -> None:
 
 
 def wrong_imports(path: Path) -> Iterator[str]:
-    found = room_of(module_name(path))
+    found = package_of(module_name(path))
     if found is None:
-        yield f"{path} is in no room of docs/architecture.md"
+        yield f"{path} is in no package of docs/architecture.md"
         return
     own_name, own = found
     for line, module in imports(path):
         if module.split(".")[0] != "fvd":
             continue
-        target = room_of(module)
+        target = package_of(module)
         if target is None:
-            yield f"{path}:{line}: imports {module}, which is in no room of docs/architecture.md"
+            yield f"{path}:{line}: imports {module}, which is in no package of docs/architecture.md"
             continue
-        name, room = target
+        name, package = target
         if name == "fvd.sim" and own_name != "fvd.sim" and path.stem != "torture":
             yield f"{path}:{line}: only the tester's command imports fvd.sim"
-        if room != own and room.floor >= own.floor:
-            yield f"{path}:{line}: {own_name} (floor {own.floor}) may not import {module} (floor {room.floor})"
+        if package != own and package.layer >= own.layer:
+            yield f"{path}:{line}: {own_name} (layer {own.layer}) may not import {module} (layer {package.layer})"
 
 
 @each_package
@@ -298,7 +301,7 @@ def says_what_it_is_for(path: Path) -> None:
     if path.suffix == ".py":
         doc = ast.get_docstring(ast.parse(text))
     elif path.suffix == ".pxi":  # a part of a module: a docstring there would be a statement in the middle
-        doc = "".join(re.findall(r"\A(?:#.*\n)+", text))
+        doc = "".join(re.findall(r"\A# SPDX.*\n((?:#.*\n)+)", text))
     else:
         doc = "".join(re.findall(r'\A\s*(?:#[^\n]*\n\s*)*"""((?:.|\n)*?)"""', text))
     assert doc, f"{path} does not say what it is for"
@@ -414,7 +417,7 @@ def test_import_fvd_does_no_work() -> None:
 
 
 def test_import_fvd_is_light() -> None:
-    """``fvd-lv --help`` need not wait for numpy: the heavy floors come with the first verb."""
+    """``fvd-lv --help`` need not wait for numpy: the heavy layers come with the first verb."""
     run_watched("import fvd\nassert 'numpy' not in sys.modules")
 
 

@@ -18,10 +18,10 @@ from fvd.errors import InvalidArgument, ReadOnly
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
-    from fvd.volume.opening import OpenVolume
-    from fvd.volume.prefetching import FoundProfile
-    from fvd.volume.prefetching import PrefetchOptions as VolumeOptions
-    from fvd.volume.view import View
+    from fvd.base.copying import FoundProfile
+    from fvd.base.copying import PrefetchOptions as VolumeOptions
+    from fvd.disk.opening import OpenVolume
+    from fvd.disk.view import View
 
 # Superblock: compatible_features, what an open does that does not say otherwise (fvd/FORMAT.md).
 _COPY_ON_READ, _PREFETCH = 1, 2
@@ -36,17 +36,17 @@ def prefetch_options(rate: int | str = 0, delay_s: float = 0.0, profile: str | o
 
 
 # As far as the engine's integers go, with much to spare.
-LONGEST_DELAY_S = 10 * 365 * 86400.0
-MOST_RATE_BYTES = 1 << 60
+DELAY_SECONDS_MAX = 10 * 365 * 86400.0
+RATE_BYTES_MAX = 1 << 60
 
 
 def checked_options(options: PrefetchOptions) -> PrefetchOptions:
     """The options, if they can work. Raises InvalidArgument."""
     if not math.isfinite(options.delay_s) or options.delay_s < 0:
         raise InvalidArgument(f"prefetching cannot begin after {options.delay_s} seconds; name a time of 0 or more")
-    if options.delay_s > LONGEST_DELAY_S:
-        raise InvalidArgument(f"prefetching cannot begin after {options.delay_s:g} seconds; at most {LONGEST_DELAY_S:g} (ten years)")
-    if not 0 <= options.rate_bytes <= MOST_RATE_BYTES:
+    if options.delay_s > DELAY_SECONDS_MAX:
+        raise InvalidArgument(f"prefetching cannot begin after {options.delay_s:g} seconds; at most {DELAY_SECONDS_MAX:g} (ten years)")
+    if not 0 <= options.rate_bytes <= RATE_BYTES_MAX:
         raise InvalidArgument(f"prefetching cannot copy {options.rate_bytes} bytes a second; name a rate above 0, or 0 for no limit")
     if options.profile is not None and "\0" in str(options.profile):
         raise InvalidArgument("the name of a profile has a zero byte in it")
@@ -54,12 +54,12 @@ def checked_options(options: PrefetchOptions) -> PrefetchOptions:
 
 
 def volume_options(options: PrefetchOptions | bool | None) -> VolumeOptions | bool | None:
-    """As the floor below takes them. Raises InvalidArgument."""
+    """As the layer below takes them. Raises InvalidArgument."""
     return options if options is None or isinstance(options, bool) else _for_volume(options)
 
 
 def _for_volume(options: PrefetchOptions) -> VolumeOptions:
-    from fvd.volume.prefetching import PrefetchOptions as VolumeOptions
+    from fvd.base.copying import PrefetchOptions as VolumeOptions
 
     checked = checked_options(options)
     return VolumeOptions(delay_s=checked.delay_s, rate_bytes=checked.rate_bytes, profile=absolute(checked.profile))

@@ -32,7 +32,7 @@ from fvd.units import parse_size
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
 
-    from fvd.volume._driver import Driver
+    from fvd.disk._disk_thread import DiskThread
 
 log = logging.getLogger("fvd.api")
 
@@ -79,9 +79,9 @@ def open(
 
 
 def _open(volume: str, on_event: Callable[[Event], None] | None, options: dict[str, Any]) -> Disk:
-    from fvd.volume._driver import drive
+    from fvd.disk._disk_thread import drive
+    from fvd.disk.opening import open_volume
     from fvd.volume.name import parse_name
-    from fvd.volume.opening import open_volume
 
     name = parse_name(volume)
     hub = Hub(str(name))
@@ -114,29 +114,29 @@ class Disk(Handle):
     undone, and comes out of what changes the disk when that has ended. docs/api.md says more.
     """
 
-    def __init__(self, driver: Driver, hub: Hub, deliveries: Deliveries) -> None:
+    def __init__(self, driver: DiskThread, hub: Hub, deliveries: Deliveries) -> None:
         self._begin(str(driver.volume.name), _Closing(driver, hub, deliveries))
-        self._driver = driver
+        self._thread = driver
         self._verbs = OpenedVerbs(driver.volume, driver.call)
         self._hub = hub
 
     @property
     def volume(self) -> str:
         """The volume's name."""
-        return str(self._driver.volume.name)
+        return str(self._thread.volume.name)
 
     @property
     def size(self) -> int:
         """The virtual size in bytes."""
-        return self._driver.volume.geometry.virtual_size_bytes
+        return self._thread.volume.geometry.virtual_size_bytes
 
     def pread(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``. Raises InvalidArgument (not in the disk, no whole numbers), OutOfMemory, DeviceError."""
-        return self._driver.pread(offset, length)
+        return self._thread.pread(offset, length)
 
     def pread_into(self, offset: int, buffer: Buffer) -> int:
         """Fill a writable buffer, in one piece, from ``offset``; returns its length in bytes. Raises as ``pread``."""
-        return self._driver.pread_into(offset, buffer)
+        return self._thread.pread_into(offset, buffer)
 
     def pwrite(self, offset: int, data: Buffer, *, durable: bool = False) -> int:
         """Write all of ``data`` at ``offset``; with ``durable`` it survives any crash when this returns. Returns its length.
@@ -144,19 +144,19 @@ class Disk(Handle):
         ``data`` is any memory in one piece. Interrupted, what it wrote may be there or not, and nothing of it comes later.
         Raises InvalidArgument (not in the disk, no whole number, no such memory), NoSpace, ReadOnly, OutOfMemory, DeviceError.
         """
-        return self._driver.pwrite(offset, data, fua=durable)
+        return self._thread.pwrite(offset, data, fua=durable)
 
     def flush(self) -> None:
         """What was written before, by any thread, survives any crash when this returns. Raises DeviceError."""
-        self._driver.flush()
+        self._thread.flush()
 
     def trim(self, offset: int, length: int) -> None:
         """The range is not needed any longer: it reads as its old contents or zeros. Raises InvalidArgument, ReadOnly, DeviceError."""
-        self._driver.trim(offset, length)
+        self._thread.trim(offset, length)
 
     def zero(self, offset: int, length: int, *, keep_storage: bool = False) -> None:
         """The range reads as zeros; with ``keep_storage`` later writes there need no more. Raises as ``pwrite``."""
-        self._driver.zero(offset, length, no_hole=keep_storage)
+        self._thread.zero(offset, length, no_hole=keep_storage)
 
     def info(self) -> Info:
         """What the disk is and how full."""
@@ -225,20 +225,20 @@ class Disk(Handle):
 class _Closing:
     """How a disk is closed, by whoever does it. It does not know the `Disk`, so that this can be forgotten."""
 
-    def __init__(self, driver: Driver, hub: Hub, deliveries: Deliveries) -> None:
-        self._driver = driver
+    def __init__(self, driver: DiskThread, hub: Hub, deliveries: Deliveries) -> None:
+        self._thread = driver
         self._hub = hub
         self._deliveries = deliveries
 
     def __call__(self) -> None:
         problem = ""
         try:
-            self._driver.close()
+            self._thread.close()
         except DeviceError as error:
             problem = str(error)
             raise
         finally:
-            if self._driver.closed:
-                self._hub.publish("closed", self._driver.volume, problem)
+            if self._thread.closed:
+                self._hub.publish("closed", self._thread.volume, problem)
                 self._hub.end()
                 self._deliveries.wait()

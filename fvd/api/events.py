@@ -23,16 +23,16 @@ from fvd._lifetime import Here
 from fvd.api.types import from_json
 
 if TYPE_CHECKING:
-    from fvd.volume.opening import OpenVolume
-    from fvd.volume.policy import GrowthEvent
-    from fvd.volume.prefetching import BaseEvent
+    from fvd.base.copying import BaseEvent
+    from fvd.disk.opening import OpenVolume
+    from fvd.storage.policy import GrowthEvent
 
 log = logging.getLogger("fvd.api")
 
 HISTORY_EVENTS = 64
 QUEUE_EVENTS = 256
 # What a failing command printed goes into a message; so much of it that memory and lines stay bounded.
-MESSAGE_LIMIT = 4000
+MESSAGE_CHARACTERS_MAX = 4000
 # At close: a callback that does not return is left behind rather than waited for for ever.
 STUCK_CALLBACK_SECONDS = 5.0
 
@@ -277,7 +277,7 @@ class Hub:
 
     def tell(self, event: GrowthEvent | BaseEvent) -> None:
         """What the allocator reports, and what copies from the base: an `on_event` for `open_volume`."""
-        from fvd.volume.policy import GrowthEvent
+        from fvd.storage.policy import GrowthEvent
 
         if not isinstance(event, GrowthEvent):
             self._tell_of_base(event)
@@ -291,7 +291,7 @@ class Hub:
             suspend_seconds=event.suspend_seconds,
             group=event.group,
             group_free_bytes=event.group_free_bytes,
-            message=event.message[:MESSAGE_LIMIT],
+            message=event.message[:MESSAGE_CHARACTERS_MAX],
         )
 
     def _tell_of_base(self, event: BaseEvent) -> None:
@@ -311,14 +311,14 @@ class Hub:
     def tell_loss(self, disk: OpenVolume) -> None:
         """That acknowledged writes may be gone, if that is so and nobody has said yet that it was seen. As `publish`."""
         if disk.loss is not None:
-            from fvd.volume.pending import LOSSES
+            from fvd.disk.pending import LOSSES
 
             self.publish("possible_loss", disk, LOSSES[disk.loss.reason])
 
     def publish(self, kind: EventKind, disk: OpenVolume, message: str = "", **details: Any) -> None:
         """Something about the disk as it is now. In its loop's thread, or when that has ended."""
         free_bytes = disk.engine.free_slots * disk.geometry.chunk_size_bytes
-        self._publish(kind, disk.engine.storage_size_bytes, free_bytes, message=message[:MESSAGE_LIMIT], **details)
+        self._publish(kind, disk.engine.storage_size_bytes, free_bytes, message=message[:MESSAGE_CHARACTERS_MAX], **details)
 
     def end(self) -> None:
         """Nothing happens any more: every subscription ends after what it has. Again is fine."""

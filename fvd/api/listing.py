@@ -164,7 +164,7 @@ def _unasked(path: Path, error: FvdError, uid: int = -1) -> Listed:
 
 def _look_at_groups(groups: tuple[str, ...] | list[str], served: dict[str, Listed]) -> tuple[list[Listed], list[Group]]:
     from fvd.lvm.commands import Lvm
-    from fvd.volume.overcommit import is_ours
+    from fvd.volume.tags import is_ours
 
     lvm = Lvm()
     there = lvm.groups(*groups)
@@ -181,10 +181,10 @@ def _look_at_groups(groups: tuple[str, ...] | list[str], served: dict[str, Liste
 
 
 def _look_at_volume(volume: LogicalVolume, pieces: dict[str, list[Piece]]) -> Listed:
+    from fvd.disk.view import view_of
+    from fvd.storage.inactive_lv import OfflineVolume
     from fvd.volume.name import parse_name
-    from fvd.volume.offline import OfflineVolume
-    from fvd.volume.overcommit import is_disk
-    from fvd.volume.view import view_of
+    from fvd.volume.tags import is_disk
 
     if not is_disk(volume):
         return Listed(volume.full_name, "unfinished", None, "its provision was interrupted; run it again, or fvd-lv remove")
@@ -201,7 +201,8 @@ def _look_at_volume(volume: LogicalVolume, pieces: dict[str, list[Piece]]) -> Li
 
 
 def _with_facts(listed: Listed, volume: LogicalVolume, extent_bytes: int) -> Listed:
-    from fvd.volume.overcommit import facts_of, greatest_bytes
+    from fvd.storage.overcommit import greatest_bytes
+    from fvd.volume.tags import facts_of
 
     facts = facts_of(volume)
     return replace(
@@ -214,7 +215,8 @@ def _with_facts(listed: Listed, volume: LogicalVolume, extent_bytes: int) -> Lis
 
 
 def _group(group: VolumeGroup, ours: list[LogicalVolume], volumes: list[Listed]) -> Group:
-    from fvd.volume.overcommit import commitment, facts_of
+    from fvd.storage.overcommit import commitment
+    from fvd.volume.tags import facts_of
 
     found = commitment(group, ours)
     infos = [listed.info for listed in volumes if listed.group == group.name]

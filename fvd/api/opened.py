@@ -19,7 +19,7 @@ from fvd.api.verbs import MAP_PIECE_EXTENTS, map_of, map_to_json
 from fvd.errors import DeviceError, InvalidArgument, ReadOnly
 
 if TYPE_CHECKING:
-    from fvd.volume.opening import OpenVolume
+    from fvd.disk.opening import OpenVolume
 
 # call(function): function() as called in the loop's thread, between two requests.
 Call = Callable[[Callable[[], Any]], Any]
@@ -33,7 +33,7 @@ class OpenedVerbs:
         self._call = call
 
     def info(self, uri: str | None = None) -> dict[str, Any]:
-        from fvd.volume.info import info
+        from fvd.inspect.info import info
 
         short_bytes = 0
         with contextlib.suppress(DeviceError):  # closed meanwhile
@@ -45,7 +45,7 @@ class OpenedVerbs:
 
     def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
         """The map, or its beginning: ``more`` says which."""
-        from fvd.volume.view import look
+        from fvd.disk.view import look
 
         # The snapshot is taken between two requests; what is made of it takes no time from them.
         view = self._call(lambda: look(self._disk))
@@ -54,7 +54,7 @@ class OpenedVerbs:
         return map_to_json(found, more=offset + found.length < end)
 
     def check(self) -> dict[str, Any]:
-        from fvd.volume.check import check
+        from fvd.inspect.check import check
 
         return {**asdict(self._call(lambda: check(self._disk))), "served": True}
 

@@ -12,7 +12,7 @@ from fvd.errors import Corrupt, InvalidArgument
 def read_profile(path: str | os.PathLike[str]) -> Profile:
     """What ``record_profile`` saved. Raises NotFound, PermissionDenied, Unsupported (a directory), Corrupt (it is no profile, or
     damaged), DeviceError."""
-    from fvd.volume import profile
+    from fvd.base import profile
 
     name = os.fspath(path)
     try:

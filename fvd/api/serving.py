@@ -23,10 +23,10 @@ from fvd.modes import CacheMode, OnFull
 if TYPE_CHECKING:
     from fvd.control.server import ControlServer
     from fvd.control.streaming import Stream
+    from fvd.disk.opening import OpenVolume
     from fvd.export.listening import Listen, Socket
     from fvd.export.server import NbdServer
     from fvd.volume.name import VolumeName
-    from fvd.volume.opening import OpenVolume
 
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
@@ -72,7 +72,7 @@ class Serving:
         self._socket_group = socket_group
         self._copy_on_read = copy_on_read
         self._prefetch = volume_options(prefetch)
-        self._base_timeout_s = base_timeout_s
+        self._base_timeout_seconds = base_timeout_s
         self._discard_pending = discard_pending
         self._base_allow = allowed_bases(base_allow)
         self._on_end = on_end
@@ -123,9 +123,9 @@ class Serving:
     def open(self) -> None:
         """Claim and recover every disk, then serve them. All or none."""
         from fvd.control.server import ControlServer
+        from fvd.disk.opening import open_volume
         from fvd.export.server import NbdServer
         from fvd.volume.name import parse_name
-        from fvd.volume.opening import open_volume
 
         on_end = self._on_end
 
@@ -154,7 +154,7 @@ class Serving:
                     zero_chunks=self._zero_chunks,
                     copy_on_read=self._copy_on_read,
                     prefetch=self._prefetch,
-                    base_timeout_s=self._base_timeout_s,
+                    base_timeout_s=self._base_timeout_seconds,
                     discard_pending=self._discard_pending,
                     base_allow=self._base_allow,
                     on_event=hub.tell,
@@ -250,7 +250,7 @@ class Serving:
             disk.engine.want &= ~Want.ROOM
             if disk.allocator is not None:
                 self._begin(export_name)
-                disk.allocator.on_room(disk.engine)
+                disk.allocator.on_space(disk.engine)
         if wants & Want.EVENT:
             disk.engine.want &= ~Want.EVENT
             if disk.failing is not None and disk.failing.noticed():
@@ -279,7 +279,7 @@ class Serving:
         locator = disk.superblock.base.locator
         if failing:
             self._failing_bases.add(export_name)
-            message = f"{locator} cannot be read; guests' reads of it are tried again for {self._base_timeout_s:g} s, then they fail"
+            message = f"{locator} cannot be read; guests' reads of it are tried again for {self._base_timeout_seconds:g} s, then they fail"
         else:
             self._failing_bases.discard(export_name)
             message = f"{locator} can be read again"

@@ -24,8 +24,8 @@ from fvd.modes import BaseFormat, Layout, Placement
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
-    from fvd.volume.map import Extent as VolumeExtent
-    from fvd.volume.view import View
+    from fvd.disk.view import View
+    from fvd.inspect.map import Extent as VolumeExtent
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 # A served disk answers a map in pieces, so that no answer grows without bounds.
@@ -64,9 +64,9 @@ def provision(
     ``force`` overwrites foreign signatures and contents, never a disk or a volume in use. Raises Conflict (other parameters, or something
     else is there), InUse, NoSpace, NotFound (no such group, device or base).
     """
+    from fvd.disk.provision import provision as make
     from fvd.format.geometry import Layout as LayoutCode
     from fvd.format.geometry import Placement as PlacementCode
-    from fvd.volume.provision import provision as make
 
     work = partial(
         make,
@@ -99,7 +99,7 @@ def extend(volume: str, by: int | str | None = None) -> Extended:
     Raises NotFound, InUse, NoSpace, Unsupported (a device of fixed size), ReadOnly (served read-only), Timeout.
     """
     from fvd.api import remote
-    from fvd.volume.extending import extend as extend_closed
+    from fvd.disk.extending import extend as extend_closed
     from fvd.volume.name import parse_name
 
     name = parse_name(volume)
@@ -120,7 +120,7 @@ def acknowledge(volume: str) -> bool:
     close it: serve it first).
     """
     from fvd.api import remote
-    from fvd.volume.acknowledging import acknowledge as acknowledge_closed
+    from fvd.disk.acknowledging import acknowledge as acknowledge_closed
     from fvd.volume.name import parse_name
 
     name = parse_name(volume)
@@ -131,8 +131,8 @@ def acknowledge(volume: str) -> bool:
 def info(volume: str) -> Info:
     """What a disk is and how full. Raises NotFound, InUse (someone has it open without serving it)."""
     from fvd.api import remote
+    from fvd.disk.view import look
     from fvd.volume.name import parse_name
-    from fvd.volume.view import look
 
     name = parse_name(volume)
     answer = remote.ask(name, "info")
@@ -142,7 +142,7 @@ def info(volume: str) -> Info:
 def closed_info(view: View) -> Info:
     """What a closed disk is and how full."""
     from fvd.api.copying import info_of_closed
-    from fvd.volume.info import info as info_of
+    from fvd.inspect.info import info as info_of
 
     return info_from_json(info_of(view) | info_of_closed(view))
 
@@ -153,8 +153,8 @@ def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) 
     Raises NotFound, InUse, InvalidArgument (a part that is not in the disk).
     """
     from fvd.api import remote
+    from fvd.disk.view import look
     from fvd.volume.name import parse_name
-    from fvd.volume.view import look
 
     name = parse_name(volume)
     start, length_bytes = parse_size(offset), None if length is None else parse_size(length)
@@ -186,7 +186,7 @@ def check(volume: str, *, progress: Progress | None = None, base_allow: Sequence
     ``base_allow``: bases that root opens with his own rights, whoever has named them (docs/base.md).
     """
     from fvd.api import remote
-    from fvd.volume.check import check as check_closed
+    from fvd.inspect.check import check as check_closed
     from fvd.volume.name import parse_name
 
     name = parse_name(volume)
@@ -201,7 +201,7 @@ def check(volume: str, *, progress: Progress | None = None, base_allow: Sequence
 def dump(volume: str) -> dict[str, Any]:
     """The metadata as it lies on the storage, damaged or not, as plain values. Raises NotFound, InUse (of a disk that is served, the
     storage is behind the memory)."""
-    from fvd.volume.dump import dump as dump_closed
+    from fvd.inspect.dump import dump as dump_closed
 
     return whole(lambda: dump_closed(volume))
 
@@ -214,8 +214,8 @@ def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None)
     Raises InUse, Conflict (the volume holds something that is not an fvd disk).
     """
     from fvd.api import remote
+    from fvd.disk.removing import remove as remove_closed
     from fvd.volume.name import parse_name
-    from fvd.volume.removing import remove as remove_closed
 
     name = parse_name(volume)
     try:
@@ -233,7 +233,7 @@ def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None)
 
 def map_of(view: View, offset: int, length: int | None, limit: int | None = None) -> Map:
     """The map of a part of a disk; with a limit, of its beginning only."""
-    from fvd.volume.map import extents
+    from fvd.inspect.map import extents
 
     found: list[Extent] = []
     for extent in extents(view, offset, length):

@@ -26,7 +26,7 @@ base image; zero: reads as zeros, occupies nothing) and, if data, the offset in 
 
 SHADES = "·░▒▓█"
 TENTHS = "0123456789"
-LINE_LIMIT = 10_000
+LINES_MAX = 10_000
 
 
 def register(subparsers: Subparsers) -> None:
@@ -52,9 +52,9 @@ def table(found: Map) -> list[str]:
     rows = [("start", "length", "state", "storage offset")]
     rows += [
         (str(extent.start), str(extent.length), extent.state, "-" if extent.storage_offset is None else str(extent.storage_offset))
-        for extent in found.extents[:LINE_LIMIT]
+        for extent in found.extents[:LINES_MAX]
     ]
-    left_out = len(found.extents) - LINE_LIMIT
+    left_out = len(found.extents) - LINES_MAX
     return columns(rows, right=(0, 1, 3)) + ([f"... and {left_out} more; --output json has them all"] if left_out > 0 else [])
 
 

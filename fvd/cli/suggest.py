@@ -12,13 +12,13 @@ from pathlib import Path
 from fvd.errors import FvdError
 from fvd.volume.name import VolumeKind, parse_name
 
-_LEAST_LIKENESS = 0.6
-_MOST_NAMES = 10_000
+_LIKENESS_MIN = 0.6
+_NAMES_MAX = 10_000
 
 
 def guess(word: str, known: Iterable[str]) -> str:
     """``; did you mean --size?``, or nothing."""
-    near = difflib.get_close_matches(word, [name for name in known if name != word], n=1, cutoff=_LEAST_LIKENESS)
+    near = difflib.get_close_matches(word, [name for name in known if name != word], n=1, cutoff=_LIKENESS_MIN)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -28,7 +28,7 @@ def guess_volume(volume: str) -> str:
         name = parse_name(volume)
         path = Path(name.path)
         if name.kind is VolumeKind.FILE:
-            names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
+            names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _NAMES_MAX)]
             return guess(volume, [f"{volume.removesuffix(path.name)}{one}" for one in names if one[0] != "." and one.isprintable()])
         if name.kind is VolumeKind.LVM:
             from fvd.api.listing import look_around

@@ -62,7 +62,7 @@ class ControlClient:
         try:
             self._socket.settimeout(self._timeout_seconds)
             self._socket.sendall(protocol.encode_request(Request(verb, arguments)))
-            lines = protocol.Lines(protocol.ANSWER_LIMIT_BYTES)
+            lines = protocol.Lines(protocol.ANSWER_BYTES_MAX)
             while True:
                 self._socket.settimeout(max(0.001, deadline - time.monotonic()))
                 data = self._socket.recv(1 << 18)

@@ -50,7 +50,7 @@ class _Peer:
     history: bool
     link: socket.socket | None = None
     uid: int = -1  # whose process listens there
-    lines: protocol.Lines = field(default_factory=lambda: protocol.Lines(protocol.STREAM_LINE_LIMIT_BYTES))
+    lines: protocol.Lines = field(default_factory=lambda: protocol.Lines(protocol.STREAM_LINE_BYTES_MAX))
     answered: bool = False  # on this connection
     connected_at: float = 0.0
     heard_at: float = 0.0
@@ -208,7 +208,7 @@ class Follower:
             self._refuse(peer, PermissionDenied(f"{peer.path}: cannot be asked for events: {error.strerror}"))
             return False
         peer.link = link
-        peer.lines = protocol.Lines(protocol.STREAM_LINE_LIMIT_BYTES)
+        peer.lines = protocol.Lines(protocol.STREAM_LINE_BYTES_MAX)
         peer.connected_at = peer.heard_at = time.monotonic()
         return True
 

@@ -19,9 +19,9 @@ from fvd.errors import NotFound, PermissionDenied
 
 SUFFIX = ".sock"
 LOCK_SUFFIX = ".lock"  # held by the server, beside its socket; says what it serves
-STRANGERS_LIMIT = 256
+STRANGERS_MAX = 256
 _NAME = re.compile(rf"(dev-\d+-\d+|file-[0-9a-f]+-[0-9a-f]+){re.escape(SUFFIX)}")
-_LONGEST_NAME_BYTES = 4200
+_NAME_BYTES_MAX = 4200
 
 
 def runtime_dir() -> Path:
@@ -117,7 +117,7 @@ def find_sockets(path: str | os.PathLike[str]) -> list[Path]:
 def all_sockets() -> list[Path]:
     """Control sockets that this user can see, dead ones included; of a stranger's folder no more than some hundred."""
     own = runtime_dir()
-    return [path for folder in search_dirs() for path in _sockets_in(folder)[: None if folder == own else STRANGERS_LIMIT]]
+    return [path for folder in search_dirs() for path in _sockets_in(folder)[: None if folder == own else STRANGERS_MAX]]
 
 
 def _sockets_in(folder: Path) -> list[Path]:
@@ -140,7 +140,7 @@ def noted_volume(path: Path) -> str | None:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return None
-        text = os.read(fd, _LONGEST_NAME_BYTES).decode()
+        text = os.read(fd, _NAME_BYTES_MAX).decode()
         return text if text.isprintable() and text else None
     except (OSError, UnicodeDecodeError):
         return None
@@ -149,13 +149,13 @@ def noted_volume(path: Path) -> str | None:
 
 
 # sun_path holds 108 bytes, the last a zero.
-_ADDRESS_LIMIT_BYTES = 107
+_ADDRESS_BYTES_MAX = 107
 
 
 @contextmanager
 def short_address(path: Path) -> Iterator[str]:
     """An address for bind or connect that fits into a socket address: a longer path goes through its folder's descriptor."""
-    if len(os.fsencode(path)) <= _ADDRESS_LIMIT_BYTES:
+    if len(os.fsencode(path)) <= _ADDRESS_BYTES_MAX:
         yield str(path)
         return
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -18,10 +18,10 @@ from typing import Any
 from fvd.errors import FvdError, InvalidArgument, printable, quoted
 
 SCHEMA_VERSION = 1
-REQUEST_LIMIT_BYTES = 64 << 10
-STREAM_LINE_LIMIT_BYTES = 1 << 20
+REQUEST_BYTES_MAX = 64 << 10
+STREAM_LINE_BYTES_MAX = 1 << 20
 # The map of the largest disk is the largest answer; its sender shortens it long before this.
-ANSWER_LIMIT_BYTES = 64 << 20
+ANSWER_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from fvd.errors import FvdError, InUse, InvalidArgument, quoted
 
 Handler = Callable[[dict[str, Any]], Any]
 
-CONNECTION_LIMIT = 64
-STREAM_LIMIT = 48  # the others stay free for verbs that end
+CONNECTIONS_MAX = 64
+STREAMS_MAX = 48  # the others stay free for verbs that end
 IDLE_TIMEOUT_SECONDS = 60.0
 # At close a handler that hangs (storage that does not answer) is left behind rather than waited for for ever.
 STUCK_HANDLER_SECONDS = 10.0
@@ -150,7 +150,7 @@ class ControlServer:
                 self._closed.wait(0.1)  # out of descriptors, say: it passes
                 continue
             with self._lock:
-                refused = self._closing or len(self._connections) >= CONNECTION_LIMIT
+                refused = self._closing or len(self._connections) >= CONNECTIONS_MAX
                 if not refused:
                     self._connections.add(connection)
             if refused:
@@ -161,7 +161,7 @@ class ControlServer:
     def _converse(self, connection: socket.socket) -> None:
         try:
             connection.settimeout(self._idle_timeout_seconds)
-            lines = protocol.Lines(protocol.REQUEST_LIMIT_BYTES)
+            lines = protocol.Lines(protocol.REQUEST_BYTES_MAX)
             while data := connection.recv(1 << 16):
                 try:
                     requests = lines.feed(data)
@@ -221,8 +221,8 @@ class ControlServer:
         with self._lock:
             if self._closing:
                 raise protocol.ServerGone(f"{self._volume}: its server is stopping")
-            if len(self._senders) >= STREAM_LIMIT:
-                raise FvdError(f"{self._volume}: {STREAM_LIMIT} connections follow its events already; end one of them")
+            if len(self._senders) >= STREAMS_MAX:
+                raise FvdError(f"{self._volume}: {STREAMS_MAX} connections follow its events already; end one of them")
             self._senders[sender] = threading.current_thread()
             self._streaming.add(connection)
 
@@ -276,7 +276,7 @@ def _listen(folder: int, name: str) -> socket.socket:
         _unlink(folder, fresh)
         listener.bind(f"/proc/self/fd/{folder}/{fresh}")
         os.chmod(fresh, SOCKET_MODE, dir_fd=folder)
-        listener.listen(CONNECTION_LIMIT)
+        listener.listen(CONNECTIONS_MAX)
         os.rename(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         listener.close()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 2: open files and block devices, who owns them, what else lies on them, and the queues of their operations."""
+"""Open files and block devices, who owns them, what else lies on them, and the queues of their operations."""

@@ -76,18 +76,18 @@ cdef class Queue:
     # Waits for the operations in flight; nothing may be started afterwards.
     cpdef int close(self) except -1
     # --- Shared by both implementations -------------------------------------------------------------------------
-    cdef uint32_t event_room
+    cdef uint32_t event_capacity
     cdef Disk *disks
-    cdef uint32_t disk_room
+    cdef uint32_t disk_capacity
     cdef Watch *watches
-    cdef uint32_t watch_room
+    cdef uint32_t watch_capacity
     cdef int add_event(self, uint32_t kind, uint64_t key, int64_t result, uint32_t disk) except -1 nogil
     cdef int new_watch(self, int fd, uint64_t key) except -1 nogil
     cdef int tell(self, Watch *watch, uint32_t kind, int64_t result) except -1 nogil
     # --- Sources ------------------------------------------------------------------------------------------------
     cdef list attached                  # of Source, which `sources` borrows
     cdef PyObject **sources
-    cdef uint32_t source_count, source_room
+    cdef uint32_t source_count, source_capacity
     cdef uint64_t source_inflight       # of `inflight`
     cdef bint source_rang
     cdef int64_t next_look_ns

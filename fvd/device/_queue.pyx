@@ -160,7 +160,7 @@ cdef int64_t SUPERVISE_NS = 100000000       # so often a source with operations 
 cdef enum:
     TRANSFER_BYTES = 1 << 30        # the kernel moves at most 2 GiB - 4 KiB at once
     NONE = 0xFFFFFFFF
-    MOST_WORKERS = 1024
+    WORKERS_MAX = 1024
     # Of a long batch the device gets the first while the others are being handed over: it idled until the last one else. In process at
     # depth 32, against all at once: reads 1.21, writes 1.42 times as many a second, 0.96 and 0.84 of the CPU; with 4 no better.
     SUBMIT_AT_ONCE = 8
@@ -208,13 +208,13 @@ cdef class Queue:
 
     cdef int attach(self, uint32_t disk, int storage_fd, int base_fd, Source source=None, int sampler_fd=-1) except -1:
         cdef Disk *grown
-        cdef uint32_t room = max(disk + 1, 2 * self.disk_room)
-        if disk >= self.disk_room:
-            grown = <Disk *>realloc(self.disks, room * sizeof(Disk))
+        cdef uint32_t capacity = max(disk + 1, 2 * self.disk_capacity)
+        if disk >= self.disk_capacity:
+            grown = <Disk *>realloc(self.disks, capacity * sizeof(Disk))
             if grown == NULL:
                 raise MemoryError
             self.disks = grown
-            self.disk_room = room
+            self.disk_capacity = capacity
         cdef int block_device = fvd_is_block_device(storage_fd)
         if block_device < 0:
             raise OSError(errno, os.strerror(errno))
@@ -227,12 +227,12 @@ cdef class Queue:
         self.disks[disk].base_inflight = 0
         cdef PyObject **more
         if source is not None:
-            if self.source_count == self.source_room:
-                more = <PyObject **>realloc(self.sources, (self.source_room + 16) * sizeof(PyObject *))
+            if self.source_count == self.source_capacity:
+                more = <PyObject **>realloc(self.sources, (self.source_capacity + 16) * sizeof(PyObject *))
                 if more == NULL:
                     raise MemoryError
                 self.sources = more
-                self.source_room += 16
+                self.source_capacity += 16
             source.attach(self, disk)
             self.attached.append(source)
             self.sources[self.source_count] = self.disks[disk].source = <PyObject *>source
@@ -246,7 +246,7 @@ cdef class Queue:
         return 0
 
     cdef int release_base(self, uint32_t disk) except -1:
-        if disk >= self.disk_room:
+        if disk >= self.disk_capacity:
             raise RuntimeError(f"disk {disk} is not attached")
         if self.disks[disk].base_inflight:
             raise RuntimeError(f"disk {disk}: {self.disks[disk].base_inflight} operations of its base are in flight")
@@ -271,7 +271,7 @@ cdef class Queue:
         """For close(): what is in flight there ends now."""
         cdef uint32_t disk
         for source in list(self.attached):
-            for disk in range(self.disk_room):
+            for disk in range(self.disk_capacity):
                 if self.disks[disk].source == <PyObject *>source:
                     self.disks[disk].source = NULL
             self.drop_source(source)
@@ -342,14 +342,14 @@ cdef class Queue:
 
     cdef int add_event(self, uint32_t kind, uint64_t key, int64_t result, uint32_t disk) except -1 nogil:
         cdef Event *grown
-        cdef uint32_t room = max(256, 2 * self.event_room)
-        if self.event_count == self.event_room:
-            grown = <Event *>realloc(self.events, room * sizeof(Event))
+        cdef uint32_t capacity = max(256, 2 * self.event_capacity)
+        if self.event_count == self.event_capacity:
+            grown = <Event *>realloc(self.events, capacity * sizeof(Event))
             if grown == NULL:
                 with gil:
                     raise MemoryError
             self.events = grown
-            self.event_room = room
+            self.event_capacity = capacity
         cdef Event *event = &self.events[self.event_count]
         event.key = key
         event.result = result
@@ -360,19 +360,19 @@ cdef class Queue:
 
     cdef int new_watch(self, int fd, uint64_t key) except -1 nogil:
         cdef Watch *grown
-        cdef uint32_t handle, room = max(16, 2 * self.watch_room)
-        for handle in range(self.watch_room):
+        cdef uint32_t handle, capacity = max(16, 2 * self.watch_capacity)
+        for handle in range(self.watch_capacity):
             if self.watches[handle].fd < 0:
                 break
         else:
-            handle = self.watch_room
-            grown = <Watch *>realloc(self.watches, room * sizeof(Watch))
+            handle = self.watch_capacity
+            grown = <Watch *>realloc(self.watches, capacity * sizeof(Watch))
             if grown == NULL:
                 with gil:
                     raise MemoryError
             self.watches = grown
-            memset(grown + handle, 0xFF, (room - handle) * sizeof(Watch))   # fd = -1
-            self.watch_room = room
+            memset(grown + handle, 0xFF, (capacity - handle) * sizeof(Watch))   # fd = -1
+            self.watch_capacity = capacity
         cdef Watch *watch = &self.watches[handle]
         watch.fd = fd
         watch.key = key
@@ -439,10 +439,10 @@ cdef class UringQueue(Queue):
     cdef io_uring ring
     cdef bint opened
     cdef Pending *pending
-    cdef uint32_t pending_room
+    cdef uint32_t pending_capacity
     cdef uint32_t first_free
     cdef io_uring_sqe *spill            # prepared entries that the submission queue had no room for, in order
-    cdef uint32_t spill_room
+    cdef uint32_t spill_capacity
     cdef uint32_t spill_count
     cdef uint32_t polls                 # poll requests in the kernel
     cdef uint64_t batch                 # of completions that were taken together, from 1
@@ -462,7 +462,7 @@ cdef class UringQueue(Queue):
         cdef io_uring_params params
         cdef int result = -EINVAL
         cdef uint32_t flags
-        cdef unsigned[2] workers = [MOST_WORKERS, 0]
+        cdef unsigned[2] workers = [WORKERS_MAX, 0]
         cdef uint32_t best = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG     # Linux 6.1
         cdef uint32_t fair = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG                                  # Linux 5.19
         for flags in (best | IORING_SETUP_COOP_TASKRUN, fair, 0):
@@ -491,20 +491,20 @@ cdef class UringQueue(Queue):
         """Room for one request; filled in before the next call. The caller's io_uring_prep_* leaves user_data alone."""
         cdef io_uring_sqe *sqe = NULL
         cdef io_uring_sqe *grown
-        cdef uint32_t room = max(64, 2 * self.spill_room)
+        cdef uint32_t capacity = max(64, 2 * self.spill_capacity)
         if self.spill_count == 0:
             sqe = io_uring_get_sqe(&self.ring)
             if sqe == NULL:
                 io_uring_submit(&self.ring)     # a refusal shows as no room
                 sqe = io_uring_get_sqe(&self.ring)
         if sqe == NULL:
-            if self.spill_count == self.spill_room:
-                grown = <io_uring_sqe *>realloc(self.spill, room * sizeof(io_uring_sqe))
+            if self.spill_count == self.spill_capacity:
+                grown = <io_uring_sqe *>realloc(self.spill, capacity * sizeof(io_uring_sqe))
                 if grown == NULL:
                     with gil:
                         raise MemoryError
                 self.spill = grown
-                self.spill_room = room
+                self.spill_capacity = capacity
             sqe = &self.spill[self.spill_count]
             self.spill_count += 1
         sqe.user_data = owner << 62 | number
@@ -525,7 +525,7 @@ cdef class UringQueue(Queue):
         memmove(self.spill, self.spill + taken, self.spill_count * sizeof(io_uring_sqe))
 
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:
-        cdef uint32_t i, number, room
+        cdef uint32_t i, number, capacity
         cdef Pending *grown
         for i in range(count):
             if ops[i].target == TARGET_BASE:
@@ -534,17 +534,17 @@ cdef class UringQueue(Queue):
                     continue
                 self.disks[disk].base_inflight += 1
             if self.first_free == NONE:
-                room = max(256, 2 * self.pending_room)
-                grown = <Pending *>realloc(self.pending, room * sizeof(Pending))
+                capacity = max(256, 2 * self.pending_capacity)
+                grown = <Pending *>realloc(self.pending, capacity * sizeof(Pending))
                 if grown == NULL:
                     with gil:
                         raise MemoryError
                 self.pending = grown
-                for number in range(self.pending_room, room):
+                for number in range(self.pending_capacity, capacity):
                     grown[number].next_free = number + 1
-                grown[room - 1].next_free = NONE
-                self.first_free = self.pending_room
-                self.pending_room = room
+                grown[capacity - 1].next_free = NONE
+                self.first_free = self.pending_capacity
+                self.pending_capacity = capacity
             number = self.first_free
             self.first_free = self.pending[number].next_free
             self.pending[number].op = ops[i]
@@ -738,7 +738,7 @@ cdef class UringQueue(Queue):
             return 0
         self.drop_sources()
         with nogil:
-            for handle in range(self.watch_room):
+            for handle in range(self.watch_capacity):
                 if self.watches[handle].fd >= 0:
                     self.unwatch(handle)
             while self.inflight or self.spill_count or (self.polls and fvd_now_ns() < patience):
@@ -943,7 +943,7 @@ cdef class Driver:
         offset, data) or ("flush",). Returns (result, data) in the same order: 0 or a negative errno, and what was read. `disks`: whose each
         is, instead of disk 0. `meanwhile()` is called when all have been started."""
         cdef uint32_t i, count = len(batch), ended = 0
-        cdef uint64_t room = 0
+        cdef uint64_t capacity = 0
         cdef DeviceOp *ops = <DeviceOp *>calloc(count + 1, sizeof(DeviceOp))
         cdef uint8_t *buffers = NULL
         kinds = {"read": OP_READ, "read_base": OP_READ, "write": OP_WRITE, "write_durable": OP_WRITE, "flush": OP_FLUSH,
@@ -961,9 +961,9 @@ cdef class Driver:
                     ops[i].offset_bytes = op[1]
                     ops[i].length_bytes = len(op[2]) if ops[i].kind == OP_WRITE else op[2]
                 if ops[i].kind == OP_READ or ops[i].kind == OP_WRITE:
-                    ops[i].buffer = <uint8_t *>room         # where it will be
-                    room += (ops[i].length_bytes + 4095) & ~<uint64_t>4095
-            buffers = <uint8_t *>aligned_alloc(4096, room + 4096)
+                    ops[i].buffer = <uint8_t *>capacity         # where it will be
+                    capacity += (ops[i].length_bytes + 4095) & ~<uint64_t>4095
+            buffers = <uint8_t *>aligned_alloc(4096, capacity + 4096)
             if buffers == NULL:
                 raise MemoryError
             for i in range(count):
@@ -1003,9 +1003,9 @@ cdef class Driver:
     def unwatch(self, uint32_t handle):
         self.queue.unwatch(handle)
 
-    def turn(self, double timeout_s, double spin_s=0):
+    def turn(self, double timeout_seconds, double spin_seconds=0):
         """One turn: ("readable" or "writable", key, poll mask or negative errno) each."""
-        cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9), spin_ns = <int64_t>(spin_s * 1e9)
+        cdef int64_t timeout_ns = <int64_t>(timeout_seconds * 1e9), spin_ns = <int64_t>(spin_seconds * 1e9)
         cdef uint32_t i
         with nogil:
             self.queue.turn(timeout_ns, spin_ns)

@@ -61,14 +61,14 @@ cdef struct Line:               # a connection. One thread at a time has it: the
 cdef struct Extents:            # answers to one block status request
     uint32_t *entries           # pairs of length and flags
     size_t count
-    size_t room
+    size_t capacity
     uint8_t no_memory
 
 cdef class Remote(Source):
     cdef readonly str uri
     cdef readonly list command
     cdef readonly str name
-    cdef readonly double timeout_s
+    cdef readonly double timeout_seconds
     cdef readonly uint64_t size_bytes       # of the export; 0 before open()
     cdef object notes                       # a Counted
     cdef readonly str trouble               # why there is no connection; empty: there is one, or none was lost

@@ -14,7 +14,7 @@ class Remote(Source):
         *,
         uri: str | None = None,
         command: list[str] | None = None,
-        timeout_s: float = 30.0,
+        timeout_seconds: float = 30.0,
         name: str = "",
         inherited: int = -1,
         prepare: Callable[[], list[str]] | None = None,
@@ -26,7 +26,7 @@ class Remote(Source):
     @property
     def name(self) -> str: ...
     @property
-    def timeout_s(self) -> float: ...
+    def timeout_seconds(self) -> float: ...
     @property
     def size_bytes(self) -> int: ...
     @property

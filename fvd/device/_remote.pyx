@@ -83,7 +83,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_destroy(pthread_mutex_t *)
 
 cdef enum:
-    MAXIMUM_BYTES = 32 << 20        # of one read, whatever the server allows: libnbd and many servers end the connection over more
+    BYTES_MAX = 32 << 20        # of one read, whatever the server allows: libnbd and many servers end the connection over more
     MINIMUM_BYTES = 512             # of a server that does not say what requests must be aligned to, as libnbd advises
     STATUS_BYTES = 1 << 30          # of one block status request: servers need not take 4 GiB
     REPLIES_PER_TURN = 256          # then the loop's other work has its turn, however much the server sends
@@ -92,8 +92,8 @@ cdef enum:
     WATCH_WAKE = 2
 
 cdef int SIGKILL = 9
-_FIRST_DELAY_S = 0.1
-_LONGEST_DELAY_S = 5.0
+_FIRST_DELAY_SECONDS = 0.1
+_DELAY_SECONDS_MAX = 5.0
 log = logging.getLogger(__name__)
 _spawning = threading.Lock()    # one server's descriptor is for no other one, which may run as another user
 
@@ -130,8 +130,8 @@ cdef class Remote(Source):
         pthread_mutex_init(&self.lock, NULL)
         self.loop_fd = self.helper_fd = -1
 
-    def __init__(self, *, uri=None, command=None, timeout_s=30.0, name="", inherited=-1, prepare=None):
-        """`timeout_s` bounds open(), pread() and each step of zero_extents(); a connection on which an operation waits for a third of it
+    def __init__(self, *, uri=None, command=None, timeout_seconds=30.0, name="", inherited=-1, prepare=None):
+        """`timeout_seconds` bounds open(), pread() and each step of zero_extents(); a connection on which an operation waits a third of it
         without an answer is given up. `name`: whose base it is, for messages. `inherited`: a descriptor above 3 that the server gets, under
         the same number; it stays the caller's. `prepare`: called before each start of the server, in a thread of its own: it returns the
         command, or raises the FvdError for which it must not be started. Raises InvalidArgument."""
@@ -141,14 +141,14 @@ cdef class Remote(Source):
             raise InvalidArgument(f"{quoted(command)} is no command: give a program and its arguments")
         if uri is not None and "\0" in uri:
             raise InvalidArgument(f"{quoted(uri)} is no URI")
-        if not 0 < timeout_s <= 1e6:
-            raise InvalidArgument(f"timeout_s={timeout_s}: choose more than 0 seconds")
+        if not 0 < timeout_seconds <= 1e6:
+            raise InvalidArgument(f"timeout_seconds={timeout_seconds}: choose more than 0 seconds")
         self.uri = uri
         self.command = None if command is None else list(command)
         self.inherited = inherited
         self.prepare = prepare
-        self.timeout_s = timeout_s
-        self.limit_ns = <int64_t>(self.timeout_s * 1e9 / 3)
+        self.timeout_seconds = timeout_seconds
+        self.limit_ns = <int64_t>(self.timeout_seconds * 1e9 / 3)
         self.name = name
         self.trouble = ""
         self.notes = Counted(log)       # whoever serves the base decides how often it goes and comes
@@ -165,7 +165,7 @@ cdef class Remote(Source):
     # --- For Python, from any thread ----------------------------------------------------------------------------
 
     def open(self):
-        """Connects, once; waits for at most timeout_s. Raises NotFound (host, socket, export, program), PermissionDenied, InvalidArgument
+        """Connects, once; waits at most timeout_seconds. Raises NotFound (host, socket, export, program), PermissionDenied, InvalidArgument
         (the URI), Unsupported (TLS), Timeout, DeviceError; then nothing is left of it."""
         if self.was_open or self.closed:
             raise RuntimeError("a remote base is opened once")
@@ -189,8 +189,8 @@ cdef class Remote(Source):
             raise
 
     def _wait_until_opened(self):
-        cdef int64_t until_ns = fvd_remote_now_ns() + <int64_t> ((self.timeout_s + 0.5) * 1e9)
-        while not self.opened.wait(min(SLICE_MS / 1000, self.timeout_s + 0.5)):
+        cdef int64_t until_ns = fvd_remote_now_ns() + <int64_t>((self.timeout_seconds + 0.5) * 1e9)
+        while not self.opened.wait(min(SLICE_MS / 1000, self.timeout_seconds + 0.5)):
             checkpoint()
             if fvd_remote_now_ns() > until_ns:
                 raise self._timeout()
@@ -501,7 +501,7 @@ cdef class Remote(Source):
             if not self.wanted:
                 continue
             # Within the time that a request waits, a server that is back is to be found.
-            delay_s = min(_LONGEST_DELAY_S, self.timeout_s / 6, self.random.uniform(1, 2) * _FIRST_DELAY_S * 2**failures)
+            delay_s = min(_DELAY_SECONDS_MAX, self.timeout_seconds / 6, self.random.uniform(1, 2) * _FIRST_DELAY_SECONDS * 2**failures)
             if self.opened.is_set() and not self.rest(delay_s):
                 continue            # rung: look again at what is wanted
             try:
@@ -654,14 +654,14 @@ cdef class Remote(Source):
             raise self._refused(nbd_get_errno(), (<bytes>nbd_get_error()).decode(errors="replace"))
         size = nbd_get_size(handle)
         minimum = nbd_get_block_size(handle, LIBNBD_SIZE_MINIMUM) or MINIMUM_BYTES
-        maximum = nbd_get_block_size(handle, LIBNBD_SIZE_MAXIMUM) or MAXIMUM_BYTES
+        maximum = nbd_get_block_size(handle, LIBNBD_SIZE_MAXIMUM) or BYTES_MAX
         if size < 0 or minimum < 1 or minimum > 65536 or minimum & (minimum - 1) or maximum < minimum:
             raise DeviceError(f"{self._whose()}not understood: size {size}, blocks of {minimum} to {maximum} bytes")
         if self.opened.is_set() and <uint64_t>size != self.size_bytes:
             raise DeviceError(f"{self._whose()}{size} bytes long now and was {self.size_bytes}: it is another one; put the right one back")
         line.size_bytes = size
         line.minimum_bytes = minimum
-        line.maximum_bytes = min(maximum, <int64_t>MAXIMUM_BYTES) // minimum * minimum
+        line.maximum_bytes = min(maximum, <int64_t>BYTES_MAX) // minimum * minimum
         line.tells_zeros = nbd_can_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1
         line.socket_fd = nbd_aio_get_fd(handle)
         line.fd = fvd_remote_duplicate(line.socket_fd)
@@ -687,7 +687,7 @@ cdef class Remote(Source):
         return f"{f'{self.name}: ' if self.name else ''}the base {self.where} is "
 
     def _timeout(self):
-        return Timeout(f"{self._whose()}not to be reached: no answer within {self.timeout_s:g} s; see whether its server runs")
+        return Timeout(f"{self._whose()}not to be reached: no answer within {self.timeout_seconds:g} s; see whether its server runs")
 
     def _refused(self, error, text):
         """What a failed connect means."""

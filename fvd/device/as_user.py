@@ -69,7 +69,7 @@ def user_of(uid: int) -> User:
     return User(uid, entry.pw_gid, tuple(sorted(os.getgrouplist(entry.pw_name, entry.pw_gid))))
 
 
-def open_as(path: str, user: User, timeout_s: float) -> int:
+def open_as(path: str, user: User, timeout_seconds: float) -> int:
     """A descriptor of a file or block device, open for reading, which the user opened. The caller closes it.
 
     Raises NotFound, PermissionDenied (he may not), Unsupported (neither file nor device), Timeout, DeviceError.
@@ -93,12 +93,14 @@ def open_as(path: str, user: User, timeout_s: float) -> int:
         childs.close()
         found: list[int] = []
         try:
-            ours.settimeout(timeout_s)
+            ours.settimeout(timeout_seconds)
             # Not recv_fds, which forgets its flags.
             answer, rights, _, _ = ours.recvmsg(_ANSWER_BYTES, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC)
             found = [fd for level, kind, data in rights if (level, kind) == _RIGHTS for (fd,) in _FD.iter_unpack(data)]
         except TimeoutError as error:
-            raise Timeout(f"{path}: opening it as user {user} has not ended within {timeout_s:g} s; is its file system there?") from error
+            raise Timeout(
+                f"{path}: opening it as user {user} has not ended within {timeout_seconds:g} s; is its file system there?"
+            ) from error
         finally:
             # It may hang in a file system of that user's own; then it ends when that lets it.
             child.kill()

@@ -43,7 +43,7 @@ _READER_RETRIES = 50
 _GHOST_SECONDS = 5.0  # how long a claim that nobody can be seen to hold is waited for while nothing is under way
 _TELL_SECONDS = 3.0  # whoever waits longer is told what for
 _FIRST_PAUSE_SECONDS = 0.01
-_LONGEST_PAUSE_SECONDS = 0.2
+_PAUSE_SECONDS_MAX = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def claim(path: str | os.PathLike[str], ownership: Ownership = Ownership.WRITER,
                 log.warning("%s: waiting for %s", name, leaving.awaited)
         time.sleep(pause_seconds)
         checkpoint()
-        pause_seconds = min(pause_seconds * 1.1, _LONGEST_PAUSE_SECONDS)
+        pause_seconds = min(pause_seconds * 1.1, _PAUSE_SECONDS_MAX)
 
 
 class _Leaving(InUse):

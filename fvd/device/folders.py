@@ -22,7 +22,7 @@ from fvd.device.failures import reported
 from fvd.device.stack import stack_of
 from fvd.errors import Conflict, PermissionDenied, Unsupported
 
-_MOST_LINKS = 40  # as the kernel
+_LINKS_MAX = 40  # as the kernel
 _TRIES = 8
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -216,7 +216,7 @@ def _walk(path: str) -> Place:
                 status = os.fstat(found)
                 if stat.S_ISLNK(status.st_mode):
                     links += 1
-                    if links > _MOST_LINKS:
+                    if links > _LINKS_MAX:
                         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
                     if is_root and status.st_uid != 0:
                         ahead.append(_Led(status.st_uid, part))

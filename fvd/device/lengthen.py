@@ -8,7 +8,7 @@ import threading
 
 from fvd._lifetime import keep
 from fvd.device.node import Node, descriptor_size_bytes, typed_errors
-from fvd.device.stack import room_of
+from fvd.device.stack import free_bytes_of
 from fvd.errors import DeviceError
 
 
@@ -32,7 +32,7 @@ class Lengthener:
     def room_bytes(self) -> int:
         """What the file system that holds the file has left for us. Raises DeviceError."""
         with self, typed_errors("asking the free space of", self.path):
-            return room_of(os.fstatvfs(self._fd))
+            return free_bytes_of(os.fstatvfs(self._fd))
 
     def lengthen(self, size_bytes: int) -> None:
         """A sparse file is at least `size_bytes` long when this returns, and no byte of it has changed. Not durable before its next flush.

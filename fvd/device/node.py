@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fvd._lifetime import keep
 from fvd.device.failures import reported
 from fvd.device.folders import Place, open_path
-from fvd.device.stack import Stack, room_of, stack_of
+from fvd.device.stack import Stack, free_bytes_of, stack_of
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
 Bytes = npt.NDArray[np.uint8]
@@ -231,7 +231,7 @@ class Node:
         """What it lies on now. Asks sysfs; raises DeviceError when it has been closed."""
         with typed_errors("looking at", self.path):
             fd = self._open_fd()
-            return stack_of(os.fstat(fd), room_bytes=None if self.is_block else room_of(os.fstatvfs(fd)))
+            return stack_of(os.fstat(fd), room_bytes=None if self.is_block else free_bytes_of(os.fstatvfs(fd)))
 
     def block_bytes_now(self) -> int:
         """What direct transfers must be multiples of now: a device that grew may have come to lie on one with larger blocks."""

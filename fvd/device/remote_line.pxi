@@ -95,13 +95,13 @@ cdef int note_extents(void *user, const char *context, uint64_t offset, uint32_t
     cdef uint32_t *grown
     if strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) != 0 or extents.count:
         return 0
-    if count > extents.room:
+    if count > extents.capacity:
         grown = <uint32_t *>realloc(extents.entries, count * sizeof(uint32_t))
         if grown == NULL:
             extents.no_memory = 1
             return 0
         extents.entries = grown
-        extents.room = count
+        extents.capacity = count
     memcpy(extents.entries, entries, count * sizeof(uint32_t))
     extents.count = count
     return 0

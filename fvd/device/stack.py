@@ -53,11 +53,11 @@ def stack_of(status: os.stat_result, sysfs: str = "/sys", room_bytes: int | None
                 below = Path(backing).stat()
                 waiting.append(below.st_rdev if stat.S_ISBLK(below.st_mode) else below.st_dev)
                 if stat.S_ISREG(below.st_mode):
-                    short_bytes = max(short_bytes, _short(below, room_of(os.statvfs(backing))))
+                    short_bytes = max(short_bytes, _short(below, free_bytes_of(os.statvfs(backing))))
     return Stack(frozenset(devices), may_fill, short_bytes)
 
 
-def room_of(found: os.statvfs_result) -> int:
+def free_bytes_of(found: os.statvfs_result) -> int:
     """What a file system has left for us."""
     return found.f_bavail * found.f_frsize
 

@@ -224,7 +224,7 @@ cdef class Engine:
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil   # bytes of such requests
     # Fills at most `room` extents for [offset, offset+length); returns how many. Adjacent extents differ in state.
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil
 
     # --- Private ------------------------------------------------------------------------------------------------
     # geometry
@@ -263,7 +263,7 @@ cdef class Engine:
     cdef uint64_t *to_discard       # slots that wait for a discard: in `used`, and of no chunk; NULL: there never was one
     cdef uint64_t to_discard_count, discard_cursor, discards_until_ns
     cdef uint64_t discard_slots     # of one discard, at most
-    cdef uint64_t discard_room      # slots that may be in discards at once: as many as end in time
+    cdef uint64_t discard_slots_max      # slots that may be in discards at once: as many as end in time
     cdef uint64_t discarding_slots, discard_cut
     cdef uint32_t discarding        # discards in flight: when one has ended its slots are free
     cdef uint32_t most_discarding, discarding_most
@@ -275,7 +275,7 @@ cdef class Engine:
     cdef LogRecord *log_records     # of the area that is open
     cdef uint64_t log_next          # records there; those from the area's count on are not published yet
     # pools and lists
-    cdef uint32_t op_room, done_room, op_total
+    cdef uint32_t op_capacity, done_capacity, op_total
     cdef Op **slabs
     cdef Op *free_ops
     cdef Op *inflight
@@ -284,7 +284,7 @@ cdef class Engine:
     cdef Drain *drains
     cdef Busy **buckets
     cdef uint32_t busy_count
-    cdef RequestList wait_slot, wait_room, wait_bounce
+    cdef RequestList wait_slot, wait_journal, wait_bounce
     cdef uint64_t bounce_used, bounce_limit
     cdef uint8_t *zeros
     cdef uint8_t **spare_bounces
@@ -300,7 +300,7 @@ cdef class Engine:
     cdef Copy **copies              # by chunk
     cdef Retry *retries
     # prefetching
-    cdef public uint32_t prefetch_slots
+    cdef public uint32_t prefetch_depth
     cdef public uint64_t prefetch_rate_bytes, prefetch_idle_ns
     cdef Run *plan
     cdef uint64_t plan_count, plan_at, plan_cursor
@@ -309,7 +309,7 @@ cdef class Engine:
     cdef uint64_t guest_last_ns, steer_ns, probe_ns, rate_ns, pass_ns, no_slot_until_ns
     cdef int64_t rate_tokens
     cdef Run *reads                 # what guests read from the base, in bytes, in order
-    cdef uint64_t reads_count, reads_room
+    cdef uint64_t reads_count, reads_capacity
     # commit
     cdef uint8_t commit_state
     cdef RequestList flush_next, flush_now

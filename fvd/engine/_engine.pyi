@@ -126,7 +126,7 @@ class Engine:
     def align_bytes(self) -> int:
         """What its operations on the storage are multiples of."""
 
-    def expect_no_room(self) -> None:
+    def expect_enospc(self) -> None:
         """The storage may run out of room from here on: `durable_writes` is False."""
 
     @property
@@ -201,7 +201,7 @@ class Engine:
 
     copy_on_read: bool
     """Whether blocks that guests read from the base are saved. Settable at any time."""
-    prefetch_slots: int
+    prefetch_depth: int
     """So many copies of prefetching are under way at once; 0 pauses it."""
     prefetch_rate_bytes: int
     """Prefetching reads no more than this per second; 0: no limit."""

@@ -60,7 +60,7 @@ cdef enum Phase:
 cdef enum CommitState:
     COMMIT_IDLE
     COMMIT_FLUSHING             # the device flush that precedes the journal write
-    COMMIT_ROOM                 # waiting for room in the ring
+    COMMIT_WAITS_FOR_RING                 # waiting for room in the ring
     COMMIT_WRITING
 
 cdef enum CheckpointState:
@@ -85,18 +85,18 @@ cdef enum:
     SPARE_BOUNCE_BYTES = 1 << 16
     SPARE_BOUNCES = 64
     UNCUT_BYTES = 1 << 18
-    MOST_ZEROING = 32               # each holds a thread of the kernel's, and memory if it fails
-    MOST_DISCARDING = 8             # of a disk at once: whoever waits behind discards waits for no more of them
+    ZEROING_MAX = 32               # each holds a thread of the kernel's, and memory if it fails
+    DISCARDING_MAX = 8             # of a disk at once: whoever waits behind discards waits for no more of them
     DISCARD_BYTES = 32 << 20        # of one discard, or one slot
     FIRST_DISCARD_BYTES = 1         # of all in flight, before anything is known of the device: one slot
     WINDOW = 32                     # of 1 MiB of zeros each: as much as the greatest write of NBD clients
-    MOST_PUNCHED = 4096             # chunks that one request makes absent before others have their turn
-    BOUNCE_LIMIT_BYTES = 64 << 20
+    PUNCHED_MAX = 4096             # chunks that one request makes absent before others have their turn
+    BOUNCE_BYTES_MAX = 64 << 20
     STAGINGS = 4
     STAGING_PAGES = 64
     COPY_BUCKETS = 256
-    COPY_LIMIT_BYTES = 8 << 20
-    COPY_MOST_BYTES = 1 << 20       # of one copy
+    COPIES_BYTES_MAX = 8 << 20
+    COPY_BYTES_MAX = 1 << 20       # of one copy
     READS_REMEMBERED = 1 << 20
 
 cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
@@ -125,10 +125,10 @@ def _check_log_layout():
     cdef LogHeader h
     cdef LogRecord r
     mine = {
-        "generation": <char *> &h.generation - <char *> &h, "capacity": <char *> &h.capacity - <char *> &h,
-        "epoch": <char *> &h.epoch - <char *> &h, "failed_errno": <char *> &h.failed_errno - <char *> &h,
-        "acknowledged": <char *> &h.acknowledged - <char *> &h, "failed_ns": <char *> &h.failed_ns - <char *> &h,
-        "durability_ops": <char *> &h.durability_ops - <char *> &h, "areas": <char *> &h.areas[0] - <char *> &h,
+        "generation": <char *>&h.generation - <char *>&h, "capacity": <char *>&h.capacity - <char *>&h,
+        "epoch": <char *>&h.epoch - <char *>&h, "failed_errno": <char *>&h.failed_errno - <char *>&h,
+        "acknowledged": <char *>&h.acknowledged - <char *>&h, "failed_ns": <char *>&h.failed_ns - <char *>&h,
+        "durability_ops": <char *>&h.durability_ops - <char *>&h, "areas": <char *>&h.areas[0] - <char *>&h,
     }
     theirs = {name: fields[name][1] for name in mine}
     if mine != theirs or LOG_RECORD.itemsize != sizeof(r) or fields["areas"][0].itemsize != sizeof(h.areas):
@@ -223,9 +223,9 @@ cdef class Engine:
 
     def __init__(self, geometry, *, bytes uuid, bitmap, table, used_slots, journal_state, dirty_bitmap_pages, dirty_table_pages,
                  storage_size_bytes, base_size_bytes=None, align_bytes=512, read_only=False, cache_mode="none", on_full="wait",
-                 wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_LIMIT_BYTES,
-                 copy_on_read=False, copy_limit_bytes=COPY_LIMIT_BYTES, base_timeout_ns=30_000_000_000,
-                 most_discards=MOST_DISCARDING, discard_bytes=DISCARD_BYTES, first_discard_bytes=FIRST_DISCARD_BYTES,
+                 wake_below_bytes=0, guest_reserve_bytes=0, discard=True, zero_chunks=False, bounce_limit_bytes=BOUNCE_BYTES_MAX,
+                 copy_on_read=False, copy_limit_bytes=COPIES_BYTES_MAX, base_timeout_ns=30_000_000_000,
+                 most_discards=DISCARDING_MAX, discard_bytes=DISCARD_BYTES, first_discard_bytes=FIRST_DISCARD_BYTES,
                  request_window=WINDOW, commit_limit_bytes=None, pending_log=None, durable_writes=True):
         """See _engine.pyi. Takes ownership of the arrays; does no I/O."""
         cdef const uint8_t[::1] uuid_view = uuid
@@ -249,7 +249,7 @@ cdef class Engine:
         self.block_shift = geometry.block_size_bytes.bit_length() - 1
         self.chunk_shift = geometry.chunk_size_bytes.bit_length() - 1
         self.discard_slots = max(1, discard_bytes >> self.chunk_shift)
-        self.discard_room = max(1, first_discard_bytes >> self.chunk_shift)
+        self.discard_slots_max = max(1, first_discard_bytes >> self.chunk_shift)
         self.data_offset = geometry.data_offset_bytes
         self.bitmap_offset = geometry.bitmap_offset_bytes
         self.table_offset = geometry.table_offset_bytes
@@ -278,7 +278,7 @@ cdef class Engine:
 
         words = bitmap
         used = used_slots
-        if <uint64_t> words.shape[0] != self.words or <uint64_t> used.shape[0] * 64 < self.chunks:
+        if <uint64_t>words.shape[0] != self.words or <uint64_t>used.shape[0] * 64 < self.chunks:
             raise InvalidArgument("the bitmap does not fit the geometry")
         self.bitmap_array, self.used_array, self.table_array = bitmap, used_slots, table
         self.bitmap = &words[0]
@@ -286,14 +286,14 @@ cdef class Engine:
         self.table = NULL
         if not self.raw:
             entries = table
-            if <uint64_t> entries.shape[0] != self.chunks:
+            if <uint64_t>entries.shape[0] != self.chunks:
                 raise InvalidArgument("the table does not fit the geometry")
             self.table = &entries[0]
         self.mapped_slots = self.chunks if self.raw else bits_count(self.used, 0, self.chunks)
         self.base_blocks = ((self.base_size - 1) >> self.block_shift) + 1 if self.base_size else 0
         self.base_absent = self.base_blocks - bits_count(self.bitmap, 0, self.base_blocks)
         self.base_released = self.has_base and self.base_absent == 0
-        self.copy_most_blocks = max(1, COPY_MOST_BYTES >> self.block_shift)
+        self.copy_most_blocks = max(1, COPY_BYTES_MAX >> self.block_shift)
 
         self.next_sequence = journal_state.next_sequence
         self.previous = journal_state.previous
@@ -311,21 +311,21 @@ cdef class Engine:
         if change_bytes(0, self.blocks_per_chunk + 63) > self.limit_bytes:
             raise InvalidArgument("a commit of one whole chunk does not fit in its limit, or in a quarter of the journal")
 
-        self.ops = <DeviceOp *> calloc(256, sizeof(DeviceOp))
-        self.done = <Done *> calloc(256, sizeof(Done))
-        self.op_room = self.done_room = 256
-        self.buckets = <Busy **> calloc(BUCKETS, sizeof(Busy *))
-        self.spare_bounces = <uint8_t **> calloc(SPARE_BOUNCES, sizeof(uint8_t *))
-        self.zeros = <uint8_t *> aligned(ZEROS_BYTES)
+        self.ops = <DeviceOp *>calloc(256, sizeof(DeviceOp))
+        self.done = <Done *>calloc(256, sizeof(Done))
+        self.op_capacity = self.done_capacity = 256
+        self.buckets = <Busy **>calloc(BUCKETS, sizeof(Busy *))
+        self.spare_bounces = <uint8_t **>calloc(SPARE_BOUNCES, sizeof(uint8_t *))
+        self.zeros = <uint8_t *>aligned(ZEROS_BYTES)
         self.zero_chunks = zero_chunks and not self.raw and not self.has_base and not read_only
         if self.zero_chunks:
-            self.zeroed = <uint64_t *> calloc(self.chunks // 64 + 1, 8)
+            self.zeroed = <uint64_t *>calloc(self.chunks // 64 + 1, 8)
             if self.zeroed == NULL:
                 raise MemoryError("fvd engine")
-        self.journal_buffer = <uint8_t *> aligned(self.max_commit_pages * PAGE_BYTES)
-        self.copies = <Copy **> calloc(COPY_BUCKETS, sizeof(Copy *))
-        self.dirty_bitmap = <uint64_t *> calloc(self.bitmap_pages // 64 + 1, 8)
-        self.dirty_table = <uint64_t *> calloc(self.table_pages // 64 + 1, 8)
+        self.journal_buffer = <uint8_t *>aligned(self.max_commit_pages * PAGE_BYTES)
+        self.copies = <Copy **>calloc(COPY_BUCKETS, sizeof(Copy *))
+        self.dirty_bitmap = <uint64_t *>calloc(self.bitmap_pages // 64 + 1, 8)
+        self.dirty_table = <uint64_t *>calloc(self.table_pages // 64 + 1, 8)
         if (self.ops == NULL or self.done == NULL or self.buckets == NULL or self.spare_bounces == NULL or self.zeros == NULL
                 or self.journal_buffer == NULL or self.dirty_bitmap == NULL or self.dirty_table == NULL
                 or self.copies == NULL):
@@ -467,7 +467,7 @@ cdef class Engine:
             self.stat_trims += 1
             r.buffer = NULL
         if self.unsafe:
-            r.flags &= ~<uint32_t> FLAG_FUA
+            r.flags &= ~<uint32_t>FLAG_FUA
         elif self.write_through:
             r.flags |= FLAG_FUA
         if r.flags & FLAG_FUA and kind != REQUEST_WRITE:
@@ -475,10 +475,10 @@ cdef class Engine:
         return walk(self, r)
 
     cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
-        cdef uint32_t index = <uint32_t> (token & 0xFFFFFFFFULL)
+        cdef uint32_t index = <uint32_t>(token & 0xFFFFFFFFULL)
         cdef Op *record
         cdef Op op
-        cdef int32_t error = <int32_t> result if result < 0 else 0
+        cdef int32_t error = <int32_t>result if result < 0 else 0
         ensure(index < self.op_total, "completion of an unknown operation")
         record = &self.slabs[index >> 8][index & 255]
         ensure(record.busy and record.generation == token >> 32, "completion of an operation that is not in flight")
@@ -509,7 +509,7 @@ cdef class Engine:
             refuse_ops(self)
         if self.closing != NULL:
             return close_step(self)
-        if self.plan_count and self.prefetch_count < self.prefetch_slots:
+        if self.plan_count and self.prefetch_count < self.prefetch_depth:
             return prefetch_pump(self)
         return 0
 
@@ -553,7 +553,7 @@ cdef class Engine:
             r = r.next
         return total + starved_bytes(self, mask, value)
 
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil:
         cdef uint64_t at = offset_bytes
         cdef uint64_t stop = min(offset_bytes + length_bytes, self.virtual_size)
         cdef uint64_t end, chunk, first, last, run
@@ -582,7 +582,7 @@ cdef class Engine:
             if count and out[count - 1].state == state:
                 out[count - 1].length_bytes += end - at
             else:
-                if count == room:
+                if count == capacity:
                     break
                 out[count].length_bytes = end - at
                 out[count].state = state
@@ -653,7 +653,7 @@ cdef class Engine:
     def align_bytes(self):
         return self.align_mask + 1
 
-    def expect_no_room(self):
+    def expect_enospc(self):
         """See _engine.pyi."""
         self.durable_writes = False
 
@@ -673,8 +673,8 @@ cdef class Engine:
         cdef Busy *b
         if self.raw:
             return 0
-        lost = <int64_t> bits_count(self.used, 0, self.chunks) - <int64_t> self.mapped_slots
-        lost -= <int64_t> (self.to_discard_count + self.discarding_slots)
+        lost = <int64_t>bits_count(self.used, 0, self.chunks) - <int64_t>self.mapped_slots
+        lost -= <int64_t>(self.to_discard_count + self.discarding_slots)
         while d != NULL:
             lost -= 1
             d = d.next
@@ -718,7 +718,7 @@ cdef class Engine:
 
     @wake_below_bytes.setter
     def wake_below_bytes(self, uint64_t size_bytes):
-        self.wake_below_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t> 1 << self.chunk_shift) - 1) != 0)
+        self.wake_below_slots = (size_bytes >> self.chunk_shift) + (size_bytes & ((<uint64_t>1 << self.chunk_shift) - 1) != 0)
         if not self.raw and not self.read_only and slots_at_hand(self) < self.wake_below_slots and self.capacity < self.chunks:
             self.want |= Want.GROWTH
 
@@ -745,7 +745,7 @@ cdef class Engine:
         if self.read_only or self.open_requests or changes(&self.open) + changes(&self.frozen) + changes(&self.soft):
             raise InvalidArgument("changes are adopted by an engine that is writable and has done nothing yet")
         for i in range(keys.shape[0]):
-            kind = <uint32_t> (keys[i] >> 56)
+            kind = <uint32_t>(keys[i] >> 56)
             index = keys[i] & 0xFFFFFFFFFFFFFFULL
             if not ((kind == KIND_BITMAP and index < self.words) or (kind == KIND_TABLE and not self.raw and index < self.chunks)):
                 raise InvalidArgument(f"the maps have no entry of kind {kind} and number {index}")
@@ -754,7 +754,7 @@ cdef class Engine:
                 self.bitmap[index] = values[i]
             else:
                 delta_note(self, kind, index, self.table[index])
-                self.table[index] = <uint32_t> values[i]
+                self.table[index] = <uint32_t>values[i]
         if delta_bytes(&self.open) > self.limit_bytes:
             raise Corrupt("the changes are more than one commit can take")
 
@@ -772,7 +772,7 @@ cdef class Engine:
         if count and (self.read_only or not self.has_base):
             raise InvalidArgument("only a writable disk over a base can be prefetched")
         if count:
-            plan = <Run *> calloc(count, sizeof(Run))
+            plan = <Run *>calloc(count, sizeof(Run))
             if plan == NULL:
                 raise MemoryError("fvd engine")
         try:
@@ -791,7 +791,7 @@ cdef class Engine:
         self.plan_at = 0
         self.plan_cursor = plan[0].first if count else 0
         self.plan_again = False
-        self.want &= ~<uint32_t> Want.STEER
+        self.want &= ~<uint32_t>Want.STEER
 
     @property
     def prefetching(self):
@@ -861,7 +861,7 @@ cdef class Engine:
 
     def submit_request(self, uint32_t kind, uint64_t offset_bytes, uint64_t length_bytes, uintptr_t buffer_address, uint64_t cookie,
                        uint32_t flags=0):
-        self.submit(kind, flags, offset_bytes, length_bytes, <uint8_t *> buffer_address, cookie)
+        self.submit(kind, flags, offset_bytes, length_bytes, <uint8_t *>buffer_address, cookie)
 
     def complete_operation(self, uint64_t token, int64_t result):
         self.complete(token, result)
@@ -875,7 +875,7 @@ cdef class Engine:
         taken = []
         for i in range(self.op_count):
             op = self.ops[i]
-            taken.append((op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, <uintptr_t> op.buffer, bool(op.durable)))
+            taken.append((op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, <uintptr_t>op.buffer, bool(op.durable)))
         self.op_count = 0
         return taken
 

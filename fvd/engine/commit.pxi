@@ -8,7 +8,7 @@ cdef bint commit_wanted(Engine e) noexcept nogil:
         return True
     if not changed:
         return False
-    return (e.commit_due or e.wait_room.head != NULL or delta_bytes(&e.open) >= e.commit_bytes or log_is_half_full(e)
+    return (e.commit_due or e.wait_journal.head != NULL or delta_bytes(&e.open) >= e.commit_bytes or log_is_half_full(e)
             or (e.wait_slot.head != NULL and e.retired != NULL))
 
 
@@ -45,7 +45,7 @@ cdef int commit_begin(Engine e) except -1 nogil:
             c = &e.frozen.cells[i]
             if c.key == 0:
                 continue
-            kind = <uint32_t> ((c.key - 1) >> 56)
+            kind = <uint32_t>((c.key - 1) >> 56)
             index = (c.key - 1) & 0xFFFFFFFFFFFFFFULL
             c.frozen = e.bitmap[index] if kind == KIND_BITMAP else e.table[index]
             e.new_hash ^= entry_hash(e.uuid_seed, kind, index, c.committed) ^ entry_hash(e.uuid_seed, kind, index, c.frozen)
@@ -55,8 +55,8 @@ cdef int commit_begin(Engine e) except -1 nogil:
         commit_flushed(e, 0)
     else:
         op_issue(e, WHAT_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
-    if count and e.wait_room.head != NULL:
-        list_walk(e, &e.wait_room)
+    if count and e.wait_journal.head != NULL:
+        list_walk(e, &e.wait_journal)
     return 0
 
 
@@ -81,7 +81,7 @@ cdef int commit_flushed(Engine e, int32_t error) except -1 nogil:
         return commit_next(e)
     if BUG(Bug.FLUSH_ANSWERED_BEFORE_JOURNAL):
         flushes_done(e)
-    e.commit_state = COMMIT_ROOM
+    e.commit_state = COMMIT_WAITS_FOR_RING
     return journal_commit(e)
 
 
@@ -97,8 +97,8 @@ cdef inline uint32_t record_index(Engine e, uint32_t kind, uint64_t index) noexc
     """What a record names its word or entry by."""
     cdef uint32_t sector_shift = (e.block_shift + 6 if kind == KIND_BITMAP else e.chunk_shift) - 9
     if BUG(Bug.INDEX_IN_SECTORS):
-        return <uint32_t> (index << sector_shift) >> sector_shift   # as if places were counted in sectors of 32 bits
-    return <uint32_t> index
+        return <uint32_t>(index << sector_shift) >> sector_shift   # as if places were counted in sectors of 32 bits
+    return <uint32_t>index
 
 
 cdef uint32_t journal_records(Engine e) except 0 nogil:
@@ -119,7 +119,7 @@ cdef uint32_t journal_records(Engine e) except 0 nogil:
                 ensure(pages < e.max_commit_pages, "a commit is larger than its reserve")
                 page = e.journal_buffer + pages * PAGE_BYTES
                 memset(page, 0, sizeof(JournalHeader) if BUG(Bug.PAGE_NOT_CLEARED) else PAGE_BYTES)
-                header = <JournalHeader *> page
+                header = <JournalHeader *>page
                 pages += 1
                 used = 0
             put_u32(page + sizeof(JournalHeader) + used, record_index(e, pass_kind, (c.key - 1) & 0xFFFFFFFFFFFFFFULL))
@@ -127,7 +127,7 @@ cdef uint32_t journal_records(Engine e) except 0 nogil:
                 put_u64(page + sizeof(JournalHeader) + used + 4, c.frozen)
                 header.word_count += 1
             else:
-                put_u32(page + sizeof(JournalHeader) + used + 4, <uint32_t> c.frozen)
+                put_u32(page + sizeof(JournalHeader) + used + 4, <uint32_t>c.frozen)
                 header.entry_count += 1
             used += size
     return pages
@@ -153,7 +153,7 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
     cdef JournalHeader *header
     cdef uint64_t position = e.journal_offset + (sequence % e.journal_pages) * PAGE_BYTES
     cdef uint32_t i
-    ensure(e.commit_state == COMMIT_IDLE or e.commit_state == COMMIT_ROOM, "two journal writes at once")
+    ensure(e.commit_state == COMMIT_IDLE or e.commit_state == COMMIT_WAITS_FOR_RING, "two journal writes at once")
     ensure(sequence % e.journal_pages + pages <= e.journal_pages, "a commit across the end of the ring")
     ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL), "the journal would overwrite its tail")
     e.clean_on_storage = False
@@ -168,13 +168,13 @@ cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t fla
     e.write_flags = flags
     e.commit_state = COMMIT_WRITING
     for i in range(pages):
-        header = <JournalHeader *> (e.journal_buffer + i * PAGE_BYTES)
+        header = <JournalHeader *>(e.journal_buffer + i * PAGE_BYTES)
         header.sequence = sequence + i
         header.previous = e.previous
         header.tail = e.tail
         header.map_hash = e.new_hash if is_commit_record(header) else e.map_hash
-        header.part = <uint16_t> i
-        header.parts = <uint16_t> pages
+        header.part = <uint16_t>i
+        header.parts = <uint16_t>pages
         header.flags = flags
         journal_seal(e.journal_buffer + i * PAGE_BYTES, e.uuid_crc, position + i * PAGE_BYTES)
     e.stat_journal_writes += 1
@@ -193,7 +193,7 @@ cdef int journal_written(Engine e, int32_t error) except -1 nogil:
         return fail(e, error)
     if e.failed_errno:
         return fail(e, e.failed_errno)
-    was_commit = is_commit_record(<JournalHeader *> e.journal_buffer)
+    was_commit = is_commit_record(<JournalHeader *>e.journal_buffer)
     e.previous = e.write_sequence
     e.next_sequence = e.write_sequence + e.write_pages
     e.durable_tail = e.write_tail
@@ -202,7 +202,7 @@ cdef int journal_written(Engine e, int32_t error) except -1 nogil:
         e.commit_state = COMMIT_IDLE
         return close_step(e)
     if not was_commit:
-        e.commit_state = COMMIT_ROOM       # it only moved the tail
+        e.commit_state = COMMIT_WAITS_FOR_RING       # it only moved the tail
         return journal_commit(e)
     e.map_hash = e.new_hash
     e.durable_commits = e.commits
@@ -286,23 +286,23 @@ cdef int map_page(Engine e, uint8_t *page, uint32_t kind, uint64_t number) excep
             index = cell * WORDS_PER_CELL
             total = e.words
             if index < total:
-                count = min(total - index, <uint64_t> WORDS_PER_CELL)
+                count = min(total - index, <uint64_t>WORDS_PER_CELL)
             for i in range(count):
                 words[i] = e.bitmap[index + i]
                 if overlay:
                     words[i] = committed_value(e, kind, index + i, words[i])
-            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, words, <uint32_t> count)
+            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, words, <uint32_t>count)
         else:
             index = cell * ENTRIES_PER_CELL
             total = e.chunks
             if index < total:
-                count = min(total - index, <uint64_t> ENTRIES_PER_CELL)
+                count = min(total - index, <uint64_t>ENTRIES_PER_CELL)
             for i in range(count):
                 entries[i] = e.table[index + i]
                 if overlay:
-                    entries[i] = <uint32_t> committed_value(e, kind, index + i, entries[i])
+                    entries[i] = <uint32_t>committed_value(e, kind, index + i, entries[i])
                 ensure(entries[i] == EMPTY or entries[i] < e.chunks, "a table entry beyond the greatest slot")
-            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, entries, <uint32_t> count)
+            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, entries, <uint32_t>count)
     return 0
 
 
@@ -341,10 +341,10 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
                 break
         ensure(s != NULL, "no staging buffer")
         if s.buffer == NULL:
-            s.buffer = <uint8_t *> aligned(STAGING_PAGES * PAGE_BYTES)
+            s.buffer = <uint8_t *>aligned(STAGING_PAGES * PAGE_BYTES)
             if s.buffer == NULL:
                 out_of_memory()
-        for i in range(<uint32_t> (run - page)):
+        for i in range(<uint32_t>(run - page)):
             map_page(e, s.buffer + i * PAGE_BYTES, kind, page + i)
         bits_fill(dirty, page, run, False)
         e.dirty_pages -= run - page
@@ -352,7 +352,7 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
         e.staging_busy += 1
         e.stat_map_writes += 1
         op = op_issue(e, WHAT_MAP, OP_WRITE, TARGET_STORAGE, offset + page * PAGE_BYTES, (run - page) * PAGE_BYTES, s.buffer, False)
-        op.slot = <uint32_t> (s - &e.staging[0])
+        op.slot = <uint32_t>(s - &e.staging[0])
         e.sweep = run if kind == KIND_BITMAP else e.bitmap_pages + run
     if e.sweep >= pages and e.staging_busy == 0 and e.checkpoint_state == CHECKPOINT_WRITING:
         e.checkpoint_state = CHECKPOINT_FLUSHING
@@ -377,7 +377,7 @@ cdef int checkpoint_end(Engine e, int32_t error) except -1 nogil:
         return 0
     e.checkpoint_state = CHECKPOINT_IDLE
     e.tail = e.tail_after       # R4: only now; 0 means the next commit is the oldest that matters
-    if e.commit_state == COMMIT_ROOM:
+    if e.commit_state == COMMIT_WAITS_FOR_RING:
         return journal_commit(e)
     return commit_next(e)
 
@@ -466,7 +466,7 @@ cdef int fail(Engine e, int32_t error) except -1 nogil:
     list_fail_done(e, &e.flush_now)
     list_fail_done(e, &e.flush_next)
     if not BUG(Bug.JOURNAL_WAITERS_FORGOTTEN):
-        list_fail(e, &e.wait_room, -EIO)
+        list_fail(e, &e.wait_journal, -EIO)
     list_fail(e, &e.wait_slot, -EIO)
     starved_end(e, 0, 0, -EIO)
     return close_step(e)

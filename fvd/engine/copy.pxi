@@ -10,7 +10,7 @@ cdef inline bint soft_wanted(Engine e) noexcept nogil:
     """Whether the next commit takes the soft changes along."""
     if changes(&e.soft) == 0:
         return False
-    return (e.soft_due or e.closing != NULL or e.wait_room.head != NULL or 4 * delta_bytes(&e.soft) >= e.limit_bytes
+    return (e.soft_due or e.closing != NULL or e.wait_journal.head != NULL or 4 * delta_bytes(&e.soft) >= e.limit_bytes
             or log_is_full_of_soft(e))
 
 
@@ -39,7 +39,7 @@ cdef int soft_harden(Engine e) except -1 nogil:
         if c.key:
             if not BUG(Bug.HARDENED_NOT_LOGGED):
                 log_touch(e, c.key)     # R22
-            delta_insert(&e.open, <uint32_t> ((c.key - 1) >> 56), (c.key - 1) & 0xFFFFFFFFFFFFFFULL, c.committed)
+            delta_insert(&e.open, <uint32_t>((c.key - 1) >> 56), (c.key - 1) & 0xFFFFFFFFFFFFFFULL, c.committed)
     delta_clear(&e.soft)
     if e.soft.mask > 4095:
         delta_resize(&e.soft, 64)
@@ -78,11 +78,11 @@ cdef int guest_hardens(Engine e, uint64_t chunk, uint64_t first, uint64_t last) 
             if BUG(Bug.ONE_WORD_HARDENED):
                 break
             continue
-        mask = ~<uint64_t> 0
+        mask = ~<uint64_t>0
         if word == first >> 6:
-            mask &= ~<uint64_t> 0 << (first & 63)
+            mask &= ~<uint64_t>0 << (first & 63)
         if word == (last - 1) >> 6:
-            mask &= ~<uint64_t> 0 >> (63 - ((last - 1) & 63))
+            mask &= ~<uint64_t>0 >> (63 - ((last - 1) & 63))
         if ~c.committed & mask:         # others of the word may stay soft
             delta_note(e, KIND_BITMAP, word, e.bitmap[word])
         if BUG(Bug.ONE_WORD_HARDENED):
@@ -128,12 +128,12 @@ cdef int read_noted(Engine e, Request *r, uint64_t start, uint64_t end) except -
         return 0
     if e.reads_count == READS_REMEMBERED:
         return 0
-    if e.reads_count == e.reads_room:
-        grown = <Run *> realloc(e.reads, max(256, 2 * e.reads_room) * sizeof(Run))
+    if e.reads_count == e.reads_capacity:
+        grown = <Run *>realloc(e.reads, max(256, 2 * e.reads_capacity) * sizeof(Run))
         if grown == NULL:
             out_of_memory()
         e.reads = grown
-        e.reads_room = max(256, 2 * e.reads_room)
+        e.reads_capacity = max(256, 2 * e.reads_capacity)
     e.reads[e.reads_count].first = start
     e.reads[e.reads_count].end = end
     e.reads_count += 1
@@ -160,7 +160,7 @@ cdef bint base_tried(Engine e, Op *op, int32_t error) except -1 nogil:
         begun_ns = op.request.begun_ns if op.what == WHAT_PLAIN else op.job.request.begun_ns
     if e.closing != NULL or e.now_ns - begun_ns >= e.base_timeout_ns:
         return False
-    again = <Retry *> calloc(1, sizeof(Retry))
+    again = <Retry *>calloc(1, sizeof(Retry))
     if again == NULL:
         out_of_memory()
     again.request = op.request
@@ -287,7 +287,7 @@ cdef inline void no_slot_for_copy(Engine e) noexcept nogil:
 
 cdef Copy *copy_begin(Engine e, uint64_t chunk, uint64_t first, uint64_t end, bint prefetch) except NULL nogil:
     """Start reading absent blocks, of one chunk and in no other copy."""
-    cdef Copy *c = <Copy *> calloc(1, sizeof(Copy))
+    cdef Copy *c = <Copy *>calloc(1, sizeof(Copy))
     cdef uint64_t start = first << e.block_shift
     cdef uint64_t stop = min(end << e.block_shift, e.base_size)
     cdef Op *op
@@ -296,7 +296,7 @@ cdef Copy *copy_begin(Engine e, uint64_t chunk, uint64_t first, uint64_t end, bi
     c.first_block = first
     c.end_block = end
     c.buffer_bytes = (end - first) << e.block_shift
-    c.buffer = <uint8_t *> aligned(c.buffer_bytes)
+    c.buffer = <uint8_t *>aligned(c.buffer_bytes)
     if c.buffer == NULL:
         free(c)
         out_of_memory()
@@ -405,7 +405,7 @@ cdef int read_through_copy(Engine e, Request *r, uint64_t chunk, uint32_t slot, 
 cdef inline bint all_zeros(Engine e, const uint8_t *data, uint64_t length_bytes) noexcept nogil:
     cdef uint64_t step
     while length_bytes:
-        step = min(length_bytes, <uint64_t> 4096)
+        step = min(length_bytes, <uint64_t>4096)
         if memcmp(data, e.zeros, step):
             return False
         data += step
@@ -504,7 +504,7 @@ cdef int copy_save_run(Engine e, Copy *c, uint64_t chunk, uint64_t first, uint64
         b.slot = slot
     j = save_job(e, c, b, JOB_SAVE, first, end, need)
     j.data = data
-    j.device_offset = e.data_offset + (<uint64_t> b.slot << e.chunk_shift) + ((first - chunk_first) << e.block_shift)
+    j.device_offset = e.data_offset + (<uint64_t>b.slot << e.chunk_shift) + ((first - chunk_first) << e.block_shift)
     j.device_length = length_bytes
     job_write(e, j, False)
     if BUG(Bug.COPY_BEFORE_ITS_DATA):

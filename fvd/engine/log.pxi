@@ -17,14 +17,14 @@ cdef inline LogArea *log_area(Engine e) noexcept nogil:
 
 
 cdef inline LogRecord *log_records_of(LogHeader *log, uint64_t epoch) noexcept nogil:
-    return <LogRecord *> (<uint8_t *> log + PAGE_BYTES) + (epoch & 1) * log.capacity
+    return <LogRecord *>(<uint8_t *>log + PAGE_BYTES) + (epoch & 1) * log.capacity
 
 
 cdef int log_attach(Engine e, uint8_t[::1] buffer) except -1:
     """Begin a log that fvd.format.pending has laid out, empty, for the maps as they are now."""
-    cdef LogHeader *log = <LogHeader *> &buffer[0]
-    if <uint64_t> buffer.shape[0] < PAGE_BYTES or log.capacity == 0 or (
-            <uint64_t> buffer.shape[0] < PAGE_BYTES + 2 * log.capacity * sizeof(LogRecord)) or <uint64_t> <uintptr_t> log & 7:
+    cdef LogHeader *log = <LogHeader *>&buffer[0]
+    if <uint64_t>buffer.shape[0] < PAGE_BYTES or log.capacity == 0 or (
+            <uint64_t>buffer.shape[0] < PAGE_BYTES + 2 * log.capacity * sizeof(LogRecord)) or <uint64_t><uintptr_t>log & 7:
         raise InvalidArgument("the log of pending changes does not have the size that it says")
     if log.areas[0].count or log.areas[1].count or log.areas[log.epoch & 1].base_hash != e.map_hash:
         raise InvalidArgument("the log of pending changes is not an empty one of these maps")
@@ -111,11 +111,11 @@ cdef int log_failed(Engine e) except -1 nogil:
     """R24: nothing of this log will ever be applied; it says so before the error is told."""
     if e.log != NULL:
         e.log.failed_ns = e.now_ns
-        publish32(e.log.failed_errno, <uint32_t> e.failed_errno)
+        publish32(e.log.failed_errno, <uint32_t>e.failed_errno)
     return 0
 
 
 cdef inline void log_durability(Engine e, int64_t change) noexcept nogil:
     """Flushes and durable writes under way: how one ends that a death interrupts, nobody hears."""
     if e.log != NULL:
-        publish(e.log.durability_ops, e.log.durability_ops + <uint64_t> change)
+        publish(e.log.durability_ops, e.log.durability_ops + <uint64_t>change)

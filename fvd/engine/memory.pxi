@@ -33,7 +33,7 @@ cdef int out_of_memory() except -1 nogil:
 cdef Request *request_new(Engine e) except NULL nogil:
     cdef Request *r = e.free_requests
     if r == NULL:
-        r = <Request *> calloc(1, sizeof(Request))
+        r = <Request *>calloc(1, sizeof(Request))
         if r == NULL:
             out_of_memory()
     else:
@@ -68,7 +68,7 @@ cdef uint8_t *bounce_take(Engine e, uint64_t size_bytes) except NULL nogil:
     if size_bytes <= SPARE_BOUNCE_BYTES and e.spare_count:
         e.spare_count -= 1
         return e.spare_bounces[e.spare_count]
-    buffer = <uint8_t *> aligned(size_bytes if size_bytes > SPARE_BOUNCE_BYTES else SPARE_BOUNCE_BYTES)
+    buffer = <uint8_t *>aligned(size_bytes if size_bytes > SPARE_BOUNCE_BYTES else SPARE_BOUNCE_BYTES)
     if buffer == NULL:
         out_of_memory()
     return buffer
@@ -87,12 +87,12 @@ cdef void bounce_give(Engine e, uint8_t *buffer, uint64_t size_bytes) noexcept n
 
 cdef int ops_grow(Engine e) except -1 nogil:
     """One more slab of 256 operation records. Records never move: drains and jobs point at them."""
-    cdef Op *slab = <Op *> calloc(256, sizeof(Op))
+    cdef Op *slab = <Op *>calloc(256, sizeof(Op))
     cdef Op **slabs
     cdef uint32_t i
     if slab == NULL:
         out_of_memory()
-    slabs = <Op **> realloc(e.slabs, (e.op_total / 256 + 1) * sizeof(Op *))
+    slabs = <Op **>realloc(e.slabs, (e.op_total / 256 + 1) * sizeof(Op *))
     if slabs == NULL:
         free(slab)
         out_of_memory()
@@ -114,12 +114,12 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     cdef uint32_t generation, index
     if e.free_ops == NULL:
         ops_grow(e)
-    if e.op_count == e.op_room:
-        out = <DeviceOp *> realloc(e.ops, 2 * e.op_room * sizeof(DeviceOp))
+    if e.op_count == e.op_capacity:
+        out = <DeviceOp *>realloc(e.ops, 2 * e.op_capacity * sizeof(DeviceOp))
         if out == NULL:
             out_of_memory()
         e.ops = out
-        e.op_room *= 2
+        e.op_capacity *= 2
     op = e.free_ops
     e.free_ops = op.next
     generation = op.generation
@@ -136,7 +136,7 @@ cdef Op *op_issue(Engine e, uint8_t what, uint8_t kind, uint8_t target, uint64_t
     e.op_number += 1
     op.number = e.op_number
     out = &e.ops[e.op_count]
-    out.token = (<uint64_t> op.generation << 32) | op.index
+    out.token = (<uint64_t>op.generation << 32) | op.index
     out.offset_bytes = offset_bytes
     out.length_bytes = length_bytes
     out.buffer = buffer
@@ -204,7 +204,7 @@ cdef inline Busy *busy_find(Engine e, uint64_t chunk) noexcept nogil:
 cdef Busy *busy_get(Engine e, uint64_t chunk) except NULL nogil:
     cdef Busy *b = busy_find(e, chunk)
     if b == NULL:
-        b = <Busy *> calloc(1, sizeof(Busy))
+        b = <Busy *>calloc(1, sizeof(Busy))
         if b == NULL:
             out_of_memory()
         b.chunk = chunk
@@ -227,7 +227,7 @@ cdef void busy_free(Engine e, Busy *b) noexcept nogil:
 # --- changes ------------------------------------------------------------------------------------------------------
 
 cdef inline uint64_t change_key(uint32_t kind, uint64_t index) noexcept nogil:
-    return ((<uint64_t> kind << 56) | index) + 1
+    return ((<uint64_t>kind << 56) | index) + 1
 
 
 cdef inline uint64_t scatter(uint64_t key) noexcept nogil:
@@ -247,22 +247,22 @@ cdef inline Change *delta_find(Delta *d, uint64_t key) noexcept nogil:
     return NULL
 
 
-cdef int delta_resize(Delta *d, uint64_t room) except -1 nogil:
+cdef int delta_resize(Delta *d, uint64_t capacity) except -1 nogil:
     cdef Change *old = d.cells
-    cdef uint64_t i, at, old_room = d.mask + 1
-    cdef Change *cells = <Change *> calloc(room, sizeof(Change))
+    cdef uint64_t i, at, old_capacity = d.mask + 1
+    cdef Change *cells = <Change *>calloc(capacity, sizeof(Change))
     if cells == NULL:
         out_of_memory()
     if old != NULL:
-        for i in range(old_room):
+        for i in range(old_capacity):
             if old[i].key:
-                at = scatter(old[i].key) & (room - 1)
+                at = scatter(old[i].key) & (capacity - 1)
                 while cells[at].key:
-                    at = (at + 1) & (room - 1)
+                    at = (at + 1) & (capacity - 1)
                 cells[at] = old[i]
         free(old)
     d.cells = cells
-    d.mask = room - 1
+    d.mask = capacity - 1
     return 0
 
 
@@ -352,7 +352,7 @@ cdef inline uint64_t committed_value(Engine e, uint32_t kind, uint64_t index, ui
 # --- the two maps -------------------------------------------------------------------------------------------------
 
 cdef inline uint32_t slot_of(Engine e, uint64_t chunk) noexcept nogil:
-    return <uint32_t> chunk if e.raw else e.table[chunk]
+    return <uint32_t>chunk if e.raw else e.table[chunk]
 
 
 cdef int map_bits(Engine e, uint64_t first, uint64_t end, bint value) except -1 nogil:
@@ -408,4 +408,4 @@ cdef bint mapped_durably(Engine e, uint64_t chunk, uint32_t slot, uint64_t first
 
 cdef inline uint64_t bits_mask(uint64_t first, uint64_t end) noexcept nogil:
     """The bits of blocks [first, end) in their word, which is one."""
-    return (~<uint64_t> 0 >> (64 - (end - first))) << (first & 63)
+    return (~<uint64_t>0 >> (64 - (end - first))) << (first & 63)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Prefetching: copies of what nobody has asked for yet, along the plan, while the guest is quiet. How many at once and how fast is said from
-# outside (fvd.volume.steering); when, is decided here, for a guest that comes back must not wait for somebody to notice.
+# outside (fvd.base.steering); when, is decided here, for a guest that comes back must not wait for somebody to notice.
 
 cdef enum:
     RATE_BURST_NS = 250000000       # of the rate that may be used at once after a pause
-    PREFETCH_MOST = 16              # copies at once, each with a buffer of 1 MiB or one block, whatever is asked for
+    PREFETCH_MAX = 16              # copies at once, each with a buffer of 1 MiB or one block, whatever is asked for
 
 
 cdef bint prefetch_may_begin(Engine e) noexcept nogil:
     cdef double burst, fresh
-    if e.prefetch_count >= min(e.prefetch_slots, PREFETCH_MOST) or e.closing != NULL or e.closed or e.failed_errno or e.base_absent == 0:
+    if e.prefetch_count >= min(e.prefetch_depth, PREFETCH_MAX) or e.closing != NULL or e.closed or e.failed_errno or e.base_absent == 0:
         return False
     if e.now_ns < e.no_slot_until_ns:
         return False
@@ -22,9 +22,9 @@ cdef bint prefetch_may_begin(Engine e) noexcept nogil:
         e.probe_ns = e.now_ns
     if e.prefetch_rate_bytes:
         # In floating point: time by rate may be more than any integer holds.
-        burst = <double> (e.prefetch_rate_bytes / (1000000000 / RATE_BURST_NS) + 1)
-        fresh = <double> (e.now_ns - e.rate_ns) * <double> e.prefetch_rate_bytes / 1e9
-        e.rate_tokens = <int64_t> min(<double> e.rate_tokens + fresh, burst)
+        burst = <double>(e.prefetch_rate_bytes / (1000000000 / RATE_BURST_NS) + 1)
+        fresh = <double>(e.now_ns - e.rate_ns) * <double>e.prefetch_rate_bytes / 1e9
+        e.rate_tokens = <int64_t>min(<double>e.rate_tokens + fresh, burst)
         e.rate_ns = e.now_ns
         return e.rate_tokens > 0
     return True
@@ -73,5 +73,5 @@ cdef int prefetch_pump(Engine e) except -1 nogil:
             continue
         copy_begin(e, run.first / e.blocks_per_chunk, run.first, run.end, True)
         if e.prefetch_rate_bytes:
-            e.rate_tokens -= <int64_t> ((run.end - run.first) << e.block_shift)
+            e.rate_tokens -= <int64_t>((run.end - run.first) << e.block_shift)
     return 0

@@ -9,12 +9,12 @@ cdef int done_push(Engine e, Request *r) except -1 nogil:
         log_publish(e)
     if e.stopped and r.error == 0 and r.kind != REQUEST_CLOSE:
         r.error = -EIO      # R39: also what was read or written before it was stopped
-    if e.done_count == e.done_room:
-        out = <Done *> realloc(e.done, 2 * e.done_room * sizeof(Done))
+    if e.done_count == e.done_capacity:
+        out = <Done *>realloc(e.done, 2 * e.done_capacity * sizeof(Done))
         if out == NULL:
             out_of_memory()
         e.done = out
-        e.done_room *= 2
+        e.done_capacity *= 2
     out = &e.done[e.done_count]
     out.cookie = r.cookie
     out.error = r.error
@@ -119,7 +119,7 @@ cdef int issue_plain(Engine e, Request *r, uint8_t kind, uint64_t offset_bytes, 
     r.touched_device = 1
     if e.op_count:
         last = &e.ops[e.op_count - 1]
-        index = <uint32_t> (last.token & 0xFFFFFFFFULL)
+        index = <uint32_t>(last.token & 0xFFFFFFFFULL)
         op = &e.slabs[index >> 8][index & 255]
         if (op.what == WHAT_PLAIN and op.number == e.op_number and op.request == r and last.target == TARGET_STORAGE
                 and last.kind == kind and last.durable == durable and last.offset_bytes + last.length_bytes == offset_bytes
@@ -156,7 +156,7 @@ cdef int read_step(Engine e, Request *r) except -1 nogil:
     cdef uint64_t start = r.cursor
     cdef uint64_t chunk = start >> e.chunk_shift
     cdef uint64_t chunk_start = chunk << e.chunk_shift
-    cdef uint64_t end = min(r.end, chunk_start + (<uint64_t> 1 << e.chunk_shift))
+    cdef uint64_t end = min(r.end, chunk_start + (<uint64_t>1 << e.chunk_shift))
     cdef uint64_t first = start >> e.block_shift
     cdef uint64_t last = ((end - 1) >> e.block_shift) + 1
     cdef uint32_t slot = slot_of(e, chunk)
@@ -178,8 +178,8 @@ cdef int read_step(Engine e, Request *r) except -1 nogil:
         return 1
     if e.failed_errno and not mapped_durably(e, chunk, slot, first, ((end - 1) >> e.block_shift) + 1) and not BUG(Bug.READ_AFTER_FAILURE):
         return give_up(r, -EIO)     # R38
-    device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start)
-    if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0:
+    device_offset = e.data_offset + (<uint64_t>slot << e.chunk_shift) + (start - chunk_start)
+    if ((start | end | <uint64_t><uintptr_t>buffer) & e.align_mask) == 0:
         issue_plain(e, r, OP_READ, device_offset, end - start, buffer, False)
         return 1
     low = device_offset & ~e.align_mask

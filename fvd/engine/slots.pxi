@@ -32,12 +32,12 @@ cdef inline uint32_t slot_held(Engine e, uint64_t chunk, bint begun) noexcept no
     return slot
 
 
-cdef uint64_t slot_wish(Engine e, uint64_t chunk) noexcept nogil:
+cdef uint64_t slot_goal(Engine e, uint64_t chunk) noexcept nogil:
     """Where a raw layout would have it after the nearest chunk below it that has a slot; with none nearby, as far into the present storage
     as the chunk is into the disk."""
     cdef uint64_t distance
     cdef uint32_t slot
-    for distance in range(1, min(<uint64_t> NEIGHBOURS, chunk) + 1):
+    for distance in range(1, min(<uint64_t>NEIGHBOURS, chunk) + 1):
         slot = slot_held(e, chunk - distance, e.busy_count and distance <= BEGUN_NEIGHBOURS)
         if slot != EMPTY:
             return min(slot + distance, e.capacity - 1)
@@ -47,7 +47,7 @@ cdef uint64_t slot_wish(Engine e, uint64_t chunk) noexcept nogil:
 
 cdef uint64_t slot_spread(Engine e, uint64_t chunk, uint64_t *among, bint value) noexcept nogil:
     """Placement `spread`: the slot with this bit that is nearest to the wish; with none nearby, as `append`."""
-    cdef uint64_t wish = slot_wish(e, chunk)
+    cdef uint64_t wish = slot_goal(e, chunk)
     cdef uint64_t end = min(wish + NEARBY_SLOTS, e.capacity)
     cdef uint64_t first = wish - NEARBY_SLOTS if wish > NEARBY_SLOTS else 0
     cdef uint64_t above = bits_find(among, wish, end, value)
@@ -85,7 +85,7 @@ cdef uint32_t slot_take(Engine e, uint64_t chunk) noexcept nogil:
         e.slot_cursor = 0
     if slots_at_hand(e) < e.wake_below_slots and e.capacity < e.chunks:
         e.want |= Want.GROWTH
-    return <uint32_t> slot
+    return <uint32_t>slot
 
 
 cdef int slots_give(Engine e, uint64_t first, uint64_t end) except -1 nogil:
@@ -98,7 +98,7 @@ cdef int slots_give(Engine e, uint64_t first, uint64_t end) except -1 nogil:
 
 
 cdef inline int slot_give(Engine e, uint32_t slot) except -1 nogil:
-    return slots_give(e, slot, <uint64_t> slot + 1)
+    return slots_give(e, slot, <uint64_t>slot + 1)
 
 
 # --- discards -----------------------------------------------------------------------------------------------------
@@ -110,10 +110,10 @@ cdef inline int slot_give(Engine e, uint32_t slot) except -1 nogil:
 cdef int discard_later(Engine e, uint32_t slot) except -1 nogil:
     """A slot whose free is durable and that nothing touches. It stays in `used`."""
     if e.to_discard == NULL:
-        e.to_discard = <uint64_t *> calloc(e.chunks // 64 + 1, 8)
+        e.to_discard = <uint64_t *>calloc(e.chunks // 64 + 1, 8)
         if e.to_discard == NULL:
             out_of_memory()
-    bits_fill(e.to_discard, slot, <uint64_t> slot + 1, True)
+    bits_fill(e.to_discard, slot, <uint64_t>slot + 1, True)
     e.to_discard_count += 1
     return slot_give(e, slot) if BUG(Bug.SLOT_FREED_BEFORE_ITS_DISCARD) else 0
 
@@ -125,8 +125,8 @@ cdef int discards_begin(Engine e) except -1 nogil:
     if e.closing != NULL and (e.close_phase != CLOSE_DISCARDS or e.now_ns >= e.discards_until_ns):
         return 0
     while e.to_discard_count and (BUG(Bug.DISCARDS_WITHOUT_BOUND)
-                                  or e.discarding < e.most_discarding and e.discarding_slots < e.discard_room):
-        most = min(e.discard_slots, max(e.discard_room, e.discarding_slots + 1) - e.discarding_slots)
+                                  or e.discarding < e.most_discarding and e.discarding_slots < e.discard_slots_max):
+        most = min(e.discard_slots, max(e.discard_slots_max, e.discarding_slots + 1) - e.discarding_slots)
         first = bits_find(e.to_discard, e.discard_cursor, e.chunks, True)
         if first == e.chunks:
             first = bits_find(e.to_discard, 0, e.chunks, True)
@@ -138,7 +138,7 @@ cdef int discards_begin(Engine e) except -1 nogil:
         e.discard_cursor = end
         op = op_issue(e, WHAT_DISCARD, OP_DISCARD, TARGET_STORAGE, e.data_offset + (first << e.chunk_shift),
                       (end - first) << e.chunk_shift, NULL, False)
-        op.slot = <uint32_t> first
+        op.slot = <uint32_t>first
         op.begun_ns = e.now_ns
         e.discarding_slots += end - first
         e.stat_discards += 1
@@ -155,10 +155,10 @@ cdef int discard_ended(Engine e, Op *op, int32_t error) except -1 nogil:
     e.discarding -= 1
     e.discarding_slots -= slots
     if took_ns <= slow_ns / 2:
-        e.discard_room = min(e.discard_room + slots, e.most_discarding * e.discard_slots)
+        e.discard_slots_max = min(e.discard_slots_max + slots, e.most_discarding * e.discard_slots)
     elif took_ns > slow_ns and op.number > e.discard_cut:
         # As many as would have ended in time; once for all that are under way.
-        e.discard_room = max(<uint64_t> (<double> e.discard_room * <double> slow_ns / <double> took_ns), 1)
+        e.discard_slots_max = max(<uint64_t>(<double>e.discard_slots_max * <double>slow_ns / <double>took_ns), 1)
         e.discard_cut = e.op_number
     if not BUG(Bug.SLOT_FREED_BEFORE_ITS_DISCARD) and not (error and BUG(Bug.FAILED_DISCARD_KEEPS_ITS_SLOT)):
         slots_give(e, op.slot, op.slot + slots)

@@ -63,14 +63,14 @@ cdef int starved_try(Engine e, bint all_of_them) except -1 nogil:
         e.starved = op.newer
         op.newer = NULL
         op.starved = STARVED_TRIED
-        if e.op_count == e.op_room:
-            out = <DeviceOp *> realloc(e.ops, 2 * e.op_room * sizeof(DeviceOp))
+        if e.op_count == e.op_capacity:
+            out = <DeviceOp *>realloc(e.ops, 2 * e.op_capacity * sizeof(DeviceOp))
             if out == NULL:
                 out_of_memory()
             e.ops = out
-            e.op_room *= 2
+            e.op_capacity *= 2
         out = &e.ops[e.op_count]
-        out.token = (<uint64_t> op.generation << 32) | op.index
+        out.token = (<uint64_t>op.generation << 32) | op.index
         out.offset_bytes = op.offset_bytes
         out.length_bytes = op.length_bytes
         out.buffer = op.buffer
@@ -120,7 +120,7 @@ cdef int starved_end(Engine e, uint64_t mask, uint64_t value, int32_t error) exc
     while doomed != NULL:
         following = doomed.newer
         doomed.newer = NULL
-        e.complete((<uint64_t> doomed.generation << 32) | doomed.index, error)
+        e.complete((<uint64_t>doomed.generation << 32) | doomed.index, error)
         count += 1
         doomed = following
     e.giving_up = before

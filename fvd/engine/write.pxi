@@ -30,7 +30,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
     cdef uint64_t start = r.cursor
     cdef uint64_t chunk = start >> e.chunk_shift
     cdef uint64_t chunk_start = chunk << e.chunk_shift
-    cdef uint64_t end = min(stop, chunk_start + (<uint64_t> 1 << e.chunk_shift))
+    cdef uint64_t end = min(stop, chunk_start + (<uint64_t>1 << e.chunk_shift))
     cdef uint64_t first, last, run
     cdef uint32_t slot = slot_of(e, chunk)
     cdef Busy *b = busy_find(e, chunk) if e.busy_count else NULL
@@ -58,7 +58,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
         return give_up(r, -EIO)
     if e.soft.words + e.soft.entries:
         guest_hardens(e, chunk, first, last)
-    if ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) != 0:
+    if ((start | end | <uint64_t><uintptr_t>buffer) & e.align_mask) != 0:
         return modify_begin(e, r, chunk, slot, start, end)
     if r.flags & FLAG_FUA:
         # R9: durable data is enough only when the mapping is durable already. R29: else, and where storage may run out, a flush follows.
@@ -66,7 +66,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
             durable = True
         else:
             r.needs_commit = not BUG(Bug.FUA_WITHOUT_FLUSH)
-    issue_plain(e, r, OP_WRITE, e.data_offset + (<uint64_t> slot << e.chunk_shift) + (start - chunk_start), end - start, buffer, durable)
+    issue_plain(e, r, OP_WRITE, e.data_offset + (<uint64_t>slot << e.chunk_shift) + (start - chunk_start), end - start, buffer, durable)
     r.cursor = end
     return 1
 
@@ -74,7 +74,7 @@ cdef int write_step(Engine e, Request *r, uint64_t stop) except -1 nogil:
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 cdef Job *job_new(Engine e, Request *r, Busy *b, uint8_t kind, uint64_t first, uint64_t last) except NULL nogil:
-    cdef Job *j = <Job *> calloc(1, sizeof(Job))
+    cdef Job *j = <Job *>calloc(1, sizeof(Job))
     if j == NULL:
         out_of_memory()
     j.kind = kind
@@ -141,28 +141,28 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     long_run = last - first > 1 and run_end - run_start > UNCUT_BYTES
     # R18: what the guest writes is enough where the rest of its blocks is known to be zeros, or will be.
     alone = (e.zeroed != NULL and (start != run_start or end != run_end)
-             and ((start | end | <uint64_t> <uintptr_t> buffer) & e.align_mask) == 0)
+             and ((start | end | <uint64_t><uintptr_t>buffer) & e.align_mask) == 0)
     if alone:
         if bit_get(e.zeroed, chunk):
             ensure(slot != EMPTY, "a chunk without a slot is known to be zeros")
-        elif e.zero_chunks and e.zeroing < MOST_ZEROING and slot == EMPTY and b == NULL and not long_run:
+        elif e.zero_chunks and e.zeroing < ZEROING_MAX and slot == EMPTY and b == NULL and not long_run:
             zeroing = True
         else:
             alone = False
     # Only the edge blocks of a long run need a bounce buffer: cut them off, the middle goes without a copy. A short run is copied: that
     # costs less than two more device writes.
     if (long_run and not alone
-            and (<uint64_t> <uintptr_t> buffer & e.align_mask) == (start & e.align_mask)):
+            and (<uint64_t><uintptr_t>buffer & e.align_mask) == (start & e.align_mask)):
         if start != run_start:
             last = first + 1
         elif end != run_end:
             last -= 1
         run_end = last << e.block_shift
         end = min(end, run_end)
-    whole = start == run_start and end == run_end and (<uint64_t> <uintptr_t> buffer & e.align_mask) == 0
+    whole = start == run_start and end == run_end and (<uint64_t><uintptr_t>buffer & e.align_mask) == 0
     need = change_bytes(first, last)
     if not has_room(e, need):
-        list_push(&e.wait_room, r)
+        list_push(&e.wait_journal, r)
         commit_maybe(e)
         return 0
     if not whole and not alone and e.bounce_used and e.bounce_used + (run_end - run_start) > e.bounce_limit:
@@ -188,7 +188,7 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
     j.guest_end = end
     j.reserved_bytes = need
     e.reserved_bytes += need
-    j.device_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) + (run_start - (chunk << e.chunk_shift))
+    j.device_offset = e.data_offset + (<uint64_t>slot << e.chunk_shift) + (run_start - (chunk << e.chunk_shift))
     j.device_length = run_end - run_start
     # R8: over a base an EMPTY chunk may hold blocks that read as zeros; they must be zeros in the slot before it is mapped.
     # Also those that this job writes itself: another job of the chunk may end first, and map the slot before they are there.
@@ -201,8 +201,8 @@ cdef int allocate_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, Bus
         b.exclusive = 1
         e.zeroing += 1
         j.phase = PHASE_ZERO
-        op = op_issue(e, WHAT_JOB, OP_ZERO, TARGET_STORAGE, e.data_offset + (<uint64_t> slot << e.chunk_shift),
-                      <uint64_t> 1 << e.chunk_shift, NULL, False)
+        op = op_issue(e, WHAT_JOB, OP_ZERO, TARGET_STORAGE, e.data_offset + (<uint64_t>slot << e.chunk_shift),
+                      <uint64_t>1 << e.chunk_shift, NULL, False)
         op.job = j
         j.pending += 1
         op_list(e, op, True)
@@ -294,7 +294,7 @@ cdef int zero_fill(Engine e, Job *j) except -1 nogil:
             run = j.first_block
         step = min(run - block, ZEROS_BYTES >> e.block_shift)
         op = op_issue(e, WHAT_JOB, OP_WRITE, TARGET_STORAGE,
-                      e.data_offset + (<uint64_t> j.busy.slot << e.chunk_shift) + ((block - chunk_start) << e.block_shift),
+                      e.data_offset + (<uint64_t>j.busy.slot << e.chunk_shift) + ((block - chunk_start) << e.block_shift),
                       step << e.block_shift, e.zeros, False)
         op.job = j
         j.pending += 1
@@ -304,7 +304,7 @@ cdef int zero_fill(Engine e, Job *j) except -1 nogil:
 
 cdef int modify_begin(Engine e, Request *r, uint64_t chunk, uint32_t slot, uint64_t start, uint64_t end) except -1 nogil:
     """Present blocks, but not whole logical blocks of the device: serialized read-modify-write."""
-    cdef uint64_t slot_offset = e.data_offset + (<uint64_t> slot << e.chunk_shift) - (chunk << e.chunk_shift)
+    cdef uint64_t slot_offset = e.data_offset + (<uint64_t>slot << e.chunk_shift) - (chunk << e.chunk_shift)
     cdef uint8_t *buffer
     cdef uint64_t low, high
     cdef Busy *b
@@ -464,8 +464,8 @@ cdef int job_finish(Engine e, Job *j) except -1 nogil:
     list_walk(e, &waiters)
     if e.wait_bounce.head != NULL:
         list_walk(e, &e.wait_bounce)
-    if e.wait_room.head != NULL:
-        list_walk(e, &e.wait_room)
+    if e.wait_journal.head != NULL:
+        list_walk(e, &e.wait_journal)
     if e.wait_slot.head != NULL and slots_at_hand(e):
         list_walk(e, &e.wait_slot)
     if copy != NULL:
@@ -485,7 +485,7 @@ cdef int zero_step(Engine e, Request *r) except -1 nogil:
     cdef uint64_t start = r.cursor
     cdef uint64_t chunk = start >> e.chunk_shift
     cdef uint64_t end = min(r.end, (chunk + 1) << e.chunk_shift)
-    cdef uint64_t block_bytes = <uint64_t> 1 << e.block_shift
+    cdef uint64_t block_bytes = <uint64_t>1 << e.block_shift
     cdef uint64_t first = start >> e.block_shift
     cdef uint64_t last = e.blocks if end == e.virtual_size else end >> e.block_shift
     cdef uint64_t chunk_first = chunk * e.blocks_per_chunk
@@ -532,14 +532,14 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     if e.failed_errno:
         return give_up(r, -EIO)
     need = change_bytes(first, last)
-    if r.punched == MOST_PUNCHED and changes(&e.open):
+    if r.punched == PUNCHED_MAX and changes(&e.open):
         # Enough for one turn, and for one commit: others come first.
         r.punched = 0
-        list_push(&e.wait_room, r)
+        list_push(&e.wait_journal, r)
         commit_maybe(e)
         return 0
     if not has_room(e, need):
-        list_push(&e.wait_room, r)
+        list_push(&e.wait_journal, r)
         commit_maybe(e)
         return 0
     b = busy_get(e, chunk)
@@ -547,7 +547,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     b.exclusive = not BUG(Bug.TRIM_SHARES_ITS_CHUNK)   # a job that joined could map blocks of a slot that this one is about to free
     if e.zeroed != NULL and not BUG(Bug.ZEROED_AFTER_A_TRIM):
         bits_fill(e.zeroed, chunk, chunk + 1, False)    # R18: what becomes absent leaves its data in the slot
-    r.punched = min(r.punched + 1, <uint32_t> MOST_PUNCHED)
+    r.punched = min(r.punched + 1, <uint32_t>PUNCHED_MAX)
     j = job_new(e, r, b, JOB_PUNCH, first, last)
     j.reserved_bytes = need
     e.reserved_bytes += need
@@ -555,7 +555,7 @@ cdef int punch(Engine e, Request *r, uint64_t chunk, uint64_t first, uint64_t la
     r.cursor = end
     if slot != EMPTY and not BUG(Bug.TRIM_BESIDE_WRITES):
         # R7: a write in flight could land after a later write to the same block, and bring trimmed data back.
-        offset = e.data_offset + (<uint64_t> slot << e.chunk_shift)
+        offset = e.data_offset + (<uint64_t>slot << e.chunk_shift)
         if drain_begin(e, &e.drains, offset + ((first - chunk * e.blocks_per_chunk) << e.block_shift),
                        offset + ((last - chunk * e.blocks_per_chunk) << e.block_shift), True, j, 0):
             return 1
@@ -575,8 +575,8 @@ cdef int punch_map(Engine e, uint64_t chunk, uint32_t slot, uint64_t first, uint
     # R5, R6: not free before the free is durable and nothing reads or writes the slot any more.
     if BUG(Bug.SLOT_FREED_BEFORE_COMMIT):
         return slot_give(e, slot)
-    drain_begin(e, &e.retired, e.data_offset + (<uint64_t> slot << e.chunk_shift),
-                e.data_offset + ((<uint64_t> slot + 1) << e.chunk_shift), False, NULL, slot)
+    drain_begin(e, &e.retired, e.data_offset + (<uint64_t>slot << e.chunk_shift),
+                e.data_offset + ((<uint64_t>slot + 1) << e.chunk_shift), False, NULL, slot)
     return 0
 
 
@@ -595,7 +595,7 @@ cdef int drain_begin(Engine e, Drain **where, uint64_t first_byte, uint64_t end_
         op = op.next
     if count == 0 and job != NULL:
         return 0
-    d = <Drain *> calloc(1, sizeof(Drain))
+    d = <Drain *>calloc(1, sizeof(Drain))
     if d == NULL:
         out_of_memory()
     d.first_byte = first_byte

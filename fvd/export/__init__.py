@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 5: NBD. The protocol without I/O (handshake, _nbd), the serving loop (_server), and the server as Python sees it (server)."""
+"""NBD. The protocol without I/O (handshake, _nbd), the serving loop (_server), and the server as Python sees it (server)."""

@@ -36,8 +36,8 @@ cdef class EngineBackend(Backend):
     cdef void give_up_base(self) noexcept nogil:
         self.engine.base_timeout_ns = 0
 
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
-        return self.engine.extents(offset_bytes, length_bytes, out, room)
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil:
+        return self.engine.extents(offset_bytes, length_bytes, out, capacity)
 
     cdef uint32_t take_ops(self, DeviceOp **ops) noexcept nogil:
         cdef uint32_t count = self.engine.op_count

@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cpdef enum:
-    MAXIMUM_PAYLOAD_BYTES = 32 << 20
+    PAYLOAD_BYTES_MAX = 32 << 20
     ALLOCATION_CONTEXT = 1      # our number for base:allocation
 
 cdef enum:
@@ -73,7 +73,7 @@ cdef struct Wire:
 
 cdef int wire_step(Wire *wire, uint32_t event) noexcept nogil
 cdef void take_header(Wire *wire, const Limits *limits, const uint8_t *data, Request *request) noexcept nogil
-cdef uint64_t request_room(const uint8_t *data, uint64_t status_bytes) noexcept nogil
+cdef uint64_t request_capacity(const uint8_t *data, uint64_t status_bytes) noexcept nogil
 cdef int take_data(Wire *wire, uint32_t size_bytes) noexcept nogil      # true when that was the last of it
 
 cdef uint32_t nbd_error(int64_t result) noexcept nogil                  # 0 or a negative errno -> NBD's error

@@ -2,7 +2,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-MAXIMUM_PAYLOAD_BYTES: int
+PAYLOAD_BYTES_MAX: int
 ALLOCATION_CONTEXT: int
 
 COMMAND_READ: int

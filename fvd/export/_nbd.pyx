@@ -97,7 +97,7 @@ cdef uint32_t judge(const Limits *limits, const Request *request) noexcept nogil
         return NBD_EINVAL
     if length > limits.size_bytes or offset > limits.size_bytes - length:
         return NBD_ENOSPC if command == COMMAND_WRITE or command == COMMAND_WRITE_ZEROES else NBD_EINVAL
-    if length > MAXIMUM_PAYLOAD_BYTES and (command == COMMAND_READ or command == COMMAND_WRITE):
+    if length > PAYLOAD_BYTES_MAX and (command == COMMAND_READ or command == COMMAND_WRITE):
         return NBD_EINVAL
     return 0
 
@@ -133,7 +133,7 @@ cdef void take_header(Wire *wire, const Limits *limits, const uint8_t *data, Req
     wire_step(wire, ON_REFUSED_WRITE if request.error else ON_WRITE)
 
 
-cdef uint64_t request_room(const uint8_t *data, uint64_t status_bytes) noexcept nogil:
+cdef uint64_t request_capacity(const uint8_t *data, uint64_t status_bytes) noexcept nogil:
     """For a header that has not been taken: how many bytes its data, or its reply's, will need at most."""
     cdef uint32_t length
     cdef uint16_t command
@@ -142,7 +142,7 @@ cdef uint64_t request_room(const uint8_t *data, uint64_t status_bytes) noexcept 
     command = be16toh(command)
     length = be32toh(length)
     if command == COMMAND_READ or command == COMMAND_WRITE:
-        return length if length <= MAXIMUM_PAYLOAD_BYTES else 0     # more is refused
+        return length if length <= PAYLOAD_BYTES_MAX else 0     # more is refused
     return status_bytes if command == COMMAND_BLOCK_STATUS else 0
 
 

@@ -26,7 +26,7 @@ cdef class PassThrough(Backend):
 
     cdef DeviceOp *ops
     cdef Done *done
-    cdef uint32_t op_count, op_room, done_count, done_room
+    cdef uint32_t op_count, op_capacity, done_count, done_capacity
     cdef uint8_t *zeros
     cdef uint8_t *zeros_base
     cdef bint answer_only
@@ -50,9 +50,9 @@ cdef class PassThrough(Backend):
             return self.end(cookie, -EINVAL)
         if self.answer_only:
             return self.end(cookie, 0)
-        if self.op_count == self.op_room:
-            self.op_room = max(256, 2 * self.op_room)
-            self.ops = <DeviceOp *>realloc(self.ops, self.op_room * sizeof(DeviceOp))
+        if self.op_count == self.op_capacity:
+            self.op_capacity = max(256, 2 * self.op_capacity)
+            self.ops = <DeviceOp *>realloc(self.ops, self.op_capacity * sizeof(DeviceOp))
             if self.ops == NULL:
                 with gil:
                     raise MemoryError
@@ -78,9 +78,9 @@ cdef class PassThrough(Backend):
         return self.end(token, <int32_t>result)
 
     cdef int end(self, uint64_t cookie, int32_t error) except -1 nogil:
-        if self.done_count == self.done_room:
-            self.done_room = max(256, 2 * self.done_room)
-            self.done = <Done *>realloc(self.done, self.done_room * sizeof(Done))
+        if self.done_count == self.done_capacity:
+            self.done_capacity = max(256, 2 * self.done_capacity)
+            self.done = <Done *>realloc(self.done, self.done_capacity * sizeof(Done))
             if self.done == NULL:
                 with gil:
                     raise MemoryError

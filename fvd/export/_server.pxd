@@ -17,7 +17,7 @@ cdef class Backend:
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil
     cdef void give_up_base(self) noexcept nogil     # reads of a base that fails are tried no more: nobody waits for them
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil
     # Hand over what is there and forget it; the arrays are valid until the next call of submit, complete, tick or cancel_waiting.
     cdef uint32_t take_ops(self, DeviceOp **ops) noexcept nogil
     cdef uint32_t take_done(self, Done **done) noexcept nogil

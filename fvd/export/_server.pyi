@@ -5,7 +5,7 @@ from fvd.device._queue import Queue, Source
 
 class Backend: ...
 
-class Server:
+class NbdLoop:
     def __init__(
         self,
         *,

@@ -22,7 +22,7 @@ from fvd.export._nbd cimport (COMMAND_BLOCK_STATUS, COMMAND_CACHE, COMMAND_FLAG_
                               DATA_HEAD_BYTES, ERROR_CHUNK_BYTES, HOLE_CHUNK_BYTES, ON_END, ON_NO_MEMORY, REQUEST_BYTES, SIMPLE_HEAD_BYTES,
                               STATUS_EXTENT_BYTES, STATUS_HEAD_BYTES, STATUS_HOLE, STATUS_ZERO, WIRE_CLOSED, WIRE_HEADER, WIRE_PAYLOAD,
                               Limits, Request, Wire, nbd_error, put_data_head, put_error, put_hole, put_simple, put_status_extent,
-                              put_status_head, request_room, take_data, take_header, wire_step)
+                              put_status_head, request_capacity, take_data, take_header, wire_step)
 
 cdef extern from *:
     """
@@ -112,7 +112,7 @@ cdef enum:                          # why the loop hung up on a client
     ENDINGS = 3
 
 cdef struct Export:
-    PyObject *backend               # a Backend; borrowed from Server.backends
+    PyObject *backend               # a Backend; borrowed from NbdLoop.backends
     uint32_t number
     uint32_t reported               # Want bits that Python knows of
     uint64_t open_requests          # in the backend
@@ -224,7 +224,7 @@ cdef class Backend:
     cdef void give_up_base(self) noexcept nogil:
         """Nobody waits any longer for reads of a base that fails."""
 
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int room) except -1 nogil:
+    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil:
         out[0].length_bytes = length_bytes
         out[0].state = 0
         return 1
@@ -239,7 +239,7 @@ cdef class Backend:
         return 0
 
 
-cdef class Server:
+cdef class NbdLoop:
     """The loop's state. Everything but the constructor belongs to the thread that called open()."""
 
     cdef readonly Queue queue
@@ -258,7 +258,7 @@ cdef class Server:
     cdef uint32_t export_count
     cdef Export *touched
     cdef Connection **connections   # by number; NULL: free
-    cdef uint32_t connection_room
+    cdef uint32_t connection_capacity
     cdef readonly uint32_t connection_count
     cdef Connection *first[LISTS]
     cdef Connection *last[LISTS]
@@ -271,7 +271,7 @@ cdef class Server:
     cdef uint64_t[ENDINGS] endings
     cdef Extent *scratch
     cdef int *ready_fds
-    cdef uint32_t ready_count, ready_room
+    cdef uint32_t ready_count, ready_capacity
 
     def __init__(self, *, connection_bytes, total_bytes, waiting_bytes, connections, stall_ns, busy_poll_us=0, force_blocking=False):
         self.connection_cap = connection_bytes
@@ -308,7 +308,7 @@ cdef class Server:
             free(peer)
         for i in range(self.export_count):
             free(self.exports[i])
-        for i in range(self.connection_room):
+        for i in range(self.connection_capacity):
             if self.connections[i] != NULL:
                 free(self.connections[i].buffer)
                 free(self.connections[i])
@@ -333,7 +333,7 @@ cdef class Server:
         cdef uint32_t i
         if self.queue is None:
             return
-        for i in range(self.connection_room):
+        for i in range(self.connection_capacity):
             if self.connections[i] != NULL and self.connections[i].state != CONNECTION_DEAD:
                 self.hang_up(self.connections[i])
         self.queue.close()
@@ -342,7 +342,7 @@ cdef class Server:
     def descriptors(self):
         """Those of the connections, for a child after fork."""
         cdef uint32_t i
-        return [self.connections[i].fd for i in range(self.connection_room) if self.connections[i] != NULL]
+        return [self.connections[i].fd for i in range(self.connection_capacity) if self.connections[i] != NULL]
 
     def watch(self, int fd):
         """Have turns() report the descriptor when it becomes readable: an edge, so read until it would block."""
@@ -399,21 +399,21 @@ cdef class Server:
     def adopt(self, int fd, uint32_t export, uint64_t size_bytes, uint32_t minimum_block_bytes, bint read_only, bint structured,
               bint allocation, bytes received, uint32_t peer_kind, uint64_t peer_value):
         """Serve a connection whose handshake is over; the loop owns the descriptor from now on."""
-        cdef uint32_t number = 0, room
+        cdef uint32_t number = 0, capacity
         cdef Connection **grown
         cdef Peer *peer = self.find_peer(peer_kind, peer_value)
         if len(received) > RECEIVE_BYTES:
             raise ValueError("more bytes than a receive buffer holds")
-        while number < self.connection_room and self.connections[number] != NULL:
+        while number < self.connection_capacity and self.connections[number] != NULL:
             number += 1
-        if number == self.connection_room:
-            room = max(16, 2 * number)
-            grown = <Connection **>realloc(self.connections, room * sizeof(Connection *))
+        if number == self.connection_capacity:
+            capacity = max(16, 2 * number)
+            grown = <Connection **>realloc(self.connections, capacity * sizeof(Connection *))
             if grown == NULL:
                 raise MemoryError
-            memset(grown + number, 0, (room - number) * sizeof(Connection *))
+            memset(grown + number, 0, (capacity - number) * sizeof(Connection *))
             self.connections = grown
-            self.connection_room = room
+            self.connection_capacity = capacity
         cdef Connection *connection = <Connection *>calloc(1, sizeof(Connection))
         cdef uint8_t *buffer = <uint8_t *>malloc(RECEIVE_BYTES)
         cdef Peer *fresh = <Peer *>calloc(1, sizeof(Peer)) if peer == NULL else NULL
@@ -518,7 +518,7 @@ cdef class Server:
         cdef uint32_t i
         cdef int64_t until = fvd_monotonic_ns() + timeout_ns
         cdef Connection *connection
-        for i in range(self.connection_room):
+        for i in range(self.connection_capacity):
             connection = self.connections[i]
             if connection != NULL and connection.state == CONNECTION_OPEN and export in (ALL, connection.export.number):
                 connection.unanswered = 1
@@ -556,7 +556,7 @@ cdef class Server:
         """Hang up on every client (of one export) at once."""
         cdef uint32_t i
         cdef Connection *connection
-        for i in range(self.connection_room):
+        for i in range(self.connection_capacity):
             connection = self.connections[i]
             if connection != NULL and connection.state != CONNECTION_DEAD and export in (ALL, connection.export.number):
                 self.drop(connection)
@@ -671,19 +671,19 @@ cdef class Server:
         return 0
 
     cdef int note_ready(self, int fd) except -1 nogil:
-        cdef uint32_t i, room = max(16, 2 * self.ready_room)
+        cdef uint32_t i, capacity = max(16, 2 * self.ready_capacity)
         cdef int *grown
         self.attention |= ATTENTION_FDS
         for i in range(self.ready_count):
             if self.ready_fds[i] == fd:
                 return 0
-        if self.ready_count == self.ready_room:
-            grown = <int *>realloc(self.ready_fds, room * sizeof(int))
+        if self.ready_count == self.ready_capacity:
+            grown = <int *>realloc(self.ready_fds, capacity * sizeof(int))
             if grown == NULL:
                 with gil:
                     raise MemoryError
             self.ready_fds = grown
-            self.ready_room = room
+            self.ready_capacity = capacity
         self.ready_fds[self.ready_count] = fd
         self.ready_count += 1
         return 0
@@ -708,7 +708,7 @@ cdef class Server:
         for i in range(self.export_count):
             if self.exports[i].live:
                 self.touch(self.exports[i])
-        for i in range(self.connection_room):
+        for i in range(self.connection_capacity):
             connection = self.connections[i]
             if connection == NULL:
                 continue
@@ -803,7 +803,7 @@ cdef class Server:
         cdef uint64_t over = beyond(mine, self.share_cap)
         cdef uint64_t cost, waiting, more, left, peer_holds
         cdef uint32_t i
-        cost = PAGE + room_of(request_room(connection.buffer + connection.begin, STATUS_BYTES))
+        cost = PAGE + free_bytes_of(request_capacity(connection.buffer + connection.begin, STATUS_BYTES))
         if connection.waiting_turn != self.turn_count:
             connection.waiting_turn = self.turn_count
             connection.waiting = (<Backend>connection.export.backend).waiting_bytes(CONNECTION_MASK, value)
@@ -846,7 +846,7 @@ cdef class Server:
     cdef int receive(self, Connection *connection) except -1 nogil:
         """Take what a connection sent, up to its share of this turn."""
         cdef uint32_t requests = REQUESTS_PER_TURN
-        cdef int64_t room = BYTES_PER_TURN, count
+        cdef int64_t capacity = BYTES_PER_TURN, count
         cdef int verdict
         while True:
             verdict = self.parse(connection, &requests)
@@ -855,7 +855,7 @@ cdef class Server:
             if verdict == PAUSED:
                 self.push(LIST_PAUSED, connection)
                 return 0
-            if verdict == SHARE_USED or (room <= 0 and connection.readable):
+            if verdict == SHARE_USED or (capacity <= 0 and connection.readable):
                 self.push(LIST_READY, connection)
                 return 0
             if not connection.readable:
@@ -863,7 +863,7 @@ cdef class Server:
             count = self.fill(connection)
             if count < 0:
                 return self.drop(connection)
-            room -= count
+            capacity -= count
 
     cdef int64_t fill(self, Connection *connection) except? -1 nogil:
         """Receive once: the rest of a write's data straight into its buffer, what follows into the receive buffer. Returns how many
@@ -872,7 +872,7 @@ cdef class Server:
         cdef msghdr message
         cdef Slot *slot = connection.filling
         cdef uint32_t direct = 0
-        cdef uint32_t room = HEADERS_BYTES if connection.large else RECEIVE_BYTES
+        cdef uint32_t capacity = HEADERS_BYTES if connection.large else RECEIVE_BYTES
         cdef ssize_t count
         if connection.begin:
             connection.end -= connection.begin
@@ -886,7 +886,7 @@ cdef class Server:
             parts[0].iov_len = direct
             message.msg_iovlen = 1
         parts[message.msg_iovlen].iov_base = connection.buffer + connection.end
-        parts[message.msg_iovlen].iov_len = room - connection.end
+        parts[message.msg_iovlen].iov_len = capacity - connection.end
         message.msg_iovlen += 1
         count = recvmsg(connection.fd, &message, MSG_DONTWAIT)
         if count < 0:
@@ -899,7 +899,7 @@ cdef class Server:
         if count == 0:
             wire_step(&connection.wire, ON_END)
             return 0
-        if count < <ssize_t>(direct + room - connection.end) and not connection.hung_up:
+        if count < <ssize_t>(direct + capacity - connection.end) and not connection.hung_up:
             connection.readable = 0
         connection.received_total += <uint64_t>count
         direct = <uint32_t>min(<uint64_t>count, <uint64_t>direct)
@@ -995,13 +995,13 @@ cdef class Server:
 
     cdef int status(self, Slot *slot) except -1 nogil:
         cdef Export *export = slot.connection.export
-        cdef int room = 1 if slot.request.flags & COMMAND_FLAG_REQ_ONE else STATUS_EXTENTS
+        cdef int capacity = 1 if slot.request.flags & COMMAND_FLAG_REQ_ONE else STATUS_EXTENTS
         cdef int i, count, kept = 0
         cdef uint32_t flags, last_flags = 0
         cdef uint64_t last_bytes = 0
         if not export.live or export.closing:
             return self.finish(slot, -ESHUTDOWN, 0)
-        count = (<Backend>export.backend).extents(slot.request.offset_bytes, slot.request.length_bytes, self.scratch, room)
+        count = (<Backend>export.backend).extents(slot.request.offset_bytes, slot.request.length_bytes, self.scratch, capacity)
         if count <= 0:
             return self.finish(slot, -EIO, 0)
         if not self.give_payload(slot, STATUS_HEAD_BYTES + STATUS_EXTENT_BYTES * count):
@@ -1257,12 +1257,12 @@ cdef class Server:
     cdef bint give_payload(self, Slot *slot, uint64_t size_bytes) noexcept nogil:
         """A page-aligned buffer with a page before it for the reply's head. False: no memory."""
         cdef uint8_t kind = class_of(size_bytes)
-        cdef uint64_t room = <uint64_t>PAGE << kind
+        cdef uint64_t capacity = <uint64_t>PAGE << kind
         cdef uint8_t *payload = pool_warm(&self.pool, kind)
         if payload == NULL:
             # What is kept for later counts too.
-            if self.pool.warm_bytes + self.inflight_bytes + room > self.total_cap:
-                pool_trim(&self.pool, beyond(self.total_cap, self.inflight_bytes + room))
+            if self.pool.warm_bytes + self.inflight_bytes + capacity > self.total_cap:
+                pool_trim(&self.pool, beyond(self.total_cap, self.inflight_bytes + capacity))
             payload = pool_fresh(&self.pool, kind)
             if payload == NULL:
                 return False
@@ -1271,21 +1271,21 @@ cdef class Server:
         slot.data_bytes = size_bytes
         slot.connection.data_bytes += size_bytes
         self.data_bytes += size_bytes
-        self.charge(slot.connection, <int64_t>room)
+        self.charge(slot.connection, <int64_t>capacity)
         return True
 
     cdef void release_payload(self, Slot *slot) noexcept nogil:
         """As soon as the reply needs it no longer: it may be long until that is taken."""
-        cdef uint64_t room
+        cdef uint64_t capacity
         if slot.payload == NULL:
             return
-        room = <uint64_t>PAGE << slot.payload_class
+        capacity = <uint64_t>PAGE << slot.payload_class
         pool_give(&self.pool, slot.payload, slot.payload_class)
         slot.payload = NULL
         slot.connection.data_bytes -= slot.data_bytes
         self.data_bytes -= slot.data_bytes
         slot.data_bytes = 0
-        self.charge(slot.connection, -<int64_t>room)
+        self.charge(slot.connection, -<int64_t>capacity)
 
     cdef void free_slot(self, Slot *slot) noexcept nogil:
         self.release_payload(slot)

@@ -69,7 +69,7 @@ cdef struct Pool:
     Cut[SPAN_CLASSES] cuts
     uint8_t **spans
     uint32_t span_count
-    uint32_t span_room
+    uint32_t span_capacity
 
 
 cdef inline uint8_t class_of(uint64_t size_bytes) noexcept nogil:
@@ -83,7 +83,7 @@ cdef inline uint64_t size_of(uint8_t kind) noexcept nogil:
     return PAGE + (<uint64_t>PAGE << kind)
 
 
-cdef inline uint64_t room_of(uint64_t size_bytes) noexcept nogil:
+cdef inline uint64_t free_bytes_of(uint64_t size_bytes) noexcept nogil:
     """Of the buffer for so much data; 0 for none."""
     return <uint64_t>PAGE << class_of(size_bytes) if size_bytes else 0
 
@@ -118,15 +118,15 @@ cdef uint8_t *pool_fresh(Pool *pool, uint8_t kind) noexcept nogil:
 
 
 cdef bint pool_new_span(Pool *pool, Cut *cut, uint32_t count) noexcept nogil:
-    cdef uint32_t room = max(<uint32_t>16, 2 * pool.span_room)
+    cdef uint32_t capacity = max(<uint32_t>16, 2 * pool.span_capacity)
     cdef uint8_t **grown
     cdef uint8_t *memory
-    if pool.span_count == pool.span_room:
-        grown = <uint8_t **>realloc(pool.spans, room * sizeof(uint8_t *))
+    if pool.span_count == pool.span_capacity:
+        grown = <uint8_t **>realloc(pool.spans, capacity * sizeof(uint8_t *))
         if grown == NULL:
             return False
         pool.spans = grown
-        pool.span_room = room
+        pool.span_capacity = capacity
     grown = <uint8_t **>realloc(cut.cold, (cut.cut_count + count) * sizeof(uint8_t *))
     if grown == NULL:
         return False

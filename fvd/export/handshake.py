@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from fvd.export._nbd import ALLOCATION_CONTEXT, MAXIMUM_PAYLOAD_BYTES
+from fvd.export._nbd import ALLOCATION_CONTEXT, PAYLOAD_BYTES_MAX
 
 GREETING_MAGIC = 0x4E42444D41474943
 OPTION_MAGIC = 0x49484156454F5054
@@ -55,9 +55,9 @@ EXPORT_SEND_DF = 1 << 7
 EXPORT_CAN_MULTI_CONN = 1 << 8
 EXPORT_SEND_CACHE = 1 << 10
 
-MAXIMUM_NAME_BYTES = 4096  # the protocol's bound on any string
-MAXIMUM_OPTION_BYTES = 16 << 10  # larger options are skipped unread: TOO_BIG
-MAXIMUM_OPTIONS = 1000  # of one client, which is then hung up on; a careful one asks for ten
+NAME_BYTES_MAX = 4096  # the protocol's bound on any string
+OPTION_BYTES_MAX = 16 << 10  # larger options are skipped unread: TOO_BIG
+OPTIONS_MAX = 1000  # of one client, which is then hung up on; a careful one asks for ten
 ALLOCATION = "base:allocation"
 
 _CLIENT_FLAGS = struct.Struct(">I")
@@ -174,7 +174,7 @@ class _Reader:
 
 
 def _text(data: bytes) -> str:
-    if len(data) > MAXIMUM_NAME_BYTES or 0 in data:
+    if len(data) > NAME_BYTES_MAX or 0 in data:
         raise _Invalid("a string that is too long or contains NUL")
     try:
         return data.decode()
@@ -260,9 +260,9 @@ class Handshake:
         self._options += 1
         if magic != OPTION_MAGIC:
             self._close("no option where one was due")
-        elif self._options > MAXIMUM_OPTIONS:
-            self._close(f"more than {MAXIMUM_OPTIONS} options")
-        elif self._length <= MAXIMUM_OPTION_BYTES:
+        elif self._options > OPTIONS_MAX:
+            self._close(f"more than {OPTIONS_MAX} options")
+        elif self._length <= OPTION_BYTES_MAX:
             self._go(State.DATA)
         elif self._option == OPT_EXPORT_NAME:
             self._close("an export name of impossible length")
@@ -342,7 +342,7 @@ class Handshake:
         if INFO_DESCRIPTION in wanted and export.description:
             infos.append(_U16.pack(INFO_DESCRIPTION) + export.description.encode())
         if INFO_BLOCK_SIZE in wanted or export.minimum_block_bytes > 1:
-            sizes = (export.minimum_block_bytes, export.preferred_block_bytes, MAXIMUM_PAYLOAD_BYTES)
+            sizes = (export.minimum_block_bytes, export.preferred_block_bytes, PAYLOAD_BYTES_MAX)
             infos.append(_INFO_BLOCK_SIZE.pack(INFO_BLOCK_SIZE, *sizes))
         answer = b"".join(self._reply(REP_INFO, info) for info in infos) + self._reply(REP_ACK)
         if self._option == OPT_GO:
@@ -362,7 +362,7 @@ class Handshake:
             raise _Invalid("structured replies come first")
         reader = _Reader(data)
         name = reader.string()
-        queries = {reader.string() for _ in range(min(reader.u32(), MAXIMUM_OPTION_BYTES))}
+        queries = {reader.string() for _ in range(min(reader.u32(), OPTION_BYTES_MAX))}
         reader.end()
         export = self._find(name)
         if export is None:

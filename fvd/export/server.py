@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NBD server as Python sees it: listening sockets, handshakes, control calls, start and stop.
 
-Requests never come here: `_server.Server` moves them in the same thread, and returns to this module for everything else. May not know
+Requests never come here: `_server.NbdLoop` moves them in the same thread, and returns to this module for everything else. May not know
 the command line, the format, or how a disk was opened.
 """
 
@@ -30,8 +30,8 @@ from fvd.engine._engine import Engine
 from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
 from fvd.export import handshake
 from fvd.export._engine_backend import EngineBackend
-from fvd.export._nbd import MAXIMUM_PAYLOAD_BYTES
-from fvd.export._server import Backend, Server
+from fvd.export._nbd import PAYLOAD_BYTES_MAX
+from fvd.export._server import Backend, NbdLoop
 from fvd.export.listening import BoundName, Given, Listen, Tcp, Unix, check_given, open_listener
 from fvd.export.peers import Peer, is_privileged, peer_of, tune
 from fvd.units import MIB
@@ -44,7 +44,7 @@ _RECEIVE_BYTES = 4096
 # goes as fast as he can leaves the requests of others their time.
 _ACCEPTS_PER_STEP = 16
 _REST = 4
-_AFTER_FAILURE_S = 0.25
+_AFTER_FAILURE_SECONDS = 0.25
 _EVENTS_PER_SHAKE = 16
 _EVENTS_PER_STEP = 64  # of all handshakes: requests go in between
 
@@ -59,9 +59,9 @@ class Limits:
     connection_inflight_bytes: int = 64 * MIB  # of requests under way; beyond it their socket is not read
     total_inflight_bytes: int = 512 * MIB  # of requests under way and that wait, and of buffers kept for the next
     connection_waiting_bytes: int = 64 * MIB  # of writes that wait for storage; beyond it they end with ENOSPC
-    handshake_s: float = 10.0
-    stall_s: float = 60.0  # for each MiB of a request half sent, or of replies not taken; being idle is no stalling
-    drain_s: float = 10.0  # at the end: for clients to take the replies of what is under way
+    handshake_seconds: float = 10.0
+    stall_seconds: float = 60.0  # for each MiB of a request half sent, or of replies not taken; being idle is no stalling
+    drain_seconds: float = 10.0  # at the end: for clients to take the replies of what is under way
 
 
 @dataclass
@@ -118,12 +118,12 @@ class NbdServer:
         self._listen = listen
         self._limits = limits or Limits()
         self._on_stop = on_stop
-        self._loop = Server(
+        self._loop = NbdLoop(
             connection_bytes=self._limits.connection_inflight_bytes,
             total_bytes=self._limits.total_inflight_bytes,
             waiting_bytes=self._limits.connection_waiting_bytes,
             connections=self._limits.connections,
-            stall_ns=int(self._limits.stall_s * 1e9),
+            stall_ns=int(self._limits.stall_seconds * 1e9),
             busy_poll_us=busy_poll_us,
             force_blocking=force_blocking,
         )
@@ -178,7 +178,7 @@ class NbdServer:
         heard of a lost page before a flush counts. `block_size_bytes` is what requests are
         preferably aligned to. `on_want` is called in the serving thread with the engine's Want bits, once until they are cleared."""
         for text in (name, description):
-            if len(text.encode()) > handshake.MAXIMUM_NAME_BYTES or "\0" in text:
+            if len(text.encode()) > handshake.NAME_BYTES_MAX or "\0" in text:
                 raise InvalidArgument(f"the name or description of export {quoted(name[:64])} is too long for NBD, or contains NUL")
         if not 1 <= minimum_block_bytes <= 65536 or minimum_block_bytes & (minimum_block_bytes - 1):
             raise InvalidArgument(f"the minimum block of {minimum_block_bytes} bytes is no power of two up to 64 KiB")
@@ -192,7 +192,7 @@ class NbdServer:
             if name in self._exports:
                 raise Conflict(f"an export named {quoted(name)} is already served")
             number = self._loop.add_export(backend, storage_fd, base_fd, remote, sampler_fd)
-            preferred = min(block_size_bytes, MAXIMUM_PAYLOAD_BYTES)
+            preferred = min(block_size_bytes, PAYLOAD_BYTES_MAX)
             export = handshake.Export(name, number, size_bytes, read_only, minimum_block_bytes, preferred, description)
             self._exports[name] = export
             if on_want is not None:
@@ -220,7 +220,7 @@ class NbdServer:
         export = self._exports.pop(name, None) or self._abandoned.pop(name, None)
         if export is None:
             raise NotFound(f"no export named {quoted(name)} is served")
-        self._loop.drain(int(self._limits.drain_s * 1e9), export.number)
+        self._loop.drain(int(self._limits.drain_seconds * 1e9), export.number)
         result = self._loop.request(export.number, close=True)
         self._loop.remove_export(export.number)
         self._on_want.pop(export.number, None)
@@ -291,7 +291,7 @@ class NbdServer:
             raise
         self._ready.result()
 
-    def stop(self, timeout_s: float | None = None) -> None:
+    def stop(self, timeout_seconds: float | None = None) -> None:
         """Answer what is under way, flush, hang up. May be called from a signal handler. Waits for a thread that start() made, and
         raises what ended it."""
         with self._lock:
@@ -299,14 +299,14 @@ class NbdServer:
             self._wake_up()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout_s)
+            thread.join(timeout_seconds)
             if thread.is_alive():
-                raise Timeout(f"the NBD server did not stop within {timeout_s} s")
+                raise Timeout(f"the NBD server did not stop within {timeout_seconds} s")
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
 
-    def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
+    def call(self, function: Callable[[], Result], timeout_seconds: float | None = None) -> Result:
         """Run `function` in the serving thread, between two turns; its result or exception."""
         if threading.get_ident() == self._serving:
             return function()
@@ -317,10 +317,10 @@ class NbdServer:
             self._calls.append(call)
             self._wake_up()
         try:
-            result: Result = call.future.result(timeout_s)
+            result: Result = call.future.result(timeout_seconds)
         except FutureTimeout:
             if call.future.cancel() or not call.future.done():
-                raise Timeout(f"the serving thread did not answer within {timeout_s} s") from None
+                raise Timeout(f"the serving thread did not answer within {timeout_seconds} s") from None
             raise
         return result
 
@@ -411,13 +411,13 @@ class NbdServer:
                     log.exception("what an engine wanted (%#x) could not be done", wants)
         now = time.monotonic()
         for fd in [fd for fd, client in self._clients.items() if now > client.deadline]:
-            self._reject(fd, f"no handshake within {self._limits.handshake_s:g} s")
+            self._reject(fd, f"no handshake within {self._limits.handshake_seconds:g} s")
         self._tell_endings()
         say_due()
 
     def _tell_endings(self) -> None:
         garbage, half_sent, not_taken = self._loop.take_endings()
-        within = f"for {self._limits.stall_s:g} s"
+        within = f"for {self._limits.stall_seconds:g} s"
         self._notes.warning("garbage", "hung up on a client that sent what is no request", times=garbage)
         self._notes.warning("half sent", f"hung up on a client that had sent half a request, {within}", times=half_sent)
         self._notes.warning("not taken", f"hung up on a client that had not taken its replies, {within}", times=not_taken)
@@ -436,7 +436,7 @@ class NbdServer:
         self._close_listeners()
         for fd in list(self._clients):
             self._reject(fd, "the server stops")
-        self._loop.drain(int(self._limits.drain_s * 1e9))
+        self._loop.drain(int(self._limits.drain_seconds * 1e9))
         self._run_calls()
         for name, export in self._exports.items():
             if result := self._loop.request(export.number):
@@ -485,7 +485,7 @@ class NbdServer:
                 if error.errno in (errno.ECONNABORTED, errno.EINTR):
                     continue
                 self._notes.error("accept", f"accept: {error.strerror}")  # out of descriptors or memory: it passes
-                self._accept_at = time.monotonic() + _AFTER_FAILURE_S
+                self._accept_at = time.monotonic() + _AFTER_FAILURE_SECONDS
                 break
             try:
                 self._take_in(client)
@@ -510,7 +510,7 @@ class NbdServer:
             return
         client.setblocking(False)
         tune(client, self._connection_count())
-        deadline = time.monotonic() + self._limits.handshake_s
+        deadline = time.monotonic() + self._limits.handshake_seconds
         entry = _Client(client, handshake.Handshake(self._exports), peer, deadline, handshake.Handshake.greeting())
         self._clients[client.fileno()] = entry
         self._loop.watch(client.fileno())

@@ -23,15 +23,15 @@ JOURNAL_OFFSET_BYTES = MIB
 DATA_ALIGNMENT_BYTES = MIB
 
 SECTOR_BYTES = 512
-MIN_VIRTUAL_SIZE_BYTES = 4 * KIB
-MIN_BLOCK_SIZE_BYTES = 4 * KIB
-MAX_BLOCK_SIZE_BYTES = MIB
-MIN_CHUNK_SIZE_BYTES = 64 * KIB
-MAX_CHUNK_SIZE_BYTES = 256 * MIB
-MAX_CHUNKS = 1 << 28
-MAX_BLOCKS = 1 << 33
-MIN_JOURNAL_SIZE_BYTES = 64 * KIB
-MAX_JOURNAL_SIZE_BYTES = GIB
+VIRTUAL_SIZE_BYTES_MIN = 4 * KIB
+BLOCK_SIZE_BYTES_MIN = 4 * KIB
+BLOCK_SIZE_BYTES_MAX = MIB
+CHUNK_SIZE_BYTES_MIN = 64 * KIB
+CHUNK_SIZE_BYTES_MAX = 256 * MIB
+CHUNKS_MAX = 1 << 28
+BLOCKS_MAX = 1 << 33
+JOURNAL_SIZE_BYTES_MIN = 64 * KIB
+JOURNAL_SIZE_BYTES_MAX = GIB
 GROW_STEP_UNIT_BYTES = 64 * KIB
 _U64_END = 1 << 64
 
@@ -72,29 +72,29 @@ class Geometry:
     placement: Placement = Placement.APPEND
 
     def __post_init__(self) -> None:
-        if self.virtual_size_bytes % SECTOR_BYTES or self.virtual_size_bytes < MIN_VIRTUAL_SIZE_BYTES:
+        if self.virtual_size_bytes % SECTOR_BYTES or self.virtual_size_bytes < VIRTUAL_SIZE_BYTES_MIN:
             raise InvalidArgument(
                 f"virtual size is {self.virtual_size_bytes} bytes; "
-                f"it must be a multiple of {SECTOR_BYTES}, at least {MIN_VIRTUAL_SIZE_BYTES}"
+                f"it must be a multiple of {SECTOR_BYTES}, at least {VIRTUAL_SIZE_BYTES_MIN}"
             )
-        _power_of_two("block size", self.block_size_bytes, MIN_BLOCK_SIZE_BYTES, MAX_BLOCK_SIZE_BYTES)
-        _power_of_two("chunk size", self.chunk_size_bytes, MIN_CHUNK_SIZE_BYTES, MAX_CHUNK_SIZE_BYTES)
+        _power_of_two("block size", self.block_size_bytes, BLOCK_SIZE_BYTES_MIN, BLOCK_SIZE_BYTES_MAX)
+        _power_of_two("chunk size", self.chunk_size_bytes, CHUNK_SIZE_BYTES_MIN, CHUNK_SIZE_BYTES_MAX)
         if self.chunk_size_bytes < self.block_size_bytes:
             raise InvalidArgument(f"chunk size {self.chunk_size_bytes} is smaller than block size {self.block_size_bytes}")
-        if self.chunks > MAX_CHUNKS:
+        if self.chunks > CHUNKS_MAX:
             raise InvalidArgument(
                 f"virtual size {self.virtual_size_bytes} takes {self.chunks} chunks of {self.chunk_size_bytes} bytes; "
-                f"at most {MAX_CHUNKS} are possible: choose a larger chunk size"
+                f"at most {CHUNKS_MAX} are possible: choose a larger chunk size"
             )
-        if self.blocks > MAX_BLOCKS:
+        if self.blocks > BLOCKS_MAX:
             raise InvalidArgument(
                 f"virtual size {self.virtual_size_bytes} takes {self.blocks} blocks of {self.block_size_bytes} bytes; "
-                f"at most {MAX_BLOCKS} are possible: choose a larger block size"
+                f"at most {BLOCKS_MAX} are possible: choose a larger block size"
             )
-        if self.journal_size_bytes % PAGE_BYTES or not MIN_JOURNAL_SIZE_BYTES <= self.journal_size_bytes <= MAX_JOURNAL_SIZE_BYTES:
+        if self.journal_size_bytes % PAGE_BYTES or not JOURNAL_SIZE_BYTES_MIN <= self.journal_size_bytes <= JOURNAL_SIZE_BYTES_MAX:
             raise InvalidArgument(
                 f"journal size is {self.journal_size_bytes} bytes; it must be a multiple of {PAGE_BYTES} "
-                f"from {MIN_JOURNAL_SIZE_BYTES} to {MAX_JOURNAL_SIZE_BYTES}"
+                f"from {JOURNAL_SIZE_BYTES_MIN} to {JOURNAL_SIZE_BYTES_MAX}"
             )
         if self.grow_step_bytes % GROW_STEP_UNIT_BYTES or not self.chunk_size_bytes <= self.grow_step_bytes < _U64_END:
             raise InvalidArgument(

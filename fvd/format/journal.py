@@ -25,7 +25,7 @@ PAGE_MAGIC = b"FVDJ"
 HEADER_BYTES = 64
 RECORDS_BYTES = PAGE_BYTES - HEADER_BYTES
 FLAG_CLEAN = 1
-MAX_PARTS = 0xFFFF
+PARTS_MAX = 0xFFFF
 # A counter that only ever counts pages cannot come near this; what does was not written by a disk, and must not overflow one.
 SEQUENCE_END = 1 << 63
 
@@ -143,7 +143,7 @@ def encode_commit(
     words = _as_records(words, WORD_RECORD)
     entries = _as_records(entries, ENTRY_RECORD)
     parts = parts_needed(len(words), len(entries))
-    if parts > MAX_PARTS or fit_sequence(geometry, sequence, parts) != sequence or parts > geometry.journal_pages:
+    if parts > PARTS_MAX or fit_sequence(geometry, sequence, parts) != sequence or parts > geometry.journal_pages:
         raise InvalidArgument(f"a commit of {parts} pages does not fit at sequence {sequence} of a ring of {geometry.journal_pages} pages")
     if not 1 <= sequence < SEQUENCE_END or not 0 <= previous < sequence or not 1 <= tail <= sequence:
         raise InvalidArgument(f"sequence {sequence}, previous {previous} and tail {tail} contradict each other")

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 from fvd.errors import InvalidArgument, quoted
 
-MAX_LOCATOR_BYTES = 3072
+LOCATOR_BYTES_MAX = 3072
 
 
 class BaseFormat(IntEnum):
@@ -76,8 +76,8 @@ def check_locator(locator: str, base_format: BaseFormat) -> None:
         raw = locator.encode()
     except UnicodeEncodeError as error:
         raise InvalidArgument(f"the base {quoted(locator)} is not UTF-8") from error
-    if len(raw) > MAX_LOCATOR_BYTES:
-        raise InvalidArgument(f"the base's name has {len(raw)} bytes; at most {MAX_LOCATOR_BYTES} fit")
+    if len(raw) > LOCATOR_BYTES_MAX:
+        raise InvalidArgument(f"the base's name has {len(raw)} bytes; at most {LOCATOR_BYTES_MAX} fit")
     if base_format is BaseFormat.NONE:
         raise InvalidArgument(f"the base {locator} has no format")
     if any(ord(letter) < 0x20 or 0x7F <= ord(letter) < 0xA0 for letter in locator):

@@ -14,7 +14,7 @@ import numpy as np
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported, quoted
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
-from fvd.format.locator import MAX_LOCATOR_BYTES as MAX_LOCATOR_BYTES
+from fvd.format.locator import LOCATOR_BYTES_MAX as LOCATOR_BYTES_MAX
 from fvd.format.locator import BaseFormat as BaseFormat
 from fvd.format.locator import check_locator
 
@@ -31,7 +31,7 @@ PENDING_LOG = 1
 POSSIBLE_LOSS = 2
 KNOWN_AUTOCLEAR_FEATURES = PENDING_LOG | POSSIBLE_LOSS
 ID_BYTES = 16
-MAX_LOG_PATH_BYTES = 256
+LOG_PATH_BYTES_MAX = 256
 _U64_END = 1 << 64
 
 SUPERBLOCK = np.dtype(
@@ -69,8 +69,8 @@ SUPERBLOCK = np.dtype(
         ("loss_reason", "<u4"),
         ("log_path_size", "<u4"),
         ("reserved_b", "V288"),
-        ("base_locator", f"V{MAX_LOCATOR_BYTES}"),
-        ("log_path", f"V{MAX_LOG_PATH_BYTES}"),
+        ("base_locator", f"V{LOCATOR_BYTES_MAX}"),
+        ("log_path", f"V{LOG_PATH_BYTES_MAX}"),
         ("reserved_c", "V256"),
     ]
 )
@@ -123,8 +123,8 @@ class LogRecord:
             raise InvalidArgument(f"a boot and a host are known by {ID_BYTES} bytes")
         if self.path and not (self.path.startswith("/") and self.path.isprintable()):
             raise InvalidArgument("the log's path is not an absolute one")
-        if len(self.path.encode()) > MAX_LOG_PATH_BYTES:
-            raise InvalidArgument(f"the log's path has more than {MAX_LOG_PATH_BYTES} bytes")
+        if len(self.path.encode()) > LOG_PATH_BYTES_MAX:
+            raise InvalidArgument(f"the log's path has more than {LOG_PATH_BYTES_MAX} bytes")
 
 
 class LossReason(IntEnum):
@@ -224,12 +224,12 @@ def encode(superblock: Superblock) -> bytes:
         row["base_format"] = int(superblock.base.format)
         row["base_locator_size"] = len(locator)
         row["base_size_bytes"] = superblock.base.size_bytes
-        row["base_locator"] = np.void(locator.ljust(MAX_LOCATOR_BYTES, b"\0"))
+        row["base_locator"] = np.void(locator.ljust(LOCATOR_BYTES_MAX, b"\0"))
     if superblock.log is not None:
         path = superblock.log.path.encode()
         row["log_boot"], row["log_host"] = np.void(superblock.log.boot), np.void(superblock.log.host)
         row["log_path_size"] = len(path)
-        row["log_path"] = np.void(path.ljust(MAX_LOG_PATH_BYTES, b"\0"))
+        row["log_path"] = np.void(path.ljust(LOG_PATH_BYTES_MAX, b"\0"))
     if superblock.loss is not None:
         row["loss_seconds"], row["loss_reason"] = superblock.loss.seconds, int(superblock.loss.reason)
     raw = page.view(np.uint8)
@@ -302,7 +302,7 @@ def _interpret_log(row: np.void) -> LogRecord | None:
     if not int(row["autoclear_features"]) & PENDING_LOG:
         return None
     padded, size = row["log_path"].tobytes(), int(row["log_path_size"])
-    if size > MAX_LOG_PATH_BYTES or padded[size:].strip(b"\0"):
+    if size > LOG_PATH_BYTES_MAX or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"log_path_size is {size}, which does not fit the path")
     try:
         return LogRecord(row["log_boot"].tobytes(), row["log_host"].tobytes(), padded[:size].decode())
@@ -321,7 +321,7 @@ def _interpret_loss(row: np.void) -> PossibleLoss | None:
 def _interpret_base(row: np.void) -> BaseReference | None:
     padded = row["base_locator"].tobytes()
     size = int(row["base_locator_size"])
-    if size > MAX_LOCATOR_BYTES or padded[size:].strip(b"\0"):
+    if size > LOCATOR_BYTES_MAX or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"base_locator_size is {size}, which does not fit the locator")
     base_format = BaseFormat(int(row["base_format"]))
     if base_format is BaseFormat.NONE:

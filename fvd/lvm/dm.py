@@ -31,7 +31,7 @@ _INACTIVE_PRESENT_FLAG = 1 << 6
 _BUFFER_FULL_FLAG = 1 << 8
 _SKIP_BDGET_FLAG = 1 << 9
 _TABLE_BYTES = 16 << 10  # doubled until the table fits
-_MOST_TABLE_BYTES = 64 << 20
+_TABLE_BYTES_MAX = 64 << 20
 _SECTOR_BYTES = 512  # of /sys, whatever the device's own
 
 
@@ -147,7 +147,7 @@ class Target:
 def table(number: int) -> tuple[Target, ...] | None:
     """The table that a device uses now, in order, also while it is suspended; None: it is none of device-mapper's, or may not be asked."""
     room = _TABLE_BYTES
-    while room <= _MOST_TABLE_BYTES:
+    while room <= _TABLE_BYTES_MAX:
         answer = _ask(number, _DM_TABLE_STATUS, _STATUS_TABLE_FLAG, room)
         if answer is None:
             return None

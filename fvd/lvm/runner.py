@@ -26,7 +26,7 @@ TERM_SECONDS = 5.0
 LOOK_SECONDS = 0.1  # so often work that waits for a command looks whether it has been asked twice to stop
 # os-brick's experience: lvm2 crashes now and then (128 + SIGSEGV as a shell tells it; subprocess says -11), and the next run works.
 CRASHED = (139, -signal.SIGSEGV)
-OUTPUT_LIMIT_BYTES = 64 << 20  # a report of some hundred thousand volumes
+OUTPUT_BYTES_MAX = 64 << 20  # a report of some hundred thousand volumes
 KEPT_VARIABLES = ("LVM_SYSTEM_DIR", "DM_DEV_DIR")
 
 
@@ -132,7 +132,7 @@ def _memory(name: str) -> IO[bytes]:
 
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read(OUTPUT_LIMIT_BYTES).decode(errors="replace")
+    return file.read(OUTPUT_BYTES_MAX).decode(errors="replace")
 
 
 def last_line(text: str) -> str:

@@ -8,6 +8,6 @@ cdef inline uint64_t base_stamp(uint64_t sector) noexcept nogil:
     Writes of the guest stay below it: see unstamp in _oracle.pyx."""
     if (sector >> 7) % 6 == 1 or ((sector >> 5) * 0x9E3779B97F4A7C15ULL) >> 61 == 3:
         return 0
-    return (<uint64_t> 0xBA5E << 44) + sector + 1
+    return (<uint64_t>0xBA5E << 44) + sector + 1
 
 cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_bytes) noexcept nogil

@@ -16,7 +16,7 @@ def base_content(uint64_t base_size, uint64_t offset_bytes, uint64_t length_byte
     if length_bytes:
         fill_from_base(&view[0], offset_bytes, length_bytes)
     del view
-    return bytes(room[: max(0, <object> base_size - offset_bytes)])
+    return bytes(room[: max(0, <object>base_size - offset_bytes)])
 
 
 cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_bytes) noexcept nogil:
@@ -29,6 +29,6 @@ cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_by
             at += 8
         else:
             word = value >> (8 * (at % 8))
-            out[0] = <uint8_t> word
+            out[0] = <uint8_t>word
             out += 1
             at += 1

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-from fvd.sim._dice cimport Dice
+from fvd.sim._rng cimport Rng
 
 cdef enum Category:             # what a fault can be asked for; CATEGORIES in _device.pyx names them
     CATEGORY_READ
@@ -37,7 +37,7 @@ cdef class Operation:
     cdef uint8_t *buffer
 
 cdef class SimulatedDevice:
-    cdef public Dice dice
+    cdef public Rng rng
     cdef public list pending
     cdef public object fault, inspect, announce, conclude
     cdef public double stuck_share, torn_share, overtaking_share
@@ -72,10 +72,10 @@ cdef class SimulatedDevice:
     cdef Version **newest           # of each logical block; NULL: what the image holds is on the medium
     cdef uint8_t *listed
     cdef uint64_t *touched
-    cdef uint64_t touched_count, touched_room
+    cdef uint64_t touched_count, touched_capacity
     cdef Version *spare
     cdef uint64_t *completed_at     # by operation number; 0: not, or failed
-    cdef uint64_t completed_room
+    cdef uint64_t completed_capacity
     cdef uint64_t moment
 
     cdef int category_of(self, Operation op) noexcept

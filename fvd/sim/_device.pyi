@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide."""
+"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the rng decide."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from fvd.sim._dice import Dice
+from fvd.sim._rng import Rng
 
 READ: Final = 0
 WRITE: Final = 1
@@ -45,13 +45,13 @@ class SimulatedDevice:
         self,
         capacity_bytes: int,
         logical_block_bytes: int,
-        dice: Dice,
+        rng: Rng,
         *,
         base_bytes: int | None = None,
         regions: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         """Has no storage until `grow`, at most `capacity_bytes`. `regions`: where journal, maps and data begin, to name faults by."""
-    dice: Dice
+    rng: Rng
     pending: list[Operation]
     """In the order of submission."""
     fault: Callable[[Operation], int] | None
@@ -177,7 +177,7 @@ class SimulatedDevice:
         """Hold this image (of the present size), all of it durable, with nothing pending: for another try from one crash."""
 
     def crash(self) -> None:
-        """Power fails: every volatile block becomes one of its contents, by dice. Nothing is pending any more."""
+        """Power fails: every volatile block becomes one of its contents, by rng. Nothing is pending any more."""
 
     def kill(self) -> None:
         """The process dies, the device goes on: writes and discards under way take effect, wholly, in part or not. All stays volatile."""

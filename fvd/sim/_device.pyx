@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the dice decide.
+"""A simulated block device: an operation is submitted, takes effect and completes in separate events, whose order the rng decide.
 
 A write takes effect (is seen by reads) at some moment before it completes, or block by block until then, and stays volatile until a flush
 that was submitted after its completion completes, or until its own completion if it is durable. A crash leaves each volatile logical
@@ -19,7 +19,7 @@ from libc.errno cimport EOPNOTSUPP
 
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE
 from fvd.sim._base cimport fill_from_base
-from fvd.sim._dice cimport Dice
+from fvd.sim._rng cimport Rng
 
 READ, WRITE, FLUSH, DISCARD, ZERO = OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD, OP_ZERO
 STORAGE, BASE = TARGET_STORAGE, TARGET_BASE
@@ -31,8 +31,8 @@ cdef enum:
     GARBLED = 0xBD              # what a read that fails leaves in its buffer
     LOOK_BACK = 64              # operations that one may overtake
 
-cdef uint64_t STUCK = <uint64_t> 1 << 60
-cdef uint64_t QUEUED = <uint64_t> 1 << 61
+cdef uint64_t STUCK = <uint64_t>1 << 60
+cdef uint64_t QUEUED = <uint64_t>1 << 61
 
 
 cdef class Operation:
@@ -47,7 +47,7 @@ cdef class Operation:
     @property
     def content(self):
         """What a write writes, as bytes; the buffer of a read as it is now."""
-        return (<char *> self.buffer)[: self.length_bytes] if self.buffer != NULL else b""
+        return (<char *>self.buffer)[: self.length_bytes] if self.buffer != NULL else b""
 
 
 cdef class SimulatedDevice:
@@ -59,10 +59,10 @@ cdef class SimulatedDevice:
         self.completed_at = NULL
         self.spare = NULL
 
-    def __init__(self, uint64_t capacity_bytes, uint32_t logical_block_bytes, Dice dice, *, base_bytes=None, regions=(0, 0, 0)):
+    def __init__(self, uint64_t capacity_bytes, uint32_t logical_block_bytes, Rng rng, *, base_bytes=None, regions=(0, 0, 0)):
         """See _device.pyi."""
         cdef uint8_t[::1] view
-        self.dice = dice
+        self.rng = rng
         self.logical_block_bytes = logical_block_bytes
         self.capacity_bytes = capacity_bytes
         self.base_bytes = base_bytes
@@ -71,12 +71,12 @@ cdef class SimulatedDevice:
         self.image_array = np.zeros(capacity_bytes, np.uint8)   # of memory that nobody has touched: most of a vast one stays so
         view = self.image_array
         self.image = &view[0]
-        self.newest = <Version **> calloc(capacity_bytes // logical_block_bytes + 1, sizeof(Version *))
-        self.listed = <uint8_t *> calloc(capacity_bytes // logical_block_bytes + 1, 1)
-        self.touched_room = 256
-        self.touched = <uint64_t *> malloc(self.touched_room * 8)
-        self.completed_room = 1024
-        self.completed_at = <uint64_t *> calloc(self.completed_room, 8)
+        self.newest = <Version **>calloc(capacity_bytes // logical_block_bytes + 1, sizeof(Version *))
+        self.listed = <uint8_t *>calloc(capacity_bytes // logical_block_bytes + 1, 1)
+        self.touched_capacity = 256
+        self.touched = <uint64_t *>malloc(self.touched_capacity * 8)
+        self.completed_capacity = 1024
+        self.completed_at = <uint64_t *>calloc(self.completed_capacity, 8)
         if self.newest == NULL or self.listed == NULL or self.touched == NULL or self.completed_at == NULL:
             raise MemoryError("simulated device")
         self.pending = []
@@ -157,18 +157,18 @@ cdef class SimulatedDevice:
     def submit(self, operations):
         """[(token, kind, target, offset_bytes, length_bytes, buffer_address, durable)], as Engine.take_operations gives them."""
         for token, kind, target, offset, length, address, durable in operations:
-            self.add(token, kind, target, offset, length, <uint8_t *> <uintptr_t> address, durable)
+            self.add(token, kind, target, offset, length, <uint8_t *><uintptr_t>address, durable)
 
     cdef Operation add(self, uint64_t token, int kind, int target, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
                        bint durable):
         cdef Operation op = Operation.__new__(Operation)
         self.submitted += 1
-        if self.submitted >= self.completed_room:
-            self.completed_at = <uint64_t *> realloc(self.completed_at, self.completed_room * 16)
+        if self.submitted >= self.completed_capacity:
+            self.completed_at = <uint64_t *>realloc(self.completed_at, self.completed_capacity * 16)
             if self.completed_at == NULL:
                 raise MemoryError("simulated device")
-            memset(self.completed_at + self.completed_room, 0, self.completed_room * 8)
-            self.completed_room *= 2
+            memset(self.completed_at + self.completed_capacity, 0, self.completed_capacity * 8)
+            self.completed_capacity *= 2
         op.number = self.submitted
         op.token = token
         op.kind = kind
@@ -180,9 +180,9 @@ cdef class SimulatedDevice:
         op.submitted_at = self.moment
         op.size_at_submission = self.size_bytes
         self.hold(op)
-        if self.dice.chance(self.stuck_share):
+        if self.rng.chance(self.stuck_share):
             op.held_until = STUCK
-        if self.overtaking_share and self.dice.chance(self.overtaking_share):
+        if self.overtaking_share and self.rng.chance(self.overtaking_share):
             self.overtake(op)
         self.pending.append(op)
         self.under_way[self.category_of(op)] += 1
@@ -200,7 +200,7 @@ cdef class SimulatedDevice:
         """A flush, discard or zeroing takes a worker, or waits for one; while all of them discard, everything else is slow."""
         if op.kind == OP_READ or op.kind == OP_WRITE:
             if self.discarding >= self.workers:
-                op.held_until = max(op.held_until, self.moment + self.dice.between(1, 50))
+                op.held_until = max(op.held_until, self.moment + self.rng.between(1, 50))
         elif self.working < self.workers:
             op.working = True
             self.working += 1
@@ -221,7 +221,7 @@ cdef class SimulatedDevice:
         self.working -= 1
         self.discarding -= op.kind == OP_DISCARD
         if self.queue:
-            following = <Operation> self.queue.pop(0)
+            following = <Operation>self.queue.pop(0)
             following.queued = False
             following.working = True
             following.held_until = 0
@@ -245,20 +245,20 @@ cdef class SimulatedDevice:
         if op.kind == OP_FLUSH or op.target != TARGET_STORAGE:
             return
         for i in range(max(0, count - LOOK_BACK), count):
-            other = <Operation> self.pending[i]
+            other = <Operation>self.pending[i]
             if (not other.took_effect and other.target == TARGET_STORAGE and other.kind != OP_FLUSH
                     and (other.kind != OP_READ or op.kind != OP_READ)
                     and other.offset_bytes < op.offset_bytes + op.length_bytes
                     and op.offset_bytes < other.offset_bytes + other.length_bytes):
-                other.held_until = max(other.held_until, self.moment + self.dice.between(20, 100))
+                other.held_until = max(other.held_until, self.moment + self.rng.between(20, 100))
                 op.overtook = True
 
     cdef void hold(self, Operation op) noexcept:
         """Perhaps its next event is a long time off."""
-        if self.dice.chance(self.slow[self.category_of(op)]):
-            op.held_until = self.moment + (self.dice.between(20, 600) if not self.dice.chance(0.1) else self.dice.between(600, 3000))
+        if self.rng.chance(self.slow[self.category_of(op)]):
+            op.held_until = self.moment + (self.rng.between(20, 600) if not self.rng.chance(0.1) else self.rng.between(600, 3000))
         if op.took_effect and op.overtook:
-            op.held_until = max(op.held_until, self.moment + self.dice.between(50, 300))
+            op.held_until = max(op.held_until, self.moment + self.rng.between(50, 300))
 
     def step(self):
         """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
@@ -266,7 +266,7 @@ cdef class SimulatedDevice:
 
     cdef Operation event(self):
         cdef Py_ssize_t count = len(self.pending)
-        cdef Operation op = <Operation> self.pending[self.dice.below(count)]
+        cdef Operation op = <Operation>self.pending[self.rng.below(count)]
         cdef Operation other
         if self.weather:
             self.happen()
@@ -274,12 +274,12 @@ cdef class SimulatedDevice:
             ready = [other for other in self.pending if other.held_until <= self.moment]
             ready = (ready or [other for other in self.pending if other.held_until < STUCK]
                      or [other for other in self.pending if other.held_until < QUEUED])
-            op = <Operation> ready[self.dice.below(len(ready))]
+            op = <Operation>ready[self.rng.below(len(ready))]
         # Mostly microseconds; now and then milliseconds.
-        self.now_ns += self.dice.between(1000, 200000) if not self.dice.chance(0.01) else self.dice.between(1000000, 50000000)
+        self.now_ns += self.rng.between(1000, 200000) if not self.rng.chance(0.01) else self.rng.between(1000000, 50000000)
         if not op.took_effect:
-            if self.torn_share and op.length_bytes > self.logical_block_bytes and self.dice.chance(self.torn_share):
-                op.late = self.dice.raw()
+            if self.torn_share and op.length_bytes > self.logical_block_bytes and self.rng.chance(self.torn_share):
+                op.late = self.rng.raw()
             self.begin(op)
             self.hold(op)
             return None
@@ -319,7 +319,7 @@ cdef class SimulatedDevice:
             raise RuntimeError(f"{op} takes effect twice")
         op.took_effect = True
         self.moment += 1
-        if self.faulty and self.dice.chance(self.rates[self.category_of(op)]):
+        if self.faulty and self.rng.chance(self.rates[self.category_of(op)]):
             error = self.fail_with
         elif op.number == self.fail_number:
             error = self.fail_with
@@ -356,7 +356,7 @@ cdef class SimulatedDevice:
 
     cdef double failed_share(self) noexcept:
         """Of the blocks of a write that fails: so many are written. Where they may still come, often none at first."""
-        return 0.0 if self.landing_share and self.dice.chance(0.5) else 0.5
+        return 0.0 if self.landing_share and self.rng.chance(0.5) else 0.5
 
     cdef int begin_durable(self, Operation op, int32_t error) except -1:
         """A flush or a durable write takes effect, where a failure is told to one of those who ask: others' blocks may be lost with it.
@@ -368,7 +368,7 @@ cdef class SimulatedDevice:
                 raise AssertionError(f"a write outside the storage: {op}")
             if op.offset_bytes < self.data_start and self.inspect is not None:
                 self.inspect(op)
-            if error and ((self.fua and not self.page_cache) or self.dice.chance(0.5)):
+            if error and ((self.fua and not self.page_cache) or self.rng.chance(0.5)):
                 op.by_itself = True
                 op.result = error
                 return self.put(op, self.failed_share())
@@ -377,14 +377,14 @@ cdef class SimulatedDevice:
             if error:
                 # Its blocks are seen and count as written: some of them are not.
                 for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
-                    if self.dice.chance(0.7):
+                    if self.rng.chance(0.7):
                         self.lose_block(block)
         if error:
             if op.kind == OP_FLUSH or not self.page_cache:
                 self.lose_cached()
             self.report = error
             self.page_errors += self.page_cache
-        if self.dice.chance(0.5):
+        if self.rng.chance(0.5):
             self.ask_for_report(op)
             if op.result == 0:
                 self.make_durable(op)
@@ -473,7 +473,7 @@ cdef class SimulatedDevice:
         for index in range(count) if blocks is None else blocks:
             if not 0 <= index < count:
                 raise RuntimeError(f"{operation} has no block {index}")
-            self.settle_block(first + <uint64_t> index, operation.number, 0)
+            self.settle_block(first + <uint64_t>index, operation.number, 0)
 
     # --- volatile blocks --------------------------------------------------------------------------------------------
 
@@ -508,7 +508,7 @@ cdef class SimulatedDevice:
         for i in range(op.length_bytes // size):
             if op.late and (op.late >> (i & 63) & 1) != late:
                 continue
-            if share < 1.0 and not self.dice.chance(share):
+            if share < 1.0 and not self.rng.chance(share):
                 continue
             self.put_block(first + i, content + i * stride, op.number)
         return 0
@@ -529,24 +529,24 @@ cdef class SimulatedDevice:
         while missing:
             version = self.spare
             if version == NULL:
-                version = <Version *> malloc(sizeof(Version) + size)
+                version = <Version *>malloc(sizeof(Version) + size)
                 if version == NULL:
                     raise MemoryError("simulated device")
             else:
                 self.spare = version.older
             version.older = before
             version.number = number if missing == 1 else 0
-            memcpy(<uint8_t *> (version + 1), content if missing == 1 else held, size)
+            memcpy(<uint8_t *>(version + 1), content if missing == 1 else held, size)
             before = version
             missing -= 1
         self.newest[block] = before
         memcpy(self.image + block * size, content, size)
         if not self.listed[block]:
-            if self.touched_count == self.touched_room:
-                self.touched = <uint64_t *> realloc(self.touched, self.touched_room * 16)
+            if self.touched_count == self.touched_capacity:
+                self.touched = <uint64_t *>realloc(self.touched, self.touched_capacity * 16)
                 if self.touched == NULL:
                     raise MemoryError("simulated device")
-                self.touched_room *= 2
+                self.touched_capacity *= 2
             self.touched[self.touched_count] = block
             self.touched_count += 1
             self.listed[block] = 1
@@ -588,7 +588,7 @@ cdef class SimulatedDevice:
         cdef uint64_t i, block
         for i in range(self.touched_count):
             block = self.touched[i]
-            if self.newest[block] == NULL or self.completed_at[self.newest[block].number] == 0 or self.dice.chance(0.5):
+            if self.newest[block] == NULL or self.completed_at[self.newest[block].number] == 0 or self.rng.chance(0.5):
                 continue
             self.lose_block(block)
         return 0
@@ -599,7 +599,7 @@ cdef class SimulatedDevice:
             return 0
         while version.older != NULL:
             version = version.older
-        self.lost[block] = (<char *> (version + 1))[: self.logical_block_bytes]
+        self.lost[block] = (<char *>(version + 1))[: self.logical_block_bytes]
         self.forget(self.newest[block])
         self.newest[block] = NULL
         self.losses += 1
@@ -614,30 +614,30 @@ cdef class SimulatedDevice:
 
     cdef int happen(self) except -1:
         cdef uint64_t before = self.losses
-        if self.page_cache and self.touched_count and self.dice.chance(self.writeback_share):
+        if self.page_cache and self.touched_count and self.rng.chance(self.writeback_share):
             self.lose_cached()
             if self.losses != before:
                 self.report = self.fail_with
                 self.page_errors += 1
-        if self.lost and self.dice.chance(self.eviction_share):
+        if self.lost and self.rng.chance(self.eviction_share):
             self.evict(0.3)
-        if self.landing and self.dice.chance(self.landing_share):
+        if self.landing and self.rng.chance(self.landing_share):
             self.land(0.5)
         return 0
 
     def happen_at_rest(self):
         """See _device.pyi."""
-        if self.lost and self.dice.chance(self.eviction_share):
+        if self.lost and self.rng.chance(self.eviction_share):
             self.evict(0.3)
-        if self.landing and self.dice.chance(0.3):
+        if self.landing and self.rng.chance(0.3):
             self.land(0.5)
 
     cdef int evict(self, double share) except -1:
         """Clean pages leave the cache: what is read again is what the medium holds."""
         cdef uint64_t size = self.logical_block_bytes
-        for block in [block for block in self.lost if self.dice.chance(share)]:
+        for block in [block for block in self.lost if self.rng.chance(share)]:
             if (block + 1) * size <= self.size_bytes:
-                memcpy(self.image + <uint64_t> block * size, <const uint8_t *> <bytes> self.lost[block], size)
+                memcpy(self.image + <uint64_t>block * size, <const uint8_t *> <bytes>self.lost[block], size)
             del self.lost[block]
             self.reverted += 1
         return 0
@@ -646,22 +646,22 @@ cdef class SimulatedDevice:
         """It failed; what is on its way to some of its blocks may still reach them."""
         cdef uint64_t size = self.logical_block_bytes
         cdef uint64_t i
-        cdef double share = 1.0 if self.dice.chance(0.5) else 0.5
+        cdef double share = 1.0 if self.rng.chance(0.5) else 0.5
         for i in range(op.length_bytes // size):
-            if share == 1.0 or self.dice.chance(share):
-                content = (<char *> op.buffer)[i * size : (i + 1) * size] if op.kind == OP_WRITE else (
+            if share == 1.0 or self.rng.chance(share):
+                content = (<char *>op.buffer)[i * size : (i + 1) * size] if op.kind == OP_WRITE else (
                     bytes((DISCARDED if op.kind == OP_DISCARD else 0,)) * size)
                 self.landing[op.offset_bytes // size + i] = (content, op.number, self.moment)
         return 0
 
     cdef int land(self, double share) except -1:
         """Blocks of operations that had failed reach the storage; what does not come now may come later."""
-        if self.dice.chance(0.5):
+        if self.rng.chance(0.5):
             share = 1.0
-        for block in [block for block in self.landing if share == 1.0 or self.dice.chance(share)]:
+        for block in [block for block in self.landing if share == 1.0 or self.rng.chance(share)]:
             content, number, _ = self.landing.pop(block)
             if (block + 1) * self.logical_block_bytes <= self.size_bytes:
-                self.put_block(block, <const uint8_t *> <bytes> content, number)
+                self.put_block(block, <const uint8_t *> <bytes>content, number)
                 self.landings += 1
         return 0
 
@@ -674,7 +674,7 @@ cdef class SimulatedDevice:
         cdef uint64_t size = self.logical_block_bytes
         for block, medium in self.lost.items():
             if (block + 1) * size <= self.size_bytes:
-                memcpy(self.image + <uint64_t> block * size, <const uint8_t *> <bytes> medium, size)
+                memcpy(self.image + <uint64_t>block * size, <const uint8_t *> <bytes>medium, size)
         self.lost.clear()
         return 0
 
@@ -736,7 +736,7 @@ cdef class SimulatedDevice:
             number = version.number
             contents = []
             while version != NULL:
-                contents.append((<char *> (version + 1))[: self.logical_block_bytes])
+                contents.append((<char *>(version + 1))[: self.logical_block_bytes])
                 version = version.older
             contents.reverse()
             found.append((number, block * self.logical_block_bytes, contents))
@@ -752,7 +752,7 @@ cdef class SimulatedDevice:
         memoryview(self.image_array)[: self.size_bytes] = image
 
     def crash(self):
-        """Power fails: every volatile block becomes one of its contents, by dice. Nothing is pending any more."""
+        """Power fails: every volatile block becomes one of its contents, by rng. Nothing is pending any more."""
         cdef Operation op
         cdef Version *version
         cdef uint64_t i, block, count
@@ -766,11 +766,11 @@ cdef class SimulatedDevice:
                     self.put(op, 0.5)
         if self.landing:
             self.land(0.5)
-        keep = (0.0, 0.1, 0.5, 0.9, 1.0)[self.dice.below(5)]
+        keep = (0.0, 0.1, 0.5, 0.9, 1.0)[self.rng.below(5)]
         for i in range(self.touched_count):
             block = self.touched[i]
             version = self.newest[block]
-            if version == NULL or self.dice.chance(keep):
+            if version == NULL or self.rng.chance(keep):
                 continue
             count = 0
             while version.older != NULL:
@@ -778,14 +778,14 @@ cdef class SimulatedDevice:
                 count += 1
             version = self.newest[block]
             # Any but the newest, if there is another.
-            for _ in range(1 + self.dice.below(count) if count else 0):
+            for _ in range(1 + self.rng.below(count) if count else 0):
                 version = version.older
-            memcpy(self.image + block * size, <uint8_t *> (version + 1), size)
+            memcpy(self.image + block * size, <uint8_t *>(version + 1), size)
         self.revert_lost()
         self.report = 0
         self.sampled = self.page_errors
         # The size of a file is volatile too; that of a logical volume is not.
-        if self.size_bytes > self.durable_size_bytes and self.dice.chance(0.3):
+        if self.size_bytes > self.durable_size_bytes and self.rng.chance(0.3):
             self.truncate(self.durable_size_bytes)
         self.flush_everything()
         self.nothing_pending()
@@ -798,14 +798,14 @@ cdef class SimulatedDevice:
             if op.took_report:
                 self.report = op.result     # a limit of the model: not told to the dead alone
             if op.kind == OP_DISCARD and not op.took_effect:
-                self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
+                self.put(op, (0.0, 0.5, 1.0)[self.rng.below(3)])
             elif op.kind == OP_DISCARD:
                 self.catch_up(op, 1.0)
             elif op.kind == OP_WRITE or (op.kind == OP_ZERO and self.zeroes):
                 if op.took_effect:
                     self.catch_up(op, 1.0)
                 else:
-                    self.put(op, (0.0, 0.5, 1.0)[self.dice.below(3)])
+                    self.put(op, (0.0, 0.5, 1.0)[self.rng.below(3)])
                 # The kernel ends it, whoever is there to see: a later flush covers it.
                 self.completed_at[op.number] = self.moment
         self.nothing_pending()

@@ -43,14 +43,14 @@ cdef class Oracle:
     cdef int64_t *settled
     cdef History *histories
     cdef uint64_t *touched                  # sectors with a history
-    cdef uint64_t touched_count, touched_room
+    cdef uint64_t touched_count, touched_capacity
     cdef Write *writes
-    cdef uint32_t write_count, write_room
+    cdef uint32_t write_count, write_capacity
     cdef uint32_t *unflushed
-    cdef uint32_t unflushed_count, unflushed_room
+    cdef uint32_t unflushed_count, unflushed_capacity
     cdef uint64_t last_flush                # when the last flush that succeeded began
     cdef uint64_t *reads                    # when the reads under way began
-    cdef uint32_t read_count, read_room
+    cdef uint32_t read_count, read_capacity
     cdef uint64_t doubted_at        # when the storage last showed less than before: a read that began earlier may have seen what was lost
     cdef bint any_failed            # a write of this life has failed
     cdef public bint lands_late     # a write that failed may still reach the storage after a read that did not show it

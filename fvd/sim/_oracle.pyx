@@ -17,7 +17,7 @@ from fvd.sim._base import base_content
 from fvd.sim._base cimport base_stamp
 
 SECTOR_BYTES = 512
-NEVER = <uint64_t> 1 << 62
+NEVER = <uint64_t>1 << 62
 
 cdef enum:
     SECTOR = 512
@@ -25,9 +25,9 @@ cdef enum:
     PRUNE_AT = 24
 
 cdef int64_t TORN = -1, ODD = -2
-cdef uint64_t OPEN = <uint64_t> 1 << 62
+cdef uint64_t OPEN = <uint64_t>1 << 62
 # Numbers from here on would look like the base.
-cdef uint32_t MOST_WRITES = 0xBA5E0
+cdef uint32_t WRITES_MAX = 0xBA5E0
 
 
 class Violation(AssertionError):
@@ -39,7 +39,7 @@ def unstamp(word):
     if word // 2**44 == 0xBA5E:
         return 0, word % 2**44 - 1
     number, place = word // 2**40, word % 2**40 - 1     # not by STAMP_SHIFT: a power of a C integer is no integer
-    return (number, place) if 0 < number < MOST_WRITES and 0 <= place < 2**36 else None
+    return (number, place) if 0 < number < WRITES_MAX and 0 <= place < 2**36 else None
 
 
 cdef void *larger(void *items, size_t bytes) except NULL:
@@ -66,12 +66,12 @@ cdef class Oracle:
         cdef int64_t[::1] view
         places = windows or [(0, virtual_size_bytes // SECTOR)]
         self.window_count = len(places)
-        self.windows = <Window *> calloc(self.window_count, sizeof(Window))
-        self.touched_room = self.write_room = self.unflushed_room = self.read_room = 64
-        self.touched = <uint64_t *> malloc(64 * 8)
-        self.writes = <Write *> calloc(64, sizeof(Write))
-        self.unflushed = <uint32_t *> malloc(64 * 4)
-        self.reads = <uint64_t *> malloc(64 * 8)
+        self.windows = <Window *>calloc(self.window_count, sizeof(Window))
+        self.touched_capacity = self.write_capacity = self.unflushed_capacity = self.read_capacity = 64
+        self.touched = <uint64_t *>malloc(64 * 8)
+        self.writes = <Write *>calloc(64, sizeof(Write))
+        self.unflushed = <uint32_t *>malloc(64 * 4)
+        self.reads = <uint64_t *>malloc(64 * 8)
         if self.windows == NULL or self.touched == NULL or self.writes == NULL or self.unflushed == NULL or self.reads == NULL:
             raise MemoryError("oracle")
         for i, (first, count) in enumerate(places):
@@ -82,7 +82,7 @@ cdef class Oracle:
         self.settled_array = np.zeros(self.sectors, np.int64)
         view = self.settled_array
         self.settled = &view[0]
-        self.histories = <History *> calloc(self.sectors, sizeof(History))
+        self.histories = <History *>calloc(self.sectors, sizeof(History))
         if self.histories == NULL:
             raise MemoryError("oracle")
         # A base that ends inside a sector: that sector has a value of its own.
@@ -95,7 +95,7 @@ cdef class Oracle:
         for index in range(self.sectors):
             sector = self.sector_at(index)
             if sector < base // SECTOR:
-                self.settled[index] = <int64_t> base_stamp(sector)
+                self.settled[index] = <int64_t>base_stamp(sector)
             elif self.has_odd and sector == self.odd_sector:
                 self.settled[index] = ODD
         self.begin_life()
@@ -145,7 +145,7 @@ cdef class Oracle:
         for i in range(self.window_count):
             window = &self.windows[i]
             if first_sector >= window.first and first_sector + sectors <= window.first + window.count:
-                return <int64_t> (window.start + first_sector - window.first)
+                return <int64_t>(window.start + first_sector - window.first)
         raise ValueError(f"sectors {first_sector}+{sectors} are in no window")
 
     cdef uint64_t sector_at(self, uint64_t index) noexcept:
@@ -170,34 +170,34 @@ cdef class Oracle:
         cdef uint64_t i
         cdef uint32_t number = self.write_count
         cdef Write *write
-        if number == self.write_room:
-            self.writes = <Write *> larger(self.writes, self.write_room * 2 * sizeof(Write))
-            self.write_room *= 2
+        if number == self.write_capacity:
+            self.writes = <Write *>larger(self.writes, self.write_capacity * 2 * sizeof(Write))
+            self.write_capacity *= 2
         self.numbers += 1
-        if self.numbers >= MOST_WRITES:
+        if self.numbers >= WRITES_MAX:
             raise OverflowError("more writes than the oracle has numbers for: begin another world")
         self.write_count += 1
         write = &self.writes[number]
         memset(write, 0, sizeof(Write))
-        write.value = 0 if zero else (<int64_t> self.numbers << STAMP_SHIFT) + 1
+        write.value = 0 if zero else (<int64_t>self.numbers << STAMP_SHIFT) + 1
         write.stamped = not zero
         write.advisory = advisory
         write.began = self.tick_()
         write.ended = OPEN
         for i in range(sectors):
-            self.add(<uint64_t> index + i, number)
+            self.add(<uint64_t>index + i, number)
         return number
 
     cdef int add(self, uint64_t index, uint32_t write) except -1:
         cdef History *history = &self.histories[index]
         cdef Entry *entry
         if history.count == 0:
-            if self.touched_count == self.touched_room:
-                self.touched = <uint64_t *> larger(self.touched, self.touched_room * 16)
-                self.touched_room *= 2
+            if self.touched_count == self.touched_capacity:
+                self.touched = <uint64_t *>larger(self.touched, self.touched_capacity * 16)
+                self.touched_capacity *= 2
             self.touched[self.touched_count] = index
             self.touched_count += 1
-            history.entries = <Entry *> larger(NULL, 4 * sizeof(Entry))
+            history.entries = <Entry *>larger(NULL, 4 * sizeof(Entry))
             history.room = 4
             history.prune_at = PRUNE_AT
             history.entries[0].write = 0
@@ -206,7 +206,7 @@ cdef class Oracle:
         if history.count >= history.prune_at:
             self.prune(history)
         if history.count == history.room:
-            history.entries = <Entry *> larger(history.entries, history.room * 2 * sizeof(Entry))
+            history.entries = <Entry *>larger(history.entries, history.room * 2 * sizeof(Entry))
             history.room *= 2
         entry = &history.entries[history.count]
         entry.write = write
@@ -230,16 +230,16 @@ cdef class Oracle:
                 history.entries[kept] = history.entries[i]
                 kept += 1
         history.count = kept
-        history.prune_at = max(<uint32_t> PRUNE_AT, kept * 2)
+        history.prune_at = max(<uint32_t>PRUNE_AT, kept * 2)
 
     cdef void fill(self, uint32_t write, uint64_t first_sector, uint64_t sectors, uint8_t *out) noexcept:
         cdef uint64_t i
         cdef int64_t value
         cdef int j
         for i in range(sectors):
-            value = self.writes[write].value + (<int64_t> (first_sector + i) if self.writes[write].stamped else 0)
+            value = self.writes[write].value + (<int64_t>(first_sector + i) if self.writes[write].stamped else 0)
             for j in range(SECTOR // 8):
-                (<int64_t *> out)[j] = value
+                (<int64_t *>out)[j] = value
             out += SECTOR
 
     cdef int end(self, uint32_t write, bint succeeded, bint durable) except -1:
@@ -252,9 +252,9 @@ cdef class Oracle:
         if not succeeded:
             self.any_failed = True
         if succeeded and not durable:
-            if self.unflushed_count == self.unflushed_room:
-                self.unflushed = <uint32_t *> larger(self.unflushed, self.unflushed_room * 8)
-                self.unflushed_room *= 2
+            if self.unflushed_count == self.unflushed_capacity:
+                self.unflushed = <uint32_t *>larger(self.unflushed, self.unflushed_capacity * 8)
+                self.unflushed_capacity *= 2
             self.unflushed[self.unflushed_count] = write
             self.unflushed_count += 1
         return 0
@@ -277,9 +277,9 @@ cdef class Oracle:
         self.unflushed_count = kept
 
     cdef uint64_t read_begun(self) except 0:
-        if self.read_count == self.read_room:
-            self.reads = <uint64_t *> larger(self.reads, self.read_room * 16)
-            self.read_room *= 2
+        if self.read_count == self.read_capacity:
+            self.reads = <uint64_t *>larger(self.reads, self.read_capacity * 16)
+            self.read_capacity *= 2
         self.reads[self.read_count] = self.tick_()
         self.read_count += 1
         return self.clock
@@ -383,7 +383,7 @@ cdef class Oracle:
     cdef bint shows(self, uint32_t write, uint64_t index, uint64_t sector, int64_t value) noexcept:
         if write == 0:
             return value == self.settled[index]
-        return value == self.writes[write].value + (<int64_t> sector if self.writes[write].stamped else 0)
+        return value == self.writes[write].value + (<int64_t>sector if self.writes[write].stamped else 0)
 
     cdef int read_ended(self, uint64_t first_sector, uint64_t sectors, uint64_t began, const uint8_t *data) except -1:
         cdef uint64_t now, i, index, sector, floor
@@ -397,7 +397,7 @@ cdef class Oracle:
         now = self.tick_()
         self.read_dropped(began)
         for i in range(sectors):
-            index = <uint64_t> start + i
+            index = <uint64_t>start + i
             sector = first_sector + i
             value = self.value_of(data + i * SECTOR, sector)
             history = &self.histories[index]
@@ -480,11 +480,11 @@ cdef class Oracle:
     def check_read(self, uint64_t first_sector, uint64_t began, data):
         cdef const uint8_t[::1] view = data
         if view.shape[0]:
-            self.read_ended(first_sector, <uint64_t> view.shape[0] // SECTOR, began, &view[0])
+            self.read_ended(first_sector, <uint64_t>view.shape[0] // SECTOR, began, &view[0])
 
     def check_after_crash(self, data):
         cdef const uint8_t[::1] view = data
-        if <uint64_t> view.shape[0] != self.sectors * SECTOR:
+        if <uint64_t>view.shape[0] != self.sectors * SECTOR:
             raise ValueError(f"{view.shape[0]} bytes are not the {self.sectors} sectors of this disk")
         self.judge(&view[0], NULL)
 
@@ -500,9 +500,9 @@ cdef class Oracle:
             index = self.touched[i]
             value = self.value_of(&view[0] + index * SECTOR, self.sector_at(index))
             if number == 0 or value != last:
-                if self.write_count == self.write_room:
-                    self.writes = <Write *> larger(self.writes, self.write_room * 2 * sizeof(Write))
-                    self.write_room *= 2
+                if self.write_count == self.write_capacity:
+                    self.writes = <Write *>larger(self.writes, self.write_capacity * 2 * sizeof(Write))
+                    self.write_capacity *= 2
                 number = self.write_count
                 self.write_count += 1
                 write = &self.writes[number]
@@ -517,7 +517,7 @@ cdef class Oracle:
     def settle_after_crash(self, data):
         cdef const uint8_t[::1] view = data
         cdef int64_t[::1] out
-        if <uint64_t> view.shape[0] != self.sectors * SECTOR:
+        if <uint64_t>view.shape[0] != self.sectors * SECTOR:
             raise ValueError(f"{view.shape[0]} bytes are not the {self.sectors} sectors of this disk")
         shown = np.empty(self.sectors, np.int64)
         out = shown

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from fvd.engine._engine cimport Engine
 from fvd.sim._device cimport Operation, SimulatedDevice
-from fvd.sim._dice cimport Dice
+from fvd.sim._rng cimport Rng
 from fvd.sim._oracle cimport Oracle
 
 cdef enum Kind:                 # KINDS in _player.pyx names them
@@ -40,7 +40,7 @@ cdef class Player:
     cdef readonly Engine engine
     cdef readonly SimulatedDevice device
     cdef readonly Oracle oracle
-    cdef readonly Dice dice
+    cdef readonly Rng rng
     cdef readonly uint64_t requests_done
     cdef public uint64_t failed_at  # from this moment no flush may succeed
     cdef uint64_t changes_at_failure        # pending then; there may never be more
@@ -70,7 +70,7 @@ cdef class Player:
     cdef double weight_sum
     cdef uint64_t areas[16]         # pairs (first sector, sectors) where requests fall
     cdef uint32_t area_count
-    cdef Dice request_dice
+    cdef Rng request_rng
     cdef Guest *guests
     cdef uint32_t room, free_hint
     cdef uint64_t serial, exhausted_until

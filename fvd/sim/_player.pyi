@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from fvd.format.geometry import Geometry
 from fvd.sim._device import Operation, SimulatedDevice
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Oracle
+from fvd.sim._rng import Rng
 
 KINDS: Final[tuple[str, ...]]
 """read, write, flush, trim, zero, close; for random play also fua and rewrite."""
@@ -26,7 +26,7 @@ class Player:
         engine: Any,
         device: SimulatedDevice,
         oracle: Oracle,
-        dice: Dice,
+        rng: Rng,
         *,
         geometry: Geometry,
         base_bytes: int | None,
@@ -36,7 +36,7 @@ class Player:
     engine: Any
     device: SimulatedDevice
     oracle: Oracle
-    dice: Dice
+    rng: Rng
     requests_done: int
     failed_at: int
     """From this moment of the oracle's on no flush may succeed."""
@@ -122,7 +122,7 @@ class Player:
         seed: int,
         stream: int,
         skip: Container[int] | None = None,
-        on_side: Callable[[Dice], None] | None = None,
+        on_side: Callable[[Rng], None] | None = None,
         awaited: int | None = None,
     ) -> int:
         """Submit `requests` random requests, moving the device in between. Returns how many were submitted.

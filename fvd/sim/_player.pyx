@@ -19,7 +19,7 @@ from fvd.sim._device cimport (
     CATEGORY_DISCARD, CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_READ, CATEGORY_WRITE, CATEGORY_ZERO,
     Operation, SimulatedDevice,
 )
-from fvd.sim._dice cimport Dice
+from fvd.sim._rng cimport Rng
 from fvd.sim._oracle cimport Oracle
 
 from fvd.modes import WRITE_THROUGH_CACHE_MODES
@@ -37,9 +37,9 @@ cdef enum:
     STARVED_NS = 1_000_000_000
     FOREVER = 5_000_000         # events without which anything must have ended
     BUSY = 10_000               # calls of `attend` at one moment
-    MOST_FLUSHES = 2            # a commit's and a checkpoint's
-    MOST_MAP_WRITES = 4
-    MOST_ZEROING = 32
+    FLUSHES_MAX = 2            # a commit's and a checkpoint's
+    MAP_WRITES_MAX = 4
+    ZEROING_MAX = 32
 
 cdef extern from *:
     """
@@ -57,13 +57,13 @@ cdef class Player:
     def __cinit__(self):
         self.guests = NULL
 
-    def __init__(self, Engine engine, SimulatedDevice device, Oracle oracle, Dice dice, *, geometry, base_bytes, cache_mode):
+    def __init__(self, Engine engine, SimulatedDevice device, Oracle oracle, Rng rng, *, geometry, base_bytes, cache_mode):
         """See _player.pyi."""
         self.engine = engine
         self.device = device
         self.oracle = oracle
-        self.dice = dice
-        self.request_dice = Dice(0)
+        self.rng = rng
+        self.request_rng = Rng(0)
         self.block_sectors = geometry.block_size_bytes // SECTOR
         self.chunk_sectors = geometry.chunk_size_bytes // SECTOR
         self.disk_sectors = geometry.virtual_size_bytes // SECTOR
@@ -74,7 +74,7 @@ cdef class Player:
         self.every_write_durable = cache_mode in WRITE_THROUGH_CACHE_MODES
         self.failed_at = self.changes_at_failure = self.due_ns = NEVER
         self.room = 64
-        self.guests = <Guest *> calloc(self.room, sizeof(Guest))
+        self.guests = <Guest *>calloc(self.room, sizeof(Guest))
         if self.guests == NULL:
             raise MemoryError("player")
         self.depth = self.least_depth = 1
@@ -120,7 +120,7 @@ cdef class Player:
             while slot < self.room and self.guests[slot].active:
                 slot += 1
         if slot == self.room:
-            self.guests = <Guest *> realloc(self.guests, self.room * 2 * sizeof(Guest))
+            self.guests = <Guest *>realloc(self.guests, self.room * 2 * sizeof(Guest))
             if self.guests == NULL:
                 raise MemoryError("player")
             memset(self.guests + self.room, 0, self.room * sizeof(Guest))
@@ -138,17 +138,17 @@ cdef class Player:
         guest.sectors = sectors
         guest.growable = self.engine.storage_size < self.most_bytes
         if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
-            guest.chunks = <uint32_t> ((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
+            guest.chunks = <uint32_t>((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
             # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
             guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
             # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
             if guest.chunks > self.reserve_left:
                 self.promises_end()
             self.promises |= guest.promised
-            self.reserve_left -= min(self.reserve_left, <uint64_t> guest.chunks)
+            self.reserve_left -= min(self.reserve_left, <uint64_t>guest.chunks)
             self.chunks_in_flight += guest.chunks
         if kind == KIND_READ or kind == KIND_WRITE:
-            guest.room = <uint8_t *> aligned(sectors * SECTOR + skew + 1)
+            guest.room = <uint8_t *>aligned(sectors * SECTOR + skew + 1)
             if guest.room == NULL:
                 raise MemoryError("player")
             guest.buffer = guest.room + skew
@@ -284,8 +284,8 @@ cdef class Player:
 
     cdef int send_some_again(self, bint every) except -1:
         """In any order, mixed with new ones."""
-        while self.to_send_again and (every or not self.device.pending or self.dice.chance(0.3)):
-            kind, first, sectors, fua, no_hole, write = self.to_send_again.pop(self.dice.below(len(self.to_send_again)))
+        while self.to_send_again and (every or not self.device.pending or self.rng.chance(0.3)):
+            kind, first, sectors, fua, no_hole, write = self.to_send_again.pop(self.rng.below(len(self.to_send_again)))
             self.send(kind, first, sectors, fua, no_hole, 0, write)
         return 0
 
@@ -322,13 +322,13 @@ cdef class Player:
         cdef uint64_t count = self.device.under_way[category]
         cdef uint64_t most = NEVER
         if category == CATEGORY_FLUSH:
-            most = MOST_FLUSHES
+            most = FLUSHES_MAX
         elif category == CATEGORY_JOURNAL:
             most = 1
         elif category == CATEGORY_MAP:
-            most = MOST_MAP_WRITES
+            most = MAP_WRITES_MAX
         elif category == CATEGORY_ZERO:
-            most = MOST_ZEROING
+            most = ZEROING_MAX
         elif category == CATEGORY_DISCARD and self.most_discards:
             most = self.most_discards
             if op.length_bytes > max(self.discard_bytes, self.chunk_sectors * SECTOR):
@@ -344,10 +344,10 @@ cdef class Player:
         cdef uint64_t discards
         if self.engine.retries != NULL or self.engine.closing != NULL or self.engine.starved_count:
             return 0
-        if self.reads_in_flight and not self.has_base and self.device.under_way[<int> CATEGORY_READ] == 0:
+        if self.reads_in_flight and not self.has_base and self.device.under_way[<int>CATEGORY_READ] == 0:
             raise Violation(f"{self.reads_in_flight} reads wait for something else than reads: {self.device.pending[:4]}")
-        discards = self.device.under_way[<int> CATEGORY_DISCARD]
-        if discards and discards == <uint64_t> len(self.device.pending):
+        discards = self.device.under_way[<int>CATEGORY_DISCARD]
+        if discards and discards == <uint64_t>len(self.device.pending):
             r = self.engine.wait_slot.head
             while r != NULL:
                 waiting += 1
@@ -445,7 +445,7 @@ cdef class Player:
             if durable and error == 0 and guest.kind == KIND_WRITE and self.mapped is not None and self.no_hole_beside(guest):
                 self.mapped(guest.first_sector, guest.sectors)
             self.oracle.end(guest.write, error == 0, durable)
-            if guest.kind == KIND_WRITE and error == 0 and self.verify_share and self.dice.chance(self.verify_share):
+            if guest.kind == KIND_WRITE and error == 0 and self.verify_share and self.rng.chance(self.verify_share):
                 self.verify(guest)
         return self.forget(guest)
 
@@ -483,7 +483,7 @@ cdef class Player:
         for i in range(self.area_count):
             first, end = self.areas[2 * i], self.areas[2 * i] + self.areas[2 * i + 1]
             if first <= guest.first_sector < end:
-                first = max(first, guest.first_sector - min(guest.first_sector, <uint64_t> AROUND))
+                first = max(first, guest.first_sector - min(guest.first_sector, <uint64_t>AROUND))
                 end = min(end, guest.first_sector + guest.sectors + AROUND)
                 self.to_verify.append((first, end - first))
         return 0
@@ -516,13 +516,13 @@ cdef class Player:
         cdef Operation op
         cdef uint64_t count = 0
         cdef bint copying = self.engine.copy_on_read
-        cdef uint32_t slots = self.engine.prefetch_slots
+        cdef uint32_t slots = self.engine.prefetch_depth
         room = bytearray(sectors * SECTOR)
-        cdef uint8_t *buffer = <uint8_t *> aligned(sectors * SECTOR)
+        cdef uint8_t *buffer = <uint8_t *>aligned(sectors * SECTOR)
         if buffer == NULL:
             raise MemoryError("player")
         self.engine.copy_on_read = False
-        self.engine.prefetch_slots = 0
+        self.engine.prefetch_depth = 0
         try:
             memset(buffer, 0xEE, sectors * SECTOR)
             self.engine.submit(REQUEST_READ, 0, first_sector * SECTOR, sectors * SECTOR, buffer, 0)
@@ -544,11 +544,11 @@ cdef class Player:
             self.engine.done_count = 0
             if error:
                 raise Violation(f"a read of a disk at rest failed with {error}")
-            memcpy(<char *> room, buffer, sectors * SECTOR)
+            memcpy(<char *>room, buffer, sectors * SECTOR)
         finally:
             free(buffer)
             self.engine.copy_on_read = copying
-            self.engine.prefetch_slots = slots
+            self.engine.prefetch_depth = slots
         return room
 
     # --- random play --------------------------------------------------------------------------------------------------
@@ -587,53 +587,53 @@ cdef class Player:
                         return sent
             if skip is not None and i in skip:
                 continue
-            # Each request has dice of its own: leaving one out changes no other.
-            self.request_dice.seed(seed, stream, i)
+            # Each request has rng of its own: leaving one out changes no other.
+            self.request_rng.seed(seed, stream, i)
             self.random_request()
             sent += 1
-            if on_side is not None and self.request_dice.chance(self.side_share):
-                on_side(self.request_dice)
-            target = <uint32_t> self.request_dice.between(self.least_depth, self.depth)
+            if on_side is not None and self.request_rng.chance(self.side_share):
+                on_side(self.request_rng)
+            target = <uint32_t>self.request_rng.between(self.least_depth, self.depth)
             while self.in_flight_count >= target:
                 if not self.turn():
                     break
         return sent
 
     cdef int random_request(self) except -1:
-        cdef Dice dice = self.request_dice
-        cdef double pick = self.weight_sum * <double> (dice.raw() >> 11) * (1.0 / 9007199254740992.0)
+        cdef Rng rng = self.request_rng
+        cdef double pick = self.weight_sum * <double>(rng.raw() >> 11) * (1.0 / 9007199254740992.0)
         cdef int kind = 0
         cdef uint64_t first, total, sectors, at, skew = 0, per, end, unit
-        cdef uint32_t area = <uint32_t> dice.below(self.area_count)
+        cdef uint32_t area = <uint32_t>rng.below(self.area_count)
         cdef bint fua
         while kind < KIND_COUNT - 1 and (pick >= self.weights[kind] or self.weights[kind] == 0):
             pick -= self.weights[kind]
             kind += 1
         first, total = self.areas[2 * area], self.areas[2 * area + 1]
-        unit = self.unit_sectors if dice.chance(0.6) else 1
-        sectors = min(dice.between(1, self.largest_sectors), total)
-        at = dice.between(0, total - sectors)
+        unit = self.unit_sectors if rng.chance(0.6) else 1
+        sectors = min(rng.between(1, self.largest_sectors), total)
+        at = rng.between(0, total - sectors)
         if kind == KIND_REWRITE:
-            at = dice.between(0, min(total - 1, <uint64_t> 64))
-            sectors = min(min(sectors, <uint64_t> 16), total - at)
-        elif (kind == KIND_TRIM or kind == KIND_ZERO) and dice.chance(0.6):
-            per = self.block_sectors if dice.chance(0.5) else self.chunk_sectors
+            at = rng.between(0, min(total - 1, <uint64_t>64))
+            sectors = min(min(sectors, <uint64_t>16), total - at)
+        elif (kind == KIND_TRIM or kind == KIND_ZERO) and rng.chance(0.6):
+            per = self.block_sectors if rng.chance(0.5) else self.chunk_sectors
             # Whole blocks and chunks are those of the disk; of an area that begins inside one, what is left of it.
             # Now and then most of the disk.
-            end = (first + at) // per * per + per * (dice.between(1, 3) if not dice.chance(0.03) else dice.between(1, total // per + 1))
+            end = (first + at) // per * per + per * (rng.between(1, 3) if not rng.chance(0.03) else rng.between(1, total // per + 1))
             at = (first + at) // per * per
             at = at - first if at > first else 0
             end = min(end - first, total) if end > first else total
             sectors = end - at
         if unit > 1:
             at = at // unit * unit
-            sectors = max(min(sectors // unit * unit if sectors >= unit else unit, total - at), <uint64_t> 1)
-        fua = kind == KIND_FUA or ((kind == KIND_TRIM or kind == KIND_ZERO or kind == KIND_WRITE) and dice.chance(0.1))
-        if dice.chance(self.skew_share):
-            skew = (1, 8, 512)[dice.below(3)]
+            sectors = max(min(sectors // unit * unit if sectors >= unit else unit, total - at), <uint64_t>1)
+        fua = kind == KIND_FUA or ((kind == KIND_TRIM or kind == KIND_ZERO or kind == KIND_WRITE) and rng.chance(0.1))
+        if rng.chance(self.skew_share):
+            skew = (1, 8, 512)[rng.below(3)]
         if kind == KIND_FUA or kind == KIND_REWRITE:
             kind = KIND_WRITE
         if kind == KIND_FLUSH:
             first = at = sectors = 0
-        self.send(kind, first + at, sectors, fua, kind == KIND_ZERO and dice.chance(0.3), skew)
+        self.send(kind, first + at, sectors, fua, kind == KIND_ZERO and rng.chance(0.3), skew)
         return 0

@@ -17,7 +17,7 @@ from fvd.errors import FvdError
 T = TypeVar("T")
 NEVER = 1 << 62
 SECOND_NS = 1_000_000_000
-TIMER_LEAST_NS = 1000
+TIMER_NS_MIN = 1000
 
 
 class Entry:
@@ -43,7 +43,7 @@ class Agenda:
     def later(self, seconds: float, call: Callable[[], None], *, outside: bool = False) -> Entry:
         """`outside`: it happens whether or not the process lives."""
         # Never at once: seconds are no integers, and who asks again a moment too early would ask for ever.
-        entry = Entry(self._now_ns() + max(TIMER_LEAST_NS, round(seconds * SECOND_NS)), call, outside)
+        entry = Entry(self._now_ns() + max(TIMER_NS_MIN, round(seconds * SECOND_NS)), call, outside)
         self._number += 1
         heapq.heappush(self._heap, (entry.when_ns, self._number, entry))
         self._changed(self.next_ns)

@@ -11,14 +11,14 @@ import ctypes
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from fvd.disk.recovery import recover_disk
 from fvd.format.geometry import Layout
 from fvd.sim._base import base_content
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE, ZERO
+from fvd.sim._rng import Rng
 from fvd.sim.shape import draw, draw_zeroing
 from fvd.sim.world import SHAPE, ZEROING, World
-from fvd.volume.recovery import recover_disk
 
 FUA, NO_HOLE = 1, 2
 _PAGE = 4096
@@ -52,12 +52,12 @@ class Sent:
 
 class ByteWorld(World):
     def __init__(self, seed: int) -> None:
-        shape = draw(Dice(seed, SHAPE))
+        shape = draw(Rng(seed, SHAPE))
         number = 0
         while shape.windows is not None:  # too large for an array of its bytes
             number += 1
-            shape = draw(Dice(seed, SHAPE, number))
-        draw_zeroing(shape, Dice(seed, ZEROING))
+            shape = draw(Rng(seed, SHAPE, number))
+        draw_zeroing(shape, Rng(seed, ZEROING))
         super().__init__(seed, replace(shape, faults={}, fail_one=False, rot=False, on_full="wait"))
         size = self.geometry.virtual_size_bytes
         base_size = self.shape.base_bytes
@@ -121,17 +121,17 @@ class ByteWorld(World):
 
     def send(self, kind: int, start: int, end: int) -> None:
         """One request of the kind for [start, end); the model does at once what it must do."""
-        dice, size = self.dice, end - start
-        flags, memory, expected = FUA if dice.random() < 0.1 else 0, None, b""
+        rng, size = self.rng, end - start
+        flags, memory, expected = FUA if rng.random() < 0.1 else 0, None, b""
         if kind == READ:
             expected = bytes(self.model[start:end])
-            memory = Memory(size, b"\xee" * size, dice.choice((0, 0, 1, 512)))
+            memory = Memory(size, b"\xee" * size, rng.choice((0, 0, 1, 512)))
         elif kind == WRITE:
-            content = dice.randbytes(size)
+            content = rng.randbytes(size)
             self.model[start:end] = content
-            memory = Memory(size, content, dice.choice((0, 0, start % 4096, 1, 512)))
+            memory = Memory(size, content, rng.choice((0, 0, start % 4096, 1, 512)))
         elif kind == ZERO:
-            flags |= NO_HOLE if dice.random() < 0.3 else 0
+            flags |= NO_HOLE if rng.random() < 0.3 else 0
             self.model[start:end] = bytes(size)
         elif kind == TRIM:
             self._model_trim(start, end)
@@ -151,23 +151,23 @@ class ByteWorld(World):
 
     def play_bytes(self, batches: int) -> None:
         """Batches of neighbouring requests, each batch at once."""
-        dice = self.dice
+        rng = self.rng
         size = self.geometry.virtual_size_bytes
         for _ in range(batches):
-            window = min(size, dice.choice((600, 5000, 70_000, 1 << 20, size)))
-            low = dice.randint(0, size - window)
-            if dice.random() < 0.3:
+            window = min(size, rng.choice((600, 5000, 70_000, 1 << 20, size)))
+            low = rng.randint(0, size - window)
+            if rng.random() < 0.3:
                 low = size - window
-            places = [dice.randint(low, low + window) for _ in range(dice.randint(2, 9))]
-            cuts = sorted({place if dice.random() < 0.5 else self._round(place) for place in places})
+            places = [rng.randint(low, low + window) for _ in range(rng.randint(2, 9))]
+            cuts = sorted({place if rng.random() < 0.5 else self._round(place) for place in places})
             for start, end in pairwise(cuts):
-                self.send(dice.choice((READ, WRITE, WRITE, ZERO, TRIM, FLUSH)), start, end)
-                for _ in range(dice.choice((0, 0, 3))):
+                self.send(rng.choice((READ, WRITE, WRITE, ZERO, TRIM, FLUSH)), start, end)
+                for _ in range(rng.choice((0, 0, 3))):
                     self.step()
             self.settle()
 
     def _round(self, place: int) -> int:
-        unit = self.dice.choice((512, 4096, self.geometry.block_size_bytes, self.geometry.chunk_size_bytes))
+        unit = self.rng.choice((512, 4096, self.geometry.block_size_bytes, self.geometry.chunk_size_bytes))
         return min(place // unit * unit, self.geometry.virtual_size_bytes)
 
 
@@ -175,8 +175,8 @@ def run(seed: int, rounds: int = 4) -> int:
     """One world from its seed. Returns the number of requests; raises Violation, or whatever the engine raises."""
     world = ByteWorld(seed)
     for _ in range(rounds):
-        world.play_bytes(world.dice.randint(1, 20))
-        if world.dice.random() < 0.5:
+        world.play_bytes(world.rng.randint(1, 20))
+        if world.rng.random() < 0.5:
             world.close()
         else:
             world._send(FLUSH, 0, 0, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fvd.format.geometry import Geometry, Layout, Placement
 from fvd.modes import CACHE_MODES, LAYOUTS, ON_FULL, PLACEMENTS
-from fvd.sim._dice import Dice
+from fvd.sim._rng import Rng
 from fvd.sim.rounds import Outcome, play_round
 from fvd.sim.shape import SECTOR_BYTES, Shape
 from fvd.sim.world import SHAPE, World
@@ -62,8 +62,8 @@ def possible(values: dict[str, Any]) -> bool:
 
 def drawn(seed: int) -> Combination:
     """The combination of a seed: each value as likely as the others of its axis."""
-    dice = Dice(seed, SHAPE)
-    while not possible(values := {name: dice.choice(choices) for name, choices in AXES.items()}):
+    rng = Rng(seed, SHAPE)
+    while not possible(values := {name: rng.choice(choices) for name, choices in AXES.items()}):
         pass
     return Combination(**values)
 

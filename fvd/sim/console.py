@@ -17,9 +17,9 @@ from pathlib import Path
 from fvd.errors import FvdError
 from fvd.format.geometry import PAGE_BYTES
 from fvd.sim._device import CATEGORIES, WRITE
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Violation
-from fvd.sim.bench import ERRORS, OPTIONS, BadCommand, Bench, Tracked, span_of, words_of
+from fvd.sim._rng import Rng
+from fvd.sim.workbench import ERRORS, OPTIONS, BadCommand, Tracked, Workbench, span_of, words_of
 from fvd.sim.world import EVENTS
 from fvd.units import format_size
 
@@ -91,7 +91,7 @@ class Console:
         self._in_script = False
 
     def _put_on_stage(self, options: Mapping[str, str], lines: Iterable[str] = ()) -> None:
-        self.bench = Bench(options)
+        self.bench = Workbench(options)
         self.options = dict(options)
         self.lines: list[str] = []  # that changed the disk, since it came on stage
         self.broken = ""
@@ -266,7 +266,7 @@ class Console:
 
     @_command("step [N]", changes=True)
     def _step(self, words: list[str]) -> list[str]:
-        """Events of the device by the stage's dice: one, or N."""
+        """Events of the device by the stage's rng: one, or N."""
         output: list[str] = []
         for _ in range(_number(words[0], "step") if words else 1):
             if all(tracked.held for tracked in self.bench.pending):
@@ -304,22 +304,22 @@ class Console:
 
     @_command("seed N", changes=True)
     def _seed(self, words: list[str]) -> list[str]:
-        """Other dice for 'step', 'crash dice', 'kill dice' and failed writes."""
+        """Other rng for 'step', 'crash rng', 'kill rng' and failed writes."""
         stage = self.bench.stage
-        stage.dice = stage.device.dice = Dice(_number(" ".join(words), "seed"), EVENTS)
+        stage.rng = stage.device.rng = Rng(_number(" ".join(words), "seed"), EVENTS)
         return []
 
     # --- ends of a life, and what lies outside it -------------------------------------------------------------------------
 
-    @_command("crash [keep|drop|dice] [WHAT...]", changes=True)
+    @_command("crash [keep|drop|rng] [WHAT...]", changes=True)
     def _crash(self, words: list[str]) -> list[str]:
         """Power fails and the disk is opened again; the oracle judges every sector. Each volatile block becomes the newest of its contents
-        (keep), the oldest (drop), or any (dice, the default); or the oldest but for the writes that are named (keep a 7)."""
-        how, *names = words or ["dice"]
-        if how not in ("keep", "drop", "dice") or (names and how != "keep"):
-            raise BadCommand("write it so: crash [keep|drop|dice], or crash keep WHAT...")
-        if how == "dice":
-            self.bench.crash_by_dice()
+        (keep), the oldest (drop), or any (rng, the default); or the oldest but for the writes that are named (keep a 7)."""
+        how, *names = words or ["rng"]
+        if how not in ("keep", "drop", "rng") or (names and how != "keep"):
+            raise BadCommand("write it so: crash [keep|drop|rng], or crash keep WHAT...")
+        if how == "rng":
+            self.bench.crash_by_rng()
         elif names:
             kept = [tracked for name in names for tracked in self._select(name) if tracked.content]
             if not kept:
@@ -329,13 +329,13 @@ class Console:
             self.bench.crash(newest=how == "keep")
         return ["power fails; the disk is opened again and shows what it may"]
 
-    @_command("kill [keep|drop|dice]", changes=True)
+    @_command("kill [keep|drop|rng]", changes=True)
     def _kill(self, words: list[str]) -> list[str]:
         """The process dies and another opens the disk; the device goes on. Writes that have not taken effect do (keep), do not (drop), or
-        as the dice say (dice, the default)."""
-        how = " ".join(words) or "dice"
-        if how not in ("keep", "drop", "dice"):
-            raise BadCommand("write it so: kill [keep|drop|dice]")
+        as the rng say (rng, the default)."""
+        how = " ".join(words) or "rng"
+        if how not in ("keep", "drop", "rng"):
+            raise BadCommand("write it so: kill [keep|drop|rng]")
         self.bench.kill(how)
         return ["the process is killed; another opens the disk, which shows what it may"]
 

@@ -10,23 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fvd.base.copying import BaseEvent, Copying, FoundProfile, PrefetchOptions
 from fvd.engine._engine import Want
 from fvd.format.geometry import Geometry
 from fvd.sim._device import BASE, SimulatedDevice
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
-from fvd.volume.prefetching import BaseEvent, Copying, FoundProfile, PrefetchOptions
+from fvd.sim._rng import Rng
 
 TICK_NS = 250_000_000  # a driver's, while there is something to steer
-LONGEST_TICKS = 4 * 1800  # from faults' end to the end of copying: a pause is at most 45 s, and what is left a few MiB
+TICKS_MAX = 4 * 1800  # from faults' end to the end of copying: a pause is at most 45 s, and what is left a few MiB
 STATES = ("off", "delayed", "running", "yielding", "paused", "full", "base-lost", "done")
 
 
 class Copies:
     """Through all lives of a world. `gone`: the base was given up, and whoever owns it has deleted it."""
 
-    def __init__(self, device: SimulatedDevice, geometry: Geometry, base_bytes: int, dice: Dice, say: Callable[[str], None]) -> None:
-        self._device, self._geometry, self._base_bytes, self._dice, self._say = device, geometry, base_bytes, dice, say
+    def __init__(self, device: SimulatedDevice, geometry: Geometry, base_bytes: int, rng: Rng, say: Callable[[str], None]) -> None:
+        self._device, self._geometry, self._base_bytes, self._rng, self._say = device, geometry, base_bytes, rng, say
         self.gone = False
         self.copying: Copying | None = None
         self._found: list[str] = []
@@ -38,7 +38,7 @@ class Copies:
         self._engine = engine
         self._running = self._lost = self._released = self._done = False
         self._copied_bytes = 0
-        engine.prefetch_idle_ns = self._dice.choice((0, 1_000_000, 20_000_000))
+        engine.prefetch_idle_ns = self._rng.choice((0, 1_000_000, 20_000_000))
         self.copying = Copying(
             engine,
             volume_name="the simulated disk",
@@ -49,10 +49,10 @@ class Copies:
             release=self._release,
             on_event=self._hear,
             clock_ns=lambda: self._device.now_ns,
-            random=_Uniform(self._dice),
+            random=_Uniform(self._rng),
         )
-        if self._dice.random() < 0.7:
-            self.start(self._dice)
+        if self._rng.random() < 0.7:
+            self.start(self._rng)
 
     def end_life(self) -> None:
         self.copying = None
@@ -62,27 +62,27 @@ class Copies:
             self.copying.on_want(self._engine.want & (Want.STEER | Want.BASE))
         self.raise_found()
 
-    def start(self, dice: Dice, *, hasty: bool = False) -> None:
+    def start(self, rng: Rng, *, hasty: bool = False) -> None:
         """Somebody wants the base prefetched. `hasty`: as fast as may be."""
         if self.copying is None:
             return
         options = PrefetchOptions(0.0, 0)
         if not hasty:
-            options = PrefetchOptions(dice.choice((0.0, 0.01, 10.0)), dice.choice((0, 0, 1_000_000, 10_000_000)))
+            options = PrefetchOptions(rng.choice((0.0, 0.01, 10.0)), rng.choice((0, 0, 1_000_000, 10_000_000)))
         extents: list[tuple[int, int]] = []
-        for _ in range(dice.choice((0, 0, 1, 5))):
-            offset = dice.randint(0, self._base_bytes - 1)
-            extents.append((offset, dice.randint(1, self._base_bytes - offset)))
+        for _ in range(rng.choice((0, 0, 1, 5))):
+            offset = rng.randint(0, self._base_bytes - 1)
+            extents.append((offset, rng.randint(1, self._base_bytes - offset)))
         self.copying.start(options, FoundProfile("/a profile" if extents else None, tuple(extents)))
 
-    def disturb(self, dice: Dice) -> None:
+    def disturb(self, rng: Rng) -> None:
         """An administrator."""
         copying = self.copying
         if copying is None:
             return
-        pick = dice.random()
+        pick = rng.random()
         if pick < 0.4:
-            self.start(dice)
+            self.start(rng)
         elif pick < 0.6:
             copying.stop()
         elif pick < 0.8:
@@ -160,9 +160,9 @@ class Copies:
         if copying is None:
             return
         if not self._running:
-            self.start(self._dice, hasty=True)
+            self.start(self._rng, hasty=True)
         began_bytes = self._engine.base_remaining_bytes
-        for _ in range(LONGEST_TICKS):
+        for _ in range(TICKS_MAX):
             if self._released:
                 break
             tick()
@@ -176,8 +176,8 @@ class Copies:
 
 
 class _Uniform:
-    def __init__(self, dice: Dice) -> None:
-        self._dice = dice
+    def __init__(self, rng: Rng) -> None:
+        self._rng = rng
 
     def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * self._dice.random()
+        return low + (high - low) * self._rng.random()

@@ -9,9 +9,9 @@ from fvd._core import checksum
 from fvd.errors import FvdError
 from fvd.format.geometry import CELL_BYTES, PAGE_BYTES
 from fvd.format.journal import PAGE_MAGIC, RECORDS_BYTES, WORD_RECORD
+from fvd.inspect.check import check_node
 from fvd.sim._oracle import Violation
 from fvd.sim.world import NAME, World
-from fvd.volume.check import check_node
 
 _JOURNAL_COUNTS = struct.Struct("<HHI")  # word_count, entry_count, flags; at byte 44 of a page
 _JOURNAL_SEQUENCE = struct.Struct("<4s4xQ")  # magic, sequence; at its beginning
@@ -21,7 +21,7 @@ def rot(world: World) -> int:
     """Power fails, and what it left is opened with a piece of metadata damaged; once more with another, and so on. Every damage is
     undone, and the disk goes on from what was there. Returns how many there were."""
     world.cut_power()
-    damages = world.dice.randint(1, 6)
+    damages = world.rng.randint(1, 6)
     for _ in range(damages):
         _Damage(world).happen()
     world.reopen()
@@ -38,7 +38,7 @@ class _Damage:
     def happen(self) -> None:
         """Damage, judge, and undo."""
         kinds = (self._rot_superblock, self._rot_map, self._rot_map, self._rot_journal, self._rot_journal, self._misdirect)
-        self.world.dice.choice(kinds)()
+        self.world.rng.choice(kinds)()
         for offset, content in self._before.items():
             self.world.image[offset : offset + PAGE_BYTES] = content
 
@@ -50,9 +50,9 @@ class _Damage:
     def _flip(self, page: int, within: int = PAGE_BYTES) -> int:
         """Flip one bit of a page, rather near the beginning of a piece of `within` bytes: most of the rest is empty. Returns where."""
         content = bytearray(self.world.image[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
-        at = self.world.dice.randint(0, PAGE_BYTES // within - 1 >> self.world.dice.randint(0, 3)) * within
-        at += self.world.dice.randint(0, within - 1 >> self.world.dice.randint(0, 5))
-        content[at] ^= 1 << self.world.dice.randint(0, 7)
+        at = self.world.rng.randint(0, PAGE_BYTES // within - 1 >> self.world.rng.randint(0, 3)) * within
+        at += self.world.rng.randint(0, within - 1 >> self.world.rng.randint(0, 5))
+        content[at] ^= 1 << self.world.rng.randint(0, 7)
         self._replace(page * PAGE_BYTES, content)
         self.world.say(f"a bit flips at {page * PAGE_BYTES + at}")
         return page * PAGE_BYTES + at
@@ -73,7 +73,7 @@ class _Damage:
             self.world.oracle.check_after_crash(shown)
 
     def _rot_superblock(self) -> None:
-        self._flip(self.world.dice.choice((0, 128)))
+        self._flip(self.world.rng.choice((0, 128)))
         self._judge_damaged()
 
     def _rot_map(self) -> None:
@@ -81,7 +81,7 @@ class _Damage:
         geometry = self.world.geometry
         start = geometry.bitmap_offset_bytes
         pages = (geometry.bitmap_size_bytes + geometry.table_size_bytes) // PAGE_BYTES
-        at = self._flip(start // PAGE_BYTES + self.world.dice.randint(0, pages - 1), CELL_BYTES)
+        at = self._flip(start // PAGE_BYTES + self.world.rng.randint(0, pages - 1), CELL_BYTES)
         if self._open_damaged() is not None:
             raise Violation(f"the disk opens though a bit of a map is wrong at byte {at}")
         cell = at // CELL_BYTES * CELL_BYTES
@@ -91,15 +91,15 @@ class _Damage:
 
     def _rot_journal(self) -> None:
         """A page of the ring that is not valid is ignored: the disk is what it is without it."""
-        geometry, dice = self.world.geometry, self.world.dice
+        geometry, rng = self.world.geometry, self.world.rng
         start = geometry.journal_offset_bytes // PAGE_BYTES
         sequences: list[tuple[int, int]] = []
         for page in range(start, start + geometry.journal_pages):
             magic, sequence = _JOURNAL_SEQUENCE.unpack_from(self.world.image, page * PAGE_BYTES)
             if magic == PAGE_MAGIC:
                 sequences.append((sequence, page))
-        page = max(sequences)[1] if dice.random() < 0.5 else dice.choice(sequences)[1]
-        if dice.random() < 0.5:
+        page = max(sequences)[1] if rng.random() < 0.5 else rng.choice(sequences)[1]
+        if rng.random() < 0.5:
             self._flip(page)
         else:
             self._forge_counts(page)
@@ -113,7 +113,7 @@ class _Damage:
         offset = page * PAGE_BYTES
         content = bytearray(self.world.image[offset : offset + PAGE_BYTES])
         words, entries, flags = _JOURNAL_COUNTS.unpack_from(content, 44)
-        words = self.world.dice.randint(RECORDS_BYTES // WORD_RECORD.itemsize + 1, 0xFFFF >> self.world.dice.randint(0, 7))
+        words = self.world.rng.randint(RECORDS_BYTES // WORD_RECORD.itemsize + 1, 0xFFFF >> self.world.rng.randint(0, 7))
         _JOURNAL_COUNTS.pack_into(content, 44, words, entries, flags)
         content[4:8] = checksum(self.world.superblock.uuid, offset, content, 4).to_bytes(4, "little")
         self._replace(offset, content)
@@ -121,15 +121,15 @@ class _Damage:
 
     def _misdirect(self) -> None:
         """A write of metadata was lost, or went to another place."""
-        geometry, dice = self.world.geometry, self.world.dice
+        geometry, rng = self.world.geometry, self.world.rng
         if not self.world.metadata.overwritten:
             return
-        offset = dice.choice(sorted(self.world.metadata.overwritten))
+        offset = rng.choice(sorted(self.world.metadata.overwritten))
         content = bytes(self.world.image[offset : offset + PAGE_BYTES])
         self._replace(offset, self.world.metadata.overwritten[offset])
-        if dice.random() < 0.5:
+        if rng.random() < 0.5:
             last = geometry.data_offset_bytes // PAGE_BYTES - 1
-            self._replace(dice.randint(geometry.journal_offset_bytes // PAGE_BYTES, last) * PAGE_BYTES, content)
+            self._replace(rng.randint(geometry.journal_offset_bytes // PAGE_BYTES, last) * PAGE_BYTES, content)
         self.world.say(f"metadata was not written where it should: {sorted(self._before)}")
         if any(geometry.journal_offset_bytes <= place < geometry.bitmap_offset_bytes for place in self._before):
             self._open_damaged()  # a last commit that is lost looks like one that was never finished: FORMAT.md's one exception

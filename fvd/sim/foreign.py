@@ -3,7 +3,7 @@
 
 The seed decides the requests, one after the other; what the server makes of them, and when, is its own. So a seed repeats the requests, not
 the timing. Pointed at a URI it plays and compares.
-Whoever restarts another server drives a `Player`. It may not know the engine, nor any server's insides.
+Whoever restarts another server drives a `ForeignPlayer`. It may not know the engine, nor any server's insides.
 
 What is expected of a server is what NBD says of the flags it shows, and one thing more: a trimmed sector holds what it held, or zeros.
 """
@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from fvd.errors import DeviceError, InvalidArgument, ReadOnly, Unsupported
 from fvd.sim._base import base_content
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
+from fvd.sim._rng import Rng
 
 KIB, MIB = 1 << 10, 1 << 20
 REACH_BYTES = 64 * MIB  # so much of an export is played with: the oracle knows every sector of it
@@ -95,29 +95,29 @@ _CLUSTER = 128  # sectors: 64 KiB, what qcow2, qed and fvd allocate unless told 
 
 def stream(seed: int, sectors: int, depth: int, unit: int = 1) -> Iterator[Request]:
     """The endless requests of a seed, on a disk of so many sectors, in multiples of `unit` sectors. Deaf to the server."""
-    dice = Dice(seed)
+    rng = Rng(seed)
     kinds = [kind for kind, weight in _KINDS.items() for _ in range(weight)]
     slots = sectors // unit
     # Requests meet in a few places, each over the border of two clusters; the others go anywhere, where nothing was written yet.
-    spots = [dice.randint(1, max(1, sectors // _CLUSTER - 1)) * _CLUSTER for _ in range(4)]
+    spots = [rng.randint(1, max(1, sectors // _CLUSTER - 1)) * _CLUSTER for _ in range(4)]
     company = depth - 1
     while True:
-        if dice.random() < 0.02:
-            company = int(depth ** dice.random()) - 1 if dice.random() < 0.5 else depth - 1
-        kind = dice.choice(kinds)
-        length = dice.choice((1, 2, 8, 8, 8, 16, 16, 32, _CLUSTER, dice.randint(1, 2 * _CLUSTER)))
-        if dice.random() < 0.01:
+        if rng.random() < 0.02:
+            company = int(depth ** rng.random()) - 1 if rng.random() < 0.5 else depth - 1
+        kind = rng.choice(kinds)
+        length = rng.choice((1, 2, 8, 8, 8, 16, 16, 32, _CLUSTER, rng.randint(1, 2 * _CLUSTER)))
+        if rng.random() < 0.01:
             length = 2048
-        first = dice.randint(0, sectors - 1)
-        if dice.random() < 0.7:
-            first = dice.choice(spots) + dice.randint(-64, 64)
-        if dice.random() < 0.3 and kind in ("zero", "trim", "write"):
-            first, length = first // _CLUSTER * _CLUSTER, _CLUSTER * dice.randint(1, 3)
+        first = rng.randint(0, sectors - 1)
+        if rng.random() < 0.7:
+            first = rng.choice(spots) + rng.randint(-64, 64)
+        if rng.random() < 0.3 and kind in ("zero", "trim", "write"):
+            first, length = first // _CLUSTER * _CLUSTER, _CLUSTER * rng.randint(1, 3)
         count = min(max(1, length // unit), slots)
         start = min(max(0, first // unit), slots - count)
-        fua = kind in ("write", "zero", "trim") and dice.random() < 0.1
-        no_hole = kind == "zero" and dice.random() < 0.5
-        yield Request(kind, start * unit, count * unit, fua, no_hole, company, dice.randint(0, 1 << 16))
+        fua = kind in ("write", "zero", "trim") and rng.random() < 0.1
+        no_hole = kind == "zero" and rng.random() < 0.5
+        yield Request(kind, start * unit, count * unit, fua, no_hole, company, rng.randint(0, 1 << 16))
 
 
 def _not_uniform(data: bytes | bytearray) -> npt.NDArray[np.bool_]:
@@ -211,7 +211,7 @@ class _InFlight:
     judged: bool = True  # False: a crash came between, this answer promises nothing but itself
 
 
-class Player:
+class ForeignPlayer:
     """Plays a seed's requests on one export, whose server may be restarted meanwhile. One thread.
 
     `every_write_durable`: the server promises that what it acknowledged survives (a write-through cache). `flush_counts`: False for one
@@ -249,7 +249,7 @@ class Player:
         self._outage = False  # from a kill behind a client that reconnects, until everything has been judged
         self._image = bytearray()
 
-    def __enter__(self) -> Player:
+    def __enter__(self) -> ForeignPlayer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -388,7 +388,7 @@ class Player:
         if lost:
             raise self._hung_up(lost)
 
-    def turn(self, wait_s: float) -> None:
+    def turn(self, wait_seconds: float) -> None:
         """Takes the answers that are there, having waited for the first. Raises HungUp, and Violation after ANSWER_SECONDS of silence."""
         poll = select.poll()
         handles = {handle.aio_get_fd(): handle for handle in self._handles}
@@ -396,8 +396,8 @@ class Player:
             direction = handle.aio_get_direction()
             incoming = select.POLLIN if direction & self._nbd.AIO_DIRECTION_READ else 0
             poll.register(descriptor, incoming | (select.POLLOUT if direction & self._nbd.AIO_DIRECTION_WRITE else 0))
-        ready = poll.poll(wait_s * 1000)
-        if not ready and wait_s >= ANSWER_SECONDS:
+        ready = poll.poll(wait_seconds * 1000)
+        if not ready and wait_seconds >= ANSWER_SECONDS:
             kinds = Counter(each.request.kind for each in self.in_flight.values())
             raise self._violation(f"no answer for {ANSWER_SECONDS} s; in flight: {dict(kinds)}")
         lost = ""
@@ -564,7 +564,7 @@ def torture_uri(uri: str, *, seed: int, requests: int, depth: int, progress: Pro
 
     Raises Violation, with the seed, when the server showed what it must not, failed a request, hung up or fell silent.
     """
-    with Player(seed, depth=depth) as player:
+    with ForeignPlayer(seed, depth=depth) as player:
         player.connect(uri)
         player.play(requests, progress)
         player.drain()

@@ -14,20 +14,20 @@ from fvd.engine._engine import Want
 from fvd.errors import DeviceError, FvdError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
 from fvd.sim._device import SimulatedDevice
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
 from fvd.sim._player import Player
+from fvd.sim._rng import Rng
 from fvd.sim.agenda import NEVER, SECOND_NS, Agenda, Workers
 from fvd.sim.shape import Growth
-from fvd.volume.allocator import Allocator
-from fvd.volume.growth import Pool
-from fvd.volume.policy import GrowthEvent, check_low_water, default_low_water_bytes, limit_size_bytes
+from fvd.storage.allocator import Allocator
+from fvd.storage.interfaces import Pool
+from fvd.storage.policy import GrowthEvent, check_low_water, default_low_water_bytes, limit_size_bytes
 
 UNIT_BYTES = 4096
 # How long a write may have to wait once there is room, from the last step that brought some: the rest of a second, and a step of one. A
 # group that is full is asked again after 8 s at the latest when it tells of room.
-LONGEST_WAIT_SECONDS, LONGEST_ASK_SECONDS = 6.0, 14.0
-LONGEST_REST_SECONDS = 45.0  # while none waits, or after another failure where the group tells of room: the rest is at most 30 s
+WAIT_SECONDS_MAX, ASK_SECONDS_MAX = 6.0, 14.0
+REST_SECONDS_MAX = 45.0  # while none waits, or after another failure where the group tells of room: the rest is at most 30 s
 PLENTY_BYTES = 1 << 40
 
 
@@ -39,7 +39,7 @@ class SimulatedStorage:
     def __init__(self, place: Place) -> None:
         self._place = place
         self.can_grow = place.shape.place != "fixed"
-        self.tells_of_room = place.shape.place == "group"
+        self.notifies_space = place.shape.place == "group"
         self.closed = False
         self.target: int | None = None  # of the step that is under way
         self.helpless = False  # the last step did not bring what it was to bring, as far as can be seen
@@ -67,35 +67,35 @@ class SimulatedStorage:
         return not self.told and (place.now_ns - self.began_ns) / SECOND_NS >= place.shape.timeout_seconds
 
     def _begin_look(self) -> tuple[float | None, Callable[[], int]]:
-        dice, trouble = self._place.dice, self._place.trouble
+        rng, trouble = self._place.rng, self._place.trouble
 
         def end() -> int:
             size = self._place.device.size_bytes
-            fails = dice.random() < trouble * 0.2
+            fails = rng.random() < trouble * 0.2
             self.helpless |= self._reached is not None and (fails or size < self._reached)
             if fails:
                 raise DeviceError("the size cannot be read")
             return size
 
-        return 0.0 if dice.random() < 0.7 else self._place.moment(), end
+        return 0.0 if rng.random() < 0.7 else self._place.moment(), end
 
     def _begin_question(self) -> tuple[float | None, Callable[[], Pool | None]]:
         place = self._place
-        pick = place.dice.random()
+        pick = place.rng.random()
 
         def end() -> Pool | None:
             if place.shape.place == "fixed" or pick < place.trouble * 0.1:
                 return None
             if pick < place.trouble * 0.3:
                 raise Timeout("the group does not say what it has left")
-            return Pool("vg0" if self.tells_of_room else "the file system", place.room_bytes)
+            return Pool("vg0" if self.notifies_space else "the file system", place.room_bytes)
 
         if pick > 1.0 - place.trouble * 0.1:
             return None, end
         return 0.0 if pick < 0.7 else place.moment(), end
 
     def _begin_step(self, target: int) -> tuple[float | None, Callable[[], None]]:
-        place, dice, have = self._place, self._place.dice, self._place.device.size_bytes
+        place, rng, have = self._place, self._place.rng, self._place.device.size_bytes
         if self.target is not None:
             place.find(f"a step to {target} begins beside one to {self.target}")
         if target > limit_size_bytes(place.geometry):
@@ -116,25 +116,25 @@ class SimulatedStorage:
             left_bytes = place.room_bytes if place.stubborn else 0
             reached = have + (place.room_bytes - left_bytes) // UNIT_BYTES * UNIT_BYTES
             error = NoSpace("there is no more")
-        if self.can_grow and dice.random() < place.trouble:
-            failure: FvdError = dice.choice((NoSpace("full"), Timeout("no answer"), DeviceError("it broke"), DeviceError("it broke too")))
-            pick = dice.randint(0, 9)
+        if self.can_grow and rng.random() < place.trouble:
+            failure: FvdError = rng.choice((NoSpace("full"), Timeout("no answer"), DeviceError("it broke"), DeviceError("it broke too")))
+            pick = rng.randint(0, 9)
             if pick < 3:
                 reached, error = have, failure
             elif pick < 5:
-                reached, error = have + dice.randint(0, (reached - have) // UNIT_BYTES) * UNIT_BYTES, failure
+                reached, error = have + rng.randint(0, (reached - have) // UNIT_BYTES) * UNIT_BYTES, failure
             elif pick < 6:
                 error = failure  # and it has worked
             elif pick < 7:
                 reached, error = have, None  # and it says that it has
             elif pick < 9:
-                seconds = dice.choice((0.5, 5.0, 40.0, 100.0))
+                seconds = rng.choice((0.5, 5.0, 40.0, 100.0))
             else:
                 seconds = None
-        if isinstance(error, NoSpace) and self.tells_of_room:
+        if isinstance(error, NoSpace) and self.notifies_space:
             error.left_bytes = left_bytes
         if reached > have:
-            took = place.moment() if seconds is None else seconds * dice.random()
+            took = place.moment() if seconds is None else seconds * rng.random()
             if took == 0:
                 place.enlarge(reached)
             else:
@@ -147,7 +147,7 @@ class SimulatedStorage:
             self.target, self._reached = None, target
             self.helpless = self.helpless or place.device.size_bytes < target
             self.refused = isinstance(error, NoSpace) and place.device.size_bytes < target
-            self.last_suspend_seconds = dice.choice((None, 0.0, 0.05))
+            self.last_suspend_seconds = rng.choice((None, 0.0, 0.05))
             place.say(f"the step to {target} ends: {error or 'no error'}, {place.device.size_bytes} bytes")
             if error is not None:
                 raise error
@@ -157,12 +157,12 @@ class SimulatedStorage:
     def _pace(self) -> float:
         place = self._place
         if place.healed:
-            return place.dice.random()
+            return place.rng.random()
         if place.shape.pace == "fast":
-            return place.dice.choice((0.0, 0.0002, 0.002))
+            return place.rng.choice((0.0, 0.0002, 0.002))
         if place.shape.pace == "slow":
-            return float(place.dice.choice((0.001, 0.01, 0.1, 1.0)) * (0.5 + place.dice.random()))
-        self._seconds *= 1.0 + place.dice.random()
+            return float(place.rng.choice((0.001, 0.01, 0.1, 1.0)) * (0.5 + place.rng.random()))
+        self._seconds *= 1.0 + place.rng.random()
         return min(self._seconds, 50.0)
 
 
@@ -273,13 +273,13 @@ class Place:
     """Where a world's storage lies, through all its lives."""
 
     def __init__(
-        self, device: SimulatedDevice, geometry: Geometry, shape: Growth, dice: Dice, filler: bytes, say: Callable[[str], None]
+        self, device: SimulatedDevice, geometry: Geometry, shape: Growth, rng: Rng, filler: bytes, say: Callable[[str], None]
     ) -> None:
-        self.device, self.geometry, self.shape, self.dice, self.filler, self.say = device, geometry, shape, dice, filler, say
+        self.device, self.geometry, self.shape, self.rng, self.filler, self.say = device, geometry, shape, rng, filler, say
         self.agenda = Agenda(lambda: device.now_ns, self._changed)
         self.workers = Workers(self.agenda)
-        self.room_bytes = shape.room_steps * geometry.grow_step_bytes
-        self.stubborn = dice.random() < 0.3  # what it has left is of no use
+        self.room_bytes = shape.free_steps * geometry.grow_step_bytes
+        self.stubborn = rng.random() < 0.3  # what it has left is of no use
         self.healed = False
         self.found: list[str] = []
         self._player: Player | None = None
@@ -301,7 +301,7 @@ class Place:
 
     def moment(self) -> float:
         """Seconds, mostly few of them."""
-        return 0.2 * self.dice.random() if self.healed else float(self.dice.choice((0.0001, 0.003, 0.1, 1.0)) * self.dice.random())
+        return 0.2 * self.rng.random() if self.healed else float(self.rng.choice((0.0001, 0.003, 0.1, 1.0)) * self.rng.random())
 
     def enlarge(self, size_bytes: int) -> None:
         """At least so large, as far as there is a device."""
@@ -347,7 +347,7 @@ class Place:
             return
         self._player = None
         self.workers.end_process()
-        self.agenda.end_process(lambda: power and self.dice.random() < 0.5)
+        self.agenda.end_process(lambda: power and self.rng.random() < 0.5)
 
     def close(self) -> None:
         """As a volume is closed. Steps that are under way end, and nobody hears of it."""
@@ -367,7 +367,7 @@ class Place:
         """What was mended so that all could end breaks again."""
         if self.healed:
             self.healed = False
-            self.room_bytes = self.shape.room_steps * self.geometry.grow_step_bytes
+            self.room_bytes = self.shape.free_steps * self.geometry.grow_step_bytes
 
     def attend(self) -> None:
         """One thing that the engine wants, or that is due."""
@@ -383,28 +383,28 @@ class Place:
 
     # --- what others do -----------------------------------------------------------------------------------------------
 
-    def disturb(self, dice: Dice) -> None:
+    def disturb(self, rng: Rng) -> None:
         """An administrator, or another disk of the group."""
-        pick = dice.random()
+        pick = rng.random()
         step = self.geometry.grow_step_bytes
         if pick < 0.3:
-            self.room_bytes += dice.randint(0, 4 * step) // UNIT_BYTES * UNIT_BYTES
-            self.stubborn = self.stubborn and dice.random() < 0.5
+            self.room_bytes += rng.randint(0, 4 * step) // UNIT_BYTES * UNIT_BYTES
+            self.stubborn = self.stubborn and rng.random() < 0.5
             self.say(f"there is room for {self.room_bytes} bytes")
-            if self.shape.place == "group" and dice.random() < 0.9:
-                self.allocator.room_made()
+            if self.shape.place == "group" and rng.random() < 0.9:
+                self.allocator.on_space_freed()
         elif pick < 0.4:
-            self.room_bytes = dice.randint(0, self.room_bytes // UNIT_BYTES) * UNIT_BYTES
+            self.room_bytes = rng.randint(0, self.room_bytes // UNIT_BYTES) * UNIT_BYTES
         elif pick < 0.55:
-            self.enlarge(self.device.size_bytes + dice.choice((UNIT_BYTES, step // 2 // UNIT_BYTES * UNIT_BYTES, step)))
-            if dice.random() < 0.7:
+            self.enlarge(self.device.size_bytes + rng.choice((UNIT_BYTES, step // 2 // UNIT_BYTES * UNIT_BYTES, step)))
+            if rng.random() < 0.7:
                 self.allocator.resized()
         elif pick < 0.65:
             self.allocator.poke()
         elif pick < 0.75:
-            dice.choice((self.allocator.room_made, self.allocator.resized))()
+            rng.choice((self.allocator.on_space_freed, self.allocator.resized))()
         elif pick < 0.9:
-            self.futures.append(self.allocator.extend_now(dice.choice((None, UNIT_BYTES, step, 3 * step + UNIT_BYTES))))
+            self.futures.append(self.allocator.extend_now(rng.choice((None, UNIT_BYTES, step, 3 * step + UNIT_BYTES))))
         self.raise_found()
 
     def heal(self) -> None:
@@ -416,9 +416,9 @@ class Place:
         self.room_bytes = PLENTY_BYTES
         if self.shape.place == "fixed":
             self.enlarge(self.geometry.max_storage_size_bytes)
-        self.workers.hurry(self.dice.random)
+        self.workers.hurry(self.rng.random)
         if self.shape.place == "group":
-            self.allocator.room_made()
+            self.allocator.on_space_freed()
         self.progress_ns, self.progress_size = self.now_ns, self.engine.storage_size_bytes
 
     def go_on(self, longest_seconds: float) -> None:
@@ -436,12 +436,12 @@ class Place:
         if next_ns > self.now_ns:
             self.device.advance(next_ns - self.now_ns)
 
-    def wait_for_room(self) -> None:
+    def wait_for_space(self) -> None:
         """Time passes while writes wait."""
-        if not self.storage.tells_of_room:
-            self.go_on(LONGEST_WAIT_SECONDS)
+        if not self.storage.notifies_space:
+            self.go_on(WAIT_SECONDS_MAX)
         else:
-            self.go_on(LONGEST_ASK_SECONDS if self.storage.refused else LONGEST_REST_SECONDS)
+            self.go_on(ASK_SECONDS_MAX if self.storage.refused else REST_SECONDS_MAX)
 
     @property
     def satisfied(self) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from fvd.disk.loading import LoadedDisk
 from fvd.format.geometry import CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, SECTOR_BYTES, WORDS_PER_CELL
 from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, WORD_RECORD
 from fvd.format.maps import EMPTY, Bitmap, MapKind, Table, decode_pages, empty_bitmap, empty_table, map_offset_bytes
 from fvd.format.superblock import Superblock
 from fvd.sim._device import Operation
 from fvd.sim._oracle import Violation
-from fvd.volume.loading import LoadedDisk
 
 
 class Metadata:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fvd.errors import InvalidArgument, NotFound, Timeout
 from fvd.sim._base import base_content
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
-from fvd.sim.foreign import ANSWER_SECONDS, CONNECTIONS, ForeignReport, Player, Progress, _libnbd
+from fvd.sim._rng import Rng
+from fvd.sim.foreign import ANSWER_SECONDS, CONNECTIONS, ForeignPlayer, ForeignReport, Progress, _libnbd
 
 START_SECONDS = 30
 _SOCKET_PATH_BYTES = 107
@@ -135,9 +135,9 @@ def torture_qemu(
     """
     if rounds < 1:
         raise InvalidArgument(f"{rounds} rounds: name at least 1")
-    dice = Dice(seed, 1)
+    rng = Rng(seed, 1)
     server = _QemuNbd(image_format, size_bytes, base, discard, Path(directory))
-    with Player(seed, depth=depth, reach_bytes=size_bytes, gentle=gentle) as player:
+    with ForeignPlayer(seed, depth=depth, reach_bytes=size_bytes, gentle=gentle) as player:
         killed = False
         try:
             for number in range(rounds):
@@ -148,9 +148,9 @@ def torture_qemu(
                 elif number:
                     player.verify()
                 player.play(requests // rounds)
-                killed = number < rounds - 1 and dice.random() < 0.5
+                killed = number < rounds - 1 and rng.random() < 0.5
                 if killed:
-                    player.wait(dice.random() * 0.003)
+                    player.wait(rng.random() * 0.003)
                     server.kill()
                     player.take_last_answers()
                     server.check()

@@ -7,8 +7,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields
 
 from fvd.sim._device import CATEGORIES
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES
+from fvd.sim._rng import Rng
 from fvd.sim.damage import rot
 from fvd.sim.shape import STICKY
 from fvd.sim.world import ENDING, REQUESTS, ROUNDS, World
@@ -72,31 +72,31 @@ def run(seed: int, *, only: Kept | None = None, events: int = 0, log: list[str] 
 
 def play_round(world: World, number: int, outcome: Outcome, kept: Container[int] | None = None) -> None:
     """One round and its end."""
-    dice = Dice(world.seed, ROUNDS, number)
+    rng = Rng(world.seed, ROUNDS, number)
     shape = world.shape
     world.say(f"round {number}")
     if world.place is not None:
         world.place.begin_round()
-    if shape.faulty and dice.random() < 0.7:
+    if shape.faulty and rng.random() < 0.7:
         world.start_faults(shape.faults, one=shape.fail_one)
     # What a kill left is in danger only until the next flush.
-    requests = dice.randint(1, min(shape.longest_round, 12) if world.killed and dice.random() < 0.5 else shape.longest_round)
+    requests = rng.randint(1, min(shape.longest_round, 12) if world.killed and rng.random() < 0.5 else shape.longest_round)
     world.killed = False
     outcome.played[number] = requests
-    _aim(world, dice)
+    _aim(world, rng)
     skip = None if kept is None else _Others(kept)
     world.player.play(requests, seed=world.seed, stream=REQUESTS << 32 | number, skip=skip, on_side=world.on_side)
     world.check_lost_slots()
-    if shape.settle_share and Dice(world.seed, ENDING, number).random() < shape.settle_share:
+    if shape.settle_share and Rng(world.seed, ENDING, number).random() < shape.settle_share:
         world.settle()
-    ending = dice.random()
+    ending = rng.random()
     if (shape.impatient and world.engine.failed_errno) or (shape.deadly and ending < 0.35):
         ending = 0.65
     if ending < 0.5:
         outcome.crashes += 1
         if shape.crash_at:
             _play_until(world, shape.crash_at, number, kept)
-        if shape.rot and dice.random() < 0.5:
+        if shape.rot and rng.random() < 0.5:
             outcome.damages += rot(world)
         else:
             world.crash()
@@ -121,10 +121,10 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
             world.crash()
 
 
-def _aim(world: World, dice: Dice, **changes: float) -> None:
+def _aim(world: World, rng: Rng, **changes: float) -> None:
     """The load of a round: some kinds of requests are switched off, so that the others meet more often."""
     shape = world.shape
-    weights = {kind: weight for kind, weight in shape.kinds.items() if dice.random() < 0.8 or kind == "write"}
+    weights = {kind: weight for kind, weight in shape.kinds.items() if rng.random() < 0.8 or kind == "write"}
     world.player.aim(
         weights=weights | changes,
         areas=shape.areas,
@@ -141,7 +141,7 @@ def _aim(world: World, dice: Dice, **changes: float) -> None:
 def _play_until(world: World, category: str, number: int, kept: Container[int] | None) -> None:
     """Play until such an operation has taken effect and not completed: the moment when a crash asks most."""
     # A flush brings a commit about, and a checkpoint; but what waits for neither may meet a crash that nothing went before.
-    _aim(world, Dice(world.seed, ROUNDS, number), **({"flush": 3.0} if category in STICKY else {}))
+    _aim(world, Rng(world.seed, ROUNDS, number), **({"flush": 3.0} if category in STICKY else {}))
     stream = REQUESTS << 32 | 1 << 16 | number
     skip = None if kept is None else _Others(kept, UNTIL)
     world.player.play(UNTIL_REQUESTS, seed=world.seed, stream=stream, skip=skip, on_side=world.on_side, awaited=CATEGORIES.index(category))

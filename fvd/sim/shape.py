@@ -10,15 +10,15 @@ from typing import Literal
 from fvd.format.geometry import Geometry, Layout, Placement
 from fvd.modes import ON_FULL
 from fvd.sim._device import CATEGORIES
-from fvd.sim._dice import Dice
+from fvd.sim._rng import Rng
 
 SECTOR_BYTES = 512
 KIB = 1024
 EIO, ENOSPC = -5, -28
-DRAWN = tuple(name for name in CATEGORIES if name != "zeroing")  # that has dice of its own: a seed keeps its world
+DRAWN = tuple(name for name in CATEGORIES if name != "zeroing")  # that has rng of its own: a seed keeps its world
 STICKY = ("journal", "map", "flush")  # a failure there is remembered by the engine, and ends most of a life
 SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide", "busy")
-MOST_SECTORS = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
+SECTORS_MAX = {"crowded": 512, "tight": 512, "scarce": 768, "plain": 4096, "wide": 32768, "busy": 1024, "coarse": 32768, "broad": 8}
 
 Area = tuple[int, int]  # first sector, sectors
 TOLD_ONCE = 0.7  # share of worlds
@@ -34,7 +34,7 @@ class Growth:
     """How long a step takes; with `slower` each longer than the one before."""
     trouble: float
     """Share of steps that fail, hang, stop half-way or say what is not so."""
-    room_steps: int
+    free_steps: int
     """What there is room for at first, in grow steps."""
     timeout_seconds: float
     """After this a step counts as slow."""
@@ -115,13 +115,13 @@ class Shape:
     allocator: Growth | None = None
     """The real allocator grows the storage instead."""
     steered: bool = False
-    """The real steering prefetches instead of the dice."""
+    """The real steering prefetches instead of the rng."""
     crash_at: str = ""
     """The category of operation that crashes wait for; "": they wait for none."""
     copying: bool = False
-    """Copies are made of the base: by reads, by prefetching, or both, as the dice say while it runs."""
+    """Copies are made of the base: by reads, by prefetching, or both, as the rng say while it runs."""
     copy_on_read: bool = False
-    """Always, whatever the dice say."""
+    """Always, whatever the rng say."""
     eager: bool = False
     """Whatever requests fall on is prefetched from the first moment on."""
     prefetch: bool = False
@@ -162,96 +162,96 @@ class Shape:
         return self.fail_one or any(self.faults.values())
 
 
-def draw(dice: Dice) -> Shape:
-    """A shape from the dice."""
-    scale = dice.choice(SCALES)
-    rare = dice.random()
+def draw(rng: Rng) -> Shape:
+    """A shape from the rng."""
+    scale = rng.choice(SCALES)
+    rare = rng.random()
     if rare < 0.1:
-        return _draw_vast(dice)
+        return _draw_vast(rng)
     if rare < 0.123:
-        return _draw_sparse(dice)
+        return _draw_sparse(rng)
     if rare < 0.14:
         scale = "broad" if rare < 0.13 else "coarse"
-    block = dice.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
-    chunk = max(block, dice.choice((64, 64, 64, 128, 256, 1024)) * KIB)
+    block = rng.choice((4, 4, 4, 8, 16, 16, 64, 64, 256, 1024)) * KIB
+    chunk = max(block, rng.choice((64, 64, 64, 128, 256, 1024)) * KIB)
     # On a crowded disk requests meet each other all the time, on a tight one in the same few blocks; on a scarce one the few slots go from
     # chunk to chunk; on a wide one much has never been written, committed or checkpointed.
-    virtual = dice.randint(8, MOST_SECTORS[scale]) * SECTOR_BYTES
+    virtual = rng.randint(8, SECTORS_MAX[scale]) * SECTOR_BYTES
     if scale in ("tight", "scarce", "wide"):
         block, chunk = min(block, 4 * KIB if scale == "tight" else 64 * KIB), 64 * KIB
     elif scale == "broad":
         # Enough to change at once that commits take several pages, the journal runs out of room, and a map has several pages.
         block, chunk = min(block, 64 * KIB), 64 * KIB
-        virtual = dice.randint(80_000, 140_000) * SECTOR_BYTES
+        virtual = rng.randint(80_000, 140_000) * SECTOR_BYTES
     elif scale == "coarse":
-        chunk = dice.choice((2, 4)) << 20
-    elif dice.random() < 0.3:
-        virtual = dice.randint(1, max(1, virtual // chunk)) * chunk
+        chunk = rng.choice((2, 4)) << 20
+    elif rng.random() < 0.3:
+        virtual = rng.randint(1, max(1, virtual // chunk)) * chunk
     base = None
-    if dice.random() < (0.2 if scale == "tight" else 0.5):
-        base = dice.choice((virtual, virtual // 2, virtual + 12345, dice.randint(1, virtual), dice.randint(1, virtual // 512) * 512))
+    if rng.random() < (0.2 if scale == "tight" else 0.5):
+        base = rng.choice((virtual, virtual // 2, virtual + 12345, rng.randint(1, virtual), rng.randint(1, virtual // 512) * 512))
     geometry = Geometry(
         virtual_size_bytes=virtual,
         block_size_bytes=block,
         chunk_size_bytes=chunk,
-        journal_size_bytes=dice.choice((16, 16, 16, 17, 23, 32)) * 4 * KIB,
-        grow_step_bytes=max(chunk, dice.choice((64, 256, 256, 1024)) * KIB),
-        layout=Layout.RAW if scale != "scarce" and dice.random() < 0.2 else Layout.COMPACT,
+        journal_size_bytes=rng.choice((16, 16, 16, 17, 23, 32)) * 4 * KIB,
+        grow_step_bytes=max(chunk, rng.choice((64, 256, 256, 1024)) * KIB),
+        layout=Layout.RAW if scale != "scarce" and rng.random() < 0.2 else Layout.COMPACT,
     )
-    shape = _draw_load(dice, geometry, scale)
+    shape = _draw_load(rng, geometry, scale)
     shape.base_bytes = base
     sectors = shape.sectors
     if scale == "broad":
         # Changes gather while a flush takes long and hardly anyone asks for another.
-        shape.kinds = dict(shape.kinds) | {"flush": 0.01, "fua": 0.0, "rewrite": 0.0, "trim": dice.choice((0.0, 0.5))}
-        shape.cache_mode = dice.choice(("none", "writeback"))
-        shape.slow = {dice.choice(("flush", "flush", "flush", "journal", "map")): 0.9}
+        shape.kinds = dict(shape.kinds) | {"flush": 0.01, "fua": 0.0, "rewrite": 0.0, "trim": rng.choice((0.0, 0.5))}
+        shape.cache_mode = rng.choice(("none", "writeback"))
+        shape.slow = {rng.choice(("flush", "flush", "flush", "journal", "map")): 0.9}
         shape.stuck_share, shape.verify_share, shape.depth, shape.longest_round = 0.0, 0.0, 256, 4000
-        shape.least_depth = dice.choice((1, 256, 256, 256))
+        shape.least_depth = rng.choice((1, 256, 256, 256))
         shape.storage_chunks, shape.low_water_chunks = max(shape.storage_chunks, geometry.chunks // 2), 0
     if scale == "busy":
-        # Else the queue drains whenever the dice ask for a short one, and thousands are never in flight together.
-        shape.least_depth, shape.longest_round = dice.choice((1, shape.depth // 2, shape.depth)), 2 * shape.depth
+        # Else the queue drains whenever the rng ask for a short one, and thousands are never in flight together.
+        shape.least_depth, shape.longest_round = rng.choice((1, shape.depth // 2, shape.depth)), 2 * shape.depth
     if scale == "scarce":
-        shape.storage_chunks = min(geometry.chunks, dice.choice((1, 1, 2)))
-        shape.growth = dice.choice(("late", "never", "never"))
-    if scale == "tight" or (scale not in ("wide", "broad") and dice.random() < 0.4):
-        hot = min(sectors, dice.choice((16, 24, 32) if scale == "tight" else (16, 256, 1024)))
-        shape.areas = [(dice.choice((0, dice.randint(0, sectors - hot), sectors - hot)), hot)]
+        shape.storage_chunks = min(geometry.chunks, rng.choice((1, 1, 2)))
+        shape.growth = rng.choice(("late", "never", "never"))
+    if scale == "tight" or (scale not in ("wide", "broad") and rng.random() < 0.4):
+        hot = min(sectors, rng.choice((16, 24, 32) if scale == "tight" else (16, 256, 1024)))
+        shape.areas = [(rng.choice((0, rng.randint(0, sectors - hot), sectors - hot)), hot)]
     return shape
 
 
-def draw_copying(shape: Shape, dice: Dice) -> None:
-    """Whether and how the shape's disk is copied from its base. From dice of its own: it changes nothing else."""
+def draw_copying(shape: Shape, rng: Rng) -> None:
+    """Whether and how the shape's disk is copied from its base. From rng of its own: it changes nothing else."""
     small = shape.windows is None
-    if dice.random() < 0.2 if shape.base_bytes is not None else dice.random() < 0.7 or not small:
+    if rng.random() < 0.2 if shape.base_bytes is not None else rng.random() < 0.7 or not small:
         return
     shape.copying = True
-    shape.copy_limit_bytes = dice.choice((1 << 12, 1 << 16, 1 << 20, 8 << 20))
-    shape.base_timeout_ns = dice.choice((0, 0, 300_000_000, 2_000_000_000))
-    if dice.random() < 0.5:
-        shape.slow = dict(shape.slow) | {"base": dice.choice((0.2, 0.8, 0.95))}
-    if not small or (shape.base_bytes is not None and dice.random() < 0.2):
+    shape.copy_limit_bytes = rng.choice((1 << 12, 1 << 16, 1 << 20, 8 << 20))
+    shape.base_timeout_ns = rng.choice((0, 0, 300_000_000, 2_000_000_000))
+    if rng.random() < 0.5:
+        shape.slow = dict(shape.slow) | {"base": rng.choice((0.2, 0.8, 0.95))}
+    if not small or (shape.base_bytes is not None and rng.random() < 0.2):
         return
     # A larger disk, mostly read, with room for what is copied: else everything has been copied or written before anything can happen to it.
     geometry = shape.geometry
-    sectors = dice.randint(2000, 12000)
-    block = dice.choice((4, 4, 8, 16, 64)) * KIB
+    sectors = rng.randint(2000, 12000)
+    block = rng.choice((4, 4, 8, 16, 64)) * KIB
     shape.geometry = replace(
         geometry,
         virtual_size_bytes=sectors * SECTOR_BYTES,
         block_size_bytes=block,
-        chunk_size_bytes=dice.choice((64, 64, 128, 1024)) * KIB,
+        chunk_size_bytes=rng.choice((64, 64, 128, 1024)) * KIB,
         grow_step_bytes=1 << 20,
     )
-    shape.base_bytes = dice.choice((sectors * SECTOR_BYTES, sectors * SECTOR_BYTES + 4321, sectors * 256 + 77))
+    shape.base_bytes = rng.choice((sectors * SECTOR_BYTES, sectors * SECTOR_BYTES + 4321, sectors * 256 + 77))
     chunks = shape.geometry.chunks
-    whole = geometry.layout is Layout.RAW or dice.random() < 0.5
-    shape.storage_chunks = chunks if whole else dice.randint(1, chunks)
-    first = dice.randint(0, sectors - 600)
-    shape.areas = dice.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
-    shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": dice.choice((0.5, 2.0)), "flush": dice.choice((0.1, 0.2, 1.0))}
-    rare = dice.random()
+    whole = geometry.layout is Layout.RAW or rng.random() < 0.5
+    shape.storage_chunks = chunks if whole else rng.randint(1, chunks)
+    first = rng.randint(0, sectors - 600)
+    shape.areas = rng.choice(([(0, sectors)], [(first, 600)], [(0, sectors), (first, 600)]))
+    shape.kinds = dict(shape.kinds) | {"read": 4.0, "write": rng.choice((0.5, 2.0)), "flush": rng.choice((0.1, 0.2, 1.0))}
+    rare = rng.random()
     if rare < 0.35:
         # What was copied, all of it, is then written here and there and flushed.
         shape.eager = True
@@ -264,38 +264,38 @@ def draw_copying(shape: Shape, dice: Dice) -> None:
         shape.storage_chunks = shape.geometry.chunks
         shape.copy_on_read = True
         shape.areas = [(0, 1920)]
-        shape.kinds = {"read": 4.0, "write": dice.choice((0.2, 1.0)), "zero": 1.0, "flush": 0.3}
+        shape.kinds = {"read": 4.0, "write": rng.choice((0.2, 1.0)), "zero": 1.0, "flush": 0.3}
         shape.longest_round, shape.largest_sectors = max(40, min(shape.longest_round, 200)), 16
-        shape.depth = dice.choice((4, 16))
+        shape.depth = rng.choice((4, 16))
     shape.faults = {name: rate for name, rate in shape.faults.items() if name not in STICKY}
-    shape.crash_at = dice.choice(("", "journal", "map", "write", "flush"))
+    shape.crash_at = rng.choice(("", "journal", "map", "write", "flush"))
     shape.rot = False
 
 
-def draw_growth(shape: Shape, dice: Dice) -> None:
-    """Whether the allocator grows the disk's storage, and the steering its copies. From dice of its own: it changes nothing else."""
+def draw_growth(shape: Shape, rng: Rng) -> None:
+    """Whether the allocator grows the disk's storage, and the steering its copies. From rng of its own: it changes nothing else."""
     geometry = shape.geometry
     grows = geometry.layout is Layout.COMPACT and shape.storage_chunks < geometry.chunks
-    if dice.random() < (0.6 if grows else 0.1):
+    if rng.random() < (0.6 if grows else 0.1):
         shape.allocator = Growth(
-            place=dice.choice(("file", "file", "group", "group", "fixed")),
-            pace=dice.choice(("fast", "fast", "slow", "slower")),
-            trouble=dice.choice((0.0, 0.1, 0.5)),
-            room_steps=dice.choice((0, 1, 4, 1000, 1000)),
-            timeout_seconds=dice.choice((0.01, 1.0, 30.0)),
-            low_water_chunks=dice.choice((0, 0, 1, 2, 5)),
+            place=rng.choice(("file", "file", "group", "group", "fixed")),
+            pace=rng.choice(("fast", "fast", "slow", "slower")),
+            trouble=rng.choice((0.0, 0.1, 0.5)),
+            free_steps=rng.choice((0, 1, 4, 1000, 1000)),
+            timeout_seconds=rng.choice((0.01, 1.0, 30.0)),
+            low_water_chunks=rng.choice((0, 0, 1, 2, 5)),
         )
-    shape.steered = shape.copying and dice.random() < 0.5
-    if shape.copying and geometry.layout is Layout.COMPACT and geometry.chunks > 8 and shape.windows is None and dice.random() < 0.6:
+    shape.steered = shape.copying and rng.random() < 0.5
+    if shape.copying and geometry.layout is Layout.COMPACT and geometry.chunks > 8 and shape.windows is None and rng.random() < 0.6:
         # Copies and the guest have too little storage between them, and there is hardly more.
-        shape.storage_chunks = dice.randint(4, geometry.chunks - 2)
+        shape.storage_chunks = rng.randint(4, geometry.chunks - 2)
         shape.allocator = Growth(
-            place=dice.choice(("file", "group", "fixed")),
+            place=rng.choice(("file", "group", "fixed")),
             pace="fast",
             trouble=0.0,
-            room_steps=0,
+            free_steps=0,
             timeout_seconds=1.0,
-            low_water_chunks=dice.choice((2, 4, 8)),
+            low_water_chunks=rng.choice((2, 4, 8)),
         )
         shape.kinds = dict(shape.kinds) | {"read": 1.0, "write": 2.0, "trim": 1.0, "flush": 0.3}
         shape.areas = [(0, shape.sectors)]
@@ -303,161 +303,161 @@ def draw_growth(shape: Shape, dice: Dice) -> None:
         shape.longest_round = min(shape.longest_round, 80)
 
 
-def draw_placement(shape: Shape, dice: Dice) -> None:
-    """Where the disk's new chunks go. From dice of its own: it changes nothing else."""
-    shape.geometry = replace(shape.geometry, placement=dice.choice((Placement.APPEND, Placement.SPREAD)))
+def draw_placement(shape: Shape, rng: Rng) -> None:
+    """Where the disk's new chunks go. From rng of its own: it changes nothing else."""
+    shape.geometry = replace(shape.geometry, placement=rng.choice((Placement.APPEND, Placement.SPREAD)))
 
 
-def draw_zeroing(shape: Shape, dice: Dice) -> None:
-    """Whether new chunks are zeroed by the device. From dice of its own: it changes nothing else."""
-    if dice.random() < 0.3:
+def draw_zeroing(shape: Shape, rng: Rng) -> None:
+    """Whether new chunks are zeroed by the device. From rng of its own: it changes nothing else."""
+    if rng.random() < 0.3:
         return
     shape.zero_chunks = True
-    shape.device_zeroes = dice.random() < 0.9
-    shape.slow = dict(shape.slow) | {"zeroing": dice.choice((0.0, 0.3, 0.9))}
-    if dice.random() < 0.3:
-        shape.faults = dict(shape.faults) | {"write": 0.05, "zeroing": dice.choice((0.0, 0.3))}
-    if not shape.crash_at and dice.random() < 0.2:
+    shape.device_zeroes = rng.random() < 0.9
+    shape.slow = dict(shape.slow) | {"zeroing": rng.choice((0.0, 0.3, 0.9))}
+    if rng.random() < 0.3:
+        shape.faults = dict(shape.faults) | {"write": 0.05, "zeroing": rng.choice((0.0, 0.3))}
+    if not shape.crash_at and rng.random() < 0.2:
         shape.crash_at = "zeroing"
 
 
-def draw_log(shape: Shape, dice: Dice) -> None:
-    """Whether a killed process leaves a log of what was pending. From dice of its own: it changes nothing else."""
-    shape.log = dice.random() < 0.9
-    shape.short_log = dice.random() < 0.4
+def draw_log(shape: Shape, rng: Rng) -> None:
+    """Whether a killed process leaves a log of what was pending. From rng of its own: it changes nothing else."""
+    shape.log = rng.random() < 0.9
+    shape.short_log = rng.random() < 0.4
 
 
-def draw_bounds(shape: Shape, dice: Dice) -> None:
-    """How much of the device one request and the disk's discards may take at once. From dice of its own: it changes nothing else."""
-    shape.request_window = dice.choice((32, 32, 32, 1, 2, 5))
-    shape.most_discards = dice.choice((1, 1, 2, 8))
-    shape.discard_bytes = dice.choice((1, 2, 3, 32)) * shape.geometry.chunk_size_bytes
-    shape.first_discard_bytes = dice.choice((1, 4, 256)) * shape.geometry.chunk_size_bytes
-    if not shape.discard or dice.random() < 0.5:
+def draw_bounds(shape: Shape, rng: Rng) -> None:
+    """How much of the device one request and the disk's discards may take at once. From rng of its own: it changes nothing else."""
+    shape.request_window = rng.choice((32, 32, 32, 1, 2, 5))
+    shape.most_discards = rng.choice((1, 1, 2, 8))
+    shape.discard_bytes = rng.choice((1, 2, 3, 32)) * shape.geometry.chunk_size_bytes
+    shape.first_discard_bytes = rng.choice((1, 4, 256)) * shape.geometry.chunk_size_bytes
+    if not shape.discard or rng.random() < 0.5:
         return
     # Discards take long: slots gather that wait for theirs.
-    shape.slow = dict(shape.slow) | {"discard": dice.choice((0.5, 0.9))}
+    shape.slow = dict(shape.slow) | {"discard": rng.choice((0.5, 0.9))}
     shape.kinds = dict(shape.kinds) | {"trim": max(shape.kinds.get("trim", 0.0), 0.5)}
 
 
-def draw_weather(shape: Shape, dice: Dice) -> None:
-    """How the storage fails, and what it does by itself. From dice of its own: it changes nothing else."""
-    shape.told_once = dice.random() < TOLD_ONCE
-    shape.fua = dice.random() < 0.3
-    shape.outsider = dice.random() < 0.5 and shape.cache_mode not in ("none", "directsync")
-    shape.eviction_share = dice.choice((0.0, 0.02, 0.2, 0.2))
-    shape.landing_share = dice.choice((0.0, 0.0, 0.001, 0.001, 0.01, 0.1))
+def draw_weather(shape: Shape, rng: Rng) -> None:
+    """How the storage fails, and what it does by itself. From rng of its own: it changes nothing else."""
+    shape.told_once = rng.random() < TOLD_ONCE
+    shape.fua = rng.random() < 0.3
+    shape.outsider = rng.random() < 0.5 and shape.cache_mode not in ("none", "directsync")
+    shape.eviction_share = rng.choice((0.0, 0.02, 0.2, 0.2))
+    shape.landing_share = rng.choice((0.0, 0.0, 0.001, 0.001, 0.01, 0.1))
     if shape.told_once and shape.faulty:
-        shape.writeback_share = dice.choice((0.0, 0.001, 0.01))
-    shape.impatient = dice.random() < 0.5
+        shape.writeback_share = rng.choice((0.0, 0.001, 0.01))
+    shape.impatient = rng.random() < 0.5
     shape.resends = True
-    shape.deaths = dice.choice((0, 0, 1, 2))
-    shape.deadly = dice.random() < 0.3
-    if shape.landing_share and dice.random() < 0.2:
+    shape.deaths = rng.choice((0, 0, 1, 2))
+    shape.deadly = rng.random() < 0.3
+    if shape.landing_share and rng.random() < 0.2:
         shape.faults = dict(shape.faults) | {"journal": 0.2}
     if shape.copying:
         # A server that is killed between two commits: what was copied beside what is pending, and then written, is in the log alone.
-        shape.deadly = dice.random() < 0.7
-    shape.workers = dice.choice((0, 0, 1, 2, 4))
-    if shape.workers and dice.random() < 0.5:
+        shape.deadly = rng.random() < 0.7
+    shape.workers = rng.choice((0, 0, 1, 2, 4))
+    if shape.workers and rng.random() < 0.5:
         shape.slow = dict(shape.slow) | {"discard": 0.9}
-    if shape.told_once and dice.random() < 0.1:
+    if shape.told_once and rng.random() < 0.1:
         # Many at once that make something durable, of which one fails now and then.
         shape.faults = dict(shape.faults) | {"flush": 0.02, "write": 0.02}
         shape.kinds = dict(shape.kinds) | {"fua": 2.0, "flush": 1.0}
         shape.depth = max(shape.depth, 8)
 
 
-def draw_durable(shape: Shape, dice: Dice) -> None:
-    """How durable writes are made. From dice of its own: it changes nothing else."""
-    shape.durable_writes = dice.random() < 0.6
+def draw_durable(shape: Shape, rng: Rng) -> None:
+    """How durable writes are made. From rng of its own: it changes nothing else."""
+    shape.durable_writes = rng.random() < 0.6
 
 
-def _draw_load(dice: Dice, geometry: Geometry, scale: str) -> Shape:
+def _draw_load(rng: Rng, geometry: Geometry, scale: str) -> Shape:
     wide, small = scale == "wide", scale not in ("plain", "coarse")
-    kinds = {name: dice.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
+    kinds = {name: rng.choice((0.0, 1.0, 1.0, 3.0)) for name in ("read", "flush", "trim", "zero", "fua", "rewrite")}
     kinds["write"] = 3.0
     if wide:
         kinds["flush"] = 2.0
     elif scale == "tight":
         # Mostly writes to what is there, and reads that see their order; what changes the maps comes in between.
-        kinds |= {"read": 3.0, "rewrite": 0.0, "trim": dice.choice((0.3, 0.5, 1.0))}
-        kinds |= {name: dice.choice((0.0, 0.0, 0.3)) for name in ("zero", "flush")}
+        kinds |= {"read": 3.0, "rewrite": 0.0, "trim": rng.choice((0.3, 0.5, 1.0))}
+        kinds |= {name: rng.choice((0.0, 0.0, 0.3)) for name in ("zero", "flush")}
     elif scale == "scarce":
-        kinds |= {"read": 2.0, "trim": 2.0, "flush": dice.choice((0.0, 0.3, 1.0))}
+        kinds |= {"read": 2.0, "trim": 2.0, "flush": rng.choice((0.0, 0.3, 1.0))}
     chunks = geometry.chunks
-    whole = geometry.layout is Layout.RAW or dice.random() < 0.4
-    rate = dice.choice((0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 0.9))
+    whole = geometry.layout is Layout.RAW or rng.random() < 0.4
+    rate = rng.choice((0.0, 0.0, 0.0, 0.0, 0.02, 0.02, 0.2, 0.9))
     # What is remembered ends most of a life: rarer, or the rest would never be seen. Writes of maps are rare by themselves.
-    faults = {name: rate * (0.1 if name in ("journal", "flush") else 1.0) for name in DRAWN if dice.random() < 0.4}
+    faults = {name: rate * (0.1 if name in ("journal", "flush") else 1.0) for name in DRAWN if rng.random() < 0.4}
     if "map" in faults:
         faults["map"] = max(rate, 0.3)
     return Shape(
         geometry=geometry,
-        logical_block_bytes=dice.choice((512, 512, 4096)),
-        cache_mode=dice.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
-        on_full=dice.choice(ON_FULL),
-        storage_chunks=chunks if whole else dice.randint(1, chunks),
-        surplus_bytes=dice.choice((0, 0, 0, 4096, geometry.chunk_size_bytes - 4096, 2 * geometry.chunk_size_bytes + 4096)),
-        bounce_limit_bytes=dice.choice((1 << 16, 1 << 20, 64 << 20, 64 << 20)),
-        low_water_chunks=dice.choice((0, 0, 2)),
-        discard=dice.random() < 0.5,
+        logical_block_bytes=rng.choice((512, 512, 4096)),
+        cache_mode=rng.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
+        on_full=rng.choice(ON_FULL),
+        storage_chunks=chunks if whole else rng.randint(1, chunks),
+        surplus_bytes=rng.choice((0, 0, 0, 4096, geometry.chunk_size_bytes - 4096, 2 * geometry.chunk_size_bytes + 4096)),
+        bounce_limit_bytes=rng.choice((1 << 16, 1 << 20, 64 << 20, 64 << 20)),
+        low_water_chunks=rng.choice((0, 0, 2)),
+        discard=rng.random() < 0.5,
         kinds=kinds,
-        largest_sectors=dice.choice((8, 16) if small else (8, 32, 128, 512)),
-        depth=dice.choice({"busy": (256, 1024, 4096), "crowded": (8, 16, 48), "tight": (4, 8, 16, 48)}.get(scale, (1, 4, 16, 48))),
-        longest_round=dice.choice({"busy": (200, 1000, 2000), "tight": (40, 80, 200, 400)}.get(scale, (10, 20, 40, 40, 80, 80, 200, 500))),
-        slow=_draw_slow(dice),
-        stuck_share=dice.choice((0.0, 0.0, 0.02)),
-        torn_share=dice.choice((0.0, 0.3)),
-        overtaking_share=dice.choice((0.0, 0.5)),
-        verify_share=dice.choice((0.0, 0.0, 0.5)) if scale != "tight" else 0.7,
-        skew_share=dice.choice((0.0, 0.1)),
+        largest_sectors=rng.choice((8, 16) if small else (8, 32, 128, 512)),
+        depth=rng.choice({"busy": (256, 1024, 4096), "crowded": (8, 16, 48), "tight": (4, 8, 16, 48)}.get(scale, (1, 4, 16, 48))),
+        longest_round=rng.choice({"busy": (200, 1000, 2000), "tight": (40, 80, 200, 400)}.get(scale, (10, 20, 40, 40, 80, 80, 200, 500))),
+        slow=_draw_slow(rng),
+        stuck_share=rng.choice((0.0, 0.0, 0.02)),
+        torn_share=rng.choice((0.0, 0.3)),
+        overtaking_share=rng.choice((0.0, 0.5)),
+        verify_share=rng.choice((0.0, 0.0, 0.5)) if scale != "tight" else 0.7,
+        skew_share=rng.choice((0.0, 0.1)),
         faults=faults if rate else {},
-        fail_with=dice.choice((EIO, EIO, ENOSPC)),
-        fail_one=dice.random() < 0.1,
-        growth=dice.choice(("ready", "ready", "late", "never")),
-        crash_at=dice.choice(("map", "map", "journal") if wide else ("", "", *DRAWN)),
-        rot=dice.random() < 0.4,
+        fail_with=rng.choice((EIO, EIO, ENOSPC)),
+        fail_one=rng.random() < 0.1,
+        growth=rng.choice(("ready", "ready", "late", "never")),
+        crash_at=rng.choice(("map", "map", "journal") if wide else ("", "", *DRAWN)),
+        rot=rng.random() < 0.4,
     )
 
 
-def _draw_slow(dice: Dice) -> dict[str, float]:
+def _draw_slow(rng: Rng) -> dict[str, float]:
     """All kinds of operations are slow now and then; in some worlds one kind mostly, so that everything else overtakes it."""
-    slow = dict.fromkeys(DRAWN, dice.choice((0.0, 0.05, 0.2)))
-    if dice.random() < 0.7:
-        slow[dice.choice(("read", "write", "map", "map", *DRAWN))] = dice.choice((0.5, 0.9))
+    slow = dict.fromkeys(DRAWN, rng.choice((0.0, 0.05, 0.2)))
+    if rng.random() < 0.7:
+        slow[rng.choice(("read", "write", "map", "map", *DRAWN))] = rng.choice((0.5, 0.9))
     return slow
 
 
-def _draw_vast(dice: Dice) -> Shape:
+def _draw_vast(rng: Rng) -> Shape:
     """A disk beyond 2 TiB of which a few places are used: numbers that are cut short somewhere lead to the wrong one of them."""
-    virtual = dice.choice(((1 << 31) + 4096, (1 << 32) + 4096, (1 << 33) + 128, (1 << 33) + 128)) * SECTOR_BYTES
-    virtual -= dice.randint(0, 7) * SECTOR_BYTES
+    virtual = rng.choice(((1 << 31) + 4096, (1 << 32) + 4096, (1 << 33) + 128, (1 << 33) + 128)) * SECTOR_BYTES
+    virtual -= rng.randint(0, 7) * SECTOR_BYTES
     geometry = Geometry(
         virtual_size_bytes=virtual,
-        block_size_bytes=dice.choice((256, 1024, 1024)) * KIB,
+        block_size_bytes=rng.choice((256, 1024, 1024)) * KIB,
         chunk_size_bytes=4 << 20,
         journal_size_bytes=256 * KIB,
         grow_step_bytes=4 << 20,
     )
-    shape = _draw_load(dice, geometry, "plain")
+    shape = _draw_load(rng, geometry, "plain")
     sectors = shape.sectors
     window = 2048
     shape.windows = [(first, min(window, sectors - first)) for first in _corners(sectors, window)]
     shape.areas = shape.windows
-    shape.storage_chunks = dice.randint(1, 4)
-    shape.base_bytes = dice.choice((None, virtual, virtual // 2 + 777, (1 << 41) + 513))
-    shape.longest_round = dice.choice((20, 80))
-    shape.largest_sectors = dice.choice((8, 128))
+    shape.storage_chunks = rng.randint(1, 4)
+    shape.base_bytes = rng.choice((None, virtual, virtual // 2 + 777, (1 << 41) + 513))
+    shape.longest_round = rng.choice((20, 80))
+    shape.largest_sectors = rng.choice((8, 128))
     shape.rot = False
     return shape
 
 
-def _draw_sparse(dice: Dice) -> Shape:
+def _draw_sparse(rng: Rng) -> Shape:
     """Places far apart on a disk of some gibibytes: dirty map pages have no dirty neighbours, so a checkpoint takes several turns."""
-    chunk = dice.choice((64, 64, 1024)) * KIB
-    block = dice.choice((4, 16, 64)) * KIB
-    virtual = dice.randint(4, 16) << (30 if chunk == 64 * KIB else 33)
+    chunk = rng.choice((64, 64, 1024)) * KIB
+    block = rng.choice((4, 16, 64)) * KIB
+    virtual = rng.randint(4, 16) << (30 if chunk == 64 * KIB else 33)
     geometry = Geometry(
         virtual_size_bytes=virtual,
         block_size_bytes=block if chunk == 64 * KIB else 64 * KIB,
@@ -465,15 +465,15 @@ def _draw_sparse(dice: Dice) -> Shape:
         journal_size_bytes=64 * KIB,
         grow_step_bytes=chunk,
     )
-    shape = _draw_load(dice, geometry, "crowded")
+    shape = _draw_load(rng, geometry, "crowded")
     window = chunk // SECTOR_BYTES * 2
     step = shape.sectors // 8 // window * window
     shape.windows = [(place * step, window) for place in range(8)]
     shape.areas = shape.windows
-    shape.storage_chunks = dice.randint(1, 16)
-    shape.base_bytes = dice.choice((None, None, virtual, virtual // 2 + 777))
-    shape.crash_at = dice.choice(("", "map", "journal", "flush"))
-    shape.longest_round = dice.choice((80, 200, 1000))
+    shape.storage_chunks = rng.randint(1, 16)
+    shape.base_bytes = rng.choice((None, None, virtual, virtual // 2 + 777))
+    shape.crash_at = rng.choice(("", "map", "journal", "flush"))
+    shape.longest_round = rng.choice((80, 200, 1000))
     shape.rot = False
     return shape
 

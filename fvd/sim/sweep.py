@@ -13,7 +13,7 @@ from math import prod
 from typing import Protocol, TypeVar
 
 from fvd.sim._device import SimulatedDevice
-from fvd.sim._dice import Dice
+from fvd.sim._rng import Rng
 from fvd.sim.device_node import Budget, PowerFailure
 
 ALL_SUBSETS_UP_TO = 6  # volatile blocks
@@ -47,11 +47,11 @@ class Count:
 S = TypeVar("S", bound=Scene)
 
 
-def subsets(blocks: Blocks, dice: Dice) -> Iterator[list[bytes]]:
+def subsets(blocks: Blocks, rng: Rng) -> Iterator[list[bytes]]:
     """What a crash may leave of volatile blocks: a content for each.
 
     Up to 6 blocks: all combinations. Above: every single block dropped, every single one kept, every prefix in the order of submission, and
-    50 picks by dice. To drop a block is to leave its oldest content, to keep it is to leave its newest.
+    50 picks by rng. To drop a block is to leave its oldest content, to keep it is to leave its newest.
     """
     oldest = [contents[0] for _, contents in blocks]
     newest = [contents[-1] for _, contents in blocks]
@@ -67,7 +67,7 @@ def subsets(blocks: Blocks, dice: Dice) -> Iterator[list[bytes]]:
         for i in range(len(blocks) + 1):
             yield [*newest[:i], *oldest[i:]]
     for _ in range(RANDOM_SUBSETS):
-        yield [dice.choice(contents) for _, contents in blocks]
+        yield [rng.choice(contents) for _, contents in blocks]
 
 
 def sweep(start: Callable[[], S], play: Callable[[S], None]) -> Count:
@@ -83,7 +83,7 @@ def sweep(start: Callable[[], S], play: Callable[[S], None]) -> Count:
             whole = False
         else:
             whole = True
-        count.images += judge_every_image(scene, Dice(count.points), count)
+        count.images += judge_every_image(scene, Rng(count.points), count)
         if whole:
             return count
         count.points += 1
@@ -91,7 +91,7 @@ def sweep(start: Callable[[], S], play: Callable[[S], None]) -> Count:
             raise RuntimeError(f"the scenario takes more than {POINTS} operations")
 
 
-def judge_every_image(scene: Scene, dice: Dice, count: Count) -> int:
+def judge_every_image(scene: Scene, rng: Rng, count: Count) -> int:
     """Every image that a crash now may leave is opened and judged. Returns how many."""
     device = scene.device
     blocks = device.volatile()
@@ -100,7 +100,7 @@ def judge_every_image(scene: Scene, dice: Dice, count: Count) -> int:
     durable_size_bytes = device.durable_size_bytes
     images = 0
     seen: set[int] = set()
-    for chosen in subsets(blocks, dice):
+    for chosen in subsets(blocks, rng):
         key = hash(tuple(chosen))
         if key in seen:
             continue

@@ -11,21 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from fvd.disk.engine_factory import engine_on
+from fvd.disk.loading import LoadedDisk, covers_base
+from fvd.disk.pending import FoundLog
+from fvd.disk.provision import write_disk
+from fvd.disk.recovery import recover_disk
 from fvd.engine._engine import Want
 from fvd.errors import DeviceError, NotFound
 from fvd.format import pending
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
+from fvd.inspect.check import check_node
 from fvd.sim._base import base_content
 from fvd.sim._device import SimulatedDevice
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
+from fvd.sim._rng import Rng
 from fvd.sim.agenda import SECOND_NS
 from fvd.sim.copies import TICK_NS, Copies
 from fvd.sim.corners import draw_corner
 from fvd.sim.device_node import Budget, DeviceNode, PowerFailure, VolatileNode
-from fvd.sim.growing import LONGEST_REST_SECONDS, Place
+from fvd.sim.growing import REST_SECONDS_MAX, Place
 from fvd.sim.metadata import Metadata
 from fvd.sim.shape import (
     Shape,
@@ -39,14 +45,8 @@ from fvd.sim.shape import (
     draw_weather,
     draw_zeroing,
 )
-from fvd.volume.check import check_node
-from fvd.volume.loading import LoadedDisk, covers_base
+from fvd.storage.policy import guest_reserve_bytes
 from fvd.volume.name import VolumeName, parse_name
-from fvd.volume.pending import FoundLog
-from fvd.volume.policy import guest_reserve_bytes
-from fvd.volume.provision import write_disk
-from fvd.volume.recovery import recover_disk
-from fvd.volume.starting import engine_on
 
 FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never be seen
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
@@ -62,7 +62,7 @@ NAME: VolumeName = parse_name("file:/simulated")
 
 
 class LogInMemory:
-    """The memory of a log (`fvd.volume.pending.LogMemory`)."""
+    """The memory of a log (`fvd.disk.pending.LogMemory`)."""
 
     def __init__(self, size_bytes: int) -> None:
         self.buffer = memoryview(bytearray(size_bytes))
@@ -73,17 +73,17 @@ class LogInMemory:
 
 def shape_of(seed: int) -> Shape:
     """The shape of a seed's world."""
-    corner = draw_corner(Dice(seed, CORNER))
-    shape = corner or draw(Dice(seed, SHAPE))
-    draw_placement(shape, Dice(seed, PLACEMENT))
+    corner = draw_corner(Rng(seed, CORNER))
+    shape = corner or draw(Rng(seed, SHAPE))
+    draw_placement(shape, Rng(seed, PLACEMENT))
     if corner is None:
-        draw_copying(shape, Dice(seed, COPYING))
-        draw_zeroing(shape, Dice(seed, ZEROING))
-        draw_growth(shape, Dice(seed, GROWTH))
-        draw_weather(shape, Dice(seed, WEATHER))
-        draw_durable(shape, Dice(seed, DURABLE))
-    draw_log(shape, Dice(seed, LOG))
-    draw_bounds(shape, Dice(seed, BOUNDS))
+        draw_copying(shape, Rng(seed, COPYING))
+        draw_zeroing(shape, Rng(seed, ZEROING))
+        draw_growth(shape, Rng(seed, GROWTH))
+        draw_weather(shape, Rng(seed, WEATHER))
+        draw_durable(shape, Rng(seed, DURABLE))
+    draw_log(shape, Rng(seed, LOG))
+    draw_bounds(shape, Rng(seed, BOUNDS))
     return shape
 
 
@@ -94,7 +94,7 @@ class World:
         self.seed = seed
         self.log = log
         self.shape = shape or shape_of(seed)
-        self.dice = Dice(seed, EVENTS, events)
+        self.rng = Rng(seed, EVENTS, events)
         geometry = self.geometry = self.shape.geometry
         initial_bytes = geometry.data_offset_bytes + self.shape.storage_chunks * geometry.chunk_size_bytes
         self.greatest_bytes = min(geometry.max_storage_size_bytes, initial_bytes + _VAST_BYTES) + self.shape.surplus_bytes
@@ -103,7 +103,7 @@ class World:
         self.device = SimulatedDevice(
             self.greatest_bytes,
             self.shape.logical_block_bytes,
-            self.dice,
+            self.rng,
             base_bytes=self.shape.base_bytes,
             regions=(geometry.journal_offset_bytes, geometry.bitmap_offset_bytes, geometry.data_offset_bytes),
         )
@@ -111,7 +111,7 @@ class World:
         self.filler = FOREIGN if self.shape.windows is None else b""
         self.device.grow(initial_bytes, self.filler)
         base = None if self.shape.base_bytes is None else BaseReference("/base", self.shape.base_bytes)
-        self.superblock = Superblock(geometry, self.dice.randbytes(16), 2, base, 0)
+        self.superblock = Superblock(geometry, self.rng.randbytes(16), 2, base, 0)
         write_disk(self.node(), self.superblock)
         self.oracle = Oracle(geometry.virtual_size_bytes, self.shape.base_bytes, self.shape.windows)
         self.requests_before = 0
@@ -125,11 +125,11 @@ class World:
         self.place: Place | None = None
         """Where the storage grows by the real allocator; None: `grow` does it."""
         if growth is not None:
-            self.place = Place(self.device, geometry, growth, Dice(seed, STORAGE, events), self.filler, self.say)
+            self.place = Place(self.device, geometry, growth, Rng(seed, STORAGE, events), self.filler, self.say)
         self.copies: Copies | None = None
-        """Where the real steering makes the copies; None: the dice do."""
+        """Where the real steering makes the copies; None: the rng do."""
         if self.shape.steered and self.shape.base_bytes is not None:
-            self.copies = Copies(self.device, geometry, self.shape.base_bytes, Dice(seed, STEERING, events), self.say)
+            self.copies = Copies(self.device, geometry, self.shape.base_bytes, Rng(seed, STEERING, events), self.say)
         self.device.told_once, self.device.fua, self.device.sampler = self.shape.told_once, self.shape.fua, SAMPLED
         self.engine: Any
         self.player: Player
@@ -185,7 +185,7 @@ class World:
             discard=shape.discard,
             zero_chunks=shape.zero_chunks,
             bounce_limit_bytes=shape.bounce_limit_bytes,
-            copy_on_read=shape.copy_on_read or (shape.copying and not read_only and self.dice.random() < 0.7),
+            copy_on_read=shape.copy_on_read or (shape.copying and not read_only and self.rng.random() < 0.7),
             copy_limit_bytes=shape.copy_limit_bytes,
             base_timeout_ns=shape.base_timeout_ns,
             pending_log=None if read_only else self.begin_log(disk),
@@ -238,7 +238,7 @@ class World:
             self.engine,
             self.device,
             self.oracle,
-            self.dice,
+            self.rng,
             geometry=self.geometry,
             base_bytes=self.shape.base_bytes,
             cache_mode=self.shape.cache_mode,
@@ -258,13 +258,13 @@ class World:
             self.place.begin_life(engine, self.player, engine.storage_size_bytes)
         if self.copies is not None:
             return
-        if self.shape.copying and not read_only and self.dice.random() < 0.8:
-            self._steer_copies(self.dice)
+        if self.shape.copying and not read_only and self.rng.random() < 0.8:
+            self._steer_copies(self.rng)
         if self.shape.eager and not read_only:
-            engine.prefetch_idle_ns, engine.prefetch_slots, engine.prefetch_rate_bytes = 0, 8, 0
+            engine.prefetch_idle_ns, engine.prefetch_depth, engine.prefetch_rate_bytes = 0, 8, 0
             engine.prefetch_plan([(first * SECTOR_BYTES, count * SECTOR_BYTES) for first, count in self.shape.areas])
         if self.shape.prefetch and self.shape.base_bytes is not None and not read_only:
-            engine.prefetch_idle_ns, engine.prefetch_slots = 0, 4
+            engine.prefetch_idle_ns, engine.prefetch_depth = 0, 4
             engine.prefetch_plan([(0, self.shape.base_bytes)])
 
     def start_faults(self, rates: Mapping[str, float], *, one: bool = False) -> None:
@@ -272,7 +272,7 @@ class World:
         self.device.fail_with = self.shape.fail_with
         self.device.set_faults({**rates, **self.shape.advice})
         if one:
-            self.device.fail_number = self.device.submitted + self.dice.randint(1, 200)
+            self.device.fail_number = self.device.submitted + self.rng.randint(1, 200)
         shape = self.shape
         self.device.set_weather(writeback=shape.writeback_share, eviction=shape.eviction_share, landing=shape.landing_share)
         self.player.errors_expected = True
@@ -320,38 +320,38 @@ class World:
         self.engine.set_exhausted(exhausted)
         self.say("storage cannot grow" if exhausted else "storage can grow again")
 
-    def on_side(self, dice: Dice) -> None:
+    def on_side(self, rng: Rng) -> None:
         """What happens beside requests: time, growth, an impatient administrator."""
-        pick = dice.random()
+        pick = rng.random()
         if pick < 0.15:
             self.device.advance(10_000_000_000)
             self.say("ten seconds pass")
         elif pick < 0.35 and (self.place is not None or self.copies is not None):
-            self.pass_time(dice.choice((0.003, 0.3, 2.0, 30.0)), dice)
+            self.pass_time(rng.choice((0.003, 0.3, 2.0, 30.0)), rng)
         elif pick < 0.85 and self.place is not None:
-            self.place.disturb(dice)
+            self.place.disturb(rng)
             self.player.exchange()
             self.place.check()
         elif pick < 0.5:
-            if self.shape.growth == "ready" or (self.shape.growth == "late" and dice.random() < 0.2):
+            if self.shape.growth == "ready" or (self.shape.growth == "late" and rng.random() < 0.2):
                 self.grow()
         elif pick < 0.85:
-            self.set_exhausted(dice.random() < 0.7)
+            self.set_exhausted(rng.random() < 0.7)
         elif pick < 0.92:
             self.player.cancelled = True
             self.say("writes that wait for storage are cancelled")
             self.engine.cancel_all_waiting(_ESHUTDOWN)
         else:
             self.engine.commit_soon()
-        if self.shape.copying and dice.random() < 0.3:
+        if self.shape.copying and rng.random() < 0.3:
             if self.copies is None:
-                self._steer_copies(dice)
+                self._steer_copies(rng)
             else:
-                self.copies.disturb(dice)
-        if self.shape.outsider and dice.random() < 0.3 and (error := self.device.ask()):
+                self.copies.disturb(rng)
+        if self.shape.outsider and rng.random() < 0.3 and (error := self.device.ask()):
             self.say(f"somebody else is told of what was lost: {error}")
 
-    def pass_time(self, seconds: float, dice: Dice) -> None:
+    def pass_time(self, seconds: float, rng: Rng) -> None:
         """So much of it, and what is planned comes at its time."""
         end_ns = self.device.now_ns + round(seconds * SECOND_NS)
         self.say(f"{seconds} s pass")
@@ -363,15 +363,15 @@ class World:
                 break
             self.device.advance(max(0, next_ns - self.device.now_ns))
             self.player.exchange()
-            for _ in range(dice.randint(0, 3)):
+            for _ in range(rng.randint(0, 3)):
                 self.player.step()
         self.device.advance(max(0, end_ns - self.device.now_ns))
         self.player.exchange()
 
-    def _steer_copies(self, dice: Dice) -> None:
+    def _steer_copies(self, rng: Rng) -> None:
         """Somebody switches copy-on-read, or wants something of the base prefetched, or no longer."""
         engine = self.engine
-        pick = dice.random()
+        pick = rng.random()
         if pick < 0.2:
             engine.copy_on_read = not engine.copy_on_read
             self.say(f"copy-on-read is {'on' if engine.copy_on_read else 'off'}")
@@ -379,16 +379,16 @@ class World:
             engine.prefetch_plan([])
             self.say("prefetching ends")
         else:
-            engine.prefetch_idle_ns = dice.choice((0, 0, 0, 1_000_000, 20_000_000))
-            engine.prefetch_slots = dice.choice((0, 1, 2, 8))
-            engine.prefetch_rate_bytes = dice.choice((0, 0, 0, 100_000, 10_000_000))
+            engine.prefetch_idle_ns = rng.choice((0, 0, 0, 1_000_000, 20_000_000))
+            engine.prefetch_depth = rng.choice((0, 1, 2, 8))
+            engine.prefetch_rate_bytes = rng.choice((0, 0, 0, 100_000, 10_000_000))
             plan = []
-            whole = dice.random() < 0.4
+            whole = rng.random() < 0.4
             for first, count in self.shape.areas:
-                start = 0 if whole else dice.randint(0, count - 1)
-                plan.append(((first + start) * SECTOR_BYTES, (count if whole else dice.randint(1, count - start)) * SECTOR_BYTES))
+                start = 0 if whole else rng.randint(0, count - 1)
+                plan.append(((first + start) * SECTOR_BYTES, (count if whole else rng.randint(1, count - start)) * SECTOR_BYTES))
             engine.prefetch_plan(plan)
-            self.say(f"prefetch {plan} with {engine.prefetch_slots} slots")
+            self.say(f"prefetch {plan} with {engine.prefetch_depth} slots")
 
     def settle(self) -> None:
         """Faults stop; everything under way must end, and nothing may be left of it."""
@@ -404,19 +404,19 @@ class World:
                 raise Violation(f"{player.in_flight_count} requests never end: {sorted(set(player.in_flight.values()))}")
             self._check_wants()
             if self.place is not None:
-                if not self.place.healed and self.dice.random() < 0.5:
-                    self.pass_time(40.0, self.dice)  # the longest rest between two steps has begun
+                if not self.place.healed and self.rng.random() < 0.5:
+                    self.pass_time(40.0, self.rng)  # the longest rest between two steps has begun
                 else:
-                    self.place.wait_for_room()
+                    self.place.wait_for_space()
             elif not self.grow():
                 raise Violation("writes wait for space though the storage has its greatest size")
-        if self.place is not None and self.dice.random() < 0.3:
+        if self.place is not None and self.rng.random() < 0.3:
             self._settle_growth(self.place)
-        if self.copies is not None and not self.engine.failed_errno and self.shape.windows is None and self.dice.random() < 0.5:
+        if self.copies is not None and not self.engine.failed_errno and self.shape.windows is None and self.rng.random() < 0.5:
             self.finish_copies(self.copies)
         self._check_leaks()
         self._check_wants()
-        if not self.engine.failed_errno and self.dice.random() < 0.5:
+        if not self.engine.failed_errno and self.rng.random() < 0.5:
             self.engine.commit_soon()  # slots that were trimmed are free only then
             player.drain()
             if not self.engine.failed_errno:  # its flush may be the one that hears of a page that was lost
@@ -426,7 +426,7 @@ class World:
         """There is room, and time: in the end nobody wants more storage than there is."""
         place.heal()
         while not place.satisfied:
-            place.go_on(LONGEST_REST_SECONDS)
+            place.go_on(REST_SECONDS_MAX)
             self.player.drain()
         place.check()
 
@@ -512,7 +512,7 @@ class World:
 
     def crash_while_closing(self) -> None:
         self.begin_close()
-        for _ in range(self.dice.randint(0, 30)):
+        for _ in range(self.rng.randint(0, 30)):
             self.step()
         self.crash()
 
@@ -571,11 +571,11 @@ class World:
 
     def _die_while_opening(self) -> bool:
         """Some who open the disk are killed at it, after any of their operations. False: power fails there."""
-        for _ in range(self.dice.randint(0, self.shape.deaths) if self.shape.deaths else 0):
+        for _ in range(self.rng.randint(0, self.shape.deaths) if self.shape.deaths else 0):
             # Recovery goes on from commits that nobody has looked at.
             self.device.inspect = self.device.announce = self.device.conclude = None
             try:
-                budget = Budget(self.dice.randint(1, 8))
+                budget = Budget(self.rng.randint(1, 8))
                 recover_disk(VolatileNode(self.device, budget, direct=self.node().direct), read_only=False, found=self.found_log())
             except PowerFailure:
                 self.say("the next one is killed while it opens the disk")
@@ -583,7 +583,7 @@ class World:
                 self.say(f"refused: {error}")
             finally:
                 self._watch_metadata()
-            if self.dice.random() < 0.2:
+            if self.rng.random() < 0.2:
                 return False
             self.device.kill()
         return True
@@ -597,7 +597,7 @@ class World:
 
     def reopen(self) -> None:
         """Open after a crash: judge everything, and go on from there."""
-        if self.dice.random() < 0.1:
+        if self.rng.random() < 0.1:
             self._open_read_only()
         self.open()
         self.check()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 4: the life of a disk (provision, open, grow, close, remove) and what an administrator sees of it."""
+"""What every room of a volume needs: its name, its tags, its superblocks, what it takes of memory."""

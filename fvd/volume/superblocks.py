@@ -28,7 +28,7 @@ class Pages(Protocol):
     def flush(self) -> None: ...
 
 
-def read_slots(node: Pages) -> tuple[bytes, bytes] | None:
+def read_superblock_slots(node: Pages) -> tuple[bytes, bytes] | None:
     """The pages of both slots; None if the storage is too small to have them."""
     if node.size_bytes() < SLOT_OFFSETS_BYTES[1] + SUPERBLOCK_BYTES:
         return None
@@ -38,7 +38,7 @@ def read_slots(node: Pages) -> tuple[bytes, bytes] | None:
 
 def read_superblock(node: Pages) -> Superblock:
     """The superblock in force. Raises NotFound (no fvd disk), Corrupt, Unsupported, naming the volume."""
-    slots = read_slots(node)
+    slots = read_superblock_slots(node)
     if slots is None:
         raise NotFound(f"{node.path} holds no fvd disk: it is only {node.size_bytes()} bytes long")
     try:
@@ -51,7 +51,7 @@ def read_superblock(node: Pages) -> Superblock:
 
 def has_magic(node: Pages) -> bool:
     """Whether a slot begins like a superblock, be it valid or not."""
-    slots = read_slots(node)
+    slots = read_superblock_slots(node)
     return slots is not None and any(page.startswith(MAGIC) for page in slots)
 
 
@@ -83,7 +83,7 @@ def state_of(node: Pages) -> Superblock | FvdError:
 
 def is_blank(node: Pages) -> bool:
     """Whether both slots hold nothing at all: as after a remove, or before the end of a provision."""
-    slots = read_slots(node)
+    slots = read_superblock_slots(node)
     return slots is not None and not any(any(page) for page in slots)
 
 

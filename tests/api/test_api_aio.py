@@ -15,7 +15,7 @@ import pytest
 
 import fvd
 import fvd.aio
-import fvd.volume.opening
+import fvd.disk.opening
 
 MIB = 1 << 20
 WAIT_SECONDS = 60
@@ -100,7 +100,7 @@ def test_a_disk(volume: str) -> None:
 
 def test_writes_that_wait_hold_up_neither_reads_nor_growth(volume: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fvd.errors import NoSpace
-    from fvd.volume.growth import FileStorage
+    from fvd.storage.sized import FileStorage
 
     full = threading.Event()
     grow = FileStorage.grow_to
@@ -200,7 +200,7 @@ def test_a_failure_to_follow_is_raised() -> None:
 def test_a_cancelled_open_leaves_no_disk_open(volume: str, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the task is cancelled while the thread opens the disk or when it has: it is closed when the cancellation is told."""
     opening, go = threading.Event(), threading.Event()
-    real = fvd.volume.opening.open_volume
+    real = fvd.disk.opening.open_volume
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         made = None if moment == "before it is open" else real(*args, **kwargs)
@@ -208,7 +208,7 @@ def test_a_cancelled_open_leaves_no_disk_open(volume: str, moment: str, monkeypa
         go.wait(WAIT_SECONDS)
         return made or real(*args, **kwargs)
 
-    monkeypatch.setattr(fvd.volume.opening, "open_volume", slow)
+    monkeypatch.setattr(fvd.disk.opening, "open_volume", slow)
 
     async def work() -> None:
         task = asyncio.ensure_future(fvd.aio.open(volume).__aenter__())

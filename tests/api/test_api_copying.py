@@ -360,7 +360,7 @@ def test_a_profile_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         fvd.read_profile(tmp_path / "absent")
     with pytest.raises(fvd.Unsupported, match="is a directory"):
         fvd.read_profile(tmp_path)
-    monkeypatch.setattr("fvd.volume.profile.MOST_BYTES", 10)
+    monkeypatch.setattr("fvd.base.profile.BYTES_MAX", 10)
     (tmp_path / "p").write_bytes(bytes(11))
     with pytest.raises(Corrupt, match="is the most"):
         fvd.read_profile(tmp_path / "p")

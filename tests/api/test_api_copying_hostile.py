@@ -13,8 +13,8 @@ from fake_copying import FakeDisk
 from fvd.api import copying
 from fvd.api.opened import OpenedVerbs
 from fvd.api.types import PrefetchOptions
+from fvd.disk.opening import OpenVolume
 from fvd.errors import InvalidArgument
-from fvd.volume.opening import OpenVolume
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import fvd
 from fvd.api import events as hubs
 from fvd.api.events import HISTORY_EVENTS, QUEUE_EVENTS, Event, Hub, HubStream, LocalEvents, Subscription
-from fvd.volume.policy import GrowthEvent
+from fvd.storage.policy import GrowthEvent
 
 MIB = 1 << 20
 WAIT_SECONDS = 60
@@ -121,7 +121,7 @@ def test_numbers_history_and_end() -> None:
     found = list(remembered)
     assert [event.number for event in found] == list(range(11, HISTORY_EVENTS + 12))
     assert list(late) == found[-1:]
-    message = "m" * hubs.MESSAGE_LIMIT
+    message = "m" * hubs.MESSAGE_CHARACTERS_MAX
     assert found[-1] == Event("extend_done", "vm", HISTORY_EVENTS + 11, 5.0, 7, 8, 9, 0.5, 0.25, "vg0", 11, message)
     assert list(late) == []  # again
     assert list(LocalEvents([hub], history=True)) == found[1:] if len(found) > HISTORY_EVENTS else found
@@ -303,7 +303,7 @@ def test_a_failed_storage_is_told_once(volume: str, caplog: pytest.LogCaptureFix
     called: list[Event] = []
     disk = fvd.open(volume, on_event=called.append)
     disk.pwrite(0, b"x" * MIB)
-    break_storage(disk._driver.volume.node.fd)
+    break_storage(disk._thread.volume.node.fd)
     for _ in range(2):
         with pytest.raises(fvd.DeviceError):
             disk.flush()

@@ -25,10 +25,10 @@ import pytest
 import fvd
 import fvd.aio
 from fvd._lifetime import Interrupted, Work, checkpoint, in_caller, whole
+from fvd.disk.opening import OpenVolume
 from fvd.errors import NoSpace
 from fvd.lvm.runner import Unfinished, run_command
-from fvd.volume.growth import FileStorage
-from fvd.volume.opening import OpenVolume
+from fvd.storage.sized import FileStorage
 
 MIB = 1 << 20
 WORKERS = ("fvd-open", "fvd-close", "fvd-work")
@@ -134,7 +134,7 @@ def test_a_disk_that_is_collected_in_the_thread_of_another(volume: str, tmp_path
     last = [fvd.open(volume)]
     with fvd.open(other) as disk, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        disk._driver.call(last.clear)
+        disk._thread.call(last.clear)
         disk.pwrite(0, b"goes on")
         end = time.monotonic() + WAIT_SECONDS
         while held(tmp_path) != [link for link in held(tmp_path) if "other" in link]:
@@ -293,7 +293,7 @@ def test_an_interruption_at_any_step(volume: str, tmp_path: Path, what: str) -> 
 
 def test_interruptions_at_any_time(volume: str, tmp_path: Path) -> None:
     """By the clock: also between two steps of the main thread's."""
-    dice = random.Random(13)
+    rng = random.Random(13)
     outcomes = {"interrupted": 0, "done": 0}
     armed: set[str] = set()
     disk: fvd.Disk | None = None
@@ -321,14 +321,14 @@ def test_interruptions_at_any_time(volume: str, tmp_path: Path) -> None:
             for number in range(30):
                 try:
                     armed.add("yes")
-                    signal.setitimer(signal.ITIMER_REAL, 0.0001 + dice.random() * 1.3 * seconds)
+                    signal.setitimer(signal.ITIMER_REAL, 0.0001 + rng.random() * 1.3 * seconds)
                     work()
                     armed.clear()
                     outcomes["done"] += 1
                 except Alarm:
                     outcomes["interrupted"] += 1
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                assert disk is None or disk._driver.closed, number  # after the end of its with
+                assert disk is None or disk._thread.closed, number  # after the end of its with
                 assert held(tmp_path) == [], number
     assert outcomes["interrupted"] > 10, outcomes
 

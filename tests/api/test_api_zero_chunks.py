@@ -20,19 +20,19 @@ OTHERS = b"\xee" * MIB  # what the device held before: never seen
 
 def play(device: str, seed: int) -> tuple[bytes, dict[str, int]]:
     """Small writes, trims and whole blocks on a new disk; what it must hold, and its counters."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     fvd.provision(device, size=SIZE_BYTES, block_size=64 << 10, force=True)
     model = bytearray(SIZE_BYTES)
     with fvd.open(device, zero_chunks=True) as disk:
         for _ in range(400):
-            length = dice.choice((512, 4096, 4096, 65536, 70000))
-            offset = dice.randrange(SIZE_BYTES - length) // 512 * 512
-            if dice.random() < 0.1:
+            length = rng.choice((512, 4096, 4096, 65536, 70000))
+            offset = rng.randrange(SIZE_BYTES - length) // 512 * 512
+            if rng.random() < 0.1:
                 first, last = -(-offset // 65536), (offset + 4 * 65536) // 65536
                 disk.trim(first * 65536, min(last * 65536, SIZE_BYTES) - first * 65536)
                 model[first * 65536 : last * 65536] = bytes(min(last * 65536, SIZE_BYTES) - first * 65536)
                 continue
-            data = dice.randbytes(length)
+            data = rng.randbytes(length)
             disk.pwrite(offset, data)
             model[offset : offset + length] = data
         disk.flush()

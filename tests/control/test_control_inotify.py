@@ -16,7 +16,7 @@ from fvd.control.watching import SocketWatch
 from fvd.errors import Unsupported
 
 MASK = inotify.MOVED_TO | inotify.CREATE | inotify.ONLYDIR
-EVENTS_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
+EVENTS_MAX = Path("/proc/sys/fs/inotify/max_queued_events")
 
 pytestmark = pytest.mark.pure
 
@@ -61,7 +61,7 @@ def test_refusals_are_errors_of_the_system(tmp_path: Path) -> None:
 
 
 def test_lost_events_are_told(tmp_path: Path) -> None:
-    limit = int(EVENTS_LIMIT.read_text())
+    limit = int(EVENTS_MAX.read_text())
     if limit > 1 << 16:
         pytest.skip(f"{limit} events may wait here")
     watcher = inotify.Inotify()

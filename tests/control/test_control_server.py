@@ -18,7 +18,7 @@ import pytest
 from fvd.control import paths, protocol
 from fvd.control.client import ControlClient
 from fvd.control.protocol import ServerGone
-from fvd.control.server import CONNECTION_LIMIT, ControlServer
+from fvd.control.server import CONNECTIONS_MAX, ControlServer
 from fvd.errors import InUse, InvalidArgument, NoSpace, PermissionDenied, Timeout
 
 pytestmark = pytest.mark.pure
@@ -190,7 +190,7 @@ def test_many_clients_at_once(server: ControlServer) -> None:
 
 def test_connections_are_bounded(server: ControlServer) -> None:
     held = []
-    for _ in range(CONNECTION_LIMIT):
+    for _ in range(CONNECTIONS_MAX):
         client = ControlClient(path_of(server))
         client.ask("echo")
         held.append(client)

@@ -21,7 +21,7 @@ import pytest
 from fvd.control import protocol
 from fvd.control.client import ControlClient
 from fvd.control.following import Follower
-from fvd.control.server import STREAM_LIMIT, ControlServer
+from fvd.control.server import STREAMS_MAX, ControlServer
 from fvd.control.watching import SocketWatch
 from fvd.errors import FvdError, InvalidArgument
 
@@ -214,7 +214,7 @@ def test_who_does_not_read_for_long_is_hung_up_on(volume: Path) -> None:
 
 def test_streams_leave_room_for_verbs(served: Served) -> None:
     with ExitStack() as held:
-        for _ in range(STREAM_LIMIT):
+        for _ in range(STREAMS_MAX):
             _, lines = held.enter_context(subscriber(served))
             next(lines)
         with subscriber(served) as (_, lines):

@@ -35,7 +35,7 @@ DATA = random.Random(7).randbytes(SIZE)
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="no qemu-nbd")
 
 
-class Bench:
+class Workbench:
     """A queue, remotes and servers, which end with the test."""
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -93,16 +93,16 @@ class Bench:
 
 
 @pytest.fixture(params=KINDS)
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path, request.param)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workbench]:
+    bench = Workbench(tmp_path, request.param)
     yield bench
     bench.close()
 
 
 def reads(seed: int, count: int = 64) -> list[Op]:
-    dice = random.Random(seed)
-    lengths = [dice.choice([1, 512, 777, 4096, 65536, 100_001, 4 * MIB]) for _ in range(count)]
-    return [("read_base", dice.randrange(SIZE - length), length) for length in lengths]
+    rng = random.Random(seed)
+    lengths = [rng.choice([1, 512, 777, 4096, 65536, 100_001, 4 * MIB]) for _ in range(count)]
+    return [("read_base", rng.randrange(SIZE - length), length) for length in lengths]
 
 
 def check(results: list[tuple[int, bytes]], ops: list[Op], image: bytes = DATA) -> None:
@@ -115,7 +115,7 @@ def check(results: list[tuple[int, bytes]], ops: list[Op], image: bytes = DATA) 
 
 
 @pytest.mark.parametrize("server", ["nbdkit", pytest.param("qemu-nbd", marks=needs_qemu)])
-def test_reads_at_depth(bench: Bench, server: str) -> None:
+def test_reads_at_depth(bench: Workbench, server: str) -> None:
     if server == "nbdkit":
         bench.attach(bench.nbdkit("file", bench.image).uri)
     else:
@@ -127,7 +127,7 @@ def test_reads_at_depth(bench: Bench, server: str) -> None:
     assert bench.driver.run(mixed) == [(0, b""), (0, DATA[5:105]), (0, b""), (0, b"")]
 
 
-def test_a_server_with_limits(bench: Bench) -> None:
+def test_a_server_with_limits(bench: Workbench) -> None:
     """Blocks of 4 KiB, at most 64 KiB: it refuses everything else."""
     policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536", "blocksize-error-policy=error"]
     remote = bench.open(bench.nbdkit("--filter=blocksize-policy", "file", bench.image, *policy).uri)
@@ -136,7 +136,7 @@ def test_a_server_with_limits(bench: Bench) -> None:
     check(bench.driver.run(reads(5)), reads(5))
 
 
-def test_an_end_that_is_no_whole_block(bench: Bench) -> None:
+def test_an_end_that_is_no_whole_block(bench: Workbench) -> None:
     odd = SIZE - 1234
     os.truncate(bench.image, odd)
     policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
@@ -148,7 +148,7 @@ def test_an_end_that_is_no_whole_block(bench: Bench) -> None:
     assert [result for result, _ in results] == [-errno.EIO] * 3
 
 
-def test_one_read_of_more_than_nbd_allows(bench: Bench) -> None:
+def test_one_read_of_more_than_nbd_allows(bench: Workbench) -> None:
     size = 90 * MIB
     image = sparse_image(bench.image, size, [(at * MIB, DATA[at : at + 5000]) for at in range(1, 89, 3)])
     bench.attach(bench.nbdkit("file", bench.image).uri)
@@ -156,7 +156,7 @@ def test_one_read_of_more_than_nbd_allows(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("count", [3000, 12000])
-def test_more_requests_than_the_socket_takes(bench: Bench, count: int) -> None:
+def test_more_requests_than_the_socket_takes(bench: Workbench, count: int) -> None:
     """While the server stands still: they wait in libnbd until the socket can be written to again."""
     server = bench.nbdkit("file", bench.image)
     bench.attach(server.uri)
@@ -165,15 +165,15 @@ def test_more_requests_than_the_socket_takes(bench: Bench, count: int) -> None:
     check(bench.driver.run(ops, meanwhile=lambda: server.signal(signal.SIGCONT)), ops)
 
 
-def test_requests_without_replies(bench: Bench) -> None:
+def test_requests_without_replies(bench: Workbench) -> None:
     """A server that answers nothing before it has them all: that the socket can be written to again is all that moves us on."""
     count = OddServer.HOARD
-    bench.attach(bench.odd("hoards").uri, timeout_s=30)
+    bench.attach(bench.odd("hoards").uri, timeout_seconds=30)
     results = bench.driver.run([("read_base", i * 512 % MIB, 512) for i in range(count)])
     assert results == [(0, bytes(512))] * count
 
 
-def test_two_remotes_in_one_queue(bench: Bench) -> None:
+def test_two_remotes_in_one_queue(bench: Workbench) -> None:
     other = random.Random(8).randbytes(SIZE)
     (bench.folder / "other").write_bytes(other)
     first, second = bench.nbdkit("file", bench.image), bench.nbdkit("file", bench.folder / "other")
@@ -191,7 +191,7 @@ def test_two_remotes_in_one_queue(bench: Bench) -> None:
     assert bench.read() == 0
 
 
-def test_before_it_is_attached(bench: Bench) -> None:
+def test_before_it_is_attached(bench: Workbench) -> None:
     image = sparse_image(bench.image, 9 * MIB, [(MIB, b"a" * MIB), (5 * MIB + 8192, b"b" * 8192)])
     remote = bench.open(bench.nbdkit("file", bench.image).uri)
     assert remote.pread(MIB - 3, 10) == image[MIB - 3 : MIB + 7] and remote.pread(7, 0) == b""
@@ -210,7 +210,7 @@ def test_before_it_is_attached(bench: Bench) -> None:
 # --- Servers that fail -------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_an_answer(bench: Bench) -> None:
+def test_an_error_is_an_answer(bench: Workbench) -> None:
     """It costs the operation, and not the connection."""
     trigger = bench.folder / "fail"
     bench.attach(
@@ -224,7 +224,7 @@ def test_an_error_is_an_answer(bench: Bench) -> None:
 
 
 @pytest.mark.alone
-def test_killed_and_restarted(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_and_restarted(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server = bench.nbdkit("--filter=delay", "file", bench.image, "rdelay=300ms")
     remote = bench.attach(server.uri)
@@ -248,7 +248,7 @@ def test_killed_and_restarted(bench: Bench, caplog: pytest.LogCaptureFixture) ->
     assert sum("tried again" in message for message in messages) <= 6  # once per change
 
 
-def test_it_is_noticed_without_a_request(bench: Bench) -> None:
+def test_it_is_noticed_without_a_request(bench: Workbench) -> None:
     """An idle connection that ends is made again before it is needed."""
     server = bench.nbdkit("file", bench.image)
     remote = bench.attach(server.uri)
@@ -262,9 +262,9 @@ def test_it_is_noticed_without_a_request(bench: Bench) -> None:
 
 
 @pytest.mark.alone
-def test_a_server_that_stops_answering(bench: Bench) -> None:
+def test_a_server_that_stops_answering(bench: Workbench) -> None:
     server = bench.nbdkit("file", bench.image)
-    bench.attach(server.uri, timeout_s=1.2)
+    bench.attach(server.uri, timeout_seconds=1.2)
     server.signal(signal.SIGSTOP)
     begun = time.monotonic()
     results = bench.driver.run(reads(6))
@@ -277,10 +277,10 @@ def test_a_server_that_stops_answering(bench: Bench) -> None:
 
 
 @pytest.mark.alone
-def test_a_slow_line_is_not_a_dead_one(bench: Bench) -> None:
+def test_a_slow_line_is_not_a_dead_one(bench: Workbench) -> None:
     """Together they take longer than one may wait; something comes all the time."""
     server = bench.nbdkit("--filter=noparallel", "--filter=delay", "file", bench.image, "serialize=requests", "rdelay=100ms")
-    bench.attach(server.uri, timeout_s=3)
+    bench.attach(server.uri, timeout_seconds=3)
     begun = time.monotonic()
     ops: list[Op] = [("read_base", i * MIB, 4096) for i in range(16)]
     check(bench.driver.run(ops), ops)
@@ -288,16 +288,16 @@ def test_a_slow_line_is_not_a_dead_one(bench: Bench) -> None:
 
 
 @pytest.mark.alone
-def test_a_loop_that_was_away(bench: Bench) -> None:
+def test_a_loop_that_was_away(bench: Workbench) -> None:
     """The answers are here: they are looked at before the server is blamed."""
-    bench.attach(bench.nbdkit("file", bench.image).uri, timeout_s=0.9)
+    bench.attach(bench.nbdkit("file", bench.image).uri, timeout_seconds=0.9)
     ops: list[Op] = [("read_base", i * 4096, 4096) for i in range(600)]
     check(bench.driver.run(ops, meanwhile=lambda: time.sleep(0.5)), ops)
 
 
-def test_a_request_without_an_answer(bench: Bench) -> None:
+def test_a_request_without_an_answer(bench: Workbench) -> None:
     server = bench.odd("skips")
-    remote = bench.attach(server.uri, timeout_s=3)
+    remote = bench.attach(server.uri, timeout_seconds=3)
     results = bench.driver.run([("read_base", 0, 512), *[("read_base", 4096, 512)] * 5])
     assert [result for result, _ in results] == [-errno.ETIMEDOUT, 0, 0, 0, 0, 0]
     until(lambda: bench.driver.turn(0.02) == [] and server.accepted == 2 and remote.connected)
@@ -305,15 +305,15 @@ def test_a_request_without_an_answer(bench: Bench) -> None:
 
 
 @pytest.mark.alone
-def test_an_answer_that_never_ends(bench: Bench) -> None:
+def test_an_answer_that_never_ends(bench: Workbench) -> None:
     """Something comes all the time: that is good for so long, and no longer."""
-    bench.attach(bench.odd("drips").uri, timeout_s=1.2)
+    bench.attach(bench.odd("drips").uri, timeout_seconds=1.2)
     begun = time.monotonic()
     assert bench.driver.run([("read_base", 0, 512)])[0][0] == -errno.ETIMEDOUT
     assert 1.1 < time.monotonic() - begun < 1.8
 
 
-def test_what_is_no_reply(bench: Bench) -> None:
+def test_what_is_no_reply(bench: Workbench) -> None:
     server = bench.odd("babbles")
     remote = bench.attach(server.uri)
     results = bench.driver.run([("read_base", 0, 512)] * 3)
@@ -322,7 +322,7 @@ def test_what_is_no_reply(bench: Bench) -> None:
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
 
 
-def test_a_server_that_comes_and_goes_costs_a_few_lines(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_comes_and_goes_costs_a_few_lines(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
     """It answers a read, so that it is tried at once the next time, and breaks off."""
     remote = bench.attach(bench.odd("babbles").uri)
     for _ in range(8):
@@ -334,7 +334,7 @@ def test_a_server_that_comes_and_goes_costs_a_few_lines(bench: Bench, caplog: py
 
 
 @pytest.mark.alone
-def test_back_off(bench: Bench) -> None:
+def test_back_off(bench: Workbench) -> None:
     """A server that takes connections and breaks each of them is asked less and less often."""
     server = bench.odd("babbles")
     bench.attach(server.uri)
@@ -345,7 +345,7 @@ def test_back_off(bench: Bench) -> None:
     assert 3 <= server.accepted <= 7
 
 
-def test_another_export_in_its_place(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_export_in_its_place(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
     server = bench.nbdkit("file", bench.image)
     remote = bench.attach(server.uri)
     server.kill()
@@ -368,7 +368,7 @@ def test_another_export_in_its_place(bench: Bench, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("how", ["here", "elsewhere"])
-def test_closed_with_operations_in_flight(bench: Bench, how: str) -> None:
+def test_closed_with_operations_in_flight(bench: Workbench, how: str) -> None:
     remote = bench.attach(bench.nbdkit("--filter=delay", "file", bench.image, "rdelay=2").uri)
     helper = threading.Thread(target=remote.close)
     begun = time.monotonic()
@@ -380,7 +380,7 @@ def test_closed_with_operations_in_flight(bench: Bench, how: str) -> None:
     remote.close()
 
 
-def test_queue_closed_with_operations_in_flight(bench: Bench) -> None:
+def test_queue_closed_with_operations_in_flight(bench: Workbench) -> None:
     bench.attach(bench.nbdkit("--filter=delay", "file", bench.image, "rdelay=3").uri)
     begun = time.monotonic()
 
@@ -396,7 +396,7 @@ def test_queue_closed_with_operations_in_flight(bench: Bench) -> None:
     assert time.monotonic() - begun < 2
 
 
-def test_release(bench: Bench) -> None:
+def test_release(bench: Workbench) -> None:
     remote = bench.attach(bench.nbdkit("--filter=delay", "file", bench.image, "rdelay=100ms").uri)
     refused: list[str] = []
 
@@ -414,7 +414,7 @@ def test_release(bench: Bench) -> None:
     bench.driver.release_base()
 
 
-def test_release_of_a_local_base(bench: Bench) -> None:
+def test_release_of_a_local_base(bench: Workbench) -> None:
     fd = os.open(bench.image, os.O_RDONLY)
     bench.driver.attach(bench.storage, fd)
     assert bench.read() == 0
@@ -423,7 +423,7 @@ def test_release_of_a_local_base(bench: Bench) -> None:
     assert bench.driver.run([("read_base", 0, 512)])[0][0] == -errno.EBADF
 
 
-def test_a_remote_has_one_disk(bench: Bench) -> None:
+def test_a_remote_has_one_disk(bench: Workbench) -> None:
     remote = bench.attach(bench.nbdkit("file", bench.image).uri)
     with pytest.raises(RuntimeError, match="one disk"):
         bench.driver.attach(bench.storage, -1, remote, 1)
@@ -438,7 +438,7 @@ def test_a_remote_has_one_disk(bench: Bench) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("stopped", [False, True])
-def test_the_child_ends_with_the_remote(bench: Bench, stopped: bool) -> None:
+def test_the_child_ends_with_the_remote(bench: Workbench, stopped: bool) -> None:
     remote = bench.attach(command=["qemu-nbd", "-r", "-f", "raw", str(bench.image)])
     assert bench.read() == 0
     [child] = [pid for pid in children() if "qemu-nbd" in command_of(pid)]
@@ -452,8 +452,8 @@ def test_the_child_ends_with_the_remote(bench: Bench, stopped: bool) -> None:
 
 
 @needs_qemu
-def test_the_child_is_started_again(bench: Bench) -> None:
-    bench.attach(command=["qemu-nbd", "-r", "-f", "raw", str(bench.image)], timeout_s=1.5)
+def test_the_child_is_started_again(bench: Workbench) -> None:
+    bench.attach(command=["qemu-nbd", "-r", "-f", "raw", str(bench.image)], timeout_seconds=1.5)
     [child] = [pid for pid in children() if "qemu-nbd" in command_of(pid)]
     os.kill(child, signal.SIGKILL)
     until(bench.back)
@@ -486,10 +486,10 @@ def test_a_command_that_serves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"no-such-server, which is not installed"):
         Remote(command=["no-such-server"]).open()
     with pytest.raises(Timeout, match=r"sleep 60 is not to be reached: no answer within 0.5 s"):
-        Remote(command=["sleep", "60"], timeout_s=0.5).open()
+        Remote(command=["sleep", "60"], timeout_seconds=0.5).open()
     assert not [pid for pid in children() if "sleep 60" in command_of(pid)]
     with pytest.raises(DeviceError, match="what its server said is on the standard error"):
-        Remote(command=["false"], timeout_s=5).open()
+        Remote(command=["false"], timeout_seconds=5).open()
 
 
 # --- Opening -----------------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def test_what_cannot_be_opened(tmp_path: Path, uri: str, error: type[Exception],
         closed.bind(("127.0.0.1", 0))
         mute.bind(str(tmp_path / "mute"))
         mute.listen()
-        remote = Remote(uri=uri.format(closed=closed.getsockname()[1], folder=tmp_path), timeout_s=0.5, name="vol")
+        remote = Remote(uri=uri.format(closed=closed.getsockname()[1], folder=tmp_path), timeout_seconds=0.5, name="vol")
         begun = time.monotonic()
         with pytest.raises(error, match=f"(?s)^vol: the base nbd.*({says})|^vol: the base http.*({says})"):
             remote.open()
@@ -540,7 +540,7 @@ def test_an_export_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bench", ["io_uring"], indirect=True)
-def test_tls(bench: Bench) -> None:
+def test_tls(bench: Workbench) -> None:
     keys = bench.folder / "keys.psk"
     keys.write_text(f"alice:{os.urandom(32).hex()}\n")
     keys.chmod(0o600)
@@ -560,9 +560,9 @@ def test_arguments() -> None:
     for wrong in ({}, {"uri": "nbd://x", "command": ["x"]}, {"command": []}, {"command": ["a\0b"]}, {"uri": "nbd://x\0y"}):
         with pytest.raises(InvalidArgument):
             Remote(**wrong)  # type: ignore[arg-type]
-    for timeout_s in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(InvalidArgument, match="timeout_s"):
-            Remote(uri="nbd://x", timeout_s=timeout_s)
+    for timeout_seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InvalidArgument, match="timeout_seconds"):
+            Remote(uri="nbd://x", timeout_seconds=timeout_seconds)
     remote = Remote(uri="nbd://x")
     with pytest.raises(DeviceError, match="not connected"):
         remote.pread(0, 1)

@@ -550,7 +550,7 @@ def copies_leave_the_guest_its_reserve() -> None:
             for chunk in range(4):
                 stage.now("read", chunk * SECTORS_PER_CHUNK, 8)
         else:
-            engine.prefetch_idle_ns, engine.prefetch_slots = 0, 8
+            engine.prefetch_idle_ns, engine.prefetch_depth = 0, 8
             engine.prefetch_plan([(0, 1 << 20)])
             stage.finish_all()
         if engine.used_slots_count == 0:

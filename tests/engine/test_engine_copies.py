@@ -27,7 +27,7 @@ def copying(**changes: object) -> Stage:
 def prefetching(*extents: tuple[int, int], slots: int = 8, **changes: object) -> Stage:
     stage = Stage(base_bytes=MIB, **changes)
     stage.engine.prefetch_idle_ns = 0
-    stage.engine.prefetch_slots = slots
+    stage.engine.prefetch_depth = slots
     stage.engine.prefetch_plan(list(extents or [(0, MIB)]))
     return stage
 
@@ -292,7 +292,7 @@ def test_after_a_crash_it_goes_on_where_it_was() -> None:
     stage.finish_all()
     stage.crash()
     assert stage.engine.base_remaining_bytes == MIB // 2
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 8
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 8
     stage.engine.prefetch_plan([(0, MIB)])
     assert min(op.offset_bytes for op in stage.pending(of_base)) == MIB // 2
     stage.finish_all()

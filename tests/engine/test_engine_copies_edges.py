@@ -59,7 +59,7 @@ def test_a_read_that_joined_a_copy_fails_in_its_own_time() -> None:
 
 def test_a_plan_that_has_been_taken_back_is_not_looked_at_again() -> None:
     stage = Stage(base_bytes=MIB)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 2
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 2
     stage.engine.prefetch_plan([(0, MIB)])
     stage.device.fault = lambda op: -5 if of_base(op) else 0
     ops = stage.pending(of_base)
@@ -72,7 +72,7 @@ def test_a_plan_that_has_been_taken_back_is_not_looked_at_again() -> None:
 @pytest.mark.parametrize("rate", [10**17, 10**18, (1 << 64) - 1])
 def test_a_rate_beyond_all_measure_is_no_limit(rate: int) -> None:
     stage = Stage(base_bytes=MIB)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 2
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 2
     stage.engine.prefetch_rate_bytes = rate
     stage.device.advance(1000 * SECOND)
     stage.engine.prefetch_plan([(0, MIB)])
@@ -82,7 +82,7 @@ def test_a_rate_beyond_all_measure_is_no_limit(rate: int) -> None:
 
 def test_slots_beyond_all_measure_take_no_memory_without_measure() -> None:
     stage = Stage(base_bytes=64 * MIB, virtual_size_bytes=64 * MIB, storage_chunks=256)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, (1 << 32) - 1
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, (1 << 32) - 1
     stage.engine.prefetch_plan([(0, 64 * MIB)])
     assert sum(op.length_bytes for op in stage.pending(of_base)) <= 16 * MIB
 
@@ -95,7 +95,7 @@ def test_a_plan_of_nonsense_leaves_the_plan_that_was() -> None:
             stage.engine.prefetch_plan(plan)
     assert stage.engine.prefetching
     stage.engine.prefetch_plan([(-1, 10), (1 << 70, 5), (0, -5), (5, 1 << 70), (MIB, 1), (0, 0)])
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 1
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 1
     stage.finish_all()
     assert stage.engine.base_released
 
@@ -103,7 +103,7 @@ def test_a_plan_of_nonsense_leaves_the_plan_that_was() -> None:
 def test_a_full_storage_is_no_reason_to_read_the_base_again_and_again() -> None:
     stage = Stage(base_bytes=MIB * 16, virtual_size_bytes=16 * MIB, storage_chunks=1, on_full="error")
     stage.set_exhausted(True)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 2
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 2
     stage.engine.prefetch_plan([(0, 16 * MIB)])
     for _ in range(40):
         stage.device.advance(SECOND // 4)
@@ -143,7 +143,7 @@ def test_copies_are_committed_so_long_after_the_first_of_them() -> None:
 
 def test_copies_are_committed_when_they_fill_a_quarter_of_a_commit() -> None:
     stage = Stage(base_bytes=64 * MIB, virtual_size_bytes=64 * MIB, block_size_bytes=4096, chunk_size_bytes=65536, storage_chunks=1024)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 4
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 4
     stage.engine.prefetch_plan([(0, 60 * MIB)])
     stage.finish_all()
     assert stage.counts()["journal_writes"] >= 2
@@ -184,7 +184,7 @@ def test_no_block_is_in_two_copies(prefetch: bool) -> None:
     stage.submit("read", 2 * BLOCK, 8)
     (first,) = stage.pending(of_base)
     if prefetch:
-        stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 8
+        stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 8
         stage.engine.prefetch_plan([(0, 4 * BLOCK_BYTES)])
     else:
         stage.submit("read", 0, 4 * BLOCK)
@@ -261,7 +261,7 @@ def test_nothing_is_prefetched_for_a_disk_that_closes_or_has_failed(closing: boo
         stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
         stage.now("flush")
         assert stage.engine.failed_errno
-    stage.engine.prefetch_slots = 4
+    stage.engine.prefetch_depth = 4
     stage.engine.prefetch_plan([(0, MIB)])
     for _ in range(8):
         stage.device.advance(SECOND)
@@ -273,7 +273,7 @@ def test_prefetching_comes_back_to_what_a_guests_copy_gave_up() -> None:
     stage.player.errors_expected = True
     stage.submit("read", 0, 8)
     (base,) = stage.pending(of_base)
-    stage.engine.prefetch_idle_ns, stage.engine.prefetch_slots = 0, 8
+    stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 8
     stage.engine.prefetch_plan([(0, MIB)])
     stage.finish_all(but=lambda op: op is base)
     stage.device.fault = lambda op: -5 if saving(op) else 0

@@ -56,7 +56,7 @@ def test_behind_the_last_slot_comes_the_first() -> None:
 def test_a_plan_asks_for_steering_five_times_a_second() -> None:
     stage = Stage(base_bytes=1 << 20)
     engine = stage.engine
-    engine.prefetch_slots = 0
+    engine.prefetch_depth = 0
     engine.prefetch_plan([(0, 1 << 20)])
     stage.device.advance(200_000_000)
     stage.player.exchange()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fvd.disk.recovery import recover_disk
 from fvd.engine._engine import Engine, Want
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.sim._player import CLOSE as REQUEST_CLOSE
@@ -15,7 +16,6 @@ from fvd.sim._player import TRIM as REQUEST_TRIM
 from fvd.sim._player import WRITE as REQUEST_WRITE
 from fvd.sim.bytewise import Memory
 from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
-from fvd.volume.recovery import recover_disk
 
 EIO, EINVAL, ENOSPC, EROFS, ESHUTDOWN = 5, 22, 28, 30, 108
 

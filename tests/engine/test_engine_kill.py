@@ -2,21 +2,21 @@
 """Rule R13: the server is killed while a commit is readable but not durable, or on its way though it has failed, starts again, and then
 power fails.
 
-The flush itself is in fvd.volume.recovery; here the same histories are played with it and without it, or with what was read before it.
+The flush itself is in fvd.disk.recovery; here the same histories are played with it and without it, or with what was read before it.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from fvd.disk import recovery
+from fvd.disk.loading import LoadedDisk, load_disk
+from fvd.disk.pending import FoundLog
 from fvd.errors import Corrupt
 from fvd.sim import world
 from fvd.sim._device import WRITE
 from fvd.sim._oracle import Violation
 from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
-from fvd.volume import recovery
-from fvd.volume.loading import LoadedDisk, load_disk
-from fvd.volume.pending import FoundLog
 
 
 def kill_restart_write_power_cut() -> None:

@@ -95,12 +95,12 @@ def test_it_goes_on_when_storage_has_grown() -> None:
 def test_nothing_is_refused_while_a_slot_is_free() -> None:
     """Whatever the wishes are: as many chunks as slots, in any order, with some given back in between."""
     for seed in range(20):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         stage = disk(400, 100, on_full="error", discard=False)
         mapped: set[int] = set()
         while len(mapped) < 100:
-            chunk = dice.randrange(400)
-            if chunk in mapped and dice.random() < 0.3:
+            chunk = rng.randrange(400)
+            if chunk in mapped and rng.random() < 0.3:
                 stage.now("trim", chunk * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
                 stage.now("flush")
                 mapped.discard(chunk)

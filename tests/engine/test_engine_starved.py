@@ -7,14 +7,14 @@ import errno
 import random
 
 import pytest
-from test_engine_stop import CLOSE, FLUSH, FUA, KIB, READ, TRIM, WRITE, WRITE_ZEROES, Bench, bench
+from test_engine_stop import CLOSE, FLUSH, FUA, KIB, READ, TRIM, WRITE, WRITE_ZEROES, Workbench, bench
 
 from fvd.engine._engine import Want
 
 SECOND = 1_000_000_000
 
 
-def starve(it: Bench, error: int = -errno.ENOSPC) -> None:
+def starve(it: Workbench, error: int = -errno.ENOSPC) -> None:
     """Everything that is under way now finds no room."""
     for _ in range(len(it.operations)):
         it.complete(0, error)
@@ -102,7 +102,7 @@ def test_what_waits_ends(how: str, error: int) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_nothing_is_forgotten(seed: int) -> None:
     """Full and not full by turns, beside everything else: each request ends well in the end."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     it = bench(zero_chunks=seed % 2 == 0, durable_writes=False)
     engine = it.engine
     clock, full = 0, False
@@ -110,9 +110,9 @@ def test_nothing_is_forgotten(seed: int) -> None:
 
     def turn() -> None:
         nonlocal clock, full
-        full = not full if dice.random() < 0.1 else full
+        full = not full if rng.random() < 0.1 else full
         if it.operations:
-            at = dice.randrange(len(it.operations))
+            at = rng.randrange(len(it.operations))
             token = it.operations[at]
             it.complete(at, -errno.ENOSPC if full and kinds[token] == "write" else 0)
         engine.advance_clock(clock := clock + 300_000_000)
@@ -128,11 +128,11 @@ def test_nothing_is_forgotten(seed: int) -> None:
             it.answered.append((cookie, error))
 
     for _ in range(150):
-        if len(it.open) < 10 and dice.random() < 0.5:
-            kind = dice.choice((READ, WRITE, WRITE, WRITE, TRIM, WRITE_ZEROES, FLUSH))
-            offset = 0 if kind == FLUSH else dice.randrange(0, 256 * KIB, 512)
-            length = 0 if kind == FLUSH else dice.choice((512, 4096, 64 * KIB, 200 * KIB))
-            it.submit(kind, offset, length, FUA if kind == WRITE and dice.random() < 0.2 else 0)
+        if len(it.open) < 10 and rng.random() < 0.5:
+            kind = rng.choice((READ, WRITE, WRITE, WRITE, TRIM, WRITE_ZEROES, FLUSH))
+            offset = 0 if kind == FLUSH else rng.randrange(0, 256 * KIB, 512)
+            length = 0 if kind == FLUSH else rng.choice((512, 4096, 64 * KIB, 200 * KIB))
+            it.submit(kind, offset, length, FUA if kind == WRITE and rng.random() < 0.2 else 0)
         turn()
     for _ in range(2000):
         full = False

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import pytest
 
+from fvd.disk.recovery import recover_disk
 from fvd.engine._engine import Engine, Want
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE
 from fvd.sim._player import ZERO as WRITE_ZEROES
 from fvd.sim.bytewise import Memory
 from fvd.sim.stage import Stage
-from fvd.volume.recovery import recover_disk
 
 KIB = 1 << 10
 FUA = 1
 
 
 @dataclass
-class Bench:
+class Workbench:
     engine: Engine
     memory: Memory
     operations: list[int]  # tokens under way
@@ -45,7 +45,7 @@ class Bench:
         self.engine.complete_operation(self.operations.pop(at), result)
 
 
-def bench(**options: object) -> Bench:
+def bench(**options: object) -> Workbench:
     """1 MiB over a base, of which storage holds two chunks of four."""
     stage = Stage(storage_chunks=2)
     disk = recover_disk(stage.node(), read_only=True)
@@ -61,7 +61,7 @@ def bench(**options: object) -> Bench:
         storage_size_bytes=disk.storage_size_bytes,
         **({"base_size_bytes": 1 << 20, "copy_on_read": True} | options),  # type: ignore[arg-type]
     )
-    return Bench(engine, Memory(512 * KIB), [], set(), [], stage.geometry.data_offset_bytes)
+    return Workbench(engine, Memory(512 * KIB), [], set(), [], stage.geometry.data_offset_bytes)
 
 
 KINDS = (READ, READ, WRITE, WRITE, WRITE, TRIM, WRITE_ZEROES, FLUSH)
@@ -69,36 +69,36 @@ KINDS = (READ, READ, WRITE, WRITE, WRITE, TRIM, WRITE_ZEROES, FLUSH)
 
 @pytest.mark.parametrize("seed", range(60))
 def test_nothing_is_answered_and_nothing_is_done(seed: int) -> None:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     it = bench(zero_chunks=bool(seed % 3 == 0))
     engine = it.engine
     if seed % 2:
-        engine.prefetch_slots = 2
+        engine.prefetch_depth = 2
         engine.prefetch_plan([(0, 1 << 20)])
     clock = 0
-    for _ in range(dice.randrange(10, 120)):
-        if it.operations and dice.random() < 0.5:
-            it.complete(dice.randrange(len(it.operations)), -errno.EIO if dice.random() < 0.02 else 0)
+    for _ in range(rng.randrange(10, 120)):
+        if it.operations and rng.random() < 0.5:
+            it.complete(rng.randrange(len(it.operations)), -errno.EIO if rng.random() < 0.02 else 0)
         elif len(it.open) < 12:
-            kind = dice.choice(KINDS)
-            offset = dice.randrange(0, (1 << 20) - 512 * KIB, 512) if kind != FLUSH else 0
-            length = 0 if kind == FLUSH else dice.choice((512, 4096, 64 * KIB, 200 * KIB, 512 * KIB))
-            it.submit(kind, offset, length, FUA if kind == WRITE and dice.random() < 0.3 else 0)
+            kind = rng.choice(KINDS)
+            offset = rng.randrange(0, (1 << 20) - 512 * KIB, 512) if kind != FLUSH else 0
+            length = 0 if kind == FLUSH else rng.choice((512, 4096, 64 * KIB, 200 * KIB, 512 * KIB))
+            it.submit(kind, offset, length, FUA if kind == WRITE and rng.random() < 0.3 else 0)
         clock += 300_000_000
         engine.advance_clock(clock)
         it.take()
-    if dice.random() < 0.5 and it.operations:
+    if rng.random() < 0.5 and it.operations:
         it.complete(0)  # whose answer is there and has not been taken
     before = len(it.answered)
     engine.stop()
     engine.stop()
     it.take()
     for _ in range(8):
-        it.submit(dice.choice(KINDS), 0, 4096)
+        it.submit(rng.choice(KINDS), 0, 4096)
     it.take()
     still = list(it.operations)
     while it.operations:
-        it.complete(dice.randrange(len(it.operations)))
+        it.complete(rng.randrange(len(it.operations)))
         engine.advance_clock(clock := clock + 6_000_000_000)
         it.take()
         assert set(it.operations) <= set(still), "something was begun after the stop"

@@ -30,7 +30,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { DEPTH = 32, RING = 128, SECTOR = 512, WORDS = SECTOR / 8, MOST_SECTORS = 32, MOST_VOID_SECTORS = 4096, HEADS = 4, PROGRESS = 100 };
+enum { DEPTH = 32, RING = 128, SECTOR = 512, WORDS = SECTOR / 8, SECTORS_MAX = 32, VOID_SECTORS_MAX = 4096, HEADS = 4, PROGRESS = 100 };
 enum { READ, WRITE, TRIM, ZERO, FLUSH, KINDS };
 enum { AS_AT_FIRST, ZEROS, FIRST_STAMP };
 static const uint32_t types[KINDS] = {
@@ -43,7 +43,7 @@ struct slot {
     struct virtio_blk_outhdr head;
     struct virtio_blk_discard_write_zeroes range;
     uint8_t status;
-    uint64_t data[MOST_SECTORS * WORDS] __attribute__((aligned(4096)));
+    uint64_t data[SECTORS_MAX * WORDS] __attribute__((aligned(4096)));
 };
 struct shared {
     struct vring_desc descriptors[RING];
@@ -72,7 +72,7 @@ enum { HEADER = 12 };
 
 static int channel, kick_fd, call_fd;
 static struct shared *shared;
-static uint64_t sectors, trim_sectors, dice, counts[KINDS];
+static uint64_t sectors, trim_sectors, rng, counts[KINDS];
 static uint32_t *state, stamp = FIRST_STAMP;
 static uint8_t *busy;
 static uint16_t taken;      /* of the used ring */
@@ -84,8 +84,8 @@ static void die(const char *what) {
 }
 
 static uint64_t draw(uint64_t below) {
-    dice ^= dice << 13, dice ^= dice >> 7, dice ^= dice << 17;
-    return (dice * 0x2545F4914F6CDD1Dull >> 11) % below;
+    rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
+    return (rng * 0x2545F4914F6CDD1Dull >> 11) % below;
 }
 
 /* --- The device ---------------------------------------------------------------------------------------------------------------- */
@@ -184,11 +184,11 @@ static void choose(int number, const char *flavour) {
         if (!mixed) {
             count = 8, first = draw(sectors / 8) * 8;
         } else {
-            count = draw(4) ? 1 + draw(16) : 1 + draw(kind == TRIM || kind == ZERO ? MOST_VOID_SECTORS : MOST_SECTORS);
+            count = draw(4) ? 1 + draw(16) : 1 + draw(kind == TRIM || kind == ZERO ? VOID_SECTORS_MAX : SECTORS_MAX);
             first = draw(sectors - count + 1);
             /* half of them begin and end at a block of 4 KiB, as those of file systems do */
             if (draw(2)) count = (count + 7) / 8 * 8, first = first / 8 * 8;
-            if (count > MOST_SECTORS && kind != TRIM && kind != ZERO) count = MOST_SECTORS;
+            if (count > SECTORS_MAX && kind != TRIM && kind != ZERO) count = SECTORS_MAX;
             if (first + count > sectors) first = sectors - count;
         }
         if (kind == FLUSH) first = count = 0;
@@ -271,7 +271,7 @@ static void wait_for_answers(void) {
 int main(int argc, char **words) {
     if (argc != 7) return 2;
     uint64_t left = strtoull(words[2], NULL, 10), answered = 0;
-    dice = strtoull(words[3], NULL, 10) * 0x9E3779B97F4A7C15ull | 1;
+    rng = strtoull(words[3], NULL, 10) * 0x9E3779B97F4A7C15ull | 1;
     trim_sectors = strtoull(words[5], NULL, 10);
     attach(words[1]);
     state = calloc(sectors, sizeof *state), busy = calloc(sectors, 1);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client that speaks NBD byte by byte, for what well-behaved clients never do. Every wait ends after TIMEOUT_S."""
+"""A client that speaks NBD byte by byte, for what well-behaved clients never do. Every wait ends after TIMEOUT_SECONDS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fvd.export import handshake as hs
 from fvd.export._nbd import COMMAND_READ
 
-TIMEOUT_S = 20
+TIMEOUT_SECONDS = 20
 REQUEST_MAGIC = 0x25609513
 
 
@@ -47,7 +47,7 @@ class Client:
     def __init__(self, address: str | tuple[str, int]) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.socket.settimeout(TIMEOUT_S)
+        self.socket.settimeout(TIMEOUT_SECONDS)
         self.socket.connect(address)
         self.structured = False
         self.size_bytes = self.flags = 0

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nbd_client import TIMEOUT_S, Client
+from nbd_client import TIMEOUT_SECONDS, Client
 
 from fvd.engine._engine import Engine
 from fvd.export._passthrough import PassThrough
@@ -46,7 +46,7 @@ class Running:
     def close(self) -> None:
         for client in self.clients:
             client.socket.close()
-        self.server.stop(TIMEOUT_S)
+        self.server.stop(TIMEOUT_SECONDS)
 
 
 class Disks:

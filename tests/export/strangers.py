@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nbd_client import TIMEOUT_S, Client
+from nbd_client import TIMEOUT_SECONDS, Client
 
 STRANGERS = (4001, 4002, 4003, 4004)
 SERVER = Path(__file__).resolve().parent / "bounded_server.py"
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -88,7 +88,7 @@ class Watched:
         for client in self.clients:
             client.socket.close()
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(TIMEOUT_S) == 0, self.log.read_text()
+        assert self.process.wait(TIMEOUT_SECONDS) == 0, self.log.read_text()
         self.process.stdout.close()  # type: ignore[union-attr]
         return self.log.read_text()
 
@@ -109,7 +109,7 @@ def send_some(client: Client, data: bytes, seconds: float = 0.15) -> None:
     client.socket.settimeout(seconds)
     with contextlib.suppress(TimeoutError, BrokenPipeError, ConnectionResetError):
         client.socket.sendall(data)
-    client.socket.settimeout(TIMEOUT_S)
+    client.socket.settimeout(TIMEOUT_SECONDS)
 
 
 def is_ended(client: Client) -> bool:
@@ -124,7 +124,7 @@ def is_ended(client: Client) -> bool:
         return True
     finally:
         with contextlib.suppress(OSError):
-            client.socket.settimeout(TIMEOUT_S)
+            client.socket.settimeout(TIMEOUT_SECONDS)
     return True
 
 

@@ -32,9 +32,9 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZE = 16 * MIB
 DATA = Random(6).randbytes(SIZE)
 MINE = 1 * MIB  # where the guest has written before
-PATIENCE_S = 2.0  # base_timeout_s of most tests
-QUICK_S = 1.0  # "at once", on a machine that does other things too: nothing here waits for the base
-LOOKS_S = 0.4  # longer than it takes to see that a read waits
+PATIENCE_SECONDS = 2.0  # base_timeout_s of most tests
+QUICK_SECONDS = 1.0  # "at once", on a machine that does other things too: nothing here waits for the base
+LOOKS_SECONDS = 0.4  # longer than it takes to see that a read waits
 
 
 class Guest:
@@ -77,7 +77,7 @@ class Guest:
             assert self.read(MINE) == b"m" * 4 * KIB
             self.write(MINE + 64 * KIB * (1 + number), b"w" * 64 * KIB)
             self.flush()
-            assert time.monotonic() - begun < QUICK_S
+            assert time.monotonic() - begun < QUICK_SECONDS
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -107,7 +107,7 @@ def provision(folder: Path, uri: str, **more: Any) -> str:
 @contextmanager
 def guest(volume: str, folder: Path, **options: Any) -> Iterator[Guest]:
     events: list[fvd.Event] = []
-    more: dict[str, Any] = {"base_timeout_s": PATIENCE_S, **options}
+    more: dict[str, Any] = {"base_timeout_s": PATIENCE_SECONDS, **options}
     with fvd.serve(volume, socket=folder / "guest.sock", on_event=events.append, **more) as served:
         one = Guest(served, events)
         try:
@@ -119,7 +119,7 @@ def guest(volume: str, folder: Path, **options: Any) -> Iterator[Guest]:
 
 
 def waits(read: Future[Any]) -> bool:
-    time.sleep(LOOKS_S)
+    time.sleep(LOOKS_SECONDS)
     return not read.done()
 
 
@@ -161,7 +161,7 @@ def test_after_the_timeout_only_what_needs_the_base_fails(tmp_path: Path, base: 
         one.goes_on()
         for each in needy:
             fails_with_eio(each)
-        assert PATIENCE_S - 0.1 < time.monotonic() - begun < PATIENCE_S + 2
+        assert PATIENCE_SECONDS - 0.1 < time.monotonic() - begun < PATIENCE_SECONDS + 2
         one.goes_on()
         base.start()
         assert one.later(one.read, 5 * MIB).result(20) == DATA[5 * MIB :][: 4 * KIB]
@@ -244,11 +244,11 @@ def test_prefetching_waits_for_the_base(tmp_path: Path, base: Nbdkit) -> None:
         until(lambda: one.served.prefetch_status().copied_bytes > 3 * MIB)
         base.kill()
         until(lambda: one.served.prefetch_status().state == "base-lost")
-        time.sleep(LOOKS_S)
+        time.sleep(LOOKS_SECONDS)
         copied = one.served.prefetch_status().copied_bytes
         one.goes_on()
         assert "base_lost" in one.kinds() and "prefetch_done" not in one.kinds()
-        time.sleep(LOOKS_S)
+        time.sleep(LOOKS_SECONDS)
         assert one.served.prefetch_status().copied_bytes <= copied + 20 * 64 * KIB  # what the guest wrote, and nothing else
         base.start()
         until(lambda: one.served.info().base_released, 30)
@@ -307,7 +307,7 @@ def test_sigterm_while_the_base_is_away(tmp_path: Path, base: Nbdkit, how: str) 
         else:
             base.signal(signal.SIGSTOP)
         handle.aio_pread(nbd.Buffer(4 * KIB), 5 * MIB)
-        time.sleep(LOOKS_S)
+        time.sleep(LOOKS_SECONDS)
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)

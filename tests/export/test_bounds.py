@@ -123,8 +123,8 @@ def test_options_without_end_cost_nothing_for_long() -> None:
 def test_so_many_options_are_enough(serve: Serve) -> None:
     client = serve().connect()
     client.greet()
-    send_some(client, option(99) * (hs.MAXIMUM_OPTIONS + 1), 2)
-    for _ in range(hs.MAXIMUM_OPTIONS):
+    send_some(client, option(99) * (hs.OPTIONS_MAX + 1), 2)
+    for _ in range(hs.OPTIONS_MAX):
         client.receive(20)
     assert client.ended()
 

@@ -35,12 +35,12 @@ def running(request: pytest.FixtureRequest, disks: Disks) -> Running:
 def image(tmp_path: Path) -> Path:
     """Data, holes, and an odd piece at the end of the data."""
     path = tmp_path / "image"
-    dice = random.Random(2)
+    rng = random.Random(2)
     with path.open("wb") as file:
         file.truncate(SIZE)
         for offset in range(0, 40 * MIB, 8 * MIB):
             file.seek(offset)
-            file.write(dice.randbytes(2 * MIB + 777))
+            file.write(rng.randbytes(2 * MIB + 777))
     return path
 
 

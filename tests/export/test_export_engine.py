@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from nbd_client import TIMEOUT_S, request
+from nbd_client import TIMEOUT_SECONDS, request
 from nbd_running import MIB, Disks, Running
 
 from fvd.engine._engine import Engine, Want
@@ -24,7 +24,7 @@ SIZE = 64 * MIB
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -69,22 +69,22 @@ def test_data_survive_close_and_look_right(disks: Disks, force_blocking: bool) -
     engine, storage = disks.engine(SIZE, 64)
     running = disks.serve(SIZE, backend=engine, storage=storage, force_blocking=force_blocking)
     client = running.client(structured=True, allocation=True)
-    dice = random.Random(1)
+    rng = random.Random(1)
     image = bytearray(SIZE)
     for i in range(400):
-        size = dice.choice([512, 4096, 100, 65536, 65537, 1_500_000])
-        offset = dice.randrange(SIZE // 2 - size) // 512 * 512
+        size = rng.choice([512, 4096, 100, 65536, 65537, 1_500_000])
+        offset = rng.randrange(SIZE // 2 - size) // 512 * 512
         if i % 10 == 9:
-            kind = dice.choice([ZEROES, TRIM, FLUSH])
+            kind = rng.choice([ZEROES, TRIM, FLUSH])
             if kind == FLUSH:
                 assert client.call(FLUSH).error == 0
             else:
                 image[offset : offset + size] = bytes(size)
-                assert client.call(ZEROES, offset, size, flags=dice.choice([0, FUA, NO_HOLE])).error == 0
+                assert client.call(ZEROES, offset, size, flags=rng.choice([0, FUA, NO_HOLE])).error == 0
             continue
-        data = dice.randbytes(size)
+        data = rng.randbytes(size)
         image[offset : offset + size] = data
-        assert client.call(WRITE, offset, data=data, flags=dice.choice([0, 0, FUA])).error == 0
+        assert client.call(WRITE, offset, data=data, flags=rng.choice([0, 0, FUA])).error == 0
     assert client.call(READ, 0, SIZE // 2).data == image[: SIZE // 2]
     status = client.call(STATUS, 0, SIZE)
     assert sum(length for length, _ in status.extents) == SIZE and status.extents[-1][1] == nbd.STATUS_HOLE | nbd.STATUS_ZERO
@@ -170,7 +170,7 @@ def test_stop_leaves_what_waits_to_the_next_server(full: Full) -> None:
     client = full.client()
     client.begin(WRITE, 10 * MIB, data=bytes(65536))
     eventually(lambda: full.waiting() == 1)
-    full.server.stop(TIMEOUT_S)
+    full.server.stop(TIMEOUT_SECONDS)
     assert client.ended()
 
 

@@ -113,7 +113,7 @@ def test_unknown_options_are_refused_and_the_handshake_goes_on() -> None:
 
 
 def test_options_that_are_too_long_are_skipped() -> None:
-    long = option(hs.OPT_LIST, bytes(hs.MAXIMUM_OPTION_BYTES + 1))
+    long = option(hs.OPT_LIST, bytes(hs.OPTION_BYTES_MAX + 1))
     assert kinds(long + option(hs.OPT_LIST)) == [hs.REP_ERR_TOO_BIG, hs.REP_SERVER, hs.REP_ACK]
     handshake = Handshake(ONE)
     handshake.receive_data(FLAGS + struct.pack(">QII", hs.OPTION_MAGIC, hs.OPT_LIST, 0xFFFFFFFF))

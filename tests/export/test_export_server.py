@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nbd_client import TIMEOUT_S, Client, go, option, request
+from nbd_client import TIMEOUT_SECONDS, Client, go, option, request
 from nbd_running import MIB, Disks, Running
 
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout
@@ -41,7 +41,7 @@ def pattern(number: int, size: int) -> bytes:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -120,8 +120,8 @@ def test_requests_byte_by_byte(serve: Serve) -> None:
 def test_many_requests_at_once(serve: Serve) -> None:
     """Sizes around every buffer's, in both directions, more than one turn takes."""
     client = serve().client(structured=True)
-    dice = random.Random(5)
-    sizes = [dice.choice([1, 511, 4096, 4097, 32767, 32768, 65536, 65537, 300_000, 600_000]) for _ in range(300)]
+    rng = random.Random(5)
+    sizes = [rng.choice([1, 511, 4096, 4097, 32767, 32768, 65536, 65537, 300_000, 600_000]) for _ in range(300)]
     offsets = [sum(sizes[:i]) % (60 * MIB) for i in range(300)]
     image = bytearray(64 * MIB)
     writes = []
@@ -152,7 +152,7 @@ def test_two_connections_at_once(serve: Serve) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(TIMEOUT_S)
+        thread.join(TIMEOUT_SECONDS)
     assert clients[0].call(FLUSH).error == 0
     for i in range(400):
         assert clients[i % 2].call(READ, i * 8192, 8192).data == pattern(i * 8192, 8192)
@@ -189,7 +189,7 @@ def test_the_default_export(disks: Disks) -> None:
 
 
 def test_handshake_timeout(serve: Serve) -> None:
-    running = serve(limits=Limits(handshake_s=0.3))
+    running = serve(limits=Limits(handshake_seconds=0.3))
     idle, hesitant, good = running.connect(), running.connect(), running.client()
     hesitant.greet()
     hesitant.send(option(hs.OPT_LIST)[:10])
@@ -312,7 +312,7 @@ def test_call_runs_between_turns(serve: Serve) -> None:
     with pytest.raises(ZeroDivisionError):
         running.server.call(lambda: 1 // 0)
     with pytest.raises(Timeout):
-        running.server.call(lambda: time.sleep(0.5), timeout_s=0.05)
+        running.server.call(lambda: time.sleep(0.5), timeout_seconds=0.05)
     client = running.client()
     results: list[int] = []
     threads = [threading.Thread(target=lambda: results.extend(running.server.call(lambda: 1) for _ in range(100))) for _ in range(4)]
@@ -321,9 +321,9 @@ def test_call_runs_between_turns(serve: Serve) -> None:
     for _ in range(200):
         assert client.call(READ, 0, 512).error == 0
     for thread in threads:
-        thread.join(TIMEOUT_S)
+        thread.join(TIMEOUT_SECONDS)
     assert len(results) == 400
-    running.server.stop(TIMEOUT_S)
+    running.server.stop(TIMEOUT_SECONDS)
     with pytest.raises(Conflict):
         running.server.call(lambda: 1)
 
@@ -333,7 +333,7 @@ def test_stop_answers_what_is_under_way(serve: Serve) -> None:
     clients = [running.client() for _ in range(3)]
     cookies = [[client.begin(WRITE, i * 4096, data=pattern(i, 4096)) for i in range(16)] for client in clients]
     eventually(lambda: running.counters("")["writes"] == 48)
-    running.server.stop(TIMEOUT_S)
+    running.server.stop(TIMEOUT_SECONDS)
     for client, pending in zip(clients, cookies, strict=True):
         assert all(client.take(cookie).error == 0 for cookie in pending)
         assert client.ended()
@@ -341,10 +341,10 @@ def test_stop_answers_what_is_under_way(serve: Serve) -> None:
 
 
 def test_stop_does_not_wait_long_for_a_client_that_takes_no_replies(serve: Serve) -> None:
-    running = serve(limits=Limits(drain_s=0.3))
+    running = serve(limits=Limits(drain_seconds=0.3))
     running.client().begin_reads(500, 65536)
     began = time.monotonic()
-    running.server.stop(TIMEOUT_S)
+    running.server.stop(TIMEOUT_SECONDS)
     assert time.monotonic() - began < 5
 
 
@@ -416,7 +416,7 @@ print("done")
         with Client(str(answering(tmp_path / "socket"))) as client:
             assert client.start().call(WRITE, 0, data=pattern(1, 4096)).error == 0
             process.send_signal(signal.SIGTERM)
-            assert process.communicate(timeout=TIMEOUT_S)[0] == "closed\ndone\n"
+            assert process.communicate(timeout=TIMEOUT_SECONDS)[0] == "closed\ndone\n"
             assert client.ended()
     finally:
         process.kill()
@@ -431,8 +431,8 @@ def test_a_failing_on_stop_is_raised_by_stop(disks: Disks) -> None:
     server = disks.server(on_stop=fail)
     server.start()
     with pytest.raises(DeviceError):
-        server.stop(TIMEOUT_S)
-    server.stop(TIMEOUT_S)
+        server.stop(TIMEOUT_SECONDS)
+    server.stop(TIMEOUT_SECONDS)
 
 
 # --- Unix sockets -------------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_socket_mode_and_group(disks: Disks, tmp_path: Path) -> None:
     running = disks.serve(listen=Unix(str(path), mode=0o660, group=os.getegid()))
     status = path.stat()
     assert stat.S_IMODE(status.st_mode) == 0o660 and status.st_gid == os.getegid()
-    running.server.stop(TIMEOUT_S)
+    running.server.stop(TIMEOUT_SECONDS)
     for bad in (Unix(str(path), group="no such group"), Unix(str(tmp_path / ("x" * 100))), Unix(str(tmp_path / "none" / "socket"))):
         with pytest.raises((InvalidArgument, NotFound)):
             NbdServer(bad).start()
@@ -463,7 +463,7 @@ def test_a_dead_process_socket_is_replaced_and_a_live_one_is_not(disks: Disks, t
     path.write_text("mine")
     with pytest.raises(Conflict):
         NbdServer(Unix(str(path))).start()
-    running.server.stop(TIMEOUT_S)
+    running.server.stop(TIMEOUT_SECONDS)
     assert path.read_text() == "mine"  # not ours to remove
 
 
@@ -478,5 +478,5 @@ def test_the_address_is_free_at_once_after_stop(serve: Serve, disks: Disks) -> N
         port = running.address[1]
         client = running.client()
         client.call(READ, 0, 512)
-        server.stop(TIMEOUT_S)
+        server.stop(TIMEOUT_SECONDS)
         assert client.ended()

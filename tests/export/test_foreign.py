@@ -16,7 +16,7 @@ from nbd_running import Disks
 from fvd.errors import DeviceError, InvalidArgument, NotFound, ReadOnly, Unsupported
 from fvd.sim import foreign
 from fvd.sim._oracle import Violation
-from fvd.sim.foreign import HungUp, Player, stream, torture_uri
+from fvd.sim.foreign import ForeignPlayer, HungUp, stream, torture_uri
 from fvd.sim.qemu_nbd import torture_qemu
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
@@ -48,8 +48,8 @@ def test_every_lie_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie
         torture_uri(server.uri, seed=5, requests=20_000, depth=16)
 
 
-def rounds_with_kills(server: LyingServer, seed: int, rounds: int) -> Player:
-    with Player(seed, depth=16) as player:
+def rounds_with_kills(server: LyingServer, seed: int, rounds: int) -> ForeignPlayer:
+    with ForeignPlayer(seed, depth=16) as player:
         for number in range(rounds):
             player.connect(server.uri)
             if number:
@@ -78,13 +78,13 @@ def test_the_honest_one_passes(tmp_path: Path) -> None:
 
 def test_fvd_over_any_content(disks: Disks, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice with the same seed: what the first run left is not taken for the second one's."""
-    dice = random.Random(1)
+    rng = random.Random(1)
     engine, storage = disks.engine(16 * MIB, 16)
     running = disks.serve(16 * MIB, backend=engine, storage=storage)
     nbd = importlib.import_module("nbd")
     handle = nbd.NBD()
     handle.connect_uri(running.uri())
-    handle.pwrite(dice.randbytes(MIB), 512 * 1001)
+    handle.pwrite(rng.randbytes(MIB), 512 * 1001)
     handle.pwrite(b"same " * 200_000, 8 * MIB + 77)
     handle.shutdown()
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_refusals(tmp_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_server_that_dies_is_told(tmp_path: Path) -> None:
-    with LyingServer(tmp_path / "socket", SIZE) as server, Player(1) as player:
+    with LyingServer(tmp_path / "socket", SIZE) as server, ForeignPlayer(1) as player:
         player.connect(server.uri)
         server.hang_up()
         with pytest.raises(HungUp, match="the server hung up"):

@@ -131,7 +131,7 @@ def play(case: Case, guest: Path, folder: Path, seed: int, between: Callable[[],
 
     `between`: called after each kill, before the next server.
     """
-    dice = Random(seed)
+    rng = Random(seed)
     volume = provision(case, folder)
     began = time.monotonic()
     with FvdServer(folder, volume, "--cache", case.cache, *case.serving) as server:
@@ -144,7 +144,7 @@ def play(case: Case, guest: Path, folder: Path, seed: int, between: Callable[[],
             words = {"node-name": "disk", "addr": place, "iothread": "thread"}
             qmp.do("block-export-add", type="vhost-user-blk", id="out", writable=True, **words)
             command = [guest, folder / "guest.sock", case.requests, seed, case.flavour, case.trim_bytes // SECTOR_BYTES, folder / "state"]
-            kills = sorted(dice.randrange(case.requests) for _ in range(KILLS))
+            kills = sorted(rng.randrange(case.requests) for _ in range(KILLS))
             with (folder / "said").open("w+") as said:
                 with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=said, text=True) as driver:
                     patience = threading.Timer(PATIENCE_SECONDS, driver.kill)

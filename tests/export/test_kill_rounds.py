@@ -23,14 +23,14 @@ from fvd_server import FvdServer
 import fvd
 from fvd.sim._base import base_content
 from fvd.sim._oracle import Violation
-from fvd.sim.foreign import Player
+from fvd.sim.foreign import ForeignPlayer
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 pytestmark = [pytest.mark.release_only, pytest.mark.slow]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-MOST_REQUESTS = 300  # of a round
+REQUESTS_MAX = 300  # of a round
 SHARE = float(os.environ.get("FVD_KILL_SHARE", "1"))  # of the rounds below
 FIRST = int(os.environ.get("FVD_SIM_FIRST", time.time_ns() // 1000 % (1 << 40)))
 
@@ -83,22 +83,22 @@ def provision(case: Case, folder: Path) -> str:
     return volume
 
 
-def player(seed: int) -> Player:
+def player(seed: int) -> ForeignPlayer:
     """Believes that whatever was acknowledged survives."""
-    return Player(seed, depth=256, every_write_durable=True)
+    return ForeignPlayer(seed, depth=256, every_write_durable=True)
 
 
-def kill_rounds(case: Case, seed: int, folder: Path, player: Player, between: Callable[[], None] = lambda: None) -> str:
+def kill_rounds(case: Case, seed: int, folder: Path, player: ForeignPlayer, between: Callable[[], None] = lambda: None) -> str:
     """Returns what was done, for people. `between`: called after each kill, before the next server."""
-    dice = Random(seed)
+    rng = Random(seed)
     volume = provision(case, folder)
     began = time.monotonic()
     opening = closing = 0
     with FvdServer(folder, volume, "--cache", case.cache, *case.serving) as server, player:
         for number in range(case.rounds):
-            if number and dice.random() < 0.2:
+            if number and rng.random() < 0.2:
                 server.begin()
-                time.sleep(dice.random() * 0.05)  # a moment, at random: it reads the disk, recovers it, or serves
+                time.sleep(rng.random() * 0.05)  # a moment, at random: it reads the disk, recovers it, or serves
                 server.kill()
                 between()
                 opening += 1
@@ -107,12 +107,12 @@ def kill_rounds(case: Case, seed: int, folder: Path, player: Player, between: Ca
             player.connect(server.start())
             if number:
                 player.judge_after_crash()
-            player.play(dice.randint(1, MOST_REQUESTS))
-            player.wait(dice.random() * 0.004)
-            if dice.random() < 0.1:
+            player.play(rng.randint(1, REQUESTS_MAX))
+            player.wait(rng.random() * 0.004)
+            if rng.random() < 0.1:
                 server.terminate()
                 player.shutting_down()
-                player.wait(dice.random() * 0.01)
+                player.wait(rng.random() * 0.01)
                 closing += 1
             server.kill()
             between()

@@ -241,8 +241,8 @@ def test_a_client_that_vanished_is_ended(disks: Disks, monkeypatch: pytest.Monke
     """Its socket is closed without a packet; nothing was under way. Nobody would ever have told."""
     if os.geteuid() != 0:
         pytest.skip("only root can close a socket without a packet; CI is root")
-    monkeypatch.setattr(peers, "_KEEPALIVE_IDLE_S", 1)
-    monkeypatch.setattr(peers, "_KEEPALIVE_INTERVAL_S", 1)
+    monkeypatch.setattr(peers, "_KEEPALIVE_IDLE_SECONDS", 1)
+    monkeypatch.setattr(peers, "_KEEPALIVE_INTERVAL_SECONDS", 1)
     running = disks.serve(listen=Tcp(port=0))
     gone, stays = running.client(), running.client()
     try:

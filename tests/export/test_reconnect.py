@@ -54,7 +54,7 @@ def qemu_rounds(
 
     `between`: called after each kill, before the next server. `words`: more options of the servers.
     """
-    dice = Random(player.report.seed)
+    rng = Random(player.report.seed)
     began = time.monotonic()
     with FvdServer(folder, volume, "--cache", cache, *words) as server, player:
         server.start()
@@ -64,8 +64,8 @@ def qemu_rounds(
             qmp.do("blockdev-add", driver="nbd", **options)
             player.connect(export(qmp, "disk", folder / "qemu.sock"))
             for _ in range(restarts):
-                player.play(dice.randint(1, 300))
-                player.wait(dice.random() * 0.004)
+                player.play(rng.randint(1, 300))
+                player.wait(rng.random() * 0.004)
                 player.outage()
                 if cleanly:
                     server.stop()
@@ -130,15 +130,15 @@ def test_qemu_does_not_send_again_what_was_acknowledged(tmp_path: Path, pending_
 def test_libnbd_connects_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str) -> None:
     """A handle of libnbd that has lost its server is dead; its user makes another one, and sends again what has no answer."""
     seed = 31 + CACHES.index(cache)
-    dice = Random(seed)
+    rng = Random(seed)
     volume = provision(tmp_path)
     player = Player(seed, depth=64, every_write_durable=True)
     began = time.monotonic()
     with FvdServer(tmp_path, volume, "--cache", cache) as server, player:
         player.connect(server.start())
         for _ in range(LIBNBD_RESTARTS):
-            player.play(dice.randint(1, 300))
-            player.wait(dice.random() * 0.004)
+            player.play(rng.randint(1, 300))
+            player.wait(rng.random() * 0.004)
             server.kill()
             unanswered = player.take_last_answers()
             player.connect(server.start())

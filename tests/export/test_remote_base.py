@@ -56,17 +56,17 @@ def test_guests_read_through_it(disks: Disks, base: Nbdkit, blocking: bool) -> N
     served = Served(disks, base.uri, blocking)
     clients = [served.running.client() for _ in range(3)]
     image = bytearray(BASE + bytes(SIZE - len(BASE)))
-    dice = random.Random(4)
+    rng = random.Random(4)
     for _ in range(150):
-        size = dice.choice([512, 100, 4096, 65536, 65537, 1_500_000])
-        offset = dice.randrange(SIZE - size)
-        if dice.random() < 0.4:
-            data = dice.randbytes(size)
+        size = rng.choice([512, 100, 4096, 65536, 65537, 1_500_000])
+        offset = rng.randrange(SIZE - size)
+        if rng.random() < 0.4:
+            data = rng.randbytes(size)
             image[offset : offset + size] = data
-            assert dice.choice(clients).call(WRITE, offset, data=data).error == 0
+            assert rng.choice(clients).call(WRITE, offset, data=data).error == 0
         else:
-            assert dice.choice(clients).call(READ, offset, size).data == image[offset : offset + size]
-    ranges = [(dice.randrange(SIZE - 4 * MIB), 4 * MIB) for _ in range(16)]
+            assert rng.choice(clients).call(READ, offset, size).data == image[offset : offset + size]
+    ranges = [(rng.randrange(SIZE - 4 * MIB), 4 * MIB) for _ in range(16)]
     begun = [(clients[i % 3], clients[i % 3].begin(READ, offset, size)) for i, (offset, size) in enumerate(ranges)]
     for (client, cookie), (offset, size) in zip(begun, ranges, strict=True):
         assert client.take(cookie).data == image[offset : offset + size]
@@ -92,7 +92,7 @@ def test_it_goes_and_comes_back(disks: Disks, base: Nbdkit, blocking: bool) -> N
 def test_a_request_that_is_passed_over(disks: Disks, tmp_path: Path, blocking: bool) -> None:
     """Others that came later are answered all the time: the connection is given up all the same."""
     odd = OddServer(tmp_path, "skips", 16 * MIB)
-    served = Served(disks, odd.uri, blocking, timeout_s=3.0)
+    served = Served(disks, odd.uri, blocking, timeout_seconds=3.0)
     client, other = served.running.client(), served.running.client()
     client.begin(READ, 0, 4096)
     begun = time.monotonic()

@@ -17,7 +17,7 @@ from fvd.export import _nbd as nbd
 from fvd.export.server import Limits
 
 READ, WRITE, FLUSH = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH
-STALL_S = 0.5
+STALL_SECONDS = 0.5
 STALLED = (1.0, 4.0)  # the loop looks four times a second
 
 Serve = Callable[..., Running]
@@ -35,7 +35,7 @@ def ends_in_time(condition: Callable[[], bool]) -> bool:
     ids=["half a header", "half a write", "half a write that is refused"],
 )
 def test_half_a_request(serve: Serve, said: bytes) -> None:
-    running = serve(limits=Limits(stall_s=STALL_S))
+    running = serve(limits=Limits(stall_seconds=STALL_SECONDS))
     client, idle = running.client(), running.client()
     assert client.call(READ, 0, 4096).error == 0
     client.send(said)
@@ -46,7 +46,7 @@ def test_half_a_request(serve: Serve, said: bytes) -> None:
 
 
 def test_replies_that_are_not_taken(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    running = serve(limits=Limits(stall_s=STALL_S))
+    running = serve(limits=Limits(stall_seconds=STALL_SECONDS))
     client, idle = running.client(), running.client()
     send_some(client, b"".join(request(READ, 0, MIB) for _ in range(20)))
     assert not hung_up(client)
@@ -58,7 +58,7 @@ def test_replies_that_are_not_taken(serve: Serve, caplog: pytest.LogCaptureFixtu
 
 def test_replies_that_are_taken_drop_by_drop(serve: Serve) -> None:
     """A few bytes now and then keep nothing for ever."""
-    running = serve(limits=Limits(stall_s=STALL_S))
+    running = serve(limits=Limits(stall_seconds=STALL_SECONDS))
     client = running.client()
     send_some(client, b"".join(request(READ, 0, MIB) for _ in range(20)))
     deadline = time.monotonic() + STALLED[1]
@@ -69,7 +69,7 @@ def test_replies_that_are_taken_drop_by_drop(serve: Serve) -> None:
 
 
 def test_a_write_that_comes_drop_by_drop(serve: Serve) -> None:
-    running = serve(limits=Limits(stall_s=STALL_S))
+    running = serve(limits=Limits(stall_seconds=STALL_SECONDS))
     client = running.client()
     client.send(request(WRITE, 0, MIB))
     deadline = time.monotonic() + STALLED[1]
@@ -82,7 +82,7 @@ def test_a_write_that_comes_drop_by_drop(serve: Serve) -> None:
 def test_slow_and_idle_clients_are_not_ended(serve: Serve) -> None:
     """One does nothing. One sends a large write, a MiB at a time. One is never between two requests: each comes in pieces. One takes its
     replies slowly. Each is slower, in all, than a stalled client is given."""
-    running = serve(limits=Limits(stall_s=STALL_S))
+    running = serve(limits=Limits(stall_seconds=STALL_SECONDS))
     idle, large, small, taker = (running.client() for _ in range(4))
     large.send(request(WRITE, 0, 6 * MIB))
     piece = request(WRITE, 0, 4096, data=bytes(4096))
@@ -104,13 +104,13 @@ def test_slow_and_idle_clients_are_not_ended(serve: Serve) -> None:
 def test_a_client_that_the_server_does_not_read_is_not_ended(disks: Disks) -> None:
     """Its requests wait for storage, up to what it may have; the next stands in its socket."""
     engine, storage = disks.engine(64 * MIB, 2)
-    limits = Limits(stall_s=STALL_S, connection_inflight_bytes=MIB, connection_waiting_bytes=64 * MIB)
+    limits = Limits(stall_seconds=STALL_SECONDS, connection_inflight_bytes=MIB, connection_waiting_bytes=64 * MIB)
     running = disks.serve(64 * MIB, backend=engine, storage=storage, limits=limits)
     client = running.client()
     assert [client.call(WRITE, i * MIB, data=bytes([i + 1]) * MIB).error for i in range(2)] == [0, 0]
     cookies = [client.begin(WRITE, (10 + i) * MIB, data=bytes(65536)) for i in range(20)]
     eventually(lambda: running.server.call(lambda: engine.waiting_writes) == 20)
-    time.sleep(3 * STALL_S)
+    time.sleep(3 * STALL_SECONDS)
     size = engine.storage_size_bytes + 30 * MIB
     os.ftruncate(storage, size)
     running.server.call(lambda: engine.set_storage_size(size))
@@ -118,11 +118,11 @@ def test_a_client_that_the_server_does_not_read_is_not_ended(disks: Disks) -> No
 
 
 def test_a_server_that_was_stopped_itself_blames_nobody() -> None:
-    with watched(stall_s=STALL_S) as server:
+    with watched(stall_seconds=STALL_SECONDS) as server:
         client = server.client()
         client.send(request(WRITE, 0, MIB, data=bytes(1000)))
         server.process.send_signal(signal.SIGSTOP)
-        time.sleep(2 * STALL_S)
+        time.sleep(2 * STALL_SECONDS)
         server.process.send_signal(signal.SIGCONT)
         time.sleep(0.05)
         client.send(bytes(MIB - 1000))

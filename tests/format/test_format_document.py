@@ -132,7 +132,7 @@ SAMPLES = [
     for virtual, block, chunk, journal_size, layout in itertools.product(
         (4096, 1 << 20, (1 << 30) + 512, 100 << 30, 15 << 40), (4096, 65536), (65536, 1 << 20), (65536, 16 << 20), Layout
     )
-    if virtual // chunk <= geometry.MAX_CHUNKS and virtual // block <= geometry.MAX_BLOCKS
+    if virtual // chunk <= geometry.CHUNKS_MAX and virtual // block <= geometry.BLOCKS_MAX
 ]
 
 
@@ -174,14 +174,14 @@ def test_regions(g: Geometry) -> None:
 
 def test_limits() -> None:
     limits = {row["limit"]: [int(n) for n in re.findall(r"\d+", row["value"])] for row in tables(2)[0]}
-    assert limits["virtual size"] == [geometry.SECTOR_BYTES, geometry.MIN_VIRTUAL_SIZE_BYTES]
-    assert limits["block size"] == [geometry.MIN_BLOCK_SIZE_BYTES, geometry.MAX_BLOCK_SIZE_BYTES]
-    assert limits["chunk size"] == [geometry.MIN_CHUNK_SIZE_BYTES, geometry.MAX_CHUNK_SIZE_BYTES]
-    assert limits["chunks"] == [geometry.MAX_CHUNKS]
-    assert limits["blocks"] == [geometry.MAX_BLOCKS]
-    assert limits["journal size"] == [geometry.PAGE_BYTES, geometry.MIN_JOURNAL_SIZE_BYTES, geometry.MAX_JOURNAL_SIZE_BYTES]
+    assert limits["virtual size"] == [geometry.SECTOR_BYTES, geometry.VIRTUAL_SIZE_BYTES_MIN]
+    assert limits["block size"] == [geometry.BLOCK_SIZE_BYTES_MIN, geometry.BLOCK_SIZE_BYTES_MAX]
+    assert limits["chunk size"] == [geometry.CHUNK_SIZE_BYTES_MIN, geometry.CHUNK_SIZE_BYTES_MAX]
+    assert limits["chunks"] == [geometry.CHUNKS_MAX]
+    assert limits["blocks"] == [geometry.BLOCKS_MAX]
+    assert limits["journal size"] == [geometry.PAGE_BYTES, geometry.JOURNAL_SIZE_BYTES_MIN, geometry.JOURNAL_SIZE_BYTES_MAX]
     assert limits["grow step"] == [geometry.GROW_STEP_UNIT_BYTES]
-    assert limits["base locator"][0] == superblock.MAX_LOCATOR_BYTES
+    assert limits["base locator"][0] == superblock.LOCATOR_BYTES_MAX
 
 
 def test_hash_constants() -> None:

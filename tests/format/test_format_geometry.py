@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvd.errors import InvalidArgument
-from fvd.format.geometry import MAX_BLOCKS, MAX_CHUNKS, Geometry, Layout, Placement
+from fvd.format.geometry import BLOCKS_MAX, CHUNKS_MAX, Geometry, Layout, Placement
 
 pytestmark = pytest.mark.pure
 
@@ -28,8 +28,8 @@ GIB = 1 << 30
         {"virtual_size_bytes": GIB, "journal_size_bytes": 65536 + 4096},
         {"virtual_size_bytes": GIB, "journal_size_bytes": GIB},
         {"virtual_size_bytes": GIB, "grow_step_bytes": 1 << 20},
-        {"virtual_size_bytes": MAX_CHUNKS * 65536, "chunk_size_bytes": 65536},
-        {"virtual_size_bytes": MAX_BLOCKS * 4096, "block_size_bytes": 4096},
+        {"virtual_size_bytes": CHUNKS_MAX * 65536, "chunk_size_bytes": 65536},
+        {"virtual_size_bytes": BLOCKS_MAX * 4096, "block_size_bytes": 4096},
     ],
 )
 def test_edges_inside(good: dict[str, int]) -> None:
@@ -55,8 +55,8 @@ def test_edges_inside(good: dict[str, int]) -> None:
         ({"virtual_size_bytes": GIB, "grow_step_bytes": (1 << 20) - 65536}, "at least the chunk size"),
         ({"virtual_size_bytes": GIB, "grow_step_bytes": (1 << 20) + 4096}, "multiple of 65536"),
         ({"virtual_size_bytes": GIB, "grow_step_bytes": 1 << 64}, "grow step"),
-        ({"virtual_size_bytes": MAX_CHUNKS * 65536 + 512, "chunk_size_bytes": 65536}, "at most 268435456"),
-        ({"virtual_size_bytes": MAX_BLOCKS * 4096 + 512, "block_size_bytes": 4096}, "at most 8589934592"),
+        ({"virtual_size_bytes": CHUNKS_MAX * 65536 + 512, "chunk_size_bytes": 65536}, "at most 268435456"),
+        ({"virtual_size_bytes": BLOCKS_MAX * 4096 + 512, "block_size_bytes": 4096}, "at most 8589934592"),
         ({"virtual_size_bytes": GIB, "layout": 2}, "does not exist"),
         ({"virtual_size_bytes": GIB, "placement": 2}, "does not exist"),
     ],
@@ -70,7 +70,7 @@ def test_edges_outside(bad: dict[str, int], said: str) -> None:
 def geometries(draw: st.DrawFn) -> Geometry:
     block = 1 << draw(st.integers(12, 20))
     chunk = 1 << draw(st.integers(max(16, block.bit_length() - 1), 28))
-    largest = min(MAX_BLOCKS * block, MAX_CHUNKS * chunk)
+    largest = min(BLOCKS_MAX * block, CHUNKS_MAX * chunk)
     sectors = draw(st.integers(8, 1 << 12) | st.integers(8, largest // 512))
     return Geometry(
         sectors * 512,

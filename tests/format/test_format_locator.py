@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvd.errors import InvalidArgument
-from fvd.format.locator import IMAGE_FORMATS, MAX_LOCATOR_BYTES, NBD_SCHEMES, QEMU_SCHEMES, BaseFormat, check_locator
+from fvd.format.locator import IMAGE_FORMATS, LOCATOR_BYTES_MAX, NBD_SCHEMES, QEMU_SCHEMES, BaseFormat, check_locator
 
 pytestmark = pytest.mark.pure
 
@@ -51,7 +51,7 @@ BAD = [
     ("/a\x7fb", BaseFormat.QCOW2),
     ("/a\x85b", BaseFormat.RAW),
     ("/\udcff", BaseFormat.RAW),
-    ("/" + "ä" * (MAX_LOCATOR_BYTES // 2), BaseFormat.RAW),
+    ("/" + "ä" * (LOCATOR_BYTES_MAX // 2), BaseFormat.RAW),
     ('json:{"driver":"file","filename":"/etc/shadow"}', BaseFormat.QCOW2),
     ("json:{}", BaseFormat.REMOTE_RAW),
     ("fat:rw:/etc", BaseFormat.REMOTE_RAW),

@@ -95,10 +95,10 @@ def test_damage_is_a_typed_error_or_changes_nothing_that_is_fixed() -> None:
     """Every byte of the header, and bytes of the records at random."""
     sound = fresh()
     put(sound, 0, [(WORD, 1), (ENTRY | 1, 2)])
-    dice = random.Random(1)
-    for at in [*range(HEADER_BYTES), *(HEADER_BYTES + dice.randrange(64) for _ in range(200))]:
+    rng = random.Random(1)
+    for at in [*range(HEADER_BYTES), *(HEADER_BYTES + rng.randrange(64) for _ in range(200))]:
         damaged = bytearray(sound)
-        damaged[at] ^= 1 << dice.randrange(8)
+        damaged[at] ^= 1 << rng.randrange(8)
         try:
             log = pending.read(damaged, GEOMETRY, IDENTITY)
         except Corrupt:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from fvd import _core
 from fvd.device.node import aligned_buffer
+from fvd.disk.loading import LoadedDisk, highest_slot, load_disk
 from fvd.errors import Corrupt, DeviceError, InvalidArgument
 from fvd.format import journal, maps, pending
 from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, PAGE_BYTES, Geometry, Layout
@@ -30,7 +31,6 @@ from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, RECORDS_
 from fvd.format.maps import CELL, MapKind
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import _CHOSEN, _DERIVED, SLOT_OFFSETS_BYTES, SUPERBLOCK
-from fvd.volume.loading import LoadedDisk, highest_slot, load_disk
 
 TESTS = Path(__file__).resolve().parent.parent
 SUPERBLOCKS, JOURNAL, MAPS = 1, 2, 4
@@ -401,7 +401,7 @@ class HostileLog:
 
 
 @cache
-def roomy_disks() -> tuple[tuple[Good, LoadedDisk], ...]:
+def spacious_disks() -> tuple[tuple[Good, LoadedDisk], ...]:
     """The good disks with storage for all that they name, and a little more."""
     found = []
     for good in good_disks():
@@ -409,15 +409,15 @@ def roomy_disks() -> tuple[tuple[Good, LoadedDisk], ...]:
         storage.resize(good.geometry.max_storage_size_bytes)
         disk = load_disk(storage)
         slots = min(highest_slot(disk.used_slots) + SPARE_SLOTS, good.geometry.chunks - 1) + 1
-        roomy = replace(good, size_bytes=good.geometry.slot_offset_bytes(slots))
-        found.append((roomy, load_disk(roomy.fresh())))
+        spacious = replace(good, size_bytes=good.geometry.slot_offset_bytes(slots))
+        found.append((spacious, load_disk(spacious.fresh())))
     return tuple(found)
 
 
 def spoil_log(data: bytes) -> HostileLog:
     """The log that an input describes: changes that make sense and others, a commit under way, and spoilt bytes of header and records."""
     take = Take(data)
-    good, disk = take.choice(roomy_disks())
+    good, disk = take.choice(spacious_disks())
     flags = take.byte()
     geometry = good.geometry
     capacity = pending.capacity_min(geometry) * (1, 1, 2, 8)[flags >> 1 & 3]

@@ -31,6 +31,11 @@ from nbd_client import go, meta_context, option, request
 
 from fvd import _core
 from fvd.control import protocol
+from fvd.disk.engine_factory import engine_on
+from fvd.disk.loading import LoadedDisk, load_disk
+from fvd.disk.pending import FoundLog, NotBelieved
+from fvd.disk.recovery import recover_disk
+from fvd.disk.view import View
 from fvd.engine._engine import Engine
 from fvd.errors import Corrupt, FvdError, InvalidArgument, NotFound, Unsupported
 from fvd.export import _nbd as nbd
@@ -39,15 +44,10 @@ from fvd.export.server import Limits, NbdServer, Unix
 from fvd.format import journal, maps, pending, superblock
 from fvd.format.geometry import PAGE_BYTES, Geometry
 from fvd.format.maps import EMPTY, MapKind
-from fvd.volume import check as checking
-from fvd.volume.dump import _dump
-from fvd.volume.loading import LoadedDisk, load_disk
-from fvd.volume.map import extents
+from fvd.inspect import check as checking
+from fvd.inspect.dump import _dump
+from fvd.inspect.map import extents
 from fvd.volume.name import parse_name
-from fvd.volume.pending import FoundLog, NotBelieved
-from fvd.volume.recovery import recover_disk
-from fvd.volume.starting import engine_on
-from fvd.volume.view import View
 
 REFUSALS = (NotFound, Corrupt, Unsupported)
 """What a disk may be refused with. DeviceError is none of them: a reader that runs off the storage's end has not looked where it ends."""
@@ -323,7 +323,7 @@ QUERIES = ("base:", hs.ALLOCATION, "base:x", "x:y", "")
 OFFSETS = (0, 1, 512, 4096, 65535, 65536, MIB - 512, MIB, 2 * MIB - 1, 2 * MIB, 1 << 31, 1 << 63, (1 << 64) - 512, (1 << 64) - 1)
 LENGTHS = (0, 1, 511, 512, 4096, 65536, 65537, MIB, 2 * MIB, 32 * MIB, 32 * MIB + 1, (1 << 32) - 1, (1 << 32) - 512, 1 << 31)
 TRANSMISSION_BYTES = 2 * MIB
-HANG_S = 20
+HANG_SECONDS = 20
 
 
 def conversation(take: Take) -> list[bytes]:
@@ -372,7 +372,7 @@ def target_handshake(data: bytes) -> None:
             else:
                 assert isinstance(event, hs.Rejected)
                 return
-        assert len(handshake._buffer) <= hs.MAXIMUM_OPTION_BYTES + 16 + len(piece), "holds more than an option"
+        assert len(handshake._buffer) <= hs.OPTION_BYTES_MAX + 16 + len(piece), "holds more than an option"
         assert answered <= 20 * (fed + 100)
     handshake.receive_data(b"")
     assert isinstance(handshake.next_event(), hs.Rejected)
@@ -421,7 +421,7 @@ def target_transmission(data: bytes) -> None:
     for event in events[0]:
         if not event.error:
             assert event.command in range(8) and event.offset_bytes + event.length_bytes <= limits["size_bytes"]
-            assert event.length_bytes <= nbd.MAXIMUM_PAYLOAD_BYTES or event.command not in (nbd.COMMAND_READ, nbd.COMMAND_WRITE)
+            assert event.length_bytes <= nbd.PAYLOAD_BYTES_MAX or event.command not in (nbd.COMMAND_READ, nbd.COMMAND_WRITE)
             assert not (limits["read_only"] and event.command in (nbd.COMMAND_WRITE, nbd.COMMAND_TRIM, nbd.COMMAND_WRITE_ZEROES))
 
 
@@ -455,7 +455,7 @@ class Served:
             on_full="error",
         )
         self.engine.set_exhausted(True)
-        limits = Limits(connection_inflight_bytes=4 * MIB, total_inflight_bytes=8 * MIB, drain_s=5)
+        limits = Limits(connection_inflight_bytes=4 * MIB, total_inflight_bytes=8 * MIB, drain_seconds=5)
         self.server = NbdServer(Unix(str(folder / "s")), limits=limits, force_blocking=True)
         self.server.add_export("", self.engine, storage_fd=self.storage, size_bytes=geometry.virtual_size_bytes)
         self.server.start()
@@ -467,7 +467,7 @@ class Served:
             client.connect(address)
             client.setblocking(False)
             while True:
-                readable, writable, _ = select.select([client], [client] if unsent else [], [], HANG_S)
+                readable, writable, _ = select.select([client], [client] if unsent else [], [], HANG_SECONDS)
                 assert readable or writable, "the server says nothing more and does not hang up"
                 if writable:
                     try:
@@ -487,7 +487,7 @@ class Served:
     def close(self) -> None:
         """Closes the disk, which must be whole and clean, with what the clients left of it."""
         self.server.close_export("")
-        self.server.stop(HANG_S)
+        self.server.stop(HANG_SECONDS)
         geometry = self.geometry
         assert self.engine.clean and not self.engine.leaks()
         bitmap = maps.decode_bitmap(geometry, self._region(geometry.bitmap_offset_bytes, geometry.bitmap_size_bytes), self.uuid)

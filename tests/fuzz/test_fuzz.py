@@ -25,18 +25,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS, stranger
 
+from fvd.disk.loading import check_slots_fit, load_disk
+from fvd.disk.pending import apply_in_memory, parts_to_apply
 from fvd.errors import FvdError
 from fvd.format import pending
-from fvd.volume.loading import check_slots_fit, load_disk
-from fvd.volume.pending import apply_in_memory, parts_to_apply
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = os.environ.get("FVD_TEST_BUILD", "release")
 FUZZ_TREE = ROOT / "build" / "fuzz"
-SLOW_S = 10
+SLOW_SECONDS = 10
 MEMORY_BYTES = 1 << 30
-GUIDED_S = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2, "pending": 3}
+GUIDED_SECONDS = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2, "pending": 3}
 """How long each target is guided for; the others say little to coverage."""
 TIMES = float(os.environ.get("FVD_FUZZ_TIMES", "1"))  # as long
 EXAMPLES = {"image": 150, "server": 60, "pending": 150}
@@ -73,7 +73,7 @@ def judge(target: str, data: bytes) -> None:
     except Exception as error:
         error.add_note(f"{target}: {data.hex()}")
         raise
-    assert time.monotonic() - began < SLOW_S, f"{target} is slow: {data.hex()}"
+    assert time.monotonic() - began < SLOW_SECONDS, f"{target} is slow: {data.hex()}"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -162,7 +162,7 @@ def test_good_disks_are_good() -> None:
         assert stranger().open_disk(good.storage).uuid == good.uuid
 
 
-@pytest.mark.parametrize("target", GUIDED_S)
+@pytest.mark.parametrize("target", GUIDED_SECONDS)
 def test_guided_by_coverage(target: str, tmp_path: Path) -> None:
     """The checked run takes the fuzz build, which is the checked one with AddressSanitizer; the release run its own."""
     if importlib.util.find_spec("atheris") is None:
@@ -175,13 +175,13 @@ def test_guided_by_coverage(target: str, tmp_path: Path) -> None:
         if kind == target:
             (tmp_path / "corpus" / name).write_bytes(data)
     seed = int(os.environ.get("FVD_FUZZ_SEED", "1"))
-    seconds = round(GUIDED_S[target] * TIMES)
+    seconds = round(GUIDED_SECONDS[target] * TIMES)
     done = subprocess.run(
         [
             # Forked by a small process: the kernel hands the peak memory of whoever forks on, and libFuzzer would take it for its own.
             *("sh", "-c", '"$@"; exit $?', "sh"),
             *(sys.executable, str(HERE / "guided.py"), target, f"-seed={seed}", f"-max_total_time={seconds}", "-max_len=300"),
-            *("-len_control=0", f"-timeout={SLOW_S}", "-rss_limit_mb=3000", "-print_final_stats=1", "corpus"),
+            *("-len_control=0", f"-timeout={SLOW_SECONDS}", "-rss_limit_mb=3000", "-print_final_stats=1", "corpus"),
         ],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), os.environ["PYTHONPATH"]])},

@@ -17,7 +17,7 @@ from machines import NATIVE, REAL, ROOT, Machine, machine, require_guest
 
 READY_SECONDS = 60
 LIVES = 3
-LEAST_BATCHES = 10
+BATCHES_MIN = 10
 
 pytestmark = [pytest.mark.release_only, pytest.mark.slow]
 
@@ -31,7 +31,7 @@ def live_until_cut(real: Machine, folder: Path, seed: int, seconds: float) -> No
         process = subprocess.Popen(words, cwd=ROOT, env=real.environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + READY_SECONDS
-        while not promised.exists() or promised.read_bytes().count(b"\n") < LEAST_BATCHES:
+        while not promised.exists() or promised.read_bytes().count(b"\n") < BATCHES_MIN:
             assert process.poll() is None, f"life {seed} ended by itself:\n{log.read_text(errors='replace')}"
             assert time.monotonic() < deadline, f"life {seed} does not load:\n{log.read_text(errors='replace')}"
             time.sleep(0.01)

@@ -25,7 +25,7 @@ LEFT_OUT = re.compile(
 )
 LEFT_OUT_FUNCTIONS = {
     "__dealloc__", "__cinit__", "__init__", "statistics", "copy_counters", "leaks", "lost_slots", "read_noted", "read_profile",
-    "take_operations", "take_done", "waiting_bytes", "waiting_writes", "broken", "ensure", "seed_bug", "ops_grow", "slot_wish",
+    "take_operations", "take_done", "waiting_bytes", "waiting_writes", "broken", "ensure", "seed_bug", "ops_grow", "slot_goal",
     "slot_spread", "slot_append", "slot_held",
 }  # fmt: skip
 WAITS = re.compile(r"\bwait_for\(|\blist_push\(&?(e|c|self)\.|\bdrain_begin\(")

@@ -30,7 +30,7 @@ COUNT = 60
 AT_FIRST = 20_000  # requests before the engine's tests are asked, which take a few seconds; then the rest
 WORLD_CPU_SECONDS = 40  # a world takes a tenth of a second: what takes this long never ends
 TESTS_CPU_SECONDS = 120
-MOST_MEMORY_BYTES = 6 << 30
+MEMORY_BYTES_MAX = 6 << 30
 
 
 def build(mutants: list[Mutant]) -> None:
@@ -55,7 +55,7 @@ def play(number: int, first: int, most: int) -> None:
     """Prints what is being done, and last of all what was found."""
     sys.path.insert(0, str(TREE))
     os.environ["FVD_TEST_BUILD"] = "release"  # the tree that the tests lie in
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from fvd.engine import _engine
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
+from fvd.sim._rng import Rng
 from fvd.sim.console import COMMANDS, OPTIONS, BadCommand, Console, ScriptError, Unexpected, find_script, run_script, shipped_scripts
 
 SESSION_SECONDS = 60
@@ -182,14 +182,12 @@ def test_undo_and_back() -> None:
         console.run_line("back")
 
 
-def random_line(dice: Dice, sectors: int) -> str:
-    first = dice.randint(0, sectors - 1)
-    place = f"{first} {dice.randint(1, min(sectors - first, 200))}"
+def random_line(rng: Rng, sectors: int) -> str:
+    first = rng.randint(0, sectors - 1)
+    place = f"{first} {rng.randint(1, min(sectors - first, 200))}"
     placed = [f"{kind} {place}" for kind in ("write", "write", "trim", "zero", "read")]
     ends = ["crash", "crash keep", "crash drop", "kill", "reopen"]
-    return dice.choice(
-        [*placed, f"write {place} fua", "flush", "step 3", "step 9", "run", "process all", "grow", "clock 6", "check", *ends]
-    )
+    return rng.choice([*placed, f"write {place} fua", "flush", "step 3", "step 9", "run", "process all", "grow", "clock 6", "check", *ends])
 
 
 @pytest.mark.parametrize(
@@ -206,10 +204,10 @@ def random_line(dice: Dice, sectors: int) -> str:
 def test_drawings_and_twins_are_exact(options: dict[str, str]) -> None:
     """What is drawn is what a read shows; and the same lines lead to the same disk, to the byte."""
     for seed in range(6):
-        dice = Dice(seed)
+        rng = Rng(seed)
         console = Console(options)
         for _ in range(40):
-            line = random_line(dice, console.bench.stage.shape.sectors)
+            line = random_line(rng, console.bench.stage.shape.sectors)
             try:
                 console.run_line(line)
             except BadCommand as error:
@@ -449,7 +447,7 @@ def test_a_session(tmp_path: Path) -> None:
     session.enter("disk la\tra\t", "disk layout=raw")
     session.enter("disk", "layout=raw\r\n")
     session.type("cr\t", "crash ")
-    session.type("\t\t", "dice")  # all that may follow
+    session.type("\t\t", "rng")  # all that may follow
     session.wait("fvd> crash ")
     session.enter("drop", "power fails")
     assert session.end() == 0

@@ -21,18 +21,18 @@ from bugs import needs_bugs, seeded
 from scenarios import DIRECTED
 
 from fvd._core import Bug
+from fvd.base.steering import Steering
+from fvd.disk import recovery
+from fvd.disk.loading import LoadedDisk, read_map
+from fvd.disk.pending import FoundLog
+from fvd.disk.recovery import RecoverablePages, recover_disk
 from fvd.engine import _engine
 from fvd.errors import FvdError
 from fvd.format.maps import MapKind, check_maps, empty_bitmap, empty_table
 from fvd.sim import world
 from fvd.sim._oracle import Violation
 from fvd.sim.rounds import Outcome, run
-from fvd.volume import recovery
-from fvd.volume.loading import LoadedDisk, read_map
-from fvd.volume.pending import FoundLog
-from fvd.volume.policy import Action, GrowthPolicy
-from fvd.volume.recovery import RecoverablePages, recover_disk
-from fvd.volume.steering import Steering
+from fvd.storage.policy import Action, GrowthPolicy
 
 BY_SCENARIO_ONLY = (
     # Random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash.
@@ -51,7 +51,7 @@ BY_SCENARIO_ONLY = (
 COMPILED = tuple(bug for bug in Bug if bug not in BY_SCENARIO_ONLY)
 # Found, but by some starts not within 200,000 requests of all kinds of worlds: hunted for longer, in the long run.
 RARELY = (Bug.RESERVE_FORGOTTEN_WHEN_FULL, Bug.ONE_WORD_HARDENED, "told of room in vain")
-MOST_REQUESTS = 200_000
+REQUESTS_MAX = 200_000
 RARELY_REQUESTS = 1_000_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
 # One of so many may be in vain: with seventy bugs a start that misses one now and then is chance, two of three are not.
@@ -100,9 +100,9 @@ def recovery_ignores_what_was_frozen() -> Iterator[None]:
 
 
 @contextmanager
-def told_of_room_in_vain() -> Iterator[None]:
+def told_of_space_in_vain() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GrowthPolicy, "room_made", lambda policy, now, free_bytes: [])
+        patch.setattr(GrowthPolicy, "on_space_freed", lambda policy, now, free_bytes: [])
         yield
 
 
@@ -143,7 +143,7 @@ def a_pause_of_prefetching_has_no_end() -> Iterator[None]:
 
 # Habits of what surrounds the engine (docs/growth.md, docs/base.md), by what they would be without.
 HABITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "told of room in vain": told_of_room_in_vain,
+    "told of room in vain": told_of_space_in_vain,
     "woken too late": woken_too_late,
     "an error counts for more than the size": an_error_counts_for_more_than_the_size,
     "a pause of prefetching has no end": a_pause_of_prefetching_has_no_end,
@@ -164,7 +164,7 @@ def name_of(bug: Bug | str) -> str:
     return bug.name if isinstance(bug, Bug) else bug
 
 
-def hunt(first: int, most_requests: int = MOST_REQUESTS) -> tuple[int, int, Exception | None]:
+def hunt(first: int, most_requests: int = REQUESTS_MAX) -> tuple[int, int, Exception | None]:
     """Plays worlds until one finds something: its seed, the requests of all of them, what it said; None: it went unnoticed."""
     requests, seed = 0, first
     while requests < most_requests:
@@ -179,7 +179,7 @@ def hunt(first: int, most_requests: int = MOST_REQUESTS) -> tuple[int, int, Exce
 
 
 def report(bug: Bug | str, first: int) -> None:
-    most_requests = RARELY_REQUESTS if bug in RARELY else MOST_REQUESTS
+    most_requests = RARELY_REQUESTS if bug in RARELY else REQUESTS_MAX
     missed, starts = 0, STARTS
     while starts:
         starts -= 1

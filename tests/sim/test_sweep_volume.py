@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fvd.base.sparse import runs, zero_blocks
+from fvd.disk import provision as provision_module
+from fvd.disk.loading import load_disk
+from fvd.disk.opening import begin_generation
+from fvd.disk.provision import write_disk
+from fvd.disk.recovery import recover_disk
 from fvd.errors import Corrupt, NotFound
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.journal import encode_commit, page_offset_bytes
 from fvd.format.maps import MapKind, empty_bitmap, empty_table, encode_pages, map_offset_bytes, map_pages
 from fvd.format.superblock import BaseReference, Superblock
+from fvd.inspect.check import check_node
 from fvd.sim._device import WRITE, SimulatedDevice
-from fvd.sim._dice import Dice
 from fvd.sim._oracle import Violation
+from fvd.sim._rng import Rng
 from fvd.sim.device_node import Budget, DeviceNode, VolatileNode
 from fvd.sim.stage import Stage
 from fvd.sim.sweep import sweep
-from fvd.volume import provision as provision_module
 from fvd.volume import superblocks
-from fvd.volume.check import check_node
-from fvd.volume.loading import load_disk
 from fvd.volume.name import parse_name
-from fvd.volume.opening import begin_generation
-from fvd.volume.provision import write_disk
-from fvd.volume.recovery import recover_disk
-from fvd.volume.sparse_base import runs, zero_blocks
 from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock
 
 pytestmark = pytest.mark.checked_once
@@ -57,7 +57,7 @@ class Scene:
 
     def __init__(self, before: Callable[[DeviceNode], None], logical_block_bytes: int, size_bytes: int = SIZE_BYTES) -> None:
         self.budget = Budget()
-        self.device = SimulatedDevice(size_bytes + 65536, logical_block_bytes, Dice(1), regions=(1 << 20, 1 << 21, 1 << 22))
+        self.device = SimulatedDevice(size_bytes + 65536, logical_block_bytes, Rng(1), regions=(1 << 20, 1 << 21, 1 << 22))
         self.device.grow(size_bytes, b"\xf0FOREIGN")
         self.still = DeviceNode(self.device, direct=True)
         before(self.still)

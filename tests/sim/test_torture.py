@@ -19,7 +19,7 @@ from fvd.errors import InvalidArgument
 from fvd.modes import CACHE_MODES
 from fvd.sim import torture as torture_module
 from fvd.sim._device import CATEGORIES
-from fvd.sim._dice import Dice
+from fvd.sim._rng import Rng
 from fvd.sim.rounds import Outcome, run
 from fvd.sim.shrink import format_kept, parse_kept, shrink
 from fvd.sim.torture import Kind, play_one, torture
@@ -75,12 +75,12 @@ def test_a_seed_is_one_world() -> None:
 
 def test_the_dice_are_the_same_everywhere() -> None:
     """Numbers of the reference implementation of splitmix64 and xoshiro256**, so that a seed means the same on every machine."""
-    dice = Dice(1, 2, 3)
-    assert [dice.randint(0, 2**62) for _ in range(3)] == DICE
-    assert Dice(1).randbytes(5) == Dice(1).randbytes(5)
-    assert Dice(1).randbytes(8) != Dice(2).randbytes(8)
+    rng = Rng(1, 2, 3)
+    assert [rng.randint(0, 2**62) for _ in range(3)] == DICE
+    assert Rng(1).randbytes(5) == Rng(1).randbytes(5)
+    assert Rng(1).randbytes(8) != Rng(2).randbytes(8)
     with pytest.raises(ValueError, match="no number"):
-        dice.randint(2, 1)
+        rng.randint(2, 1)
 
 
 def test_shapes_differ() -> None:

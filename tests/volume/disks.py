@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fvd.volume._driver import Driver, drive
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import Provisioned, provision
+from fvd.disk._disk_thread import DiskThread, drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import Provisioned, provision
 
 MIB = 1 << 20
 SMALL: dict[str, Any] = {"virtual_size_bytes": 64 * MIB, "journal_size_bytes": 64 * 1024, "grow_step_bytes": 16 * MIB}
@@ -25,19 +25,19 @@ def volume(path: Path | str) -> str:
     return str(path) if str(path).startswith("/dev/loop") else f"file:{path}"
 
 
-def start(path: Path | str, *, blocking: bool = False, **options: Any) -> Driver:
+def start(path: Path | str, *, blocking: bool = False, **options: Any) -> DiskThread:
     """The disk, open and driven."""
     return drive(open_volume(volume(path), **options), force_blocking=blocking)
 
 
 @contextmanager
-def driven(path: Path | str, *, blocking: bool = False, **options: Any) -> Iterator[Driver]:
+def driven(path: Path | str, *, blocking: bool = False, **options: Any) -> Iterator[DiskThread]:
     """The disk, open and driven; closed properly at the end."""
     with start(path, blocking=blocking, **options) as driver:
         yield driver
 
 
-def crash(driver: Driver) -> None:
+def crash(driver: DiskThread) -> None:
     """What a killed process leaves: nothing more is written. The thread ends, for this process goes on."""
 
     def fail() -> None:

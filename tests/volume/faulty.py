@@ -64,12 +64,12 @@ class FaultyStorage:
 
     def after_power_cut(self, seed: int) -> FaultyStorage:
         """What is there when the machine comes back. Seed 0: nothing that was not flushed; seed 1: all of it."""
-        dice = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         found = FaultyStorage(0)
         found.durable = self.durable.copy()
         for offset, length in self.dirty:
             blocks = slice(offset, offset + length)
-            survives = np.full(length // BLOCK_BYTES, seed == 1) if seed < 2 else dice.random(length // BLOCK_BYTES) < 0.5
+            survives = np.full(length // BLOCK_BYTES, seed == 1) if seed < 2 else rng.random(length // BLOCK_BYTES) < 0.5
             kept = np.repeat(survives, BLOCK_BYTES)
             found.durable[blocks][kept] = self.volatile[blocks][kept]
         found.volatile = found.durable.copy()

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fvd.volume.steering import Decision, Steering, sample_between
+from fvd.base.steering import Decision, Steering, sample_between
 
 MIB = 1 << 20
 MS = 1_000_000
@@ -30,11 +30,11 @@ class Timeline:
     def at(self, when_ns: int, call: Callable[[], None]) -> None:
         heapq.heappush(self._events, (max(when_ns, self.now_ns), next(self._order), call))
 
-    def run(self, until_s: float) -> None:
-        while self._events and self._events[0][0] <= until_s * SECOND:
+    def run(self, until_seconds: float) -> None:
+        while self._events and self._events[0][0] <= until_seconds * SECOND:
             self.now_ns, _, call = heapq.heappop(self._events)
             call()
-        self.now_ns = round(until_s * SECOND)
+        self.now_ns = round(until_seconds * SECOND)
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Medium:
     """A base or a disk: one queue at line speed behind a token bucket, then a delay. `slowness` is what others do to it."""
 
     delay_ns: int
-    line_bytes_s: float
-    limit_bytes_s: float = 0.0  # 0: none
+    line_bytes_per_second: float
+    limit_bytes_per_second: float = 0.0  # 0: none
     burst_bytes: float = 0.0
     slowness: float = 1.0
     served_bytes: int = 0
@@ -53,11 +53,11 @@ class Medium:
     def serve(self, now_ns: int, size_bytes: int) -> int:
         """When a transfer that comes now will have ended."""
         self.served_bytes += size_bytes
-        self._line_free_ns = max(now_ns, self._line_free_ns) + size_bytes / self.line_bytes_s * SECOND * self.slowness
+        self._line_free_ns = max(now_ns, self._line_free_ns) + size_bytes / self.line_bytes_per_second * SECOND * self.slowness
         ready_ns = self._line_free_ns
-        if self.limit_bytes_s:
-            full_ns = now_ns - self.burst_bytes / self.limit_bytes_s * SECOND
-            self._bucket_ns = max(self._bucket_ns, full_ns) + size_bytes / self.limit_bytes_s * SECOND * self.slowness
+        if self.limit_bytes_per_second:
+            full_ns = now_ns - self.burst_bytes / self.limit_bytes_per_second * SECOND
+            self._bucket_ns = max(self._bucket_ns, full_ns) + size_bytes / self.limit_bytes_per_second * SECOND * self.slowness
             ready_ns = max(ready_ns, self._bucket_ns)
         return round(ready_ns + self.delay_ns * self.slowness)
 
@@ -86,7 +86,7 @@ class Copier:
         copy_bytes: Callable[[random.Random], int] = lambda _: MIB,
     ) -> None:
         self.timeline, self.base, self.disk = timeline, base, disk
-        self.dice = random.Random(seed)
+        self.rng = random.Random(seed)
         self.steering = Steering(random.Random(seed + 1_000_000))
         self.counters = dict.fromkeys(COUNTERS.split(), 0)
         self.counters["guest_last_ns"] = -SECOND
@@ -94,7 +94,7 @@ class Copier:
         self.guest_active, self.jitter, self.tells_latency, self.copy_bytes = guest_active, jitter, tells_latency, copy_bytes
         self.slots = 0
         self.idle_ns = IDLE_NS
-        self.rate_bytes_s = 0
+        self.rate_bytes_per_second = 0
         self.next_by_rate_ns = 0
         self.reading = self.writing = 0
         self.failing = False
@@ -111,7 +111,7 @@ class Copier:
         self.before = counters
         decision = self.steering.step(sample)
         self.history.append((now / SECOND, decision))
-        self.slots, self.rate_bytes_s = decision.slots, decision.rate_bytes
+        self.slots, self.rate_bytes_per_second = decision.slots, decision.rate_bytes
         self.idle_ns = 0 if decision.trickle else IDLE_NS
         self.begin()
         self.timeline.at(now + STEP_NS, self.step)
@@ -131,12 +131,12 @@ class Copier:
             and now - self.counters["guest_last_ns"] >= self.idle_ns
             and now >= self.next_by_rate_ns
         ):
-            size_bytes = self.copy_bytes(self.dice)
-            if self.rate_bytes_s:
-                self.next_by_rate_ns = now + size_bytes * SECOND // self.rate_bytes_s
+            size_bytes = self.copy_bytes(self.rng)
+            if self.rate_bytes_per_second:
+                self.next_by_rate_ns = now + size_bytes * SECOND // self.rate_bytes_per_second
             self.reading += 1
             end_ns = self.base.serve(now, size_bytes)
-            end_ns += round((end_ns - now) * self.jitter * self.dice.random())
+            end_ns += round((end_ns - now) * self.jitter * self.rng.random())
             self.timeline.at(end_ns, lambda begin=now, size=size_bytes: self.read_ended(begin, size))
 
     def read_ended(self, begin_ns: int, size_bytes: int) -> None:
@@ -162,12 +162,12 @@ class Copier:
         counters["prefetched_bytes"] += size_bytes
         self.begin()
 
-    def between(self, begin_s: float, end_s: float) -> list[Decision]:
-        return [decision for when, decision in self.history if begin_s <= when < end_s]
+    def between(self, begin_seconds: float, end_seconds: float) -> list[Decision]:
+        return [decision for when, decision in self.history if begin_seconds <= when < end_seconds]
 
-    def read_bytes(self, begin_s: int, end_s: int) -> int:
-        return sum(self.read_bytes_by_second.get(second, 0) for second in range(begin_s, end_s))
+    def read_bytes(self, begin_seconds: int, end_seconds: int) -> int:
+        return sum(self.read_bytes_by_second.get(second, 0) for second in range(begin_seconds, end_seconds))
 
 
 def fast_disk() -> Medium:
-    return Medium(delay_ns=200_000, line_bytes_s=2e9)
+    return Medium(delay_ns=200_000, line_bytes_per_second=2e9)

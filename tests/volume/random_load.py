@@ -38,9 +38,9 @@ class RandomLoad:
         self._seed += 1
 
         def work(number: int) -> None:
-            dice = Random(self._seed * 1000 + number)
+            rng = Random(self._seed * 1000 + number)
             for _ in range(requests // threads):
-                self._one(disk, dice, reach_bytes)
+                self._one(disk, rng, reach_bytes)
 
         with ThreadPoolExecutor(threads) as pool:
             for ended in [pool.submit(work, number) for number in range(threads)]:
@@ -53,42 +53,42 @@ class RandomLoad:
             at = first_difference(found, bytes(self.model))
             raise AssertionError(f"byte {at}: {found[at : at + _SHOWN].hex()}, not {self.model[at : at + _SHOWN].hex()}")
 
-    def _one(self, disk: fvd.Disk, dice: Random, reach_bytes: int) -> None:
-        [kind] = dice.choices(list(KINDS), list(KINDS.values()))
+    def _one(self, disk: fvd.Disk, rng: Random, reach_bytes: int) -> None:
+        [kind] = rng.choices(list(KINDS), list(KINDS.values()))
         self.requests[kind] += 1
         if kind == "flush":
             disk.flush()
             return
-        start, end = self._take(dice, reach_bytes)
+        start, end = self._take(rng, reach_bytes)
         try:
-            self._do(disk, dice, kind, start, end)
+            self._do(disk, rng, kind, start, end)
         finally:
             with self._lock:
                 self._busy.remove((start, end))
 
-    def _take(self, dice: Random, reach_bytes: int) -> tuple[int, int]:
+    def _take(self, rng: Random, reach_bytes: int) -> tuple[int, int]:
         """A range that nobody else is at."""
         while True:
-            length = min(dice.choice(SIZES), reach_bytes)
-            start = dice.randrange(0, reach_bytes - length + 1)
-            if dice.random() < 0.8:
+            length = min(rng.choice(SIZES), reach_bytes)
+            start = rng.randrange(0, reach_bytes - length + 1)
+            if rng.random() < 0.8:
                 start = start // SECTOR_BYTES * SECTOR_BYTES
             else:
-                length -= dice.randrange(SECTOR_BYTES)
+                length -= rng.randrange(SECTOR_BYTES)
             with self._lock:
                 if not any(start < there_end and there_start < start + length for there_start, there_end in self._busy):
                     self._busy.append((start, start + length))
                     return start, start + length
             time.sleep(0)
 
-    def _do(self, disk: fvd.Disk, dice: Random, kind: str, start: int, end: int) -> None:
+    def _do(self, disk: fvd.Disk, rng: Random, kind: str, start: int, end: int) -> None:
         length = end - start
         if kind in ("write", "durable"):
-            data = dice.randbytes(length)
+            data = rng.randbytes(length)
             disk.pwrite(start, data, durable=kind == "durable")
             self.model[start:end] = data
         elif kind == "zero":
-            disk.zero(start, length, keep_storage=dice.random() < 0.5)
+            disk.zero(start, length, keep_storage=rng.random() < 0.5)
             self.model[start:end] = bytes(length)
         elif kind == "trim":
             disk.trim(start, length)

@@ -26,17 +26,17 @@ _OPTIONS = {"vpc": ("-o", "force_size=on")}  # or the size becomes one of cylind
 
 def contents(seed: int, size_bytes: int) -> bytes:
     """Data, zeros, and data with zeros in it, in turn."""
-    dice = Random(seed)
+    rng = Random(seed)
     pieces = []
     for start in range(0, size_bytes, _PIECE_BYTES):
         length = min(_PIECE_BYTES, size_bytes - start)
-        kind = dice.random()
+        kind = rng.random()
         if kind < 0.3:
             pieces.append(bytes(length))
         elif kind < 0.5:
-            pieces.append((dice.randbytes(length // 2) + bytes(length))[:length])
+            pieces.append((rng.randbytes(length // 2) + bytes(length))[:length])
         else:
-            pieces.append(dice.randbytes(length))
+            pieces.append(rng.randbytes(length))
     return b"".join(pieces)
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from disks import crash, driven, make, start, volume
 from fvd.device.node import open_node
+from fvd.disk import acknowledging
+from fvd.disk.acknowledging import acknowledge
+from fvd.disk.opening import open_volume
 from fvd.errors import Conflict, DeviceError, InUse, NotFound
 from fvd.format.superblock import LossReason, PossibleLoss, Superblock
-from fvd.volume import acknowledging
-from fvd.volume.acknowledging import acknowledge
-from fvd.volume.opening import open_volume
 from fvd.volume.superblocks import read_superblock, write_superblock
 
 LOSS = PossibleLoss(1_700_000_000, LossReason.FLUSH_UNHEARD)

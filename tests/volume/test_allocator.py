@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.allocator: what the policy decides is carried out in the loop's thread; threads, timers and the clock are the test's own."""
+"""fvd.storage.allocator: what the policy decides is carried out in the loop's thread; threads, timers and the clock are the test's own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from disks import make
+from fvd.disk.opening import open_volume
 from fvd.engine._engine import Want
 from fvd.errors import DeviceError, NoSpace, Timeout, Unsupported
 from fvd.format.geometry import Geometry
-from fvd.volume.allocator import Allocator, call_later, run_in_thread
-from fvd.volume.growth import Pool
-from fvd.volume.opening import open_volume
-from fvd.volume.policy import GrowthEvent
+from fvd.storage.allocator import Allocator, call_later, run_in_thread
+from fvd.storage.interfaces import Pool
+from fvd.storage.policy import GrowthEvent
 
 MIB = 1 << 20
 DISK = Geometry(virtual_size_bytes=1 << 30, journal_size_bytes=MIB, grow_step_bytes=64 * MIB)
@@ -53,7 +53,7 @@ class FakeEngine:
 
 class FakeStorage:
     can_grow = True
-    tells_of_room = False
+    notifies_space = False
     last_suspend_seconds: float | None = None
 
     def __init__(self) -> None:
@@ -94,11 +94,11 @@ class FakeTimer:
 class World:
     """An allocator with everything around it in the hand of the test."""
 
-    def __init__(self, low_water_bytes: int = STEP // 2, *, attached: bool = True, tells_of_room: bool = False, **options: Any) -> None:
+    def __init__(self, low_water_bytes: int = STEP // 2, *, attached: bool = True, notifies_space: bool = False, **options: Any) -> None:
         self.now = 100.0
         self.engine = FakeEngine()
         self.storage = FakeStorage()
-        self.storage.tells_of_room = tells_of_room
+        self.storage.notifies_space = notifies_space
         self.work: deque[Callable[[], None]] = deque()
         self.posted: deque[Callable[[], None]] = deque()
         self.timers: list[FakeTimer] = []
@@ -468,7 +468,7 @@ def test_the_group_is_asked_after_a_failure_too() -> None:
 
 
 def test_a_full_group_is_asked_until_it_has_room() -> None:
-    world = World(tells_of_room=True)
+    world = World(notifies_space=True)
     world.storage.failure, world.storage.free = NoSpace("full"), 0
     world.fill(0)
     world.step()
@@ -479,7 +479,7 @@ def test_a_full_group_is_asked_until_it_has_room() -> None:
     assert len(world.storage.asked) == 1  # looked at, never tried
     timers = len(world.timers)
     for _ in range(5):
-        world.allocator.room_made()
+        world.allocator.on_space_freed()
         world.loop()
     assert not world.work and len(world.timers) == timers + 1  # not dropped: a while after the last question
     world.storage.failure, world.storage.free = None, STEP
@@ -492,7 +492,7 @@ def test_a_full_group_is_asked_until_it_has_room() -> None:
 @pytest.mark.parametrize("what", ["step", "look", "question"])
 def test_threads_that_cannot_be_had_end_nothing_for_ever(what: str) -> None:
     """The limit of threads is reached, for a while: the loop goes on, and growth too when there are threads again."""
-    world = World(tells_of_room=True)
+    world = World(notifies_space=True)
     if what == "question":
         world.storage.failure, world.storage.free = NoSpace("full"), 0
         world.fill(0)

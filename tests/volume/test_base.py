@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.base: what may be a base, how it is opened, and what is told from its contents, with a server and programs that are played."""
+"""fvd.base.base: what may be a base, how it is opened, and what is told from its contents, with a server and programs that are played."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import pytest
 from loops import loop_device, sparse
 
+from fvd.base import images as base_images
+from fvd.base.base import examine_base, open_base
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported
 from fvd.format.locator import BaseFormat
 from fvd.format.superblock import MAGIC, BaseReference
-from fvd.volume import base_images
-from fvd.volume.base import examine_base, open_base
 
 MIB = 1 << 20
 NOBODY: Identity = ("file", 0, 0)
@@ -59,13 +59,13 @@ class FakeRemote:
         *,
         uri: str | None = None,
         command: list[str] | None = None,
-        timeout_s: float = 30.0,
+        timeout_seconds: float = 30.0,
         name: str = "",
         inherited: int = -1,
         prepare: Callable[[], list[str]] | None = None,
     ) -> None:
         assert (uri is None) != (command is None)
-        self.uri, self.command, self.timeout_s, self.name = uri, command, timeout_s, name
+        self.uri, self.command, self.timeout_seconds, self.name = uri, command, timeout_seconds, name
         self.inherited, self.prepare = inherited, prepare
         self.opened = self.closed = False
         FakeRemote.made.append(self)
@@ -326,7 +326,7 @@ def test_what_qemu_img_complains_of(told: dict[str, Any], error: Any, kind: type
     locator = "ssh://host/permission-denied-lock-another-process-404-invalid-unknown-protocol"
     told["error"] = error.replace("X", locator) if isinstance(error, str) and error else error or "qemu-img: strange"
     with pytest.raises(kind, match="ssh://host") as caught:
-        examine_base(locator, "raw", timeout_s=3)
+        examine_base(locator, "raw", timeout_seconds=3)
     assert type(caught.value) is kind
 
 
@@ -335,7 +335,7 @@ def test_what_qemu_img_complains_of(told: dict[str, Any], error: Any, kind: type
 
 def test_the_commands(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
     path = str(image(tmp_path / "im,age:'\"x", "qcow2"))
-    examine_base(path, "qcow2", timeout_s=7)
+    examine_base(path, "qcow2", timeout_seconds=7)
     (remote,) = remotes
     handed = f"/proc/self/fd/{remote.inherited}"
     assert told["commands"] == [["/usr/bin/qemu-img", "info", "--output=json", "--format=qcow2", "--", handed]]
@@ -345,7 +345,7 @@ def test_the_commands(tmp_path: Path, remotes: list[FakeRemote], told: dict[str,
         options["timeout"] == 7 and options["env"]["LC_ALL"] == "C" and not options.get("shell") and options["stdin"] == subprocess.DEVNULL
     )
     command = remote.command
-    assert command is not None and remote.timeout_s == 7 and remote.name == path
+    assert command is not None and remote.timeout_seconds == 7 and remote.name == path
     words = ["/usr/bin/qemu-nbd", "--read-only", "--shared=1", "--cache=writeback", "--aio=threads"]
     assert command[:-1] == [*words, "--"]
     assert json.loads(command[-1].removeprefix("json:")) == {
@@ -392,8 +392,8 @@ def test_programs_are_not_looked_for_in_the_users_path(tmp_path: Path, monkeypat
 
 def test_an_nbd_base(remotes: list[FakeRemote]) -> None:
     for base_format in (None, "nbd"):
-        assert examine_base(NBD, base_format, timeout_s=3) == BaseReference(NBD, MIB, BaseFormat.NBD)
-    assert [(remote.uri, remote.command, remote.timeout_s, remote.name) for remote in remotes] == [(NBD, None, 3, NBD)] * 2
+        assert examine_base(NBD, base_format, timeout_seconds=3) == BaseReference(NBD, MIB, BaseFormat.NBD)
+    assert [(remote.uri, remote.command, remote.timeout_seconds, remote.name) for remote in remotes] == [(NBD, None, 3, NBD)] * 2
     assert all(remote.opened and remote.closed for remote in remotes)
 
 
@@ -402,7 +402,7 @@ def test_a_remote_base_is_opened(remotes: list[FakeRemote], told: dict[str, Any]
     reference = BaseReference(locator, MIB, BaseFormat.NBD if locator == NBD else BaseFormat.REMOTE_RAW)
     with open_base(reference, NOBODY, 5) as base:
         assert base.node is None and base.fd == -1 and base.remote is remotes[0]  # type: ignore[comparison-overlap]
-        assert base.size_bytes() == MIB and remotes[0].opened and not remotes[0].closed and remotes[0].timeout_s == 5
+        assert base.size_bytes() == MIB and remotes[0].opened and not remotes[0].closed and remotes[0].timeout_seconds == 5
         assert list(base.zero_extents()) == [(0, 4096), (8192, 4096)]
     assert remotes[0].closed
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from loops import loop_device, run
 
+from fvd.base.base import examine_base, open_base
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity
 from fvd.device.qemu_locks import is_written
 from fvd.errors import InUse
-from fvd.volume.base import examine_base, open_base
 
 pytestmark = pytest.mark.release_only
 

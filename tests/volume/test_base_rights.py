@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.base_rights: with whose rights a base is opened, with a real other user, and what a stranger's image gets to see of root's."""
+"""fvd.base.rights: with whose rights a base is opened, with a real other user, and what a stranger's image gets to see of root's."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from loops import loop_device, run
 from lvm_machine import Machine
 
 from disks import MIB, SMALL, driven, make, volume
+from fvd.base import rights as base_rights
+from fvd.base.rights import mark_of
 from fvd.device import as_user
 from fvd.device.as_user import User, open_as, user_of
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
 from fvd.errors import DeviceError, FvdError, NotFound, PermissionDenied, Timeout, Unsupported
 from fvd.format.locator import BaseFormat
-from fvd.volume import base_rights
-from fvd.volume.base_rights import mark_of
-from fvd.volume.check import check
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import provision
+from fvd.inspect.check import check
 
 pytestmark = [needs_root, pytest.mark.pure]
 
@@ -146,7 +146,7 @@ def test_servers_are_asked_for_root_only(image: Path, folder: Path, base: Path, 
         asked.append(locator)
         raise NotFound(locator)
 
-    monkeypatch.setattr("fvd.volume.base._ask_server", ask)
+    monkeypatch.setattr("fvd.base.base._ask_server", ask)
     for locator, base_format in (
         ("nbd://localhost:1", BaseFormat.NBD),
         ("nbd+unix:///x?socket=/run/some.sock", BaseFormat.NBD),
@@ -295,7 +295,7 @@ def restart_reader() -> None:
 def test_what_is_written_into_an_image_at_the_wrong_moment(folder: Path, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner has it name root's file between the last look and the program that reads it. That program is he."""
     pytest.importorskip("fvd.device._remote", reason="libnbd is not installed")
-    from fvd.volume import base as base_module
+    from fvd.base import base as base_module
 
     base, disk = give(qcow2(folder / "base.qcow2")), folder / "vm8.img"
     secret.write_bytes(SECRET * 256)
@@ -440,7 +440,7 @@ def test_who_is_not_root_opens_with_his_own_rights(image: Path, secret: Path, ba
     """The kernel judges it, and no list is needed."""
     program = (
         "import os, sys; sys.path[:0] = sys.argv[2].split(':')\n"
-        "from fvd.volume.opening import open_volume\n"
+        "from fvd.disk.opening import open_volume\n"
         f"os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"
         "open_volume('file:' + sys.argv[1], read_only=True).close()"
     )

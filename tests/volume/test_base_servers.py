@@ -17,14 +17,14 @@ from loops import loop_device, run
 
 from disks import driven
 from disks import make as make_disk
+from fvd.base.base import examine_base, open_base
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity, open_node
+from fvd.disk.loading import load_disk
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, Unsupported
 from fvd.format.geometry import Layout
 from fvd.format.locator import BaseFormat
 from fvd.format.superblock import BaseReference
-from fvd.volume.base import examine_base, open_base
-from fvd.volume.loading import load_disk
 
 pytest.importorskip("fvd.device._remote", reason="libnbd is not installed")
 pytestmark = pytest.mark.release_only
@@ -182,7 +182,7 @@ def test_an_image_that_is_damaged(tmp_path: Path) -> None:
 def test_a_scheme_that_this_qemu_does_not_have_or_no_server(tmp_path: Path) -> None:
     needs("qemu-img", "qemu-nbd")
     with pytest.raises((Unsupported, DeviceError), match=re.escape("http://127.0.0.1:1/x")):
-        examine_base("http://127.0.0.1:1/x", "raw", timeout_s=20)
+        examine_base("http://127.0.0.1:1/x", "raw", timeout_seconds=20)
 
 
 # --- NBD ---------------------------------------------------------------------------------------------------------------

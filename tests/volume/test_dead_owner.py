@@ -40,7 +40,7 @@ OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
 # Opens the disk, maps a block, and on a line from outside writes it again, or flushes.
 OWNER = """
 import sys, threading
-import fvd, fvd.volume.opening as opening
+import fvd, fvd.disk.opening as opening
 volume, cache, shares, flushes = sys.argv[1], sys.argv[2], sys.argv[3] == "shares", sys.argv[4] == "flushes"
 if not shares:  # the bug: transfers go through an open file of their own
     real = opening.open_node

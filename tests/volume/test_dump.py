@@ -12,10 +12,10 @@ import numpy as np
 from disks import crash, make, start, volume
 from fvd.device import surviving
 from fvd.device.node import open_node
+from fvd.disk.provision import provision
 from fvd.format.geometry import Geometry
 from fvd.format.pending import HEADER
-from fvd.volume.dump import LISTED_PAGES, dump
-from fvd.volume.provision import provision
+from fvd.inspect.dump import LISTED_PAGES, dump
 from fvd.volume.superblocks import read_superblock
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -14,8 +14,8 @@ import pytest
 
 from disks import MIB, make, start
 from fvd.device.failures import Failures, FlushFailure
+from fvd.disk.failing import FailureWatch
 from fvd.errors import DeviceError
-from fvd.volume.failing import FailureWatch
 
 HERE = frozenset({7})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.growth: storages keep their promises, which docs/growth.md lists. The LVM storage will have to pass the first tests too."""
+"""fvd.storage.sized: storages keep their promises, which docs/growth.md lists. The LVM storage will have to pass the first tests too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from loops import loop_device, mounted, run, sparse
 from fvd.device import lengthen as lengthen_module
 from fvd.device.node import open_node
 from fvd.errors import DeviceError, NoSpace, Unsupported
-from fvd.volume.growth import FileStorage, FixedStorage, Pool, Storage
+from fvd.storage.interfaces import Pool, Storage
+from fvd.storage.sized import FileStorage, FixedStorage
 
 MIB = 1 << 20
 
@@ -125,7 +126,7 @@ def test_what_growth_is_taken_from(file: Path) -> None:
         fixed = FixedStorage(node)
         assert fixed.pool() is None
         for kind in (storage, fixed):
-            assert isinstance(kind, Storage) and not kind.tells_of_room and kind.last_suspend_seconds is None
+            assert isinstance(kind, Storage) and not kind.notifies_space and kind.last_suspend_seconds is None
             kind.close()
         with pytest.raises(DeviceError, match="closed"):
             storage.pool()

@@ -15,14 +15,14 @@ from lvm_machine import Machine, Volume
 
 import fvd
 from disks import MIB, SMALL, make, start
+from fvd.disk._disk_thread import DiskThread, drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
 from fvd.errors import DeviceError
 from fvd.lvm import dm
 from fvd.lvm.placement import Placement
-from fvd.volume._driver import Driver, drive
-from fvd.volume.growth import Ends
-from fvd.volume.opening import open_volume
-from fvd.volume.policy import GrowthEvent
-from fvd.volume.provision import provision
+from fvd.storage.policy import GrowthEvent
+from fvd.storage.sized import Ends
 
 SECTOR = 512
 
@@ -44,7 +44,7 @@ def content(volume: Volume) -> str:
     return hashlib.sha256(volume.backing.read_bytes()).hexdigest()
 
 
-def opened(name: str, events: list[GrowthEvent], stopped: threading.Event, **options: object) -> Driver:
+def opened(name: str, events: list[GrowthEvent], stopped: threading.Event, **options: object) -> DiskThread:
     def tell(event: object) -> None:
         assert isinstance(event, GrowthEvent)
         events.append(event)
@@ -54,7 +54,7 @@ def opened(name: str, events: list[GrowthEvent], stopped: threading.Event, **opt
     return drive(open_volume(name, on_event=tell, **options))  # type: ignore[arg-type]
 
 
-def check_stopped(driver: Driver, why: str) -> None:
+def check_stopped(driver: DiskThread, why: str) -> None:
     for call in (lambda: driver.pread(0, 4096), lambda: driver.pwrite(0, b"x"), driver.flush, lambda: driver.trim(0, MIB)):
         with pytest.raises(DeviceError, match=f"{why}.*The disk has stopped"):
             call()

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from fvd.base.copying import Copying, PrefetchOptions
 from fvd.engine._engine import Engine
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.maps import empty_bitmap, empty_table
 from fvd.sim.bytewise import Memory
-from fvd.volume.prefetching import Copying, PrefetchOptions
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -86,7 +86,7 @@ class Machine:
         )
         if not self.looks:
             self.engine.prefetch_idle_ns = 0
-        self.dice = random.Random(7)
+        self.rng = random.Random(7)
         self.base, self.disk = Pipe(RATE_BYTES, DELAY_NS), Pipe(2 * GIB, 100_000)
         self.memory = Memory(64 << 10)
         self.serial = 0
@@ -116,8 +116,8 @@ class Machine:
     def request(self) -> None:
         """Mostly to what is local; a tenth reads the base anywhere."""
         self.serial += 1
-        place = self.dice.randrange(BASE_BYTES // 4096) if self.dice.random() < 0.1 else self.dice.randrange(LOCAL_BYTES // 4096)
-        kind = READ if place >= LOCAL_BYTES // 4096 or self.dice.random() < 0.5 else WRITE
+        place = self.rng.randrange(BASE_BYTES // 4096) if self.rng.random() < 0.1 else self.rng.randrange(LOCAL_BYTES // 4096)
+        kind = READ if place >= LOCAL_BYTES // 4096 or self.rng.random() < 0.5 else WRITE
         self.begun[self.serial] = self.now_ns
         self.engine.submit_request(kind, place * 4096, 4096, self.memory.address, self.serial)
 

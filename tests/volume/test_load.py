@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume._load: a load that is made up inside the disk's own thread: counted, bounded, and ended by errors."""
+"""fvd.disk._load: a load that is made up inside the disk's own thread: counted, bounded, and ended by errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from disks import MIB, make
+from fvd.disk._load import LoadDriver, load
+from fvd.disk.opening import open_volume
 from fvd.errors import InvalidArgument, ReadOnly
-from fvd.volume._load import LoadDriver, load
-from fvd.volume.check import check
-from fvd.volume.opening import open_volume
+from fvd.inspect.check import check
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from lvm_machine import Machine, Physical
 from test_lvm_commands import GROUP, PHYSICAL, group_row
 
 from disks import MIB, SMALL
+from fvd.disk._disk_thread import drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
+from fvd.disk.removing import remove
 from fvd.errors import DeviceError, NoSpace
 from fvd.lvm import members
 from fvd.lvm.commands import Lvm
 from fvd.lvm.members import Labelled
 from fvd.lvm.report import VolumeGroup, parse_groups
-from fvd.volume._driver import drive
-from fvd.volume.lvm_storage import LvmStorage
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import provision
-from fvd.volume.removing import remove
+from fvd.storage.lvm_storage import LvmStorage
 
 STRANGER = "/dev/nbd0"
 
@@ -204,7 +204,7 @@ def of(*free_mib: int, **changes: object) -> VolumeGroup:
 
 
 @pytest.mark.parametrize(
-    ("free_mib", "stripes", "room_mib"),
+    ("free_mib", "stripes", "available_mib"),
     [
         ((64, 32), 1, 96),
         ((64, 32), 2, 64),
@@ -216,8 +216,8 @@ def of(*free_mib: int, **changes: object) -> VolumeGroup:
         ((66, 34), 2, 64),
     ],
 )
-def test_what_a_striped_volume_can_get(free_mib: tuple[int, ...], stripes: int, room_mib: int) -> None:
-    assert of(*free_mib).room_bytes(stripes) == room_mib * MIB
+def test_what_a_striped_volume_can_get(free_mib: tuple[int, ...], stripes: int, available_mib: int) -> None:
+    assert of(*free_mib).room_bytes(stripes) == available_mib * MIB
 
 
 def test_what_cannot_be_had() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.lvm_provider: the states of a logical volume, a death at every command, what is refused. LVM is simulated at its last call."""
+"""fvd.storage.lvm_provider: the states of a volume, a death at every command, what is refused. The last call of LVM is simulated."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lvm_machine import Killed, Machine
 
 from disks import MIB, SMALL, crash
 from fvd.device.claim import claim
+from fvd.disk import provision as provision_module
+from fvd.disk._disk_thread import drive
+from fvd.disk.extending import extend
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import Provisioned, provision
+from fvd.disk.removing import remove
+from fvd.disk.view import look
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
-from fvd.volume import provision as provision_module
-from fvd.volume._driver import drive
-from fvd.volume.check import check
-from fvd.volume.dump import dump
-from fvd.volume.extending import extend
-from fvd.volume.lvm_provider import LvmProvider
+from fvd.inspect.check import check
+from fvd.inspect.dump import dump
+from fvd.storage.lvm_provider import LvmProvider
 from fvd.volume.name import parse_name
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import Provisioned, provision
-from fvd.volume.removing import remove
-from fvd.volume.view import look
 
 SECRET = b"another tenant's secret " * 170 + bytes(16)  # 4096 bytes
 
@@ -319,7 +319,7 @@ def test_a_clean_up_that_comes_late_removes_nobodys_finished_disk(machine: Machi
 
 def test_a_loser_of_a_race_removes_nobodys_finished_disk(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """We have made the volume; before we have the claim, another provision has it, and finishes."""
-    from fvd.volume import lvm_provider
+    from fvd.storage import lvm_provider
 
     real = lvm_provider.claim
 
@@ -383,14 +383,14 @@ def test_a_failed_provision_leaves_nothing(machine: Machine, name: str, monkeypa
     def fail(*_: object, **__: object) -> None:
         raise DeviceError("the device failed, as the test wished")
 
-    monkeypatch.setattr("fvd.volume.provision.write_disk", fail)
+    monkeypatch.setattr("fvd.disk.provision.write_disk", fail)
     with pytest.raises(DeviceError, match="wished"):
         make(name)
     assert machine.volume(name) is None
 
 
 def test_what_does_not_read_back_is_no_disk(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fvd.volume.provision.write_disk", lambda *_, **__: None)
+    monkeypatch.setattr("fvd.disk.provision.write_disk", lambda *_, **__: None)
     with pytest.raises(FvdError):
         make(name)
     assert machine.volume(name) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.lvm_storage: every way in which an lvextend can end, and what is put right after it. LVM is simulated at its last call."""
+"""fvd.storage.lvm_storage: every way in which an lvextend can end, and what is put right after it. LVM is simulated at its last call."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lvm_machine import Machine, Volume
 
 from disks import MIB, SMALL
 from fvd.device.node import open_node
+from fvd.disk._disk_thread import drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
+from fvd.disk.removing import remove
+from fvd.disk.view import look
 from fvd.errors import DeviceError, NoSpace
 from fvd.lvm.runner import Finished, Unfinished
-from fvd.volume._driver import drive
-from fvd.volume.lvm_provider import LvmProvider
-from fvd.volume.lvm_storage import LvmStorage
+from fvd.storage.lvm_provider import LvmProvider
+from fvd.storage.lvm_storage import LvmStorage
 from fvd.volume.name import parse_name
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import provision
-from fvd.volume.removing import remove
-from fvd.volume.view import look
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_how_long_the_device_stood_still_is_told(machine: Machine, name: str, mo
 
 @pytest.mark.parametrize("running", [False, True])
 def test_who_tells_of_room(machine: Machine, name: str, running: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fvd.volume.lvm_provider.udev_is_running", lambda: running)
+    monkeypatch.setattr("fvd.storage.lvm_provider.udev_is_running", lambda: running)
     with storage_of(name) as storage:
-        assert storage.tells_of_room == running
+        assert storage.notifies_space == running
 
 
 def test_the_rest_of_a_group_is_taken(machine: Machine, name: str) -> None:
@@ -281,7 +281,7 @@ def test_a_size_that_is_not_committed_is_not_believed(machine: Machine, name: st
 
 def test_a_device_that_stands_still_is_mended_for_as_long_as_it_takes(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that would tell does not get the group's lock, several times."""
-    monkeypatch.setattr("fvd.volume.lvm_storage.MEND_SECONDS", 0.01)
+    monkeypatch.setattr("fvd.storage.lvm_storage.MEND_SECONDS", 0.01)
     volume = there(machine, name)
     busy = iter(range(4))
 
@@ -374,14 +374,14 @@ def test_writes_wait_for_a_full_group_and_go_on_when_it_grows(machine: Machine, 
     with drive(open_volume(name, on_full="wait", on_event=lambda event: events.append(event.kind))) as driver:
         assert driver.volume.allocator is not None
 
-        def make_room() -> None:
+        def ensure_size() -> None:
             # A write may also wait for a step that has room.
             while "group_full" not in events or not driver.call(lambda: driver.volume.engine.waiting_writes):
                 time.sleep(0.01)
             machine.groups[volume.group].size = 128 * MIB
-            driver.volume.allocator.room_made()
+            driver.volume.allocator.on_space_freed()
 
-        thread = threading.Thread(target=make_room)
+        thread = threading.Thread(target=ensure_size)
         thread.start()
         for chunk in range(40):
             driver.pwrite(chunk * MIB, bytes([chunk]) * 4096)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.opening: recovery, ownership, fallbacks; and that a read-only or failed open writes nothing at all."""
+"""fvd.disk.opening: recovery, ownership, fallbacks; and that a read-only or failed open writes nothing at all."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from loops import loop_device, run, sparse
 
 from disks import MIB, crash, driven, make, start, volume
 from fvd import _core
+from fvd.base.copying import PrefetchOptions
 from fvd.device import node as node_module
 from fvd.device import surviving
 from fvd.device.claim import claim
 from fvd.device.node import open_node
+from fvd.disk import opening, recovery
+from fvd.disk.opening import open_volume
 from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotFound, Unsupported
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import PENDING_LOG, SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
 from fvd.modes import CACHE_MODES
-from fvd.volume import opening, recovery
-from fvd.volume.opening import open_volume
-from fvd.volume.prefetching import PrefetchOptions
 
 
 @pytest.fixture
@@ -565,11 +565,11 @@ def test_prefetch(path: Path, tmp_path: Path, told: dict[str, Any], default: boo
         assert disk.copying is None and disk.base is not None
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
-def test_a_base_timeout_that_makes_no_sense(path: Path, timeout_s: float) -> None:
+@pytest.mark.parametrize("timeout_seconds", [0, -1, float("nan"), float("inf")])
+def test_a_base_timeout_that_makes_no_sense(path: Path, timeout_seconds: float) -> None:
     make(path)
     with pytest.raises(InvalidArgument, match="base timeout"):
-        open_volume(volume(path), base_timeout_s=timeout_s)
+        open_volume(volume(path), base_timeout_s=timeout_seconds)
 
 
 def test_the_base_timeout_reaches_base_and_engine(
@@ -578,7 +578,9 @@ def test_the_base_timeout_reaches_base_and_engine(
     make(path, base=full(tmp_path / "base"))
     seen: list[float] = []
     real = opening.open_base
-    monkeypatch.setattr(opening, "open_base", lambda reference, node, timeout_s, user: (seen.append(timeout_s), real(reference, node))[1])
+    monkeypatch.setattr(
+        opening, "open_base", lambda reference, node, timeout_seconds, user: (seen.append(timeout_seconds), real(reference, node))[1]
+    )
     with open_volume(volume(path), base_timeout_s=1.5):
         assert seen == [1.5] and told["base_timeout_ns"] == 1_500_000_000
 

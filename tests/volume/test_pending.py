@@ -16,16 +16,16 @@ import pytest
 from disks import MIB, crash, driven, make, start, volume
 from fvd.device import surviving
 from fvd.device.node import Node, open_node
+from fvd.disk import opening, pending, recovery
+from fvd.disk.opening import open_volume
 from fvd.errors import Conflict, DeviceError
 from fvd.format import pending as layout
 from fvd.format.geometry import Layout
 from fvd.format.maps import map_hash
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, LossReason, Superblock, encode
+from fvd.inspect.check import check
+from fvd.inspect.info import info
 from fvd.modes import CACHE_MODES
-from fvd.volume import opening, pending, recovery
-from fvd.volume.check import check
-from fvd.volume.info import info
-from fvd.volume.opening import open_volume
 from fvd.volume.superblocks import read_superblock
 
 A, B, C = (letter * 4096 for letter in (b"A", b"B", b"C"))
@@ -368,7 +368,7 @@ def _identity(path: Path) -> layout.LogIdentity:
 
 
 def layout_maps(path: Path) -> tuple[Any, Any]:
-    from fvd.volume.loading import load_disk
+    from fvd.disk.loading import load_disk
 
     with open_node(path, read_only=True) as node:
         disk = load_disk(node)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.picture: fits its width, whatever the disk."""
+"""fvd.inspect.picture: fits its width, whatever the disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fvd.disk.view import View
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import Superblock
+from fvd.inspect.picture import draw
 from fvd.volume.name import parse_name
-from fvd.volume.picture import draw
-from fvd.volume.view import View
 
 MIB = 1 << 20
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.policy: when storage grows and to what size, decided without threads and without time passing."""
+"""fvd.storage.policy: when storage grows and to what size, decided without threads and without time passing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fvd.errors import DeviceError, InvalidArgument, NoSpace, Timeout
 from fvd.format.geometry import Geometry, Layout
-from fvd.volume.policy import (
+from fvd.storage.policy import (
     Action,
     Answer,
     AskPool,
@@ -284,7 +284,7 @@ def test_fixed_storage_announces_no_step() -> None:
 
 def refused(free_bytes: int | None = 0) -> GrowthPolicy:
     """A disk whose step was refused at 0.0 s by a group that has this much left."""
-    growth = policy(tells_of_room=True)
+    growth = policy(notifies_space=True)
     assert "Start" in kinds(growth.tick(0.0, 0))
     error = NoSpace("full")
     error.left_bytes = free_bytes
@@ -298,7 +298,7 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
     now, rests = 1.0, []
     for _ in range(6):
         assert growth.tick(now, 0) == [AskPool(), WakeAt(now + 300.0)]
-        assert growth.tick(now, 0) == growth.room_made(now, 0) == [WakeAt(now + 300.0)]  # the answer is on its way
+        assert growth.tick(now, 0) == growth.on_space_freed(now, 0) == [WakeAt(now + 300.0)]  # the answer is on its way
         wake = only(growth.pool_told(now + 0.1, "vg0", 0, 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(round(wake.when - now - 0.1, 6))
@@ -309,7 +309,7 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
 
 def test_a_group_that_has_room_again_is_tried() -> None:
     growth = refused()
-    assert growth.room_made(5.0, 0) == [AskPool(), WakeAt(305.0)]
+    assert growth.on_space_freed(5.0, 0) == [AskPool(), WakeAt(305.0)]
     assert "Start" in kinds(growth.pool_told(5.1, "vg0", 1, 0))
 
 
@@ -376,7 +376,7 @@ def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
     growth = refused()
     now, asked = 1.0, []
     while now < 60.0:
-        if AskPool() in growth.room_made(now, 0):
+        if AskPool() in growth.on_space_freed(now, 0):
             asked.append(now)
             growth.pool_told(now, "vg0", 0, 0)
         now += 0.125
@@ -385,34 +385,34 @@ def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
 
 def test_other_failures_are_tried_again_by_the_clock_alone() -> None:
     """lvextend fails for another reason: what udev tells then is its own doing."""
-    growth = policy(tells_of_room=True)
+    growth = policy(notifies_space=True)
     now, rests = 0.0, []
     for _ in range(7):
         assert "Start" in kinds(growth.tick(now, 0))
         wake = only(growth.ended(now, STEP, DeviceError("no"), 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(wake.when - now)
-        assert growth.room_made(now + 0.5, 0) == []
+        assert growth.on_space_freed(now + 0.5, 0) == []
         now = wake.when
     assert rests == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> None:
-    growth = policy(tells_of_room=True)
+    growth = policy(notifies_space=True)
     for now in (0.0, 400.0, 800.0):
         growth.tick(now, 0)
         growth.ended(now, STEP, NoSpace("full"), 0)
     growth.tick(1200.0, 0)
-    assert growth.room_made(1200.1, 0) == []
+    assert growth.on_space_freed(1200.1, 0) == []
     assert only(growth.ended(1201.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1202.0)
 
 
 def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
-    growth = policy(tells_of_room=True)
-    assert growth.room_made(0.0, STEP) == []
+    growth = policy(notifies_space=True)
+    assert growth.on_space_freed(0.0, STEP) == []
     growth.room(0.0, 0)
     growth.ended(0.0, STEP, NoSpace("full"), 0)
-    assert growth.room_made(2.0, STEP) == []  # chunks were freed meanwhile
+    assert growth.on_space_freed(2.0, STEP) == []  # chunks were freed meanwhile
     assert "AskPool" not in kinds(growth.tick(3.0, STEP))
 
 
@@ -710,7 +710,7 @@ class Growth(RuleBasedStateMachine):
         self.wake: float | None = None
         self.looks = 0
         self.asking = False
-        self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB, tells_of_room=tells)
+        self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB, notifies_space=tells)
         self.settle()
 
     @property
@@ -780,8 +780,8 @@ class Growth(RuleBasedStateMachine):
         self.take(self.policy.poke(self.now, self.free))
 
     @rule()
-    def room_made(self) -> None:
-        self.take(self.policy.room_made(self.now, self.free))
+    def on_space_freed(self) -> None:
+        self.take(self.policy.on_space_freed(self.now, self.free))
 
     @rule()
     def resized(self) -> None:

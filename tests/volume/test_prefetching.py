@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.prefetching: what a disk does about its base, over an engine that only says it copies, on a virtual clock."""
+"""fvd.base.copying: what a disk does about its base, over an engine that only says it copies, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from fvd.base import profile
+from fvd.base.copying import AGAIN_NS, BaseEvent, Copying, PrefetchOptions
 from fvd.engine._engine import Want
 from fvd.errors import Conflict, InvalidArgument
-from fvd.volume import profile
-from fvd.volume.prefetching import AGAIN_NS, BaseEvent, Copying, PrefetchOptions
 
 MIB = 1 << 20
 MS = 1_000_000
@@ -41,7 +41,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.copy_on_read = False
-        self.prefetch_slots = 0
+        self.prefetch_depth = 0
         self.prefetch_rate_bytes = 0
         self.prefetch_idle_ns = 20 * MS
         self.want = 0
@@ -71,7 +71,7 @@ class FakeEngine:
     def step(self, now_ns: int) -> None:
         self.counters["now_ns"] = now_ns
         self.counters["guest_last_ns"] = now_ns - self.guest_idle_ns
-        if not self.prefetching or not self.prefetch_slots or self.base_failing:
+        if not self.prefetching or not self.prefetch_depth or self.base_failing:
             return
         if self.guest_idle_ns < self.prefetch_idle_ns:
             return
@@ -165,16 +165,16 @@ def test_off(disk: Disk) -> None:
 
 def test_delay_copying_done_released(disk: Disk) -> None:
     disk.copying.start(PrefetchOptions(delay_s=10))
-    assert disk.engine.plans == [[(0, BASE)]] and disk.engine.prefetch_slots == 0
+    assert disk.engine.plans == [[(0, BASE)]] and disk.engine.prefetch_depth == 0
     assert disk.state() == "delayed" and disk.status["resume_seconds"] == 10
     disk.run(9.75)
-    assert disk.state() == "delayed" and disk.engine.prefetch_slots == 0 and disk.status["resume_seconds"] == pytest.approx(0.25)
+    assert disk.state() == "delayed" and disk.engine.prefetch_depth == 0 and disk.status["resume_seconds"] == pytest.approx(0.25)
     disk.run(0.25)
-    assert disk.state() == "running" and disk.engine.prefetch_slots == 1
+    assert disk.state() == "running" and disk.engine.prefetch_depth == 1
     disk.run(2)
-    assert disk.engine.prefetch_slots == 8
+    assert disk.engine.prefetch_depth == 8
     disk.run(30)
-    assert disk.state() == "done" and not disk.status["released"] and disk.engine.prefetch_slots == 0
+    assert disk.state() == "done" and not disk.status["released"] and disk.engine.prefetch_depth == 0
     assert disk.releases == 0 and disk.engine.plans[-1] == []
     disk.base(base_released=True)
     assert disk.releases == 1 and disk.status["released"] and disk.state() == "done"
@@ -190,7 +190,7 @@ def test_delay_copying_done_released(disk: Disk) -> None:
 def test_no_delay(disk: Disk) -> None:
     disk.copying.start(PrefetchOptions(delay_s=0))
     disk.run(0.25)
-    assert disk.state() == "running" and disk.engine.prefetch_slots == 1
+    assert disk.state() == "running" and disk.engine.prefetch_depth == 1
 
 
 def test_progress_is_told_in_steps_from_where_it_began(disk: Disk) -> None:
@@ -208,7 +208,7 @@ def test_stop_and_start_again(disk: Disk) -> None:
     disk.run(3)
     disk.copying.stop()
     disk.copying.stop()
-    assert disk.engine.plans[-1] == [] and disk.engine.prefetch_slots == 0 and disk.state() == "off"
+    assert disk.engine.plans[-1] == [] and disk.engine.prefetch_depth == 0 and disk.state() == "off"
     copied = disk.status["copied_bytes"]
     disk.run(3)
     assert disk.status["copied_bytes"] == copied > 0
@@ -270,7 +270,7 @@ def test_what_a_pass_left_is_gone_through_again(disk: Disk) -> None:
     disk.engine.gives_up = True
     disk.run(0.5)
     assert disk.engine.plans[1:] == [[(0, BASE)]] * 2 and disk.engine.prefetching  # the first pass copied something, the next did not
-    assert disk.state() == "paused" and disk.status["resume_seconds"] > 9 and disk.engine.prefetch_slots == 0
+    assert disk.state() == "paused" and disk.status["resume_seconds"] > 9 and disk.engine.prefetch_depth == 0
     disk.run(AGAIN_NS / SECOND - 1)
     assert len(disk.engine.plans) == 3
     disk.engine.gives_up = False
@@ -404,7 +404,7 @@ def test_a_guest_that_is_never_idle(disk: Disk) -> None:
     for _ in range(40):
         disk.run(0.25)
         gates.append(disk.engine.prefetch_idle_ns)
-        assert disk.engine.prefetch_slots == 1 and disk.engine.prefetch_rate_bytes == MIB // 2
+        assert disk.engine.prefetch_depth == 1 and disk.engine.prefetch_rate_bytes == MIB // 2
     assert gates.count(0) in (9, 10, 11) and set(gates) == {0, 20 * MS}
     assert disk.status["copied_bytes"] // MIB in (9, 10, 11)
     disk.engine.guest_idle_ns = SECOND
@@ -420,7 +420,7 @@ def test_full(disk: Disk) -> None:
     disk.engine.counters["no_slot_copies"] += 1
     disk.run(0.25)
     assert disk.state() == "full" and "room" in disk.status["reason"] and 0 < disk.status["resume_seconds"] <= 1.5
-    assert disk.engine.prefetch_slots == 0
+    assert disk.engine.prefetch_depth == 0
     disk.run(3)
     assert disk.state() == "running"
 

@@ -47,28 +47,28 @@ NURSERY = """
 import json, os, sys, threading
 from random import Random
 import numpy as np
-import fvd, fvd.volume.opening
+import fvd, fvd.disk.opening
 from fvd.cli.main import main
 
 def work(disk, thread, threads, seed, stamp, write_record):
-    dice = Random(seed * 1000 + thread)
+    rng = Random(seed * 1000 + thread)
     sectors = disk.size // 512
     share = sectors // threads
     while True:
-        kind = dice.choice((0, 0, 0, 0, 0, 1, 2))
-        count = dice.randint(1, 40) if dice.random() < 0.8 else dice.randint(1, 1500 if kind else 300)
-        first = thread * share + dice.randrange(share - count)
+        kind = rng.choice((0, 0, 0, 0, 0, 1, 2))
+        count = rng.randint(1, 40) if rng.random() < 0.8 else rng.randint(1, 1500 if kind else 300)
+        first = thread * share + rng.randrange(share - count)
         stamp += threads
         write_record(0, kind, thread, first, count, stamp)
         if kind == 0:
             words = np.arange(first, first + count, dtype=np.uint64) << np.uint64(32) | np.uint64(stamp)
-            disk.pwrite(first * 512, np.repeat(words, 64).tobytes(), durable=dice.random() < 0.02)
+            disk.pwrite(first * 512, np.repeat(words, 64).tobytes(), durable=rng.random() < 0.02)
         elif kind == 1:
             disk.trim(first * 512, count * 512)
         else:
-            disk.zero(first * 512, count * 512, keep_storage=dice.random() < 0.3)
+            disk.zero(first * 512, count * 512, keep_storage=rng.random() < 0.3)
         write_record(1, kind, thread, first, count, stamp)
-        if dice.random() < 0.01:
+        if rng.random() < 0.01:
             disk.flush()
 
 for line in sys.stdin:
@@ -222,7 +222,7 @@ def lives(
 
     `between`: called after each death, before the next process.
     """
-    dice = Random(seed)
+    rng = Random(seed)
     at_first = bytearray(SIZE)
     base = None
     if shape.base_bytes:
@@ -246,7 +246,7 @@ def lives(
         options = {"cache": cache, **dict(shape.options)}
         environment = {name: value for name, value in os.environ.items() if name.startswith("FVD_")}  # of this test
         line = json.dumps([environment, volume, options, seed + number, stamp, THREADS])
-        expected.follow(nursery.live(line, 0.02 + 0.4 * dice.random()))
+        expected.follow(nursery.live(line, 0.02 + 0.4 * rng.random()))
         stamp += 1 << 24
         between()
         if number % 2:

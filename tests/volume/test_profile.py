@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.profile: what a guest read of a base, kept in a file that anybody may have written."""
+"""fvd.base.profile: what a guest read of a base, kept in a file that anybody may have written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fvd.base import profile
+from fvd.base.profile import default_path, load, merge, save
 from fvd.device.folders import Place, reach
 from fvd.errors import Conflict, DeviceError, FvdError, InvalidArgument, NotFound
-from fvd.volume import profile
-from fvd.volume.profile import default_path, load, merge, save
 
 BASE = 1 << 30
 HEADER = b'{"fvd_profile":1,"base_size_bytes":1073741824}\n'
@@ -156,10 +156,10 @@ def test_nobody_can_lead_a_new_profile_elsewhere(path: str, tmp_path: Path) -> N
 
 
 def test_no_more_than_a_million_are_saved(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "MOST_EXTENTS", 3)
+    monkeypatch.setattr(profile, "EXTENTS_MAX", 3)
     assert save(path, BASE, [(at * 8192, 4096) for at in range(5)]) == [(0, 4096), (8192, 4096), (16384, 4096)]
     assert len(load(path, BASE)) == 3
-    monkeypatch.setattr(profile, "MOST_EXTENTS", 2)
+    monkeypatch.setattr(profile, "EXTENTS_MAX", 2)
     with pytest.raises(InvalidArgument, match="more than 2 extents"):
         load(path, BASE)
 
@@ -222,7 +222,7 @@ def test_spaces_and_what_a_later_version_may_add_to_the_header(path: str) -> Non
 
 def test_a_huge_file_is_not_read(path: str) -> None:
     written(path, HEADER)
-    os.truncate(path, profile.MOST_BYTES + 1)
+    os.truncate(path, profile.BYTES_MAX + 1)
     with pytest.raises(InvalidArgument, match="the most"):
         load(path, BASE)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.provision: idempotent by name, in the order of FORMAT.md section 8, and overwriting nothing that it was not told to."""
+"""fvd.disk.provision: idempotent by name, in the order of FORMAT.md section 8, and overwriting nothing that it was not told to."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from hypothesis import strategies as st
 from loops import loop_device, mounted, run, sparse
 
 from disks import driven
+from fvd.base.sparse import zero_blocks
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import open_node
 from fvd.device.signature import find_signatures
+from fvd.disk import provision as provision_module
+from fvd.disk.loading import load_disk
+from fvd.disk.provision import Provisioned, provision, write_disk
+from fvd.disk.removing import remove
 from fvd.errors import Conflict, Corrupt, DeviceError, InUse, InvalidArgument, NoSpace, NotFound, Unsupported
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.maps import EMPTY, map_hash
 from fvd.format.superblock import MAGIC, SLOT_OFFSETS_BYTES, BaseReference, Superblock
-from fvd.volume import provision as provision_module
-from fvd.volume.check import check
-from fvd.volume.dump import dump
-from fvd.volume.info import info
-from fvd.volume.loading import load_disk
-from fvd.volume.map import map_volume
-from fvd.volume.provision import Provisioned, provision, write_disk
-from fvd.volume.removing import remove
-from fvd.volume.sparse_base import zero_blocks
+from fvd.inspect.check import check
+from fvd.inspect.dump import dump
+from fvd.inspect.info import info
+from fvd.inspect.map import map_volume
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -645,7 +645,8 @@ def limited(limit: Limit) -> Any:
 
 KILLED = """
 import os, signal, sys
-from fvd.volume import file_provider, provision
+from fvd.storage import file_provider
+from fvd.disk import provision
 where, name = sys.argv[1:3]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if where == "before": provision.write_disk = die
@@ -671,7 +672,7 @@ def test_a_killed_provision_can_be_run_again(path: Path, where: str, whole: bool
 
 
 def test_two_at_once(path: Path) -> None:
-    code = f"import sys\nfrom fvd.volume.provision import provision\nprovision(sys.argv[1], **{SMALL!r})"
+    code = f"import sys\nfrom fvd.disk.provision import provision\nprovision(sys.argv[1], **{SMALL!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code, f"file:{path}"], stderr=subprocess.PIPE, text=True) for _ in range(4)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert all(not error or "InUse" in error or "Conflict" in error for error in errors), errors

@@ -97,9 +97,9 @@ def possible(values: Sequence[Any]) -> bool:
 def cover() -> list[Combination]:
     """Every pair of values of two axes, and more at random up to LEAST, always the same."""
     found = [Combination(*values) for values in AllPairs([list(choices) for choices in AXES.values()], filter_func=possible)]
-    dice = Random(1)
+    rng = Random(1)
     while len(found) < LEAST:
-        if possible(values := [dice.choice(choices) for choices in AXES.values()]):
+        if possible(values := [rng.choice(choices) for choices in AXES.values()]):
             found.append(Combination(*values))
     return found
 
@@ -151,12 +151,12 @@ def test_combination(combination: Combination, tmp_path: Path) -> None:
 def opened(combination: Combination, volume: str) -> Iterator[fvd.Disk]:
     """With prefetching that does not keep out of the way of the load: what meets seldom would be seldom tested."""
     with fvd.open(volume, cache=combination.cache, prefetch=combination.prefetching) as disk:
-        driver = disk._driver
+        driver = disk._thread
 
         def hurry() -> None:
             if driver.volume.copying is not None and combination.prefetch:
                 driver.volume.copying._idle_ns = driver.volume.engine.prefetch_idle_ns = 0
-                driver.volume.engine.prefetch_slots = 1
+                driver.volume.engine.prefetch_depth = 1
 
         driver.call(hurry)
         yield disk
@@ -224,7 +224,7 @@ class KnowingPlayer(Player):
 
 
 def play_killed(combination: Combination, volume: str, base: RealBase, seed: int, shown: bytes, folder: Path) -> None:
-    dice = Random(seed)
+    rng = Random(seed)
 
     def look() -> bytes:
         with fvd.open(volume, read_only=True) as disk:
@@ -242,7 +242,7 @@ def play_killed(combination: Combination, volume: str, base: RealBase, seed: int
                 player.drain()
                 time.sleep(0.3)  # nobody asks for anything: it copies
             player.play(REQUESTS // ROUNDS)
-            player.wait(dice.random() * 0.004)
+            player.wait(rng.random() * 0.004)
             server.kill()
             player.take_last_answers()
             assert not fvd.check(volume).errors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.removing and extending: idempotent, refused while in use, and blind to what is not ours."""
+"""fvd.disk.removing and extending: idempotent, refused while in use, and blind to what is not ours."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from disks import MIB, crash, driven, make, start, volume
 from fvd.device import surviving
 from fvd.device.claim import claim
 from fvd.device.node import open_node
+from fvd.disk import removing as removing_module
+from fvd.disk.extending import extend
+from fvd.disk.opening import open_volume
+from fvd.disk.removing import remove
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NoSpace, NotFound, Unsupported
 from fvd.format.geometry import Layout
 from fvd.format.superblock import SLOT_OFFSETS_BYTES
-from fvd.volume import removing as removing_module
-from fvd.volume.extending import extend
-from fvd.volume.opening import open_volume
-from fvd.volume.removing import remove
 from fvd.volume.superblocks import wipe_superblocks
 
 

@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def more_room(folder: Path) -> None:
+def more_space(folder: Path) -> None:
     run("mount", "-o", "remount,size=200m", folder)
 
 
@@ -71,7 +71,7 @@ def test_writes_wait_for_room_below(small: Path, volume: str) -> None:
         assert disk.pread(4096, 4096) == content(1)
         disk.pwrite(0, content(0))  # what has its room needs none
         disk.flush()
-        more_room(small)
+        more_space(small)
         thread.join(20)
         assert len(done) == PAGES and not disk.info().no_room_below
         assert [page for page in range(PAGES) if disk.pread(page * 4096, 4096) != content(page)] == []
@@ -89,7 +89,7 @@ def test_writes_fail_where_that_was_asked_for(small: Path, volume: str) -> None:
                 disk.pwrite(page * 4096, content(page))
         wait_for(lambda: [event for event in events if event.kind == "storage_full"])
         assert disk.info().free_bytes == 0
-        more_room(small)
+        more_space(small)
         disk.pwrite((PAGES - 1) * 4096, content(1))
         assert not disk.info().no_room_below
     assert "fail. Make room" in next(event.message for event in events if event.kind == "storage_full")

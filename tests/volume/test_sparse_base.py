@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.sparse_base: zeros of a base become bits, block by block; and of a raw disk only where its storage has been made zeros."""
+"""fvd.base.sparse: zeros of a base become bits, block by block; and of a raw disk only where its storage has been made zeros."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fvd.base.sparse import punch_places, runs, zero_blocks
 from fvd.errors import DeviceError
 from fvd.format.geometry import Geometry, Layout
-from fvd.volume.sparse_base import punch_places, runs, zero_blocks
 
 BLOCK = 4096
 GEOMETRY = Geometry(virtual_size_bytes=200 * BLOCK + 512, block_size_bytes=BLOCK, chunk_size_bytes=16 * BLOCK, journal_size_bytes=65536)
@@ -56,13 +56,13 @@ SMALL = Geometry(virtual_size_bytes=70 * BLOCK + 1024, block_size_bytes=BLOCK, c
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 640), max_size=12), st.integers(1, 640), st.randoms(use_true_random=False))
-def test_a_block_is_zeros_if_and_only_if_all_of_it_is(cuts: list[int], base_sectors: int, dice: object) -> None:
+def test_a_block_is_zeros_if_and_only_if_all_of_it_is(cuts: list[int], base_sectors: int, rng: object) -> None:
     """Against sectors, one by one."""
     places = sorted({*cuts, 0, base_sectors})
     extents = [
         (low * SECTOR, (high - low) * SECTOR)
         for low, high in itertools.pairwise(places)
-        if dice.random() < 0.7  # type: ignore[attr-defined]
+        if rng.random() < 0.7  # type: ignore[attr-defined]
     ]
     data = np.zeros(1024, np.bool_)
     data[:base_sectors] = True

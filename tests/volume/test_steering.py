@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.volume.steering: how many copies may read at once, decided on a virtual clock, against models of bases, disks and guests."""
+"""fvd.base.steering: how many copies may read at once, decided on a virtual clock, against models of bases, disks and guests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefetch_model import COUNTERS, MIB, MS, SECOND, Copier, Medium, Timeline, fast_disk
 
-from fvd.volume.steering import (
-    BACKOFF_LONGEST_SECONDS,
-    CONTENTION_LONGEST_NS,
-    LOST_BACKOFF_LONGEST_SECONDS,
-    MOST_SLOTS,
+from fvd.base.steering import (
+    BACKOFF_SECONDS_MAX,
+    CONTENTION_NS_MAX,
+    LOST_BACKOFF_SECONDS_MAX,
+    SLOTS_MAX,
     STARVED_NS,
     TRICKLE_RATE_BYTES,
     USEFUL_SLOTS,
@@ -31,7 +31,7 @@ from fvd.volume.steering import (
 pytestmark = pytest.mark.pure
 
 STEP_NS = 250 * MS
-RESUMED_AT_MOST_S = 1.5 * BACKOFF_LONGEST_SECONDS + 1
+RESUMED_WITHIN_SECONDS = 1.5 * BACKOFF_SECONDS_MAX + 1
 
 
 class Steps:
@@ -73,11 +73,11 @@ class Steps:
             most -= 1
             assert most
 
-    def until_slots(self, most_s: float, **reading: float) -> float:
+    def until_slots(self, most_seconds: float, **reading: float) -> float:
         """Steps until there is a slot; how long it took."""
         began = self.now_ns
         while not self.last.slots:
-            assert (self.now_ns - began) / SECOND <= most_s
+            assert (self.now_ns - began) / SECOND <= most_seconds
             self.reading(**reading)  # type: ignore[arg-type]
         return (self.now_ns - began) / SECOND
 
@@ -99,26 +99,26 @@ def test_a_fresh_start_is_deep_soon(delay_ms: float) -> None:
     timeline, copier = model(Medium(round(delay_ms * MS), 1e9))
     timeline.run(5)
     assert copier.history[0][1].slots == 1
-    assert max(decision.slots for decision in copier.between(0, 2 + 2 * delay_ms / 1000)) == MOST_SLOTS
+    assert max(decision.slots for decision in copier.between(0, 2 + 2 * delay_ms / 1000)) == SLOTS_MAX
 
 
 def test_after_contention_one_more_for_each_good_interval() -> None:
     steps = Steps()
-    assert steps.reading(8).slots == MOST_SLOTS
+    assert steps.reading(8).slots == SLOTS_MAX
     steps.until("paused", read_ms=100)
     steps.until_slots(3)
     assert [steps.reading().slots for _ in range(5)] == [2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("limit_bytes_s", [10e6, 100e6])
-def test_no_deeper_than_is_of_use(limit_bytes_s: float) -> None:
+@pytest.mark.parametrize("limit_bytes_per_second", [10e6, 100e6])
+def test_no_deeper_than_is_of_use(limit_bytes_per_second: float) -> None:
     """Who comes after the copies, a guest above all, waits for all of them."""
-    base = Medium(5 * MS, limit_bytes_s)
+    base = Medium(5 * MS, limit_bytes_per_second)
     timeline, copier = model(base)
     timeline.run(60)
     depth = [decision.slots for decision in copier.between(30, 60)]
-    assert max(depth) < MOST_SLOTS and min(depth) >= USEFUL_SLOTS
-    assert copier.read_bytes(10, 60) >= 0.95 * 50 * limit_bytes_s
+    assert max(depth) < SLOTS_MAX and min(depth) >= USEFUL_SLOTS
+    assert copier.read_bytes(10, 60) >= 0.95 * 50 * limit_bytes_per_second
 
 
 def test_nothing_is_allowed_when_nothing_is_left() -> None:
@@ -146,7 +146,7 @@ def test_somebody_elses_load_pauses_and_its_end_resumes(which: str, seed: int, t
     assert {decision.cause for decision in loaded_steps} == {which}
     paused = next(decision for decision in loaded_steps if decision.state == "paused")
     assert which in paused.reason and "ms" in paused.reason and paused.resume_ns is not None
-    assert max(decision.slots for decision in copier.between(100, 100 + RESUMED_AT_MOST_S + 1)) >= 3
+    assert max(decision.slots for decision in copier.between(100, 100 + RESUMED_WITHIN_SECONDS + 1)) >= 3
     assert copier.read_bytes(150, 200) >= 0.9 * 50 * 100e6
 
 
@@ -163,10 +163,10 @@ def test_pauses_double_up_to_half_a_minute_and_are_random() -> None:
 
     every = [pauses(seed) for seed in range(20)]
     for number in range(8):
-        backoff_s = min(2**number, BACKOFF_LONGEST_SECONDS)
+        backoff_seconds = min(2**number, BACKOFF_SECONDS_MAX)
         lengths = [each[number] for each in every]
-        assert 0.5 * backoff_s <= min(lengths) and max(lengths) <= 1.5 * backoff_s + STEP_NS / SECOND
-        assert max(lengths) > 1.2 * backoff_s and min(lengths) < 0.8 * backoff_s
+        assert 0.5 * backoff_seconds <= min(lengths) and max(lengths) <= 1.5 * backoff_seconds + STEP_NS / SECOND
+        assert max(lengths) > 1.2 * backoff_seconds and min(lengths) < 0.8 * backoff_seconds
 
 
 def test_good_intervals_make_the_next_pause_short_again() -> None:
@@ -184,7 +184,7 @@ def test_good_intervals_make_the_next_pause_short_again() -> None:
 def test_what_lasts_is_not_waited_for_for_ever() -> None:
     steps = Steps()
     steps.reading(8)
-    steps.reading(round(CONTENTION_LONGEST_NS / STEP_NS), read_ms=100)
+    steps.reading(round(CONTENTION_NS_MAX / STEP_NS), read_ms=100)
     assert steps.reading(50, read_ms=100).slots == 0
     steps.reading(200, read_ms=100)
     assert steps.reading(8, read_ms=100).slots >= 1
@@ -226,7 +226,7 @@ def test_one_bad_batch_or_few_copies_prove_nothing() -> None:
 def test_noise_is_no_contention(seed: int) -> None:
     """Latencies that vary threefold, of copies of all sizes."""
     timeline, copier = model(
-        Medium(5 * MS, 200e6), seed=seed, jitter=2.0, copy_bytes=lambda dice: 1 << dice.randrange(12, 21), guest_active=lambda _: False
+        Medium(5 * MS, 200e6), seed=seed, jitter=2.0, copy_bytes=lambda rng: 1 << rng.randrange(12, 21), guest_active=lambda _: False
     )
     timeline.run(300)
     assert all(decision.state == "running" for _, decision in copier.history)
@@ -244,7 +244,7 @@ def test_fewer_at_once_may_keep_a_distant_base_longer() -> None:
     """The delay is shared by eight, and then not: back at one slot nothing is wrong."""
     timeline, copier = model(Medium(200 * MS, 1e9))
     timeline.run(20)
-    assert copier.slots == MOST_SLOTS
+    assert copier.slots == SLOTS_MAX
     copier.steering._wanted = 1
     copier.steering._hold_until_ns = 60 * SECOND
     timeline.run(60)
@@ -300,12 +300,12 @@ def test_zeros_that_are_not_written_do_not_keep_a_disk_on_probation() -> None:
 @pytest.mark.parametrize("tells_latency", [False, True])
 @pytest.mark.parametrize("burst_mb", [0, 1, 10, 50, 100, 300, 1000])
 def test_a_limited_base_is_used_in_the_guests_idle_times(burst_mb: int, tells_latency: bool) -> None:
-    limit_bytes_s = 100e6
-    base = Medium(5 * MS, 1e9, limit_bytes_s, burst_mb * 1e6)
+    limit_bytes_per_second = 100e6
+    base = Medium(5 * MS, 1e9, limit_bytes_per_second, burst_mb * 1e6)
     timeline, copier = model(base, guest_active=every_other_ten_seconds, tells_latency=tells_latency)
     timeline.run(200)
     windows = [copier.read_bytes(begin, begin + 10) for begin in range(10, 200, 20)]
-    assert min(windows) >= 0.8 * (10 * limit_bytes_s + min(burst_mb * 1e6, 1e9)) * (1 if burst_mb < 1000 else 0.9)
+    assert min(windows) >= 0.8 * (10 * limit_bytes_per_second + min(burst_mb * 1e6, 1e9)) * (1 if burst_mb < 1000 else 0.9)
     assert {decision.state for _, decision in copier.history} == {"running", "yielding"}
     for begin in range(1, 200, 20):
         assert copier.read_bytes(begin, begin + 8) == 0  # the guest was active
@@ -346,23 +346,23 @@ def test_a_limit_is_looked_at_again_every_minute() -> None:
 # --- Many disks of one base -------------------------------------------------------------------------------------------------------
 
 
-def spread(copiers: list[Copier], begin_s: float, end_s: float, seconds: float = 1.0) -> Counter[int]:
+def spread(copiers: list[Copier], begin_seconds: float, end_seconds: float, seconds: float = 1.0) -> Counter[int]:
     """How many disks resumed, by time."""
     found: Counter[int] = Counter()
     for copier in copiers:
         slots = 1
         for when, decision in copier.history:
-            if begin_s <= when < end_s and decision.slots and not slots:
+            if begin_seconds <= when < end_seconds and decision.slots and not slots:
                 found[int(when / seconds)] += 1
             slots = decision.slots
     return found
 
 
-@pytest.mark.parametrize("start_within_s", [0.25, 20])
-def test_a_hundred_disks_of_one_base_do_not_pulse_together(start_within_s: float) -> None:
+@pytest.mark.parametrize("start_within_seconds", [0.25, 20])
+def test_a_hundred_disks_of_one_base_do_not_pulse_together(start_within_seconds: float) -> None:
     timeline, base = Timeline(), Medium(2 * MS, 1e9)
     copiers = [
-        Copier(timeline, base, fast_disk(), seed=seed, phase_ns=round(seed * 37 % 100 / 100 * start_within_s * SECOND))
+        Copier(timeline, base, fast_disk(), seed=seed, phase_ns=round(seed * 37 % 100 / 100 * start_within_seconds * SECOND))
         for seed in range(100)
     ]
     timeline.run(120)
@@ -403,13 +403,13 @@ def test_a_guest_that_suffers_gets_fewer_copies_and_then_none() -> None:
     assert seen == [8, 4, 2, 1, 0]
     assert steps.last.cause == "guest" and "guest" in steps.last.reason and "2.0 times" in steps.last.reason
     assert 0 < steps.until_slots(2) <= 1.75
-    assert steps.reading(40, guest_busy_requests=50, guest_busy_latency_ns=50 * MS).slots == MOST_SLOTS
+    assert steps.reading(40, guest_busy_requests=50, guest_busy_latency_ns=50 * MS).slots == SLOTS_MAX
 
 
 def test_fewer_for_the_guest_stay_so_for_a_while() -> None:
     steps = Steps()
     steps.reading(8, guest_quiet_requests=50, guest_quiet_latency_ns=50 * MS)
-    while steps.last.slots == MOST_SLOTS:
+    while steps.last.slots == SLOTS_MAX:
         steps.reading(guest_busy_requests=50, guest_busy_latency_ns=100 * MS)
     assert steps.reading(19).slots == 4 and steps.last.cause == "guest"
     assert steps.reading(5).slots > 4
@@ -428,22 +428,22 @@ def test_when_a_guest_suffers(quiet_us: int, busy_us: int, suffers: bool) -> Non
             guest_busy_requests=200,
             guest_busy_latency_ns=200_000 * busy_us,
         )
-    assert (steps.last.slots < MOST_SLOTS) == suffers
+    assert (steps.last.slots < SLOTS_MAX) == suffers
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_latencies_that_scatter_are_no_suffering(seed: int) -> None:
-    steps, dice = Steps(), random.Random(seed)
+    steps, rng = Steps(), random.Random(seed)
     steps.reading(8)
     changes = 0
     for _ in range(1200):
         before = steps.last.slots
-        quiet, busy = dice.randrange(40), dice.randrange(4)
+        quiet, busy = rng.randrange(40), rng.randrange(4)
         steps.reading(
             guest_quiet_requests=quiet,
-            guest_quiet_latency_ns=round(sum(dice.expovariate(1 / MS) for _ in range(quiet))),
+            guest_quiet_latency_ns=round(sum(rng.expovariate(1 / MS) for _ in range(quiet))),
             guest_busy_requests=busy,
-            guest_busy_latency_ns=round(sum(dice.expovariate(1 / MS) for _ in range(busy))),
+            guest_busy_latency_ns=round(sum(rng.expovariate(1 / MS) for _ in range(busy))),
         )
         changes += steps.last.slots < before
     assert changes == 0
@@ -508,7 +508,7 @@ def test_a_base_that_fails_is_tried_now_and_then_and_its_return_is_not_rushed() 
             tries.append(steps.now_ns)
         assert steps.last.state == "base-lost" and steps.last.slots <= 1
     gaps = [(after - before) / SECOND for before, after in itertools.pairwise(tries)]
-    assert max(gaps) <= 1.5 * LOST_BACKOFF_LONGEST_SECONDS + 1 and len(tries) >= 8
+    assert max(gaps) <= 1.5 * LOST_BACKOFF_SECONDS_MAX + 1 and len(tries) >= 8
     back = []
     for seed in range(30):
         other = Steps(seed)
@@ -568,10 +568,10 @@ def test_whatever_is_told_the_answer_makes_sense(seed: int, samples: list[Sample
     for sample in samples:
         now += sample.now_ns
         decision = steering.step(replace(sample, now_ns=now))
-        assert 0 <= decision.slots <= MOST_SLOTS
+        assert 0 <= decision.slots <= SLOTS_MAX
         assert not (decision.trickle and decision.slots != 1)
         assert decision.state in ("running", "yielding", "paused", "full", "base-lost")
         assert (decision.state in ("paused", "full")) <= (decision.slots == 0)
         if decision.state in ("paused", "full"):
             assert decision.reason and decision.cause and decision.resume_ns is not None
-            assert now < decision.resume_ns <= now + 1.5 * BACKOFF_LONGEST_SECONDS * SECOND
+            assert now < decision.resume_ns <= now + 1.5 * BACKOFF_SECONDS_MAX * SECOND

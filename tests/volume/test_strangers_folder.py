@@ -20,12 +20,12 @@ import pytest
 from loops import mounted
 
 from disks import MIB, driven, make, volume
+from fvd.base import profile
 from fvd.device import surviving
 from fvd.device.folders import open_path, reach
+from fvd.disk.extending import extend
+from fvd.disk.removing import remove
 from fvd.errors import FvdError, PermissionDenied, Unsupported
-from fvd.volume import profile
-from fvd.volume.extending import extend
-from fvd.volume.removing import remove
 
 STRANGER = 65534
 EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod", "os.truncate", "os.symlink"}

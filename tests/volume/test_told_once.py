@@ -25,8 +25,8 @@ from loops import loop_device, mounted, run, sparse
 from disks import MIB, driven, make, start
 from fvd.device import node as node_module
 from fvd.device.stack import Stack, stack_of
+from fvd.disk._disk_thread import DiskThread
 from fvd.errors import DeviceError, FvdError
-from fvd.volume._driver import Driver
 
 _PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _FIBMAP = 1
@@ -142,14 +142,14 @@ def durable_writes_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_module, "stack_of", lambda status, **about: Stack(stack_of(status, **about).devices, False))
 
 
-def place_of(driver: Driver, chunk: int) -> int:
+def place_of(driver: DiskThread, chunk: int) -> int:
     geometry = driver.volume.geometry
     slot = driver.call(lambda: int(driver.volume.engine.snapshot_maps()[1][chunk]))
     return geometry.data_offset_bytes + slot * geometry.chunk_size_bytes
 
 
 @contextmanager
-def failing(disk: Path | str, **options: Any) -> Iterator[Driver]:
+def failing(disk: Path | str, **options: Any) -> Iterator[DiskThread]:
     """The disk, open and driven; its close is the test's, but nothing is left open when that fails before."""
     driver = start(disk, **options)
     try:
@@ -159,7 +159,7 @@ def failing(disk: Path | str, **options: Any) -> Iterator[Driver]:
             driver.close()
 
 
-def fill(driver: Driver) -> int:
+def fill(driver: DiskThread) -> int:
     """A and B are mapped and durable. Returns where A lies."""
     driver.pwrite(A, b"a" * (4 * MIB))
     driver.pwrite(B, b"b" * MIB)
@@ -167,7 +167,7 @@ def fill(driver: Driver) -> int:
     return place_of(driver, 0)
 
 
-def assert_heard(driver: Driver, medium: Medium) -> None:
+def assert_heard(driver: DiskThread, medium: Medium) -> None:
     """Every flush fails, the close does, and the next open shows what the medium holds, also through the page cache."""
     for _ in range(2):
         with pytest.raises(DeviceError):

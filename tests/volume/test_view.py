@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from loops import sparse
 
 from disks import MIB, crash, driven, make, start, volume
+from fvd.disk.view import View, look
 from fvd.errors import InUse, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.locator import BaseFormat
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import SLOT_OFFSETS_BYTES, BaseReference, Superblock
-from fvd.volume import map as map_module
-from fvd.volume.check import check
-from fvd.volume.dump import dump
-from fvd.volume.info import info
-from fvd.volume.map import Extent, extents, map_volume
+from fvd.inspect import map as map_module
+from fvd.inspect.check import check
+from fvd.inspect.dump import dump
+from fvd.inspect.info import info
+from fvd.inspect.map import Extent, extents, map_volume
 from fvd.volume.name import parse_name
-from fvd.volume.view import View, look
 
 BLOCK = 64 * 1024
 
@@ -230,15 +230,15 @@ def views(draw: st.DrawFn) -> View:
         layout=Layout.RAW if raw else Layout.COMPACT,
     )
     base = draw(st.one_of(st.none(), st.integers(1, 4000 * 512).map(lambda size: BaseReference("/base", size))))
-    dice = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     bits = np.zeros(geometry.bitmap_words * 64, np.uint8)
-    bits[: geometry.blocks] = dice.random(geometry.blocks) < draw(st.sampled_from([0.02, 0.5, 0.98]))
+    bits[: geometry.blocks] = rng.random(geometry.blocks) < draw(st.sampled_from([0.02, 0.5, 0.98]))
     table = None
     if not raw:
-        table = dice.permutation(geometry.chunks).astype(np.uint32)
+        table = rng.permutation(geometry.chunks).astype(np.uint32)
         if draw(st.booleans()):
             table.sort()
-        table[dice.random(geometry.chunks) < 0.3] = EMPTY
+        table[rng.random(geometry.chunks) < 0.3] = EMPTY
     superblock = Superblock(geometry, bytes(16), 2, base, 0)
     return View(parse_name("file:/x"), superblock, 1 << 30, np.packbits(bits, bitorder="little").view(np.uint64), table, True, False)
 

@@ -14,14 +14,14 @@ from lvm_machine import Killed, Machine
 from disks import MIB, SMALL, driven, make, volume
 from fvd.device import wiping
 from fvd.device.node import Node, open_node
+from fvd.disk._disk_thread import drive
+from fvd.disk.opening import open_volume
+from fvd.disk.provision import provision
+from fvd.disk.removing import remove
 from fvd.errors import DeviceError, NotFound
 from fvd.format.superblock import SLOT_OFFSETS_BYTES
-from fvd.volume import lvm_provider
-from fvd.volume._driver import drive
+from fvd.storage import lvm_provider
 from fvd.volume.name import parse_name
-from fvd.volume.opening import open_volume
-from fvd.volume.provision import provision
-from fvd.volume.removing import remove
 from fvd.volume.superblocks import wipe_superblocks
 
 SECRET = b"a tenant's secret " * 14563  # 256 KiB, and some
@@ -265,7 +265,7 @@ def test_what_was_never_wiped_is_so_before_a_provision_gives_it_back(machine: Ma
 def test_a_provision_that_fails_over_what_is_to_be_wiped_leaves_it(
     machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fvd.volume import provision as module
+    from fvd.disk import provision as module
 
     fill_volume(name)
     with pytest.raises(Stopped):

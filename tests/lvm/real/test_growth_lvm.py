@@ -324,7 +324,7 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         import fcntl
 
         monkeypatch.setattr(runner, "TERM_SECONDS", 0.5)
-        allocator = disk._driver.volume.allocator
+        allocator = disk._thread.volume.allocator
         assert allocator is not None
         allocator.storage._lvm = Lvm(timeout_seconds=2.0)
         fcntl.flock(held, fcntl.LOCK_EX)
