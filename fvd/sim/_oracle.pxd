@@ -52,6 +52,8 @@ cdef class Oracle:
     cdef uint64_t *reads                    # when the reads under way began
     cdef uint32_t read_count, read_capacity
     cdef uint64_t doubted_at        # when the storage last showed less than before: a read that began earlier may have seen what was lost
+    cdef uint32_t doubted_writes    # under way since before that: one may have read what was lost, and write it with its part of a block
+    cdef uint64_t brought_back_at   # when the last of those ended
     cdef bint any_failed            # a write of this life has failed
     cdef public bint lands_late     # a write that failed may still reach the storage after a read that did not show it
     cdef uint64_t loose_sectors     # a read is not judged in chunks of so many sectors with anything in them that is not durable; 0: it is

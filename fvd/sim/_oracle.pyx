@@ -124,6 +124,7 @@ cdef class Oracle:
         self.unflushed_count = self.read_count = 0
         self.last_flush = 0
         self.any_failed = False
+        self.doubted_writes = 0
         memset(&self.writes[0], 0, sizeof(Write))
         self.writes[0].succeeded = self.writes[0].durable = 1
         self.write_count = 1
@@ -247,6 +248,9 @@ cdef class Oracle:
         if write == 0 or write >= self.write_count or record.ended != OPEN:
             raise ValueError(f"write {write} is not under way")
         record.ended = self.tick_()
+        if self.doubted_writes and record.began < self.doubted_at:
+            self.doubted_writes -= 1
+            self.brought_back_at = record.ended
         record.succeeded = succeeded
         record.durable = durable and succeeded
         if not succeeded:
@@ -325,9 +329,12 @@ cdef class Oracle:
         cdef uint32_t j
         cdef History *history
         self.doubted_at = self.tick_()
+        self.doubted_writes = 0
         for i in range(1, self.write_count):
             if not self.writes[i].durable:
                 self.writes[i].doubted = 1
+            if self.writes[i].ended == OPEN:
+                self.doubted_writes += 1
         for i in range(self.touched_count):
             history = &self.histories[self.touched[i]]
             for j in range(history.count):
@@ -356,6 +363,7 @@ cdef class Oracle:
         cdef uint64_t now = self.tick_()
         self.read_count = 0
         if not sent_again:
+            self.doubted_writes = 0
             for i in range(1, self.write_count):
                 if self.writes[i].ended == OPEN:
                     self.writes[i].ended = now
@@ -376,7 +384,7 @@ cdef class Oracle:
             history = &self.histories[self.touched[i]]
             for j in range(history.count):
                 history.entries[j].outdated = history.entries[j].replaced = OPEN
-        self.unflushed_count = self.read_count = 0
+        self.unflushed_count = self.read_count = self.doubted_writes = 0
 
     # --- what it may see --------------------------------------------------------------------------------------------
 
@@ -423,7 +431,7 @@ cdef class Oracle:
                 if self.loose_sectors and self.unsettled_near(sector):
                     continue
                 raise self.violation(index, value, floor, "a read showed")
-            if began < self.doubted_at:
+            if began < self.doubted_at or began < self.brought_back_at or self.doubted_writes:
                 continue
             # A write that failed, of another part of the same block, may have read before it anything that this sector held: it may land
             # yet, and brings that back, and so may one that read what it had left.

@@ -20,6 +20,7 @@ TOO_STRICT = {
     12000006889: "what one failed write has left, brought back by another's that lands late",
     16000001974: "an older value, brought back by a failed write of another part of its block",
     16000108649: "a slot that a later write took, while an earlier one waited for memory",
+    18000101153: "what the page cache lost, brought back by a write of another part of its block that had read it",
     466448788406: "slots that a request asks for bit by bit",
 }
 
@@ -73,3 +74,21 @@ def test_what_a_read_settles(lands_late: bool, succeeds: bool) -> None:
     else:
         with pytest.raises(Violation, match="a read showed zeros"):
             oracle.check_read(0, began, bytes(SECTOR_BYTES))
+
+
+@pytest.mark.parametrize("since_before", [False, True])
+def test_what_a_read_settles_beside_a_loss(since_before: bool) -> None:
+    """The storage loses a write; a write of another part of the block, under way since before that, may have read it and bring it back."""
+    oracle = Oracle(4096, None, None)
+    number = oracle.begin_write(0, 1)
+    written = bytes(oracle.stamp(number, 0, 1))
+    oracle.end_write(number, True, False)
+    other = oracle.begin_write(1, 1) if since_before else 0
+    oracle.doubt()
+    oracle.check_read(0, oracle.begin_read(), bytes(SECTOR_BYTES))
+    if since_before:
+        oracle.end_write(other, True, False)
+        oracle.check_read(0, oracle.begin_read(), written)
+    else:
+        with pytest.raises(Violation, match="a read showed write 1"):
+            oracle.check_read(0, oracle.begin_read(), written)
