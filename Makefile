@@ -14,7 +14,7 @@ FUZZED := build/fuzz
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
 # Python without a .py in its name.
-SCRIPTS := scripts/demo scripts/demo-transcript scripts/make-completions scripts/make-wheel scripts/run-tests scripts/uml
+SCRIPTS := scripts/demo scripts/demo-transcript scripts/make-completions scripts/make-wheel scripts/run-tests scripts/spdx scripts/uml
 # Every temporary file of the tests: a place for sparse files of some GB.
 export TMPDIR ?= /tmp
 
@@ -39,8 +39,9 @@ fuzzed: setup ## compile the fuzz build in build/fuzz
 	@command -v clang >/dev/null || { echo 'no clang: no fuzz build' >&2; exit 0; }; \
 	cd $(FUZZED) && FVD_BUILD=fuzz FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
-lint: setup ## ruff, mypy --strict, cython-lint
+lint: setup ## ruff (rules and format), mypy --strict, cython-lint
 	$(PY) -m ruff check . $(SCRIPTS)
+	$(PY) -m ruff format --check . $(SCRIPTS)
 	$(PY) -m mypy
 	$(PY) -m mypy examples/agent.py
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -59,3 +60,10 @@ def test_a_commit_is_checked_by_the_tools_of_make_lint() -> None:
     lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert lint is not None and set(entries) >= {"ruff", "mypy", "cython-lint"}
     assert all(re.search(rf"\b{tool}\b", lint[1]) for tool in ("ruff", "mypy", "cython-lint"))
+
+
+def test_each_source_names_its_licence() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("git tells what is a source, and this is no checkout")
+    done = subprocess.run([ROOT / "scripts" / "spdx", "--missing"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), f"run scripts/spdx:\n{done.stdout}{done.stderr}"
