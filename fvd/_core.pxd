@@ -22,8 +22,8 @@ cdef extern from *:
     """
     const uint32_t EMPTY "FVD_EMPTY"
 
-# Seeded bugs prove the tester (docs/durability.md). Only the checked build has them: in a release BUG() is the constant 0, and what
-# depends on it is not compiled. The switch is here for all that is compiled above it; `seed_bug` of the engine turns it.
+# Seeded bugs prove the tester (docs/internals/durability.md). Only the checked build has them: in a release BUG() is the constant 0, and
+# what depends on it is not compiled. The switch is here for all that is compiled above it; `seed_bug` of the engine turns it.
 cdef extern from *:
     """
     #ifdef FVD_SEEDED_BUGS
@@ -36,7 +36,7 @@ cdef extern from *:
 
 cdef int seeded_bug     # 0: none
 
-cpdef enum Bug:     # what each takes away: docs/durability.md
+cpdef enum Bug:     # what each takes away: docs/internals/durability.md
     JOURNAL_BEFORE_FLUSH = 1
     CHANGE_BEFORE_ITS_DATA
     CHECKPOINT_OF_PENDING_VALUES

@@ -26,7 +26,7 @@ CELL_HEADER_LAYOUT: dict[str, tuple[int, int]]
 """Field name -> (offset, size) of the kernels' struct CellHeader."""
 
 class Bug(IntEnum):
-    """Seeded bugs (docs/durability.md), which the checked build has."""
+    """Seeded bugs (docs/internals/durability.md), which the checked build has."""
 
     JOURNAL_BEFORE_FLUSH = 1
     CHANGE_BEFORE_ITS_DATA = 2

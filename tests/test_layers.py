@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of docs/architecture.md, held: who imports whom, and who may touch clocks, rng, sockets, processes and files.
+"""The layers of docs/internals/architecture.md, held: who imports whom, and who may touch clocks, rng, sockets, processes and files.
 
 The table is parsed out of that document, so the two cannot drift apart.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "architecture.md"
+DOCUMENT = ROOT / "docs" / "internals" / "architecture.md"
 SOURCES = sorted(path for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd", "*.pxi") for path in (ROOT / "fvd").rglob(pattern))
 PACKAGES = sorted({path.parent for path in SOURCES})
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -266,7 +266,7 @@ def test_imports_go_down(package: Path) -> None:
 def wrong_imports(path: Path) -> Iterator[str]:
     found = package_of(module_name(path))
     if found is None:
-        yield f"{path} is in no package of docs/architecture.md"
+        yield f"{path} is in no package of docs/internals/architecture.md"
         return
     own_name, own = found
     for line, module in imports(path):
@@ -274,7 +274,7 @@ def wrong_imports(path: Path) -> Iterator[str]:
             continue
         target = package_of(module)
         if target is None:
-            yield f"{path}:{line}: imports {module}, which is in no package of docs/architecture.md"
+            yield f"{path}:{line}: imports {module}, which is in no package of docs/internals/architecture.md"
             continue
         name, package = target
         if name == "fvd.sim" and own_name != "fvd.sim" and path.stem != "torture":

@@ -80,7 +80,7 @@ def test_every_mark_has_its_run(script: ModuleType) -> None:
 
 
 def test_the_document_has_every_mark_and_every_figure(script: ModuleType) -> None:
-    text = (ROOT / "docs" / "testing.md").read_text()
+    text = (ROOT / "docs" / "internals" / "testing.md").read_text()
     assert all(f"\n| `{name}` |" in text for name in MARKERS)
     assert all(f"`{name}`" in text for name in script.PLAYS)
 

@@ -5,7 +5,7 @@ What protects what:
 
 - Every claim holds an OFD lock on the file or device node. A writer's transfers go through the claim's own open file (`descriptor`):
   the kernel keeps that open until the last operation of a killed process has ended, and the claim with it. So no write of a dead
-  owner can land under a new one (rule R35 of docs/durability.md); who comes meanwhile waits as long as that takes.
+  owner can land under a new one (rule R35 of docs/internals/durability.md); who comes meanwhile waits as long as that takes.
   A WRITER's is exclusive; a READER's is shared, so that several read-only opens coexist, but none beside a writer, whose metadata moves.
   The lock belongs to the inode: a second path to it (symbolic or hard link) meets the same lock. QEMU's own image locks lie in its range.
 - A WRITER of a block device also holds it open with O_EXCL: the kernel then refuses mounts, swap, device-mapper and md, and other writers

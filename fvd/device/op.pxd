@@ -2,7 +2,7 @@
 """The vocabulary of device operations: what an engine asks of a device, and what a device (io_uring, blocking, simulated) answers.
 
 Declarations only. A device owns order: submission, persistence and completion are its business; an engine may assume nothing but
-what docs/durability.md says.
+what docs/internals/durability.md says.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log of pending changes in a disk's life: found and believed at open, committed before the first answer, made anew, ended at close.
 
-docs/durability.md, "When the server dies", says what must hold and what a death at each point leaves. The bytes are `fvd.format.pending`'s,
-the memory is `fvd.device.surviving`'s. Knows neither engine nor who drives it.
+docs/internals/durability.md, "When the server dies", says what must hold and what a death at each point leaves. The bytes are
+`fvd.format.pending`'s, the memory is `fvd.device.surviving`'s. Knows neither engine nor who drives it.
 """
 
 from __future__ import annotations

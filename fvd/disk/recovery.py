@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brings a disk whose server has died to what that server had acknowledged: flush, mistrust the cache, commit what the log says is pending.
 
-Everything here comes before the first answer of the new open. docs/durability.md, "When the server dies", has the order and what a death
-at each step leaves. Knows neither names of volumes nor where a log is kept.
+Everything here comes before the first answer of the new open. docs/internals/durability.md, "When the server dies", has the order and
+what a death at each step leaves. Knows neither names of volumes nor where a log is kept.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's compiled interface: requests and completions in, device operations and finished requests out. See docs/engine.md."""
+"""The engine's compiled interface: requests and completions in, device operations and finished requests out.
+
+See docs/internals/engine.md."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from fvd.device.op cimport DeviceOp

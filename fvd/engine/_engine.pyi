@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md."""
+"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/internals/durability.md."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -71,7 +71,7 @@ class Engine:
         that is in no commit yet is in it before the answer that promises it.
         `most_discards`: discards in flight at once, each of at most `discard_bytes` (or one slot), all of them of
         `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
-        that one request has under way at most. Defaults: docs/engine.md.
+        that one request has under way at most. Defaults: docs/internals/engine.md.
         `commit_limit_bytes`: so many bytes of records at most in one commit, where a quarter of the journal would hold more.
         `durable_writes`: whether a guest's durable write may be one operation; False where the storage may run out of room (R29).
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
-"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/durability.md.
+"""The engine: turns guest requests into device operations, and keeps the durability contract of docs/internals/durability.md.
 
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
 comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Commits, checkpoints, failure and close: everything that orders writes against flushes. docs/durability.md numbers the rules.
+# Commits, checkpoints, failure and close: everything that orders writes against flushes. docs/internals/durability.md numbers the rules.
 
 
 cdef bint commit_wanted(Engine e) noexcept nogil:
@@ -266,7 +266,7 @@ cdef int checkpoint_begin(Engine e) except -1 nogil:
     e.stat_checkpoints += 1
     e.sweep = 0
     # A commit that is being written is not committed yet: it stays in the journal. While a checkpoint begins no earlier than at half the
-    # ring, none is (docs/simulation.md).
+    # ring, none is (docs/internals/simulation.md).
     e.tail_after = e.write_sequence if e.commit_state == COMMIT_WRITING else 0
     e.checkpoint_state = CHECKPOINT_WRITING
     return checkpoint_step(e)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# The log of what is pending: changes of the maps that are in no commit yet, kept in memory that outlives this process (docs/durability.md,
-# "When the server dies"). Each change of a pending entry appends a record {key, value}; one store publishes all records of a call before
-# anybody can see that a request has ended. Two areas: the open changes' and the frozen ones'. It knows neither files nor who reads it.
+# The log of what is pending: changes of the maps that are in no commit yet, kept in memory that outlives this process
+# (docs/internals/durability.md, "When the server dies"). Each change of a pending entry appends a record {key, value}; one store publishes
+# all records of a call before anybody can see that a request has ended. Two areas: the open changes' and the frozen ones'. It knows neither
+# files nor who reads it.
 
 cdef extern from *:
     """

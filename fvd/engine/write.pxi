@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Writes, write-zeroes and trim. docs/durability.md numbers the rules that the comments name (R1, R2, ...).
+# Writes, write-zeroes and trim. docs/internals/durability.md numbers the rules that the comments name (R1, R2, ...).
 
 
 cdef int jobs_conflict(Busy *b, uint64_t first, uint64_t last) noexcept nogil:

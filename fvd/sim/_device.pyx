@@ -5,7 +5,7 @@
 A write takes effect (is seen by reads) at some moment before it completes, or block by block until then, and stays volatile until a flush
 that was submitted after its completion completes, or until its own completion if it is durable. A crash leaves each volatile logical
 block as any of the contents it had since it was last durable; writes that had not taken effect yet may have reached some of their blocks
-too. See docs/simulation.md.
+too. See docs/internals/simulation.md.
 It may not know the engine or the format: where the journal and the maps lie it is told, to name its faults by.
 """
 

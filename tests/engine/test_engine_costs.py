@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests cost in device operations: promise 4 of docs/durability.md, counted and never timed."""
+"""What requests cost in device operations: promise 4 of docs/internals/durability.md, counted and never timed."""
 
 from __future__ import annotations
 

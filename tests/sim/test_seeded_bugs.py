@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rule of docs/durability.md taken away, each fault of the original put back: random worlds must notice. A tester that misses one is
-broken.
+"""Each rule of docs/internals/durability.md taken away, each fault of the original put back: random worlds must notice. A tester that
+misses one is broken.
 
 The compiled bugs exist in the checked build only, which `make test` builds and tests too; what is Python is taken away here.
 FVD_SIM_FIRST sets the first seed; each bug prints where it was found, so that it can be played again.
@@ -231,7 +231,7 @@ def test_without_a_bug_nothing_is_found(first_seed: int) -> None:
 
 def test_every_rule_names_its_bugs() -> None:
     """Every rule has a bug, every bug is a rule's or a fault's, and the faults of the original that apply have theirs."""
-    text = (Path(__file__).parents[2] / "docs/durability.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/internals/durability.md").read_text()
     rules = {name: names(cell) for name, cell in re.findall(r"^\| (R\d+) \|.*\| ([^|]+) \|$", text, re.MULTILINE) if "`tests/" not in cell}
     faults = {int(name): names(cell) for name, cell in re.findall(r"^\| fault (\d+) \|.*\| ([^|]+) \|$", text, re.MULTILINE)}
     numbered = [int(name[1:]) for name in re.findall(r"^\| (R\d+) \|", text, re.MULTILINE)]
@@ -251,7 +251,7 @@ def test_every_rule_names_its_bugs() -> None:
 def test_every_rule_stands_where_it_is_kept() -> None:
     """In the product's own sources, not in the tester's."""
     root = Path(__file__).parents[2]
-    rules = re.findall(r"^\| (R\d+) \|", (root / "docs/durability.md").read_text(), re.MULTILINE)
+    rules = re.findall(r"^\| (R\d+) \|", (root / "docs/internals/durability.md").read_text(), re.MULTILINE)
     sources = [path for path in (root / "fvd").rglob("*.p[yx]*") if path.suffix in (".py", ".pyx", ".pxi") and "sim" not in path.parts]
     labels = set(re.findall(r"\bR\d+\b", "\n".join(path.read_text() for path in sources)))
     assert len(rules) >= 38 and set(rules) <= labels

@@ -58,7 +58,7 @@ def test_fresh_worlds(kind: Kind) -> None:
 @pytest.mark.release_only
 @pytest.mark.alone
 def test_thousands_of_requests_a_second() -> None:
-    """Crashes and reopens included, on one core, by its own clock. What it was measured to be: docs/testing.md."""
+    """Crashes and reopens included, on one core, by its own clock. What it was measured to be: docs/internals/testing.md."""
     tally = torture(1, requests=100_000, jobs=1)
     print(f"{tally.requests_per_cpu_second:.0f} simulated guest requests a second on one core")
     assert tally.requests_per_cpu_second > 2_500
