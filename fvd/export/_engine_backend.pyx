@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine behind the serving loop's seam: every call goes straight through."""
+"""An engine behind the serving loop's interface: every call goes straight through."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 

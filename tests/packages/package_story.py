@@ -142,8 +142,9 @@ def the_package_is_whole(version: str) -> None:
     assert Path(f"/usr/lib/python3/dist-packages/fvd-{version}.dist-info").is_dir()
     listed = run("dpkg", "--listfiles", "fvd").split()
     for name in (
-        *("/usr/bin/fvd-lv", "/etc/fvd", "/usr/share/man/man1/fvd-lv.1.gz", "/usr/share/bash-completion/completions/fvd-lv.bash"),
-        *("/usr/share/zsh/vendor-completions/_fvd-lv", "/usr/share/doc/fvd/copyright", "/usr/share/doc/fvd/examples/vm1.conf"),
+        *("/usr/bin/fvd-lv", "/etc/fvd", "/usr/share/man/man1/fvd-lv.1.gz", "/usr/share/man/man5/fvd.5.gz"),
+        *("/usr/share/bash-completion/completions/fvd-lv.bash", "/usr/share/zsh/vendor-completions/_fvd-lv"),
+        *("/usr/share/doc/fvd/copyright", "/usr/share/doc/fvd/examples/vm1.conf"),
     ):
         assert name in listed, f"{name} is not in the package"
     needed, wanted = run("dpkg-query", "--showformat=${Depends}\n${Recommends}", "--show", "fvd").split("\n")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words that are not used any more, each with the one that is: docs/glossary.md has the meanings.
+
+A row is a regular expression, the replacement, and the files that it is about. To use a word all the same, say why: a line with
+`words: REASON` in it is exempt, as are the files below.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.pure, pytest.mark.release_only]
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_NAMES = re.compile(r"\.(py|pyx|pxd|pxi|pyi|c|h)$|^scripts/|^Makefile$")
+CYTHON_NAMES = re.compile(r"\.(pyx|pxd|pxi)$")
+PROSE_NAMES = re.compile(r"\.(md|in|1|5)$|^fvd/cli/|^completions/|^systemd/")
+TEXT_NAMES = re.compile(rf"{SOURCE_NAMES.pattern}|{PROSE_NAMES.pattern}|\.(fvd|toml|yaml|conf)$")
+
+EXEMPT = {
+    "tests/test_words.py": "names the words",
+    "docs/benchmarks.md": "results as they were published; a new run is worded anew",
+    "docs/demo.md": "what the demos printed",
+    "CHANGELOG.md": "what was called so then",
+    "docs/glossary.md": "says what a word is not used for",
+}
+
+
+@dataclass(frozen=True)
+class Word:
+    pattern: str
+    instead: str
+    files: re.Pattern[str] = TEXT_NAMES
+    ignore_case: bool = True
+
+
+def name(pattern: str, instead: str) -> Word:
+    """Of identifiers."""
+    return Word(pattern, instead, SOURCE_NAMES, ignore_case=False)
+
+
+WORDS = [
+    # Names with more than one meaning, or more than one spelling.
+    Word(r"\bdice\b|_dice\b", "rng"),
+    Word(r"\bseams?\b", "interface"),
+    name(r"\b(MOST|MAXIMUM|LONGEST|GREATEST)_[A-Z_]+\b|\b[A-Z_]+_(MOST|LONGEST|GREATEST)\b", "..._MAX"),
+    name(r"\bLEAST_[A-Z_]+\b|\b[A-Z_]+_LEAST\b", "..._MIN"),
+    name(r"\b\w+_SECS?\b|\b[A-Z_]+_S\b", "..._SECONDS"),
+    name(r"\b(op|event|done|slot|wait|request|job|copy)_room\b", "..._capacity, journal_space or free_space"),
+    name(r"\broom_made\b|\btells_of_room\b", "space_freed, notifies_space"),
+    name(r"\bfvd\.volume\.(seams|starting|watching|offline|opening|loading)\b|\bseams\.py\b|\bsim/bench\.py\b", "the module's name now"),
+    Word(r"<(u?int(8|16|32|64)_t|size_t|double|float|char|void|long|int)( ?\*+)?> (?=[\w(&*])", "<uint64_t>x: no space", CYTHON_NAMES),
+    # Words of daily life, and sentences that were translated.
+]
+
+
+def tracked() -> list[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("git tells what is a source, and this is no checkout")
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True)
+    return [path for path in done.stdout.splitlines() if path not in EXEMPT and TEXT_NAMES.search(path) and (ROOT / path).is_file()]
+
+
+def uses(word: Word, text: str) -> list[tuple[int, str]]:
+    """Lines of `text` that use it, also where the phrase goes over the end of a line."""
+    pattern = re.compile(
+        word.pattern.replace(" ", r"(?:[ \t]|\n[ \t#*]*)") if word.ignore_case else word.pattern, re.IGNORECASE if word.ignore_case else 0
+    )
+    lines = text.splitlines()
+    numbers = sorted({text.count("\n", 0, match.start()) for match in pattern.finditer(text)})
+    return [(number + 1, lines[number].strip()) for number in numbers if "words: " not in lines[number]]
+
+
+def test_words_that_are_gone_stay_gone() -> None:
+    texts = {path: (ROOT / path).read_text(errors="replace") for path in tracked()}
+    assert len(texts) > 300
+    found = [
+        f"{path}:{number}: {word.pattern!r}: say {word.instead!r}: {line[:100]}"
+        for word in WORDS
+        for path, text in texts.items()
+        if word.files.search(path)
+        for number, line in uses(word, text)
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("path", EXEMPT)
+def test_what_is_exempt_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_table_finds_what_it_names() -> None:
+    dice = WORDS[0]
+    assert uses(dice, "a\nthrow the Dice here\n") == [(2, "throw the Dice here")]
+    assert uses(dice, "dicey; the dice  # words: a game\n") == []
+    phrase = Word(r"\bstood still\b", "was suspended")
+    assert uses(phrase, "# it stood\n    # still then") == [(1, "# it stood")]
