@@ -42,8 +42,7 @@ fuzzed: setup ## compile the fuzz build in build/fuzz
 lint: setup ## ruff (rules and format), mypy --strict, cython-lint
 	$(PY) -m ruff check . $(SCRIPTS)
 	$(PY) -m ruff format --check . $(SCRIPTS)
-	$(PY) -m mypy
-	$(PY) -m mypy examples/agent.py
+	scripts/typecheck
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd
 
 # Builds, linters and folders of tests run beside each other (scripts/run-tests): each is told whole when it ends, and ended after a limit.

@@ -110,7 +110,7 @@ class QemuDisk(Disk):
         jobs = self.ask("query-block-jobs")
         if not jobs:
             raise CannotMeasure("qemu-storage-daemon: block-stream has ended before its guest has")
-        return max(0, jobs[0]["offset"] - own_bytes)
+        return max(0, int(jobs[0]["offset"]) - own_bytes)
 
     def close(self) -> None:
         self._lines.close()

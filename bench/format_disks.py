@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fvd
-from fvd.format.geometry import Placement
+from fvd.modes import PLACEMENTS, Placement
 from machine import CannotMeasure, loop_device, need, output, server
 from uml_guest import NODE, nbd_node
 
@@ -41,7 +41,7 @@ class FormatDisk:
 
 def placements() -> list[str]:
     """fvd's, those that it has."""
-    return [placement.name.lower() for placement in Placement]
+    return list(PLACEMENTS)
 
 
 def fvd_name(placement: str) -> str:
@@ -49,7 +49,7 @@ def fvd_name(placement: str) -> str:
 
 
 @contextlib.contextmanager
-def fvd_disk(folder: Path, size_bytes: int, placement: str) -> Iterator[FormatDisk]:
+def fvd_disk(folder: Path, size_bytes: int, placement: Placement) -> Iterator[FormatDisk]:
     path = folder / "disk.sock"
     with loop_device(size_bytes + ROOM_BYTES) as device:
         fvd.provision(device, size=size_bytes, placement=placement, force=True)

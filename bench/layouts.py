@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fvd
-from fvd.format.geometry import Placement
+from fvd.modes import PLACEMENTS, Placement
 from guest_trace import PROVIDE, WRITE, Trace
 from machine import CannotMeasure, need, output
 
@@ -73,7 +73,7 @@ def raw_layout(trace: Trace) -> Layout:
     return Layout(MIB, np.arange(count, dtype=np.int64) * MIB, np.full(count, -1, np.int64))
 
 
-def fvd_layout(trace: Trace, placement: str, layout: Literal["compact", "raw"] = "compact") -> Layout:
+def fvd_layout(trace: Trace, placement: Placement, layout: Literal["compact", "raw"] = "compact") -> Layout:
     """On a sparse file, which grows by 5 GiB at a time. Zeros to be kept take a place like any data."""
     with tempfile.TemporaryDirectory(prefix="fvd-bench-", dir="/dev/shm") as folder:
         path = Path(folder) / "disk.img"
@@ -159,9 +159,8 @@ def checked(unit_bytes: int, places: Numbers, since: Numbers) -> Layout:
 def layouts() -> dict[str, Callable[[Trace], Layout]]:
     """What there is, by its name."""
     made: dict[str, Callable[[Trace], Layout]] = {"raw": raw_layout}
-    for placement in Placement:
-        name = placement.name.lower()
-        made[f"fvd {name}"] = partial(fvd_layout, placement=name)
+    for placement in PLACEMENTS:
+        made[f"fvd {placement}"] = partial(fvd_layout, placement=placement)
     for name, (image_format, options, unit_bytes) in QEMU.items():
         made[name] = partial(qemu_layout, image_format=image_format, options=options, unit_bytes=unit_bytes)
     made["fvd, raw layout"] = partial(fvd_layout, placement="append", layout="raw")

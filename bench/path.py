@@ -170,7 +170,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fvd-bench-")))
         servers = {kind: stack.enter_context(running(kind, folder, disk_bytes)) for kind in kinds}
-        runs: dict[str, Callable[[str], dict[str, Any]]] = {}
+        runs: dict[str, Callable[..., dict[str, Any]]] = {}
         for kind, served in servers.items():
             counts = kind in plan.of((FVD,), (FVD, QEMU), kinds)
             samples_it = not why_no_perf and (kind != ANSWER or plan.mode == "full")

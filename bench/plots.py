@@ -16,7 +16,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -221,7 +221,8 @@ def goal_line(plot: Plot, axes: Axes, upright: bool) -> None:
     for goal in finite([plot.get("goal")]):
         line = axes.axvline if upright else axes.axhline
         line(goal, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.85, zorder=4)
-        words, style = f"goal {short(goal)}", {"size": SMALL_SIZE, "style": "italic", "zorder": 5}
+        words = f"goal {short(goal)}"
+        style: dict[str, Any] = {"size": SMALL_SIZE, "style": "italic", "zorder": 5}
         if upright:
             axes.annotate(words, (goal, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", **style)
         else:
@@ -232,14 +233,14 @@ def one_bar(axes: Axes, position: float, thickness: float, values: list[float], 
     middle = statistics.median(values)
     base = low if low > 0 else 0
     draw = axes.bar if upright else axes.barh
-    thick = {"width": thickness} if upright else {"height": thickness}
-    start = {"bottom": base} if upright else {"left": base}
+    thick: dict[str, Any] = {"width": thickness} if upright else {"height": thickness}
+    start: dict[str, Any] = {"bottom": base} if upright else {"left": base}
     draw(position, middle - base, color=colour, linewidth=0, **thick, **start)
     if len(values) > 1:
         # White where it lies on the bar, which is dark enough; else like the text.
         for end, colour, alpha in ((min(values), "#ffffff", 0.85), (max(values), INK, 0.75)):
             pair = ([position, position], [middle, end]) if upright else ([middle, end], [position, position])
-            mark = {"marker": "_" if upright else "|", "markersize": 5, "markeredgewidth": 1.2, "markevery": [1]}
+            mark: dict[str, Any] = {"marker": "_" if upright else "|", "markersize": 5, "markeredgewidth": 1.2, "markevery": [1]}
             axes.plot(*pair, color=colour, linewidth=1.2, alpha=alpha, solid_capstyle="butt", **mark)
 
 
@@ -338,19 +339,19 @@ def lying_bars(plot: Plot, series: list[Series]) -> Figure:
     axes.grid(axis="x", color=GRID, alpha=0.22, linewidth=0.8)
     axes.set_yticks([])
     for heading, y in headings:
-        where = {"xycoords": ("figure points", "data"), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xycoords": ("figure points", "data"), "textcoords": "offset points"}
         axes.annotate(heading, (MARGIN, y), (0, 0), size=TEXT_SIZE, weight="bold", va="baseline", annotation_clip=False, **where)
     for name, y, values, its_colour in lines:
         size = TEXT_SIZE * min(1.0, (left - 12) / text_width(name, TEXT_SIZE, name in bold)) if name else TEXT_SIZE
-        style = {"size": size, "weight": "bold" if name in bold else "normal"}
-        beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
+        style: dict[str, Any] = {"size": size, "weight": "bold" if name in bold else "normal"}
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
         axes.annotate(name, (0, y), (-6, 0), ha="right", annotation_clip=False, **style, **beside)
         if not values:
             axes.annotate("not measured", (0, y), (4, 0), size=SMALL_SIZE, style="italic", **beside)
             continue
         one_bar(axes, y, BAR, values, low, its_colour, upright=False)
         end = (max(values), y)
-        label = {"size": SMALL_SIZE, "weight": style["weight"], "va": "center_baseline", "zorder": 6}
+        label: dict[str, Any] = {"size": SMALL_SIZE, "weight": style["weight"], "va": "center_baseline", "zorder": 6}
         axes.annotate(middle_label(values), end, (5, 0), textcoords="offset points", **label)
     axes.axvline(low if logarithmic else 0, color=INK, linewidth=1, alpha=0.6)
     goal_line(plot, axes, upright=True)
@@ -451,7 +452,7 @@ def described(plot: Plot) -> str:
 
 def svg(plot: Plot, *, in_page: bool, prefix: str = "") -> str:
     """The picture. `prefix`: before every id in it, so that several can stand in one page."""
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(cast(Any, SETTINGS)):
         figure = KINDS[plot["kind"]](plot)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

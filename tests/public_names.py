@@ -75,16 +75,14 @@ def api_of(module: Any) -> dict[str, Any]:
 
 def public_names() -> dict[str, Any]:
     """All of it, as plain values."""
-    fvd, aio, errors = (importlib.import_module(name) for name in ("fvd", "fvd.aio", "fvd.errors"))
+    modules: list[Any] = [importlib.import_module(name) for name in ("fvd", "fvd.aio", "fvd.errors")]
+    fvd, aio, errors = modules
+    kinds_of_errors: list[Any] = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.FvdError)]
     main, output, kinds = (importlib.import_module(name) for name in ("fvd.cli.main", "fvd.cli.output", "fvd.api.events"))
     return {
         "schema_version": [str(output.SCHEMA_VERSION)],
         "commands": options_of(main.build_parser()),
-        "errors": {
-            each.__name__: [each.kind, str(each.exit_code)]
-            for each in vars(errors).values()
-            if isinstance(each, type) and issubclass(each, errors.FvdError)
-        },
+        "errors": {each.__name__: [each.kind, str(each.exit_code)] for each in kinds_of_errors},
         "events": sorted(get_args(kinds.EventKind)),
         "fvd": api_of(fvd),
         "fvd.aio": api_of(aio),

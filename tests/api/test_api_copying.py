@@ -105,7 +105,8 @@ def test_a_disk_that_has_everything_stays_as_it_is() -> None:
 )
 def test_what_cannot_copy_says_so(disk: FakeDisk, error: type[Exception]) -> None:
     verbs = verbs_of(disk)
-    for verb in (verbs.prefetch_start, lambda: verbs.copy_on_read(True), verbs.profile_record):
+    attempts: list[Callable[[], object]] = [verbs.prefetch_start, lambda: verbs.copy_on_read(True), verbs.profile_record]
+    for verb in attempts:
         with pytest.raises(error, match=r"^file:/srv/vm1.img .*; "):
             verb()
     assert verbs.prefetch_stop()["state"] == "off"
@@ -201,7 +202,7 @@ def test_what_is_told_during_open_comes_after_served() -> None:
 def test_a_lost_base_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fvd.api")
     for kind in ("base_lost", "base_back"):
-        report(Event(kind, "vm", 1, 0.0, 0, 0))  # type: ignore[arg-type]
+        report(Event(kind, "vm", 1, 0.0, 0, 0))
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
 
 

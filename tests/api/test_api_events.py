@@ -266,7 +266,11 @@ def test_a_callback_that_raises_stops_nothing(volume: str, caplog: pytest.LogCap
 def test_a_callback_that_hangs_holds_nothing_up(volume: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(hubs, "STUCK_CALLBACK_SECONDS", 0.05)
     go = threading.Event()
-    with fvd.open(volume, on_full="wait", on_event=lambda event: go.wait(WAIT_SECONDS) and None) as disk, disk.events() as events:
+
+    def wait(event: fvd.Event) -> None:
+        go.wait(WAIT_SECONDS)
+
+    with fvd.open(volume, on_full="wait", on_event=wait) as disk, disk.events() as events:
         fill(disk)
         assert disk.pread(0, 1) == b"x"
         assert next(events).kind == "low_water"

@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def calls_on(disk: fvd.Disk) -> dict[str, Callable[[], Any]]:
         "set_copy_on_read": (True,),
     }
     names = [name for name, member in vars(fvd.Disk).items() if callable(member) and not name.startswith("_")]
-    return {name: (lambda name=name: getattr(disk, name)(*given.get(name, ()))) for name in names}
+    return {name: partial(getattr(disk, name), *given.get(name, ())) for name in names}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loops import loop_device, sparse
@@ -36,7 +37,7 @@ def volume(tmp_path: Path) -> str:
     return f"file:{tmp_path / 'vm1.img'}"
 
 
-def make(volume: str, base: Path, **options: bool) -> fvd.Provisioned:
+def make(volume: str, base: Path, **options: Any) -> fvd.Provisioned:
     return fvd.provision(volume, "32M", base=base, base_format="raw", journal_size="1M", **options)
 
 
@@ -47,7 +48,7 @@ def until(happened: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def connect(uri: str) -> nbd.NBD:
+def connect(uri: str) -> Any:
     handle = nbd.NBD()
     handle.connect_uri(uri)
     return handle

@@ -90,13 +90,14 @@ def test_no_memory_in_one_piece(disk: fvd.Disk, data: Any) -> None:
 
 
 def test_memory_of_any_type(disk: fvd.Disk) -> None:
-    numbers = np.arange(1000, dtype=np.uint32).reshape(10, 100)
+    numbers: Any = np.arange(1000, dtype=np.uint32).reshape(10, 100)
     assert disk.pwrite(8, numbers) == 4000
     back = np.zeros_like(numbers)
     assert disk.pread_into(8, back) == 4000
     assert (back == numbers).all()
     assert disk.pread(8, 4000) == numbers.tobytes()
-    for nothing in (b"", bytearray(), np.zeros(0)):
+    empty: list[Any] = [b"", bytearray(), np.zeros(0)]
+    for nothing in empty:
         assert disk.pwrite(SIZE, nothing) == 0
     assert (disk.pread_into(SIZE, bytearray()), disk.pread(SIZE, 0)) == (0, b"")
 

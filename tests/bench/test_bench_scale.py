@@ -26,7 +26,8 @@ def test_a_full_disk_and_an_empty_one_are_whole_disks(tmp_path: Path, size_bytes
         with fvd.open(f"file:{path}") as disk:
             assert disk.pread(size_bytes - 4096, 4096) == bytes(4096)
             disk.pwrite(size_bytes - 4096, b"x" * 4096)
-            assert disk.info().statistics["allocations"] == (0 if full else 1)
+            statistics = disk.info().statistics
+            assert statistics is not None and statistics["allocations"] == (0 if full else 1)
         assert fvd.check(f"file:{path}").errors == []
 
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fvd_commands import COMMAND, Done, Server
@@ -24,7 +25,7 @@ FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
 
 
-def connect(uri: str) -> nbd.NBD:
+def connect(uri: str) -> Any:
     handle = nbd.NBD()
     handle.connect_uri(uri)
     return handle
@@ -99,9 +100,9 @@ def test_a_missing_log_from_the_refusal_to_the_acknowledgement(disk: str, servin
         loss = fvd_lv("info", disk, "--output", "json").json["possible_loss"]
         assert loss["reason"] == "log_missing" and loss["seconds"] > 0
         assert f"fvd-lv acknowledge file:{Path('a').resolve()}" in fvd_lv("info", disk).out
-        told = fvd_lv("events", disk, "--history", "--count", "2").out
-        assert [json.loads(line)["kind"] for line in told.splitlines()] == ["served", "possible_loss"]
-        assert json.loads(told.splitlines()[1])["message"] == loss["message"]
+        listed = fvd_lv("events", disk, "--history", "--count", "2").out
+        assert [json.loads(line)["kind"] for line in listed.splitlines()] == ["served", "possible_loss"]
+        assert json.loads(listed.splitlines()[1])["message"] == loss["message"]
         assert any("acknowledge" in warning for warning in fvd.check(disk).warnings)
         said = server.terminate()
         assert "possible loss" in said

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from fvd_commands import Done
@@ -214,7 +215,7 @@ def test_no_message_shows_python() -> None:
             shown = part.conversion == ord("r") if isinstance(part, ast.FormattedValue) else False
             named = isinstance(part, ast.Attribute) and part.attr in ("__name__", "__class__", "__qualname__")
             called = isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id == "repr"
-            if shown or named or called:
+            if (shown or named or called) and isinstance(part, ast.expr | ast.stmt | ast.FormattedValue):
                 wrong.append(f"{path.relative_to(ROOT)}:{part.lineno}")
     for path in (ROOT / "fvd").rglob("*.p[yx][xi]"):  # Cython, which Python cannot parse
         if "sim" not in path.parts:
@@ -240,7 +241,7 @@ def test_no_message_advises_to_lose_data() -> None:
 
 def test_every_type_of_an_argument_is_ours() -> None:
     """argparse's own words for a wrong number are Python's."""
-    for parser in build_parser().commands.values():
+    for parser in cast(Any, build_parser()).commands.values():
         for action in parser._actions:
             if not isinstance(action, argparse._SubParsersAction):
                 assert action.type not in (int, float), action.option_strings

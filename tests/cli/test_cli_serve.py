@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fvd_commands import COMMAND, Done, Server
@@ -26,7 +27,7 @@ FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
 
 
-def connect(uri: str) -> nbd.NBD:
+def connect(uri: str) -> Any:
     handle = nbd.NBD()
     handle.connect_uri(uri)
     return handle

@@ -39,7 +39,7 @@ def forge(path: Path, **fields: int | bytes) -> None:
                 if isinstance(value, bytes):
                     room = SUPERBLOCK[name].itemsize
                     row[name] = np.void(value[:room].ljust(room, b"\0"))
-                    if f"{name}_size" in SUPERBLOCK.names and f"{name}_size" not in fields:
+                    if f"{name}_size" in (SUPERBLOCK.names or ()) and f"{name}_size" not in fields:
                         row[f"{name}_size"] = min(room, len(value))
                 else:
                     row[name] = value & (256 ** SUPERBLOCK[name].itemsize - 1)

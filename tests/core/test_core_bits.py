@@ -179,7 +179,7 @@ def test_empty_chunk_with_bits_refuses_nonsense() -> None:
 
 def test_views_must_fit() -> None:
     with pytest.raises(ValueError):
-        _core.bitmap_count(np.zeros(4, np.uint32), 0, 1)  # type: ignore[arg-type]
+        _core.bitmap_count(np.zeros(4, np.uint32), 0, 1)
     with pytest.raises(ValueError):
         _core.bitmap_count(np.zeros(8, np.uint64)[::2], 0, 1)
     with pytest.raises(TypeError):

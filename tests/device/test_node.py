@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def test_what_is_no_file_or_device(tmp_path: Path) -> None:
 
 def test_read_only(file: Path) -> None:
     with open_node(file, read_only=True) as node:
-        for write in (lambda: node.pwrite(0, bytes(4096)), lambda: node.zero(0, 4096)):
+        writes: list[Callable[[], None]] = [lambda: node.pwrite(0, bytes(4096)), lambda: node.zero(0, 4096)]
+        for write in writes:
             with pytest.raises(PermissionDenied, match="read-only"):
                 write()
 

@@ -298,7 +298,8 @@ def test_a_loop_that_was_away(bench: Workbench) -> None:
 def test_a_request_without_an_answer(bench: Workbench) -> None:
     server = bench.odd("skips")
     remote = bench.attach(server.uri, timeout_seconds=3)
-    results = bench.driver.run([("read_base", 0, 512), *[("read_base", 4096, 512)] * 5])
+    reads: list[Any] = [("read_base", 0, 512), *[("read_base", 4096, 512)] * 5]
+    results = bench.driver.run(reads)
     assert [result for result, _ in results] == [-errno.ETIMEDOUT, 0, 0, 0, 0, 0]
     until(lambda: bench.driver.turn(0.02) == [] and server.accepted == 2 and remote.connected)
     assert bench.driver.run([("read_base", 4096, 512)])[0] == (0, bytes(512))
@@ -557,9 +558,16 @@ def test_tls(bench: Workbench) -> None:
 
 
 def test_arguments() -> None:
-    for wrong in ({}, {"uri": "nbd://x", "command": ["x"]}, {"command": []}, {"command": ["a\0b"]}, {"uri": "nbd://x\0y"}):
+    mistakes: list[dict[str, Any]] = [
+        {},
+        {"uri": "nbd://x", "command": ["x"]},
+        {"command": []},
+        {"command": ["a\0b"]},
+        {"uri": "nbd://x\0y"},
+    ]
+    for wrong in mistakes:
         with pytest.raises(InvalidArgument):
-            Remote(**wrong)  # type: ignore[arg-type]
+            Remote(**wrong)
     for timeout_seconds in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidArgument, match="timeout_seconds"):
             Remote(uri="nbd://x", timeout_seconds=timeout_seconds)

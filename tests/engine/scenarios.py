@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from typing import Any
 
 from fvd._core import Bug
 from fvd.device._queue import Driver
-from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO
+from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO, Operation
 from fvd.sim._oracle import SECTOR_BYTES, Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
@@ -73,10 +74,10 @@ def ring_full_behind_a_slow_checkpoint() -> None:
     for _ in range(4):
         stage = Stage()
 
-        def in_maps(op: object, stage: Stage = stage) -> bool:
-            offset = op.offset_bytes  # type: ignore[attr-defined]
+        def in_maps(op: Operation, stage: Stage = stage) -> bool:
+            offset = op.offset_bytes
             geometry = stage.geometry
-            return op.kind == WRITE and geometry.bitmap_offset_bytes <= offset < geometry.data_offset_bytes  # type: ignore[attr-defined]
+            return op.kind == WRITE and geometry.bitmap_offset_bytes <= offset < geometry.data_offset_bytes
 
         for number in range(60):
             stage.submit("zero" if number % 2 else "write", 0, SECTORS_PER_BLOCK)
@@ -103,10 +104,10 @@ def failed_flush_is_remembered() -> None:
     """R10: the device fails one flush; the next one would succeed."""
     stage = Stage()
     stage.now("write", 0, 8)
-    failed = []
+    failed: list[Operation] = []
 
-    def fault(op: object) -> int:
-        if op.kind == FLUSH and not failed:  # type: ignore[attr-defined]
+    def fault(op: Operation) -> int:
+        if op.kind == FLUSH and not failed:
             failed.append(op)
             return -5
         return 0
@@ -264,7 +265,7 @@ def write_over_zeros_beside_another_write() -> None:
     stage.crash()
 
 
-def _two_durable_writes(stage: Stage) -> tuple[int, int, object, object]:
+def _two_durable_writes(stage: Stage) -> tuple[int, int, Operation, Operation]:
     """Two durable writes of committed blocks, both in the device."""
     stage.now("write", 0, 2 * SECTORS_PER_BLOCK)
     stage.now("flush")
@@ -561,7 +562,7 @@ def copies_leave_the_guest_its_reserve() -> None:
             stage.now("write", chunk * SECTORS_PER_CHUNK, 8)
 
 
-def a_trimmed_disk(**changes: object) -> Stage:
+def a_trimmed_disk(**changes: Any) -> Stage:
     """32 chunks, every second of which is trimmed for good; discards are in flight and wait."""
     stage = Stage(virtual_size_bytes=32 << 18, discard=True, **changes)
     for chunk in range(32):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fvd.engine._engine import Want
@@ -18,13 +20,13 @@ SECOND = 1_000_000_000
 ZERO_BLOCK = 1
 
 
-def copying(**changes: object) -> Stage:
+def copying(**changes: Any) -> Stage:
     stage = Stage(base_bytes=MIB, **changes)
     stage.engine.copy_on_read = True
     return stage
 
 
-def prefetching(*extents: tuple[int, int], slots: int = 8, **changes: object) -> Stage:
+def prefetching(*extents: tuple[int, int], slots: int = 8, **changes: Any) -> Stage:
     stage = Stage(base_bytes=MIB, **changes)
     stage.engine.prefetch_idle_ns = 0
     stage.engine.prefetch_depth = slots

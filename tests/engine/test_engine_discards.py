@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def places(stage: Stage) -> list[tuple[int, int]]:
     return sorted(((op.offset_bytes - start) // CHUNK_BYTES, op.length_bytes // CHUNK_BYTES) for op in stage.pending(discarding))
 
 
-def filled(chunks: int, **changes: object) -> Stage:
+def filled(chunks: int, **changes: Any) -> Stage:
     """A disk with a block in each chunk, chunk k in slot k, all committed."""
     stage = Stage(virtual_size_bytes=chunks * CHUNK_BYTES, discard=True, **changes)
     for chunk in range(chunks):

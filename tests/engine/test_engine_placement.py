@@ -16,7 +16,7 @@ SECTORS_PER_CHUNK = CHUNK // 512
 
 
 def disk(chunks: int, storage_chunks: int, placement: Placement = Placement.SPREAD, **changes: Any) -> Stage:
-    sizes = {"virtual_size_bytes": chunks * CHUNK, "chunk_size_bytes": CHUNK, "grow_step_bytes": 500 * CHUNK}
+    sizes: dict[str, Any] = {"virtual_size_bytes": chunks * CHUNK, "chunk_size_bytes": CHUNK, "grow_step_bytes": 500 * CHUNK}
     return Stage(**sizes, storage_chunks=storage_chunks, placement=placement, **changes)
 
 

@@ -106,7 +106,7 @@ def test_nothing_is_forgotten(seed: int) -> None:
     it = bench(zero_chunks=seed % 2 == 0, durable_writes=False)
     engine = it.engine
     clock, full = 0, False
-    kinds = {}
+    kinds: dict[int, str] = {}
 
     def turn() -> None:
         nonlocal clock, full

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ CHUNK_BYTES = SECTORS_PER_CHUNK * 512
 CHUNKS = 16
 
 
-def stage_of(chunks: int = CHUNKS, **changes: object) -> Stage:
+def stage_of(chunks: int = CHUNKS, **changes: Any) -> Stage:
     return Stage(virtual_size_bytes=chunks * CHUNK_BYTES, **changes)
 
 

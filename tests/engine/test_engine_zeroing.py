@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_the_note_lives_in_memory_only() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"layout": Layout.RAW}, {"base_bytes": 1 << 20}], ids=["raw layout", "base"])
-def test_never_in_the_raw_layout_or_over_a_base(changes: dict[str, object]) -> None:
+def test_never_in_the_raw_layout_or_over_a_base(changes: dict[str, Any]) -> None:
     stage = Stage(zero_chunks=True, **changes)
     stage.submit("write", 8, 8)
     assert all(op.kind != ZERO for op in stage.pending())

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nbd_client import TIMEOUT_SECONDS, Client
@@ -67,7 +68,7 @@ class Watched:
             assert first.ended()  # and its place is free
         self.before_bytes = self.memory_bytes()
 
-    def client(self, uid: int = 0, **options: bool) -> Client:
+    def client(self, uid: int = 0, **options: Any) -> Client:
         with as_user(uid) if uid else contextlib.nullcontext():
             client = Client(self.address)
         self.clients.append(client)

@@ -8,6 +8,7 @@ import itertools
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lying_server import LIES, LIES_AFTER_KILL, LyingServer
@@ -110,7 +111,7 @@ def test_qemu_nbd(tmp_path: Path, capsys: pytest.CaptureFixture[str], image_form
 
 
 def test_refusals(tmp_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"seed": 1, "requests": 1, "rounds": 1, "size_bytes": MIB, "base": False, "directory": tmp_path}
+    options: dict[str, Any] = {"seed": 1, "requests": 1, "rounds": 1, "size_bytes": MIB, "base": False, "directory": tmp_path}
     with pytest.raises(DeviceError, match="cannot connect"):
         torture_uri(f"nbd+unix:///?socket={tmp_path}/nobody", seed=1, requests=1, depth=1)
     with pytest.raises(ReadOnly, match="read-only"):

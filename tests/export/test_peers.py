@@ -101,7 +101,7 @@ class From(Client):
     def __init__(self, host: str, address: tuple[str, int]) -> None:
         connect = socket.socket.connect
         try:
-            socket.socket.connect = lambda one, to: (one.bind((host, 0)), connect(one, to))[1]  # type: ignore[method-assign,func-returns-value]
+            socket.socket.connect = lambda one, to: (one.bind((host, 0)), connect(one, to))[1]  # type: ignore[method-assign]
             super().__init__(address)
         finally:
             socket.socket.connect = connect  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from qemu_running import export, storage_daemon
 
 import fvd
 from fvd.sim._oracle import Violation
-from fvd.sim.foreign import Player
+from fvd.sim.foreign import ForeignPlayer
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 pytestmark = [pytest.mark.release_only, pytest.mark.slow]
@@ -42,7 +42,7 @@ def provision(folder: Path) -> str:
 def qemu_rounds(
     volume: str,
     folder: Path,
-    player: Player,
+    player: ForeignPlayer,
     cache: str,
     restarts: int,
     *,
@@ -94,7 +94,7 @@ def test_qemu_reconnects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     def play(number: int, cache: str) -> str:
         folder = tmp_path / cache
         folder.mkdir()
-        player = Player(21 + number, depth=64, every_write_durable=True)
+        player = ForeignPlayer(21 + number, depth=64, every_write_durable=True)
         return qemu_rounds(provision(folder), folder, player, cache, QEMU_RESTARTS)
 
     with ThreadPoolExecutor() as threads:
@@ -105,7 +105,7 @@ def test_qemu_reconnects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_restart_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM, as systemctl restart sends it: everything acknowledged is there again, flushed or not, in every cache mode."""
-    player = Player(27, depth=64, every_write_durable=True)
+    player = ForeignPlayer(27, depth=64, every_write_durable=True)
     told = qemu_rounds(provision(tmp_path), tmp_path, player, "none", QEMU_RESTARTS, cleanly=True)
     with capsys.disabled():
         print(f"\n  {told}")
@@ -113,7 +113,7 @@ def test_a_restart_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_qemu_does_not_send_again_what_was_acknowledged(tmp_path: Path, pending_dir: Path) -> None:
     """Without the log of what a killed server had acknowledged the guest loses: QEMU does not make up for it. The judge can fail."""
-    player = Player(24, depth=64, every_write_durable=True)
+    player = ForeignPlayer(24, depth=64, every_write_durable=True)
     with pytest.raises(Violation, match="after the crash"):
         qemu_rounds(
             provision(tmp_path),
@@ -132,7 +132,7 @@ def test_libnbd_connects_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     seed = 31 + CACHES.index(cache)
     rng = Random(seed)
     volume = provision(tmp_path)
-    player = Player(seed, depth=64, every_write_durable=True)
+    player = ForeignPlayer(seed, depth=64, every_write_durable=True)
     began = time.monotonic()
     with FvdServer(tmp_path, volume, "--cache", cache) as server, player:
         player.connect(server.start())

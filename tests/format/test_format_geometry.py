@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ GIB = 1 << 30
         {"virtual_size_bytes": BLOCKS_MAX * 4096, "block_size_bytes": 4096},
     ],
 )
-def test_edges_inside(good: dict[str, int]) -> None:
+def test_edges_inside(good: dict[str, Any]) -> None:
     Geometry(**good)
 
 

@@ -69,9 +69,9 @@ def test_what_was_committed_leaves() -> None:
 
 @pytest.mark.parametrize("field", ["uuid", "generation", "boot", "host", "place"])
 def test_a_log_of_another_is_not_believed(field: str) -> None:
-    other = {"generation": 8, "place": "file 1 3"}.get(field, b"x" * 16)
+    changes: dict[str, Any] = {"generation": 8, "place": "file 1 3"}
     with pytest.raises(Corrupt):
-        pending.read(fresh(), GEOMETRY, replace(IDENTITY, **{field: other}))
+        pending.read(fresh(), GEOMETRY, replace(IDENTITY, **{field: changes.get(field, b"x" * 16)}))
 
 
 def test_records_that_cannot_be() -> None:

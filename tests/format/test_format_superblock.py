@@ -247,7 +247,7 @@ def test_values_that_do_not_fit() -> None:
             BaseReference("/x", 1, unknown)  # type: ignore[arg-type]
     for change in ({"uuid": b"short"}, {"generation": 0}, {"generation": 2**64}, {"created_seconds": -1}, {"compatible_features": 2**64}):
         with pytest.raises(InvalidArgument):
-            dataclasses.replace(PLAIN, **change)  # type: ignore[arg-type]
+            dataclasses.replace(PLAIN, **change)
     with pytest.raises(InvalidArgument):
         decode(bytes(4095), 0)
     with pytest.raises(InvalidArgument):

@@ -62,18 +62,18 @@ class Take:
     def __bool__(self) -> bool:
         return self._position < len(self._data)
 
-    def bytes(self, size: int) -> bytes:
+    def take(self, size: int) -> bytes:
         self._position += size
         return self._data[self._position - size : self._position]
 
     def number(self, size: int) -> int:
-        return int.from_bytes(self.bytes(size), "little")
+        return int.from_bytes(self.take(size), "little")
 
     def byte(self) -> int:
         return self.number(1)
 
     def rest(self) -> bytes:
-        return self.bytes(len(self._data))
+        return self.take(len(self._data))
 
     def choice(self, values: Any) -> Any:
         return values[self.number(1 if len(values) <= 256 else 2) % len(values)]
@@ -271,7 +271,7 @@ def spoil(data: bytes, regions: int) -> tuple[Good, Storage]:
             _add_record(take, page, how)
         elif what <= 4:
             at = take.number(2) % PAGE_BYTES
-            raw = take.bytes(1 + how * 2)[: PAGE_BYTES - at]
+            raw = take.take(1 + how * 2)[: PAGE_BYTES - at]
             page[at : at + len(raw)] = raw
         elif what == 5:
             page[:] = page_at(take.choice(places))
@@ -310,7 +310,8 @@ def _derive(page: bytearray) -> None:
     """Lets a superblock agree with itself, if its sizes are possible."""
     row = np.frombuffer(page, SUPERBLOCK)[0]
     try:
-        geometry = Geometry(**{name: int(row[name]) for name in _CHOSEN}, layout=Layout(int(row["layout"]) & 1))
+        sizes: dict[str, Any] = {name: int(row[name]) for name in _CHOSEN}
+        geometry = Geometry(**sizes, layout=Layout(int(row["layout"]) & 1))
     except InvalidArgument:
         return
     fields: Any = SUPERBLOCK.fields
@@ -346,7 +347,7 @@ def decode_map(good: Good, storage: Storage, kind: MapKind, target: Any = None) 
     geometry = good.geometry
     if kind is MapKind.TABLE and not geometry.table_entries:
         return None
-    items = target if target is not None else maps.empty_bitmap(geometry) if kind is MapKind.BITMAP else maps.empty_table(geometry)
+    items: Any = target if target is not None else maps.empty_bitmap(geometry) if kind is MapKind.BITMAP else maps.empty_table(geometry)
     raw = storage.pread(maps.map_offset_bytes(geometry, kind), maps.map_pages(geometry, kind) * PAGE_BYTES)
     maps.decode_pages(geometry, kind, raw, good.uuid, items, 0)
     return items
@@ -373,7 +374,7 @@ class Cliff:
 
     def array(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A copy of an array at the edge. It lives until the next one."""
-        found = np.frombuffer(self._room, like.dtype, like.size, self.ROOM_BYTES - like.nbytes)
+        found: npt.NDArray[Any] = np.frombuffer(memoryview(self._room), like.dtype, like.size, self.ROOM_BYTES - like.nbytes)
         found[:] = like
         return found
 
@@ -475,9 +476,9 @@ def spoil_log(data: bytes) -> HostileLog:
             for index in range(take.byte()):
                 log(MapKind.BITMAP, index % geometry.bitmap_words, int(take.choice(INTERESTING)) if how & 1 else (1 << 64) - 1)
         elif what == 5:
-            spoilt.append((*take.choice(_LOG_CHANGEABLE), how, take.bytes(2)))
+            spoilt.append((*take.choice(_LOG_CHANGEABLE), how, take.take(2)))
         elif what == 6:
-            spoilt.append((take.number(2) % len(buffer), 1 + how, 7, take.bytes(1 + how)))
+            spoilt.append((take.number(2) % len(buffer), 1 + how, 7, take.take(1 + how)))
         else:
             sealed, end = sealed and not how & 1, take.number(2) if how & 2 else end
     if not flags & 1:

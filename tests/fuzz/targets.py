@@ -60,7 +60,7 @@ OP_READ, OP_WRITE = 0, 1
 @cache
 def stranger() -> Any:
     """The second reader of the format. Its checksum is too slow here, and tests/golden compares it with ours."""
-    module = load_golden("stranger")
+    module: Any = load_golden("stranger")
     module.crc32c = _core.crc32c
     return module
 
@@ -313,7 +313,7 @@ def target_pending(data: bytes) -> None:
 
 # --- NBD ---------------------------------------------------------------------------------------------------------------------
 
-EXPORTS = (
+EXPORTS: tuple[dict[str, hs.Export], ...] = (
     {"disk": hs.Export("disk", 0, 1 << 30, description="a disk")},
     {"a": hs.Export("a", 0, 1 << 20), "b": hs.Export("b", 1, 1 << 21, read_only=True, minimum_block_bytes=512)},
     {},
@@ -328,15 +328,15 @@ HANG_SECONDS = 20
 
 def conversation(take: Take) -> list[bytes]:
     """What a client says in a handshake: whole options, good or not, and anything in between."""
-    said = []
+    said: list[bytes] = []
     while take:
         what = take.byte() % 8
         if what == 0:
-            said.append(take.bytes(take.byte()))
+            said.append(take.take(take.byte()))
         elif what == 1:
             said.append(struct.pack(">I", take.byte() & 3))
         elif what == 2:
-            said.append(option(take.byte() & 15, take.bytes(take.byte())))
+            said.append(option(take.byte() & 15, take.take(take.byte())))
         elif what == 3:
             infos = tuple(take.byte() & 7 for _ in range(take.byte() & 7))
             said.append(go(take.choice(NAMES), infos, take.choice((hs.OPT_GO, hs.OPT_INFO))))
@@ -348,7 +348,7 @@ def conversation(take: Take) -> list[bytes]:
         elif what == 6:  # the length that it says is not the one that it has
             said.append(struct.pack(">QII", hs.OPTION_MAGIC, take.byte() & 15, take.choice(LENGTHS)) + bytes(take.byte() * 100))
         else:
-            said.append(option(take.byte() & 15, struct.pack(">I", take.choice(LENGTHS)) + take.bytes(take.byte())))
+            said.append(option(take.byte() & 15, struct.pack(">I", take.choice(LENGTHS)) + take.take(take.byte())))
     return said
 
 
@@ -380,11 +380,11 @@ def target_handshake(data: bytes) -> None:
 
 def requests(take: Take) -> list[bytes]:
     """What a client says after the handshake. A write's data may be too few or too many."""
-    said = []
+    said: list[bytes] = []
     while take and len(said) < 64:
         what = take.byte()
         if what & 7 == 0:
-            said.append(take.bytes(take.byte()))
+            said.append(take.take(take.byte()))
             continue
         offset = take.choice(OFFSETS) if what & 8 else take.number(3)
         length = take.choice(LENGTHS) if what & 16 else take.number(2)
@@ -439,7 +439,7 @@ class Served:
         for kind, items in ((MapKind.BITMAP, bitmap), (MapKind.TABLE, table)):
             assert items is not None
             pages = maps.encode_pages(geometry, kind, items, self.uuid, 0, maps.map_pages(geometry, kind))
-            os.pwrite(self.storage, pages, maps.map_offset_bytes(geometry, kind))
+            os.pwrite(self.storage, pages.tobytes(), maps.map_offset_bytes(geometry, kind))
         ring = os.pread(self.storage, geometry.journal_size_bytes, geometry.journal_offset_bytes)
         state, dirty_bitmap, dirty_table = journal.replay(geometry, self.uuid, ring, bitmap, table)
         self.engine = Engine(
@@ -556,7 +556,7 @@ def json_text(take: Take, depth: int = 0) -> bytes:
     """Something like JSON, about what the protocol speaks of."""
     what = take.byte() % 8
     if what == 0:
-        return take.bytes(take.byte() % 16)
+        return take.take(take.byte() % 16)
     if what <= 3 and depth < 4:
         items = [b'"%s":%s' % (take.choice(KEYS).encode(), json_text(take, depth + 1)) for _ in range(take.byte() % 4)]
         return b"{" + b",".join(items if depth else [b'"schema_version":1', *items]) + b"}"
@@ -571,7 +571,7 @@ def target_control(data: bytes) -> None:
     """Lines at a control socket, in both directions."""
     take = Take(data)
     step = 1 + take.byte()
-    said = []
+    said: list[bytes] = []
     while take:
         said.append(json_text(take) + b"\n" * (take.byte() & 1))
     text = b"".join(said)[: 64 << 10]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fvd.device.failures import FlushFailure
 from fvd.disk._disk_thread import DiskThread, drive
 from fvd.disk.opening import open_volume
 from fvd.disk.provision import Provisioned, provision
@@ -46,3 +47,17 @@ def crash(driver: DiskThread) -> None:
     driver.post(fail)
     driver.thread_ended(10)
     driver.volume.close()
+
+
+def failure_of(driver: DiskThread) -> FlushFailure | None:
+    """The failed flush that a disk which is open for writing knows of."""
+    assert driver.volume.failing is not None
+    return driver.volume.failing.failure
+
+
+def place_of(driver: DiskThread, chunk: int) -> int:
+    """Where a chunk that has a slot begins on storage, in bytes."""
+    geometry = driver.volume.geometry
+    _, table = driver.call(driver.volume.engine.snapshot_maps)
+    assert table is not None
+    return geometry.data_offset_bytes + int(table[chunk]) * geometry.chunk_size_bytes

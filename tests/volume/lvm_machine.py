@@ -283,7 +283,7 @@ class Machine:
         volume = self.groups.get(group, Group(0)).volumes.get(name)
         if volume is None:
             return 5, "", f'  Failed to find logical volume "{words[-1]}"'
-        match = re.fullmatch(r"lv_uuid=(\S+) && lv_tags=\{(\S+)\}", *self._after(words, "--select"))
+        match = re.fullmatch(r"lv_uuid=(\S+) && lv_tags=\{(\S+)\}", self._after(words, "--select")[0])
         assert match is not None
         if match[1] != volume.uuid or match[2] not in volume.tags:
             return 0, "", ""
@@ -404,6 +404,12 @@ class Machine:
             "lv_health_status": "",
             **self._group_state(group),
         }
+
+    def activate(self, full_name: str, volume: Volume | None) -> None:
+        """By hand, as an administrator would."""
+        assert volume is not None
+        group, _, name = full_name.partition("/")
+        self._activate(group, name, volume)
 
     def _activate(self, group: str, name: str, volume: Volume) -> None:
         os.truncate(volume.backing, volume.size)

@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from fvd.base.steering import Decision, Steering, sample_between
 
@@ -137,7 +138,7 @@ class Copier:
             self.reading += 1
             end_ns = self.base.serve(now, size_bytes)
             end_ns += round((end_ns - now) * self.jitter * self.rng.random())
-            self.timeline.at(end_ns, lambda begin=now, size=size_bytes: self.read_ended(begin, size))
+            self.timeline.at(end_ns, partial(self.read_ended, now, size_bytes))
 
     def read_ended(self, begin_ns: int, size_bytes: int) -> None:
         now, counters = self.timeline.now_ns, self.counters

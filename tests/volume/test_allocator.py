@@ -30,6 +30,8 @@ class FakeEngine:
         self.size = STEP
         self.used = 0
         self.want = 0
+        self.no_room = False
+        self.starved_count = 0
         self.exhausted = False
         self.wake_below_bytes = 0
 
@@ -317,8 +319,11 @@ def test_what_was_posted_before_close_does_nothing_after_it() -> None:
 
 
 def test_a_listener_that_fails_stops_nothing() -> None:
+    def fails(event: GrowthEvent) -> None:
+        raise ZeroDivisionError
+
     world = World()
-    world.allocator.on_event = lambda event: 1 // 0
+    world.allocator.on_event = fails
     world.fill(0)
     world.step()
     assert world.engine.size == 2 * STEP

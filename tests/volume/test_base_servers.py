@@ -127,7 +127,7 @@ def test_readers_share_an_image_and_a_writer_is_refused(tmp_path: Path) -> None:
 def test_an_image_that_somebody_writes_to_is_refused(tmp_path: Path) -> None:
     path = make_image(tmp_path / "image", "qcow2")
     reference = examine_base(path, "qcow2")
-    command = ["qemu-io", "-f", "qcow2", path]
+    command = ["qemu-io", "-f", "qcow2", str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as writer:
         try:
             assert writer.stdin is not None and writer.stdout is not None

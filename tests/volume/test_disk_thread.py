@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def test_what_is_written_is_read(path: Path, blocking: bool) -> None:
 def test_buffers_of_every_kind(path: Path) -> None:
     make(path)
     with driven(path) as driver:
-        for number, data in enumerate((b"bytes", bytearray(b"array"), memoryview(b"views"), array.array("H", [1, 2, 3]))):
+        kinds: list[Any] = [b"bytes", bytearray(b"array"), memoryview(b"views"), array.array("H", [1, 2, 3])]
+        for number, data in enumerate(kinds):
             driver.pwrite(number * 512, data)
             assert driver.pread(number * 512, len(bytes(data))) == bytes(data)
         buffer = bytearray(b"-" * 10)
@@ -161,10 +162,12 @@ def test_a_disk_grows_before_it_is_needed(path: Path) -> None:
     make(path)
     events: list[GrowthEvent] = []
     with driven(path, on_event=events.append) as driver:
+        allocator = driver.volume.allocator
+        assert allocator is not None
         for chunk in range(64):
             driver.pwrite(chunk * MIB, bytes([chunk + 1]) * MIB)
             # The step is instant here; the guest is given the time that a step would have in the reserve.
-            until(lambda: driver.volume.engine.free_slots >= 8 or driver.volume.allocator.storage.size_bytes() == 66 * MIB)
+            until(lambda: driver.volume.engine.free_slots >= 8 or allocator.storage.size_bytes() == 66 * MIB)
         assert driver.call(driver.volume.engine.statistics)["waited_for_space"] == 0
         for chunk in range(64):
             assert driver.pread(chunk * MIB, MIB) == bytes([chunk + 1]) * MIB
@@ -175,6 +178,7 @@ def test_a_disk_grows_before_it_is_needed(path: Path) -> None:
 def test_extend_now_while_driven(path: Path) -> None:
     make(path)
     with driven(path) as driver:
+        assert driver.volume.allocator is not None
         assert driver.volume.allocator.extend_now(5 * MIB).result(20) == 21 * MIB
         assert driver.volume.engine.free_slots == 19
 
@@ -286,7 +290,13 @@ def test_a_closed_disk_says_so(path: Path) -> None:
     driver.close()
     driver.close()
     assert driver.closed
-    for call in (lambda: driver.pread(0, 1), lambda: driver.pwrite(0, b"x"), driver.flush, lambda: driver.call(list)):
+    calls: list[Callable[[], object]] = [
+        lambda: driver.pread(0, 1),
+        lambda: driver.pwrite(0, b"x"),
+        driver.flush,
+        lambda: driver.call(list),
+    ]
+    for call in calls:
         with pytest.raises(DeviceError, match="closed"):
             call()
     driver.post(lambda: 1 // 0)

@@ -24,7 +24,12 @@ KIB, MIB = 1 << 10, 1 << 20
 def test_maps_full_of_foreign_bytes_are_listed_in_part(tmp_path: Path) -> None:
     """A hostile volume must not fill the memory of whoever looks at it."""
     path = tmp_path / "disk"
-    sizes = {"virtual_size_bytes": 4 << 30, "block_size_bytes": 4 * KIB, "chunk_size_bytes": 64 * KIB, "journal_size_bytes": 64 * KIB}
+    sizes: dict[str, Any] = {
+        "virtual_size_bytes": 4 << 30,
+        "block_size_bytes": 4 * KIB,
+        "chunk_size_bytes": 64 * KIB,
+        "journal_size_bytes": 64 * KIB,
+    }
     provision(f"file:{path}", grow_step_bytes=MIB, **sizes)
     geometry = Geometry(grow_step_bytes=MIB, **sizes)
     with path.open("r+b") as file:

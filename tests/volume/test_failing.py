@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from disks import MIB, make, start
+from disks import MIB, failure_of, make, start
 from fvd.device.failures import Failures, FlushFailure
 from fvd.disk.failing import FailureWatch
 from fvd.errors import DeviceError
@@ -37,7 +37,7 @@ class FakeEngine:
 
 class Disk:
     def __init__(self, failures: Failures, name: str, devices: frozenset[int] = HERE) -> None:
-        self.engine: Any = FakeEngine()
+        self.engine = cast(Any, FakeEngine())
         self.posted: list[Callable[[], None]] = []
         self.watch = FailureWatch(name, self.engine, lambda: devices, failures=failures, clock=lambda: 99.0)
 
@@ -125,9 +125,10 @@ def test_real_disks(tmp_path: Path) -> None:
         fail_a_flush_of(drivers[0])
     for driver in drivers:
         deadline = time.monotonic() + 10
-        while driver.volume.failing.failure is None and time.monotonic() < deadline:
+        while failure_of(driver) is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        assert driver.volume.failing.failure.source == str(paths[0])
+        failure = failure_of(driver)
+        assert failure is not None and failure.source == str(paths[0])
         with pytest.raises(DeviceError, match="Input/output error"):
             driver.flush()
         assert driver.pread(0, 1) == b"x"

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from disks import MIB, make
-from fvd.disk._load import LoadDriver, load
+from fvd.disk._load import LoadThread, load
 from fvd.disk.opening import open_volume
 from fvd.errors import InvalidArgument, ReadOnly
 from fvd.inspect.check import check
@@ -23,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def loaded(path: Path, read_only: bool = False, blocking: bool = False) -> Iterator[LoadDriver]:
+def loaded(path: Path, read_only: bool = False, blocking: bool = False) -> Iterator[LoadThread]:
     driver = load(open_volume(f"file:{path}", read_only=read_only), force_blocking=blocking)
     try:
         yield driver
@@ -34,7 +35,7 @@ def loaded(path: Path, read_only: bool = False, blocking: bool = False) -> Itera
 @pytest.mark.parametrize("blocking", [False, True])
 def test_so_many_writes_one_after_the_other(path: Path, blocking: bool) -> None:
     make(path)
-    times_ns = np.zeros(5, np.uint32)
+    times_ns: Any = np.zeros(5, np.uint32)
     with loaded(path, blocking=blocking) as driver:
         assert driver.run(write=True, random=False, block_bytes=MIB, depth=3, requests=8, times_ns=times_ns)[0] == 8
         assert times_ns.all()

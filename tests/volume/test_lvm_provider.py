@@ -101,10 +101,12 @@ def test_one_growth_step_is_one_lvextend(machine: Machine, name: str) -> None:
     with drive(open_volume(name)) as driver:
         machine.commands.clear()
         at: list[tuple[str, int]] = []
-        driver.volume.allocator.on_event = lambda event: at.append((event.kind, len(machine.used("lvextend"))))
+        allocator = driver.volume.allocator
+        assert allocator is not None
+        allocator.on_event = lambda event: at.append((event.kind, len(machine.used("lvextend"))))
         for chunk in range(100):
             driver.pwrite(chunk * MIB, b"x")
-        done = driver.call(lambda: driver.volume.allocator.figures()["extend_steps"])
+        done = driver.call(lambda: allocator.figures()["extend_steps"])
     steps = [count for kind, count in at if kind == "extend_done"]
     assert steps == list(range(1, len(steps) + 1)) and done >= len(steps) >= 3
     assert {words[0] for words in machine.commands[:-1]} == {"lvextend", "vgs"}
@@ -215,7 +217,7 @@ def test_a_look_leaves_a_volume_as_it_was(machine: Machine, name: str) -> None:
     assert volume is not None
     look(name)
     assert volume.device is None
-    machine._activate(*name.split("/"), volume)
+    machine.activate(name, volume)
     look(name)
     check(name)
     dump(name)
@@ -239,7 +241,7 @@ def test_a_look_beside_others_leaves_nothing_active_that_was_not(machine: Machin
     first.close()
     second.close()
     assert volume.device is None
-    machine._activate(*name.split("/"), volume)
+    machine.activate(name, volume)
     first, second = provider.attach(parsed, looking=True), provider.attach(parsed, looking=True)
     first.close()
     second.close()
@@ -282,7 +284,7 @@ def test_a_node_that_leads_to_another_volume_is_refused(machine: Machine, name: 
     other = f"{name}-other"
     make(other)
     for volume in (name, other):
-        machine._activate(*volume.split("/"), machine.volume(volume))  # type: ignore[arg-type]
+        machine.activate(volume, machine.volume(volume))
     Path(f"/dev/{name}").unlink()
     Path(f"/dev/{name}").symlink_to(f"/dev/{other}")
     for verb in (look, open_volume, remove, extend):

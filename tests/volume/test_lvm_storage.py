@@ -57,7 +57,7 @@ def refreshed(machine: Machine, name: str) -> bool:
 
 
 def instead_of_lvextend(machine: Machine, what: Callable[[], tuple[int, str, str]]) -> None:
-    machine._lvextend = lambda words: what()  # type: ignore[method-assign,assignment]
+    machine._lvextend = lambda words: what()  # type: ignore[method-assign]
 
 
 def test_it_grows(machine: Machine, name: str) -> None:
@@ -325,7 +325,7 @@ def test_metadata_that_is_ahead_of_the_device(machine: Machine, name: str) -> No
 @pytest.mark.parametrize("committed", [False, True])
 @pytest.mark.parametrize("left", ["nothing", "loaded", "suspended", "used"])
 def test_attaching_mends_what_a_dead_process_left(machine: Machine, name: str, committed: bool, left: str) -> None:
-    machine._activate(*name.split("/"), there(machine, name))
+    machine.activate(name, there(machine, name))
     volume = there(machine, name)
     if committed:
         machine.commit(volume, 32 * MIB)
@@ -379,6 +379,7 @@ def test_writes_wait_for_a_full_group_and_go_on_when_it_grows(machine: Machine, 
             while "group_full" not in events or not driver.call(lambda: driver.volume.engine.waiting_writes):
                 time.sleep(0.01)
             machine.groups[volume.group].size = 128 * MIB
+            assert driver.volume.allocator is not None
             driver.volume.allocator.on_space_freed()
 
         thread = threading.Thread(target=ensure_size)

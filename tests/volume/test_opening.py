@@ -508,7 +508,8 @@ def test_a_disk_without_a_base_releases_none(path: Path) -> None:
 
 class FakeCopying:
     def __init__(self, engine: Any, **options: Any) -> None:
-        self.engine, self.options, self.started = engine, options, []
+        self.engine, self.options = engine, options
+        self.started: list[Any] = []
 
     def start(self, options: PrefetchOptions) -> None:
         self.started.append(options)

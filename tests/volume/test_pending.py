@@ -327,7 +327,7 @@ def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
     with driven(path) as driver:
         assert driver.pread(0, 4096) == A
         _, table_now = driver.call(driver.volume.engine.snapshot_maps)
-        assert table_now[1] == 9
+        assert table_now is not None and table_now[1] == 9
 
 
 def test_each_part_must_be_possible_whoever_looks(path: Path, pending_dir: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -48,7 +50,10 @@ def kinds(actions: list[Action]) -> list[str]:
     return [action.kind if isinstance(action, GrowthEvent) else type(action).__name__ for action in actions]
 
 
-def only(actions: list[Action], kind: type) -> Action:
+A = TypeVar("A", bound=Action)
+
+
+def only(actions: list[Action], kind: type[A]) -> A:
     (found,) = [action for action in actions if isinstance(action, kind)]
     return found
 

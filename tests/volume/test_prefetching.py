@@ -139,7 +139,7 @@ class Disk:
         return self.copying.status()
 
     def state(self) -> str:
-        return self.status["state"]
+        return str(self.status["state"])
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pytest
 
 import fvd
+from fvd.modes import CacheMode
 from fvd.sim._base import base_content
 
 pytestmark = [pytest.mark.release_only, pytest.mark.slow]
@@ -216,7 +217,7 @@ class Expected:
 
 
 def lives(
-    shape: Shape, cache: str, rounds: int, folder: Path, nursery: Nursery, seed: int, between: Callable[[], None] = lambda: None
+    shape: Shape, cache: CacheMode, rounds: int, folder: Path, nursery: Nursery, seed: int, between: Callable[[], None] = lambda: None
 ) -> str:
     """A disk in the hands of one process after the other, each of them killed; returns what was done, for people.
 
@@ -262,7 +263,7 @@ def lives(
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.name in ALWAYS], ids=lambda shape: shape.name)
 def test_nothing_acknowledged_is_lost(
-    shape: Shape, cache: str, tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]
+    shape: Shape, cache: CacheMode, tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = lives(shape, cache, ROUNDS, tmp_path, nursery, time.time_ns() // 1000 % (1 << 40))
     with capsys.disabled():
@@ -280,7 +281,7 @@ def test_without_the_log_it_is(tmp_path: Path, nursery: Nursery, pending_dir: Pa
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_nothing_is_lost_in_many_deaths(
-    shape: Shape, cache: str, tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]
+    shape: Shape, cache: CacheMode, tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = lives(shape, cache, LONG_ROUNDS, tmp_path, nursery, time.time_ns() // 1000 % (1 << 40))
     with capsys.disabled():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations as pairs
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from allpairspy import AllPairs
@@ -25,7 +25,7 @@ from random_load import RandomLoad
 from real_bases import KINDS, RealBase, contents, real_base
 
 import fvd
-from fvd.sim.foreign import Player
+from fvd.sim.foreign import ForeignPlayer
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 pytest.importorskip("fvd.device._remote", reason="libnbd is not installed")
@@ -128,7 +128,7 @@ def test_combination(combination: Combination, tmp_path: Path) -> None:
             volume,
             combination.size,
             base=base.name,
-            base_format=base.format,
+            base_format=cast(fvd.BaseFormat, base.format),
             truncate_base=combination.base_bytes > combination.size,
             copy_on_read=combination.copy_on_read,
             prefetch=combination.prefetch,
@@ -205,7 +205,7 @@ def assert_at_the_end(combination: Combination, volume: str, base: RealBase, com
 # --- In one that is killed ---------------------------------------------------------------------------------------------------------
 
 
-class KnowingPlayer(Player):
+class KnowingPlayer(ForeignPlayer):
     """Knows what a disk is to show at first, and judges what a kill left by an open that writes nothing: neither makes copies."""
 
     def __init__(self, seed: int, shown: bytes, cache: str, look: Callable[[], bytes]) -> None:

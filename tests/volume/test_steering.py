@@ -154,7 +154,7 @@ def test_pauses_double_up_to_half_a_minute_and_are_random() -> None:
     def pauses(seed: int) -> list[float]:
         steps = Steps(seed)
         steps.reading(8)
-        found = []
+        found: list[float] = []
         while len(found) < 8:
             state = steps.reading(read_ms=100).state
             if state == "paused":

@@ -135,13 +135,17 @@ def record(scene: Scene) -> None:
 
 
 def swaps(scene: Scene) -> dict[str, Swap]:
+    def half_made() -> None:
+        for path in scene.his.glob("*.new-*"):
+            scene.plant(path, scene.secret / "plain")
+
     return {
         "the disk": lambda: scene.plant(scene.disk, scene.victim),
         "a disk that is not there": lambda: scene.plant(scene.disk, scene.secret / "new.img"),
         "what is half made": lambda: scene.plant(scene.his / ".vm.img.fvd-provision", scene.victim),
         "a profile": lambda: scene.plant(scene.profile, scene.secret / "gold.fvd-profile"),
         "a profile that is not there": lambda: scene.plant(scene.profile, scene.secret / "new.fvd-profile"),
-        "a half-made profile": lambda: [scene.plant(path, scene.secret / "plain") for path in scene.his.glob("*.new-*")] and None,
+        "a half-made profile": half_made,
         "the folder": scene.swap_folder,
     }
 

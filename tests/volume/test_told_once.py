@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from loops import loop_device, mounted, run, sparse
 
-from disks import MIB, driven, make, start
+from disks import MIB, driven, failure_of, make, place_of, start
 from fvd.device import node as node_module
 from fvd.device.stack import Stack, stack_of
 from fvd.disk._disk_thread import DiskThread
@@ -140,12 +140,6 @@ def cached_medium(folder: Path) -> Iterator[Medium]:
 def durable_writes_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device that does not run out of room: RWF_DSYNC, whose failure cannot be told from another write's."""
     monkeypatch.setattr(node_module, "stack_of", lambda status, **about: Stack(stack_of(status, **about).devices, False))
-
-
-def place_of(driver: DiskThread, chunk: int) -> int:
-    geometry = driver.volume.geometry
-    slot = driver.call(lambda: int(driver.volume.engine.snapshot_maps()[1][chunk]))
-    return geometry.data_offset_bytes + slot * geometry.chunk_size_bytes
 
 
 @contextmanager
@@ -331,9 +325,10 @@ def test_two_disks_of_one_device(tmp_path: Path) -> None:
             medium.mend()
             with pytest.raises(DeviceError, match=r"Input/output|No space"):
                 other.flush()
-            failure = other.volume.failing.failure
+            failure = failure_of(other)
             assert failure is not None and failure.source == f"file:{paths[0]}" and abs(failure.seconds - time.time()) < 60
-            assert one.volume.failing.failure is not None and one.volume.failing.failure.source == f"file:{paths[0]}"
+            own = failure_of(one)
+            assert own is not None and own.source == f"file:{paths[0]}"
             for driver in (one, other):
                 with pytest.raises(DeviceError):
                     driver.close()

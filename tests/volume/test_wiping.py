@@ -273,7 +273,7 @@ def test_a_provision_that_fails_over_what_is_to_be_wiped_leaves_it(
     found = machine.volume(name)
     assert found is not None
     found.tags = {"fvd.unfinished", "fvd.wipe"}
-    machine._activate(*name.split("/"), found)  # by hand, so that it is not made anew
+    machine.activate(name, found)  # by hand, so that it is not made anew
 
     def fail(*_: object, **__: object) -> None:
         raise DeviceError("as the test wished")

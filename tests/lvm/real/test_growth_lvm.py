@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nbd
 import numpy as np
@@ -21,7 +22,7 @@ import fvd
 from fvd.lvm import dm, runner
 from fvd.lvm.commands import Lvm
 
-SMALL = {"journal_size": "1M", "grow_step": "64M"}
+SMALL: dict[str, Any] = {"journal_size": "1M", "grow_step": "64M"}
 
 
 def content(chunk: int, length: int = 64 * KIB) -> bytes:
@@ -326,7 +327,8 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         monkeypatch.setattr(runner, "TERM_SECONDS", 0.5)
         allocator = disk._thread.volume.allocator
         assert allocator is not None
-        allocator.storage._lvm = Lvm(timeout_seconds=2.0)
+        storage: Any = allocator.storage
+        storage._lvm = Lvm(timeout_seconds=2.0)
         fcntl.flock(held, fcntl.LOCK_EX)
         begun = time.monotonic()
         with pytest.raises(fvd.Timeout, match="did not end within 2 s"):
@@ -334,7 +336,7 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         assert time.monotonic() - begun < 20
         disk.pwrite(0, b"x")  # there is room, and nothing is suspended
         fcntl.flock(held, fcntl.LOCK_UN)
-        allocator.storage._lvm = Lvm()
+        storage._lvm = Lvm()
         disk.extend()
         assert disk.info().storage_size >= 128 * MIB
 
@@ -371,7 +373,8 @@ def test_devices_of_others_and_of_the_group(group: Group, spare_device: str, tmp
         return real(words, timeout_seconds)
 
     monkeypatch.setattr(runner, "run_command", record)
-    first, events = group.devices[0], []
+    events: list[fvd.Event] = []
+    first = group.devices[0]
     with fvd.open(volume, on_event=events.append) as disk:
         with silent_device(tmp_path):
             begun = time.monotonic()

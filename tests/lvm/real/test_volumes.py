@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from real_devices import GIB, MIB, Group, Server, fvd_lv, load_module, run, settle
 
 import fvd
 
-SMALL = {"journal_size": "1M", "grow_step": "64M"}
+SMALL: dict[str, Any] = {"journal_size": "1M", "grow_step": "64M"}
 Serving = Callable[..., AbstractContextManager[Server]]
 SECRET = b"another tenant's secret. " * 2621 + bytes(11)  # 64 KiB
 assert len(SECRET) == 65536
