@@ -28,17 +28,6 @@ STILL_LONGER: dict[str, int] = {
     "fvd/sim/_device.pyx": 820,
     "fvd/sim/_player.pyx send": 89,
     "fvd/disk/_disk_thread.pyx request": 72,
-    "fvd/api/serving.py open": 80,
-    "fvd/disk/opening.py open_volume": 132,
-    "fvd/disk/provision.py provision": 116,
-    "fvd/inspect/info.py info": 71,
-    "scripts/demo story": 81,
-    "scripts/demo_lvm.py story": 109,
-    "scripts/make-completions bash": 71,
-    "tests/fuzz/hostile.py spoil_log": 76,
-    "tests/golden/stranger.py open_disk": 89,
-    "tests/lvm/lvm2_story.py story": 77,
-    "tests/volume/test_policy.py": 830,
 }
 
 pytestmark = [pytest.mark.release_only, pytest.mark.pure]

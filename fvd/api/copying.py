@@ -11,21 +11,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fvd.api.types import PrefetchOptions
+from fvd.base.options import PrefetchOptions
 from fvd.errors import InvalidArgument, ReadOnly
 from fvd.units import parse_size
 
 if TYPE_CHECKING:
     from fvd.base.copying import FoundProfile
-    from fvd.base.copying import PrefetchOptions as VolumeOptions
     from fvd.disk.opening import OpenVolume
     from fvd.disk.view import View
-
-# Superblock: compatible_features, what an open does that does not say otherwise (fvd/FORMAT.md).
-_COPY_ON_READ, _PREFETCH = 1, 2
-
 
 # --- What is asked for ------------------------------------------------------------------------------------------------------------
 
@@ -53,16 +49,14 @@ def checked_options(options: PrefetchOptions) -> PrefetchOptions:
     return options
 
 
-def volume_options(options: PrefetchOptions | bool | None) -> VolumeOptions | bool | None:
+def volume_options(options: PrefetchOptions | bool | None) -> PrefetchOptions | bool | None:
     """As the layer below takes them. Raises InvalidArgument."""
     return options if options is None or isinstance(options, bool) else _for_volume(options)
 
 
-def _for_volume(options: PrefetchOptions) -> VolumeOptions:
-    from fvd.base.copying import PrefetchOptions as VolumeOptions
-
+def _for_volume(options: PrefetchOptions) -> PrefetchOptions:
     checked = checked_options(options)
-    return VolumeOptions(delay_s=checked.delay_s, rate_bytes=checked.rate_bytes, profile=absolute(checked.profile))
+    return replace(checked, profile=absolute(checked.profile))
 
 
 def allowed_bases(allow: Sequence[str]) -> tuple[str, ...]:
@@ -173,7 +167,7 @@ def info_of_open(disk: OpenVolume) -> dict[str, Any]:
     found = None if disk.superblock.base is None else status(disk)
     return {
         "copy_on_read": found is not None and found["copy_on_read"],
-        "prefetch_default": found is not None and bool(disk.superblock.compatible_features & _PREFETCH),
+        "prefetch_default": found is not None and disk.superblock.prefetch,
         "prefetch": found,
         "base_released": _released(disk),
     }
@@ -183,14 +177,15 @@ def info_of_closed(view: View) -> dict[str, Any]:
     """The same, of a closed one: from its maps and its superblock."""
     from fvd import _core
 
-    base, geometry, features = view.superblock.base, view.geometry, view.superblock.compatible_features
+    superblock, geometry = view.superblock, view.geometry
+    base = superblock.base
     released = False
     if base is not None:
         blocks = -(-min(base.size_bytes, geometry.virtual_size_bytes) // geometry.block_size_bytes)
         released = _core.bitmap_count(view.bitmap, 0, blocks) == blocks
     return {
-        "copy_on_read": base is not None and bool(features & _COPY_ON_READ),
-        "prefetch_default": base is not None and bool(features & _PREFETCH),
+        "copy_on_read": base is not None and superblock.copy_on_read,
+        "prefetch_default": base is not None and superblock.prefetch,
         "prefetch": None,
         "base_released": released,
     }

@@ -25,6 +25,7 @@ from fvd.api.types import (
     info_from_json,
 )
 from fvd.api.verbs import map_from_json
+from fvd.disk.options import OpenOptions
 from fvd.errors import DeviceError
 from fvd.modes import CacheMode, OnFull
 from fvd.units import parse_size
@@ -64,28 +65,28 @@ def open(
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing), PermissionDenied,
     InvalidArgument, OutOfMemory, DeviceError. Interrupted (KeyboardInterrupt, or whatever a signal handler raises), nothing is left open.
     """
-    options: dict[str, Any] = {
-        "read_only": read_only,
-        "cache": cache,
-        "on_full": on_full,
-        "zero_chunks": zero_chunks,
-        "copy_on_read": copy_on_read,
-        "prefetch": volume_options(prefetch),
-        "base_timeout_s": base_timeout_s,
-        "discard_pending": discard_pending,
-        "base_allow": allowed_bases(base_allow),
-    }
+    options = OpenOptions(
+        read_only=read_only,
+        cache=cache,
+        on_full=on_full,
+        zero_chunks=zero_chunks,
+        copy_on_read=copy_on_read,
+        prefetch=volume_options(prefetch),
+        base_timeout_s=base_timeout_s,
+        discard_pending=discard_pending,
+        base_allow=allowed_bases(base_allow),
+    )
     return whole(functools.partial(_open, volume, on_event, options), Disk.close, "fvd-open")
 
 
-def _open(volume: str, on_event: Callable[[Event], None] | None, options: dict[str, Any]) -> Disk:
+def _open(volume: str, on_event: Callable[[Event], None] | None, options: OpenOptions) -> Disk:
     from fvd.disk._disk_thread import drive
     from fvd.disk.opening import open_volume
     from fvd.volume.name import parse_name
 
     name = parse_name(volume)
     hub = Hub(str(name))
-    opened = open_volume(name, on_event=hub.tell, **options)
+    opened = open_volume(name, options, on_event=hub.tell)
     try:
         checkpoint()
         hub.attach(opened)

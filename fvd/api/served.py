@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fvd._lifetime import Handle, whole
@@ -21,6 +22,7 @@ from fvd.api.types import (
     from_json,
     info_from_json,
 )
+from fvd.disk.options import OpenOptions
 from fvd.errors import InvalidArgument
 from fvd.modes import CacheMode, OnFull
 from fvd.units import parse_size
@@ -28,6 +30,19 @@ from fvd.units import parse_size
 if TYPE_CHECKING:
     from fvd.api.opened import OpenedVerbs
     from fvd.export.listening import Socket
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(OpenOptions):
+    """The options of `serve`: those of each disk, where it is served, and who hears of what happens."""
+
+    socket: str | os.PathLike[str] | None = None
+    listen: str | tuple[str, int] | None = None
+    listeners: Sequence[Socket] | None = None
+    socket_mode: int = 0o600
+    socket_group: str | int | None = None
+    on_end: Callable[[], None] | None = None
+    on_event: Callable[[Event], None] | None = None
 
 
 def serve(
@@ -63,8 +78,7 @@ def serve(
     Raises NotFound, InUse (a volume or the address), Corrupt, Unsupported, Conflict (the base has changed, or such a log is missing),
     PermissionDenied. Interrupted (KeyboardInterrupt, or whatever a signal handler raises), nothing is served and nothing left open.
     """
-    served = Served(
-        volumes,
+    options = ServeOptions(
         socket=socket,
         listen=listen,
         listeners=listeners,
@@ -82,6 +96,7 @@ def serve(
         on_end=on_end,
         on_event=on_event,
     )
+    served = Served(volumes, options)
     served.open()
     return served
 
@@ -93,9 +108,9 @@ class Served(Handle):
     ResourceWarning. An exception of a signal handler (KeyboardInterrupt) leaves ``serve`` and ``close`` wholly done or wholly undone.
     """
 
-    def __init__(self, volumes: tuple[str, ...], **options: Any) -> None:
+    def __init__(self, volumes: tuple[str, ...], options: ServeOptions) -> None:
         """As ``serve``, which it does not do before ``open``."""
-        self._serving = Serving(volumes, **options)
+        self._serving = Serving(volumes, options)
         self._names = ", ".join(volumes)
 
     def open(self) -> None:

@@ -6,25 +6,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fvd._lifetime import checkpoint
 from fvd.api.address import parse_listen
 from fvd.api.copying import allowed_bases, volume_options
-from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
+from fvd.api.events import Deliveries, EventStream, Hub, HubStream, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
-from fvd.api.types import Export, PrefetchOptions
+from fvd.api.types import Export
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound
-from fvd.modes import CacheMode, OnFull
 
 if TYPE_CHECKING:
+    from fvd.api.served import ServeOptions
     from fvd.control.server import ControlServer
     from fvd.control.streaming import Stream
     from fvd.disk.opening import OpenVolume
-    from fvd.export.listening import Listen, Socket
+    from fvd.export.listening import Listen
     from fvd.export.server import NbdServer
     from fvd.volume.name import VolumeName
 
@@ -35,48 +36,13 @@ READY_SECONDS = 60.0
 class Serving:
     """The disks, their server and their control sockets, from `open` to `close`. Whoever made it may be gone: its threads keep it."""
 
-    def __init__(
-        self,
-        volumes: tuple[str, ...],
-        *,
-        socket: str | os.PathLike[str] | None,
-        listen: str | tuple[str, int] | None,
-        listeners: Sequence[Socket] | None,
-        cache: CacheMode,
-        read_only: bool,
-        on_full: OnFull,
-        zero_chunks: bool,
-        socket_mode: int,
-        socket_group: str | int | None,
-        copy_on_read: bool | None,
-        prefetch: PrefetchOptions | bool | None,
-        base_timeout_s: float,
-        discard_pending: bool,
-        base_allow: Sequence[str] = (),
-        on_end: Callable[[], None] | None,
-        on_event: Callable[[Event], None] | None,
-    ) -> None:
+    def __init__(self, volumes: tuple[str, ...], options: ServeOptions) -> None:
         if not volumes:
             raise InvalidArgument("name at least one volume to serve")
-        if [socket, listen, listeners].count(None) != 2:
+        if [options.socket, options.listen, options.listeners].count(None) != 2:
             raise InvalidArgument("say where to serve: either socket=PATH or listen=HOST:PORT, or listeners that are there already")
         self._names = volumes
-        self._socket = socket
-        self._listen = listen
-        self._listeners = listeners
-        self._cache = cache
-        self._read_only = read_only
-        self._on_full = on_full
-        self._zero_chunks = zero_chunks
-        self._socket_mode = socket_mode
-        self._socket_group = socket_group
-        self._copy_on_read = copy_on_read
-        self._prefetch = volume_options(prefetch)
-        self._base_timeout_seconds = base_timeout_s
-        self._discard_pending = discard_pending
-        self._base_allow = allowed_bases(base_allow)
-        self._on_end = on_end
-        self._on_event = on_event
+        self._options = replace(options, prefetch=volume_options(options.prefetch), base_allow=allowed_bases(options.base_allow))
         self._server: NbdServer | None = None
         self._disks: dict[str, OpenVolume] = {}  # by export name
         self._verbs: dict[str, OpenedVerbs] = {}  # of the same
@@ -96,15 +62,15 @@ class Serving:
 
     def verbs(self, volume: str | None) -> OpenedVerbs:
         """Of one disk. Raises NotFound: not served here."""
-        return self._verbs[self._export(volume)]
+        return self._verbs[self._export_name(volume)]
 
     def info(self, volume: str | None) -> dict[str, Any]:
         """What one disk is and how full. Raises NotFound."""
-        return self._info(self._export(volume))
+        return self._info(self._export_name(volume))
 
     def events(self, history: bool, volume: str | None) -> EventStream:
         """Of these disks, or of one of them. Raises NotFound."""
-        hubs = list(self._hubs.values()) if volume is None else [self._hubs[self._export(volume)]]
+        hubs = list(self._hubs.values()) if volume is None else [self._hubs[self._export_name(volume)]]
         return LocalEvents(hubs, history)
 
     def close(self) -> None:
@@ -122,78 +88,21 @@ class Serving:
 
     def open(self) -> None:
         """Claim and recover every disk, then serve them. All or none."""
-        from fvd.control.server import ControlServer
-        from fvd.disk.opening import open_volume
         from fvd.export.server import NbdServer
         from fvd.volume.name import parse_name
-
-        on_end = self._on_end
-
-        class Server(NbdServer):
-            """Tells when serving has ended, also by a failure."""
-
-            def run(self) -> None:
-                try:
-                    super().run()
-                finally:
-                    if on_end is not None:
-                        on_end()
 
         names = [parse_name(volume) for volume in self._names]
         with ExitStack() as undo:
             # At the very end, when the disks are given up: whoever hears that one is closed may open it.
             undo.callback(self._end_events)
-            server = self._server = Server(self._address(), on_stop=self._close_exports)
+            server = self._server = NbdServer(self._address(), on_stop=self._close_exports, on_end=self._options.on_end)
             for export_name, name in zip(export_names(names), names, strict=True):
-                hub = Hub(str(name))
-                disk = open_volume(
-                    name,
-                    read_only=self._read_only,
-                    cache=self._cache,
-                    on_full=self._on_full,
-                    zero_chunks=self._zero_chunks,
-                    copy_on_read=self._copy_on_read,
-                    prefetch=self._prefetch,
-                    base_timeout_s=self._base_timeout_seconds,
-                    discard_pending=self._discard_pending,
-                    base_allow=self._base_allow,
-                    on_event=hub.tell,
-                )
-                undo.callback(disk.close)
-                checkpoint()
-                for notice in disk.notices:
-                    log.warning("%s", notice)
-                self._disks[export_name] = disk
-                self._hubs[export_name] = hub
-                self._verbs[export_name] = OpenedVerbs(disk, self._call)
-                server.add_export(
-                    export_name,
-                    disk.engine,
-                    storage_fd=disk.node.fd,
-                    sampler_fd=disk.node.sampler_fd,
-                    base_fd=-1 if disk.base is None else disk.base.fd,
-                    remote=None if disk.base is None else disk.base.remote,
-                    size_bytes=disk.geometry.virtual_size_bytes,
-                    read_only=self._read_only,
-                    block_size_bytes=disk.geometry.block_size_bytes,
-                    description=str(name),
-                    on_want=partial(self._act_on_want, export_name),
-                )
-                disk.detach_base = partial(server.release_base, export_name)
-            self._deliveries = Deliveries(list(self._hubs.values()), self._on_event)
+                self._open_disk(export_name, name, undo)
+                self._add_export(export_name, server)
+            self._deliveries = Deliveries(list(self._hubs.values()), self._options.on_event)
             undo.callback(server.stop)
-            for export_name, disk in self._disks.items():
-                streams = {"events": partial(self._stream_events, export_name)}
-                control = ControlServer(str(disk.name), disk.node.path, self._handlers(export_name), stream_verbs=streams)
-                try:
-                    control.start()
-                except InUse:
-                    if not self._read_only:
-                        raise
-                    log.warning("%s: another process serves it read-only too; fvd-lv info, map and check ask that one", disk.name)
-                    continue
-                self._controls.append(control)
-                undo.callback(control.stop)
+            for export_name in self._disks:
+                self._start_control(export_name, undo)
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()
             server.call(self._begin_all)
@@ -201,18 +110,65 @@ class Serving:
             self._ready.set()
             self._resources = undo.pop_all()
 
+    def _open_disk(self, export_name: str, name: VolumeName, undo: ExitStack) -> None:
+        from fvd.disk.opening import open_volume
+
+        hub = Hub(str(name))
+        disk = open_volume(name, self._options, on_event=hub.tell)
+        undo.callback(disk.close)
+        checkpoint()
+        for notice in disk.notices:
+            log.warning("%s", notice)
+        self._disks[export_name] = disk
+        self._hubs[export_name] = hub
+        self._verbs[export_name] = OpenedVerbs(disk, self._call)
+
+    def _add_export(self, export_name: str, server: NbdServer) -> None:
+        disk = self._disks[export_name]
+        server.add_export(
+            export_name,
+            disk.engine,
+            storage_fd=disk.node.fd,
+            sampler_fd=disk.node.sampler_fd,
+            base_fd=-1 if disk.base is None else disk.base.fd,
+            remote=None if disk.base is None else disk.base.remote,
+            size_bytes=disk.geometry.virtual_size_bytes,
+            read_only=disk.read_only,
+            block_size_bytes=disk.geometry.block_size_bytes,
+            description=str(disk.name),
+            on_want=partial(self._act_on_want, export_name),
+        )
+        disk.detach_base = partial(server.release_base, export_name)
+
+    def _start_control(self, export_name: str, undo: ExitStack) -> None:
+        from fvd.control.server import ControlServer
+
+        disk = self._disks[export_name]
+        streams = {"events": partial(self._stream_events, export_name)}
+        control = ControlServer(str(disk.name), disk.node.path, self._handlers(export_name), stream_verbs=streams)
+        try:
+            control.start()
+        except InUse:
+            if not disk.read_only:
+                raise
+            log.warning("%s: another process serves it read-only too; fvd-lv info, map and check ask that one", disk.name)
+            return
+        self._controls.append(control)
+        undo.callback(control.stop)
+
     def _address(self) -> Listen:
         from fvd.export.listening import Given, Tcp, Unix
 
-        if self._listeners is not None:
-            return Given(tuple(self._listeners))
-        if self._listen is not None:
-            host, port = parse_listen(self._listen) if isinstance(self._listen, str) else self._listen
+        options = self._options
+        if options.listeners is not None:
+            return Given(tuple(options.listeners))
+        if options.listen is not None:
+            host, port = parse_listen(options.listen) if isinstance(options.listen, str) else options.listen
             return Tcp(host, port)
-        group = self._socket_group
+        group = options.socket_group
         if isinstance(group, str) and group.isascii() and group.isdigit():
             group = int(group)
-        return Unix(os.fspath(self._socket or ""), self._socket_mode, group)
+        return Unix(os.fspath(options.socket or ""), options.socket_mode, group)
 
     def _begin_all(self) -> None:
         for export_name in self._disks:
@@ -279,7 +235,8 @@ class Serving:
         locator = disk.superblock.base.locator
         if failing:
             self._failing_bases.add(export_name)
-            message = f"{locator} cannot be read; guests' reads of it are tried again for {self._base_timeout_seconds:g} s, then they fail"
+            seconds = self._options.base_timeout_s
+            message = f"{locator} cannot be read; guests' reads of it are tried again for {seconds:g} s, then they fail"
         else:
             self._failing_bases.discard(export_name)
             message = f"{locator} can be read again"
@@ -322,7 +279,7 @@ class Serving:
 
     # --- Verbs, for this process and for the control socket --------------------------------------------------------------------
 
-    def _export(self, volume: str | None) -> str:
+    def _export_name(self, volume: str | None) -> str:
         from fvd.volume.name import parse_name
 
         if volume is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from fvd.base.options import PrefetchOptions as PrefetchOptions
 from fvd.modes import CacheMode, ExtentState, Layout, OnFull, Placement
 
 PrefetchState = Literal["off", "delayed", "running", "yielding", "paused", "full", "base-lost", "done"]
@@ -22,15 +23,6 @@ class Base:
     path: str  # of a file or block device; or a URI
     size: int
     format: str
-
-
-@dataclass(frozen=True)
-class PrefetchOptions:
-    """How a disk is to copy what it has not yet from its base."""
-
-    delay_s: float = 10.0  # begin so many seconds later
-    rate_bytes: int = 0  # per second; 0: as fast as it goes without being in the guest's way
-    profile: str | None = None  # a file that says what comes first; None: IMAGE.fvd-profile beside a base that is a file, if it is there
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fvd._lifetime import Descriptors
 from fvd.base.images import Contents, Handle, check_image, server_command
 from fvd.base.locator import parse_format, parse_locator
+from fvd.base.options import TIMEOUT_SECONDS
 from fvd.base.rights import ROOT, refusal, rights_for, writer_of
 from fvd.device.as_user import User, open_as
 from fvd.device.claim import Ownership, claim
@@ -29,7 +30,6 @@ from fvd.format.superblock import BaseReference
 if TYPE_CHECKING:
     from fvd.device._remote import Remote
 
-TIMEOUT_SECONDS = 30.0
 _FD_MIN = 64  # above what a program that is started has for itself
 
 

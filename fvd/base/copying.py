@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fvd.base import profile
+from fvd.base.options import PrefetchOptions
 from fvd.base.profile import Extent
 from fvd.base.steering import Decision, Rng, Steering, sample_between
 from fvd.device import names
@@ -30,22 +31,6 @@ RATE_SECONDS_MIN = 2.0  # of copying, before a rate is worth telling
 ETA_SECONDS_MAX = 10 * 365 * 86400.0
 AGAIN_NS = 10_000_000_000  # from a pass over the base that copied nothing to the next
 SECOND_NS = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class PrefetchOptions:
-    """How a disk is prefetched."""
-
-    delay_s: float = 10.0  # seconds from the start until the first copy: a guest that boots has other worries
-    rate_bytes: int = 0  # per second; 0: no limit
-    profile: str | None = None  # None: the one beside a local base, if it is there
-
-    def check(self, volume_name: str) -> None:
-        """Raises InvalidArgument for what can never be."""
-        if not math.isfinite(self.delay_s) or self.delay_s < 0:
-            raise InvalidArgument(f"{volume_name}: a prefetch delay of {self.delay_s} s; give 0 or more seconds")
-        if self.rate_bytes < 0:
-            raise InvalidArgument(f"{volume_name}: a prefetch rate of {self.rate_bytes} bytes a second; give 0 (no limit) or more")
 
 
 BaseEventKind = Literal[
@@ -203,7 +188,7 @@ class Copying:
         `found`: what `find_profile` found; None: it is called here, which reads a file. That is quick for the usual profile (a
         millisecond for each thousand lines); for larger ones look in another thread. Raises InvalidArgument.
         """
-        options.check(self._name)
+        _check(options, self._name)
         remaining = self._engine.base_remaining_bytes
         if self._released or not remaining:
             return
@@ -417,3 +402,11 @@ class Copying:
             self._on_event(BaseEvent(kind, message, self._base_bytes - remaining, self._base_bytes, eta))
         except Exception:
             log.exception("%s: whoever was told of %s failed; the disk goes on", self._name, kind)
+
+
+def _check(options: PrefetchOptions, volume_name: str) -> None:
+    """Raises InvalidArgument for what can never be."""
+    if not math.isfinite(options.delay_s) or options.delay_s < 0:
+        raise InvalidArgument(f"{volume_name}: a prefetch delay of {options.delay_s} s; give 0 or more seconds")
+    if options.rate_bytes < 0:
+        raise InvalidArgument(f"{volume_name}: a prefetch rate of {options.rate_bytes} bytes a second; give 0 (no limit) or more")

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import fvd
-from fvd.api.served import Served
+from fvd.api.served import Served, ServeOptions
 from fvd.cli.activation import take_sockets, unix_path
 from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
@@ -117,8 +117,7 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
         if stop.opening:  # which may wait: for another owner to go, for a lock of lvm's, for a base
             raise _Asked
 
-    served = Served(
-        tuple(arguments.volumes),
+    options = ServeOptions(
         socket=None if sockets else arguments.socket,
         listen=arguments.listen,
         listeners=sockets or None,
@@ -134,8 +133,8 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
         socket_mode=arguments.socket_mode,
         socket_group=arguments.socket_group,
         on_end=stop.set,
-        on_event=None,
     )
+    served = Served(tuple(arguments.volumes), options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     with served:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fvd.base.base import TIMEOUT_SECONDS, OpenBase, open_base
-from fvd.base.copying import BaseEvent, Copying, PrefetchOptions
+from fvd.base.base import OpenBase, open_base
+from fvd.base.copying import BaseEvent, Copying
+from fvd.base.options import PrefetchOptions
 from fvd.base.rights import namer_of, rights_for
 from fvd.device import surviving
 from fvd.device.claim import Ownership, claim
@@ -27,23 +28,26 @@ from fvd.disk.engine_factory import engine_on
 from fvd.disk.failing import FailureWatch
 from fvd.disk.holding import Holding
 from fvd.disk.loading import LoadedDisk, covers_base, naming
+from fvd.disk.options import OpenOptions
 from fvd.disk.recovery import recover_disk
 from fvd.disk.regrown import Regrown
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound, quoted
+from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.pending import mark_acknowledged
 from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
-from fvd.modes import CACHE_MODES, DIRECT_CACHE_MODES, ON_FULL
+from fvd.modes import DIRECT_CACHE_MODES
 from fvd.storage.allocator import Allocator
+from fvd.storage.interfaces import Attached, GroundedStorage
 from fvd.storage.policy import GrowthEvent, check_low_water, default_low_water_bytes, guest_reserve_bytes
 from fvd.storage.provider import provider_for
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.superblocks import Pages, read_superblock, read_superblock_slots, write_superblock
 
 SECTOR_BYTES = 512
-TIMEOUT_SECONDS_MAX = 1e9
+
+OnEvent = Callable[[GrowthEvent | BaseEvent], None]
 
 
 @dataclass
@@ -85,11 +89,6 @@ class OpenVolume:
         return self.superblock.geometry
 
     @property
-    def base_node(self) -> Node | None:
-        """A base that is read here; None: there is none, or it is remote."""
-        return self.base.node if self.base else None
-
-    @property
     def stopped(self) -> str:
         """Why the disk has stopped: what it lies on is not its own any more; empty: it has not."""
         return "" if self.holding is None else self.holding.stopped
@@ -126,136 +125,183 @@ class OpenVolume:
 
 def open_volume(
     name: str | VolumeName,
+    options: OpenOptions | None = None,
     *,
-    read_only: bool = False,
-    cache: str = "none",
-    on_full: str = "wait",
-    low_water_bytes: int | None = None,
-    discard: bool = True,
-    zero_chunks: bool = False,
-    copy_on_read: bool | None = None,
-    base_timeout_s: float = TIMEOUT_SECONDS,
-    prefetch: PrefetchOptions | bool | None = None,
-    on_event: Callable[[GrowthEvent | BaseEvent], None] | None = None,
-    discard_pending: bool = False,
-    base_allow: Sequence[str] = (),
+    on_event: OnEvent | None = None,
     allocator_options: dict[str, Any] | None = None,
+    **named: Any,
 ) -> OpenVolume:
-    """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory.
+    """Opens the disk in a volume. Read-only it writes nothing at all: a dirty disk is replayed in memory, and nothing is copied.
 
-    `discard_pending`: open even if the log of writes that a dead server acknowledged is missing, and do without them.
-    `low_water_bytes`: growth begins when less than this is free (default: half a grow step). `on_event` is called in the loop's thread.
-    `zero_chunks`: let the device zero a new chunk as a whole, where it can, and write of its blocks only what guests write.
-    `copy_on_read`: keep what is read from the base; `prefetch`: copy all of it in the background; None: as the disk was made. A read-only
-    open does neither. `base_timeout_s`: how long the base may not answer before a request that needs it fails. `base_allow`: bases that are
-    opened whoever has named them (`rights.py`).
+    `named`: fields of `OpenOptions`, instead of `options` or over them. `on_event` is called in the loop's thread.
     Raises NotFound, InUse, Corrupt, Unsupported, Conflict (the base has changed), PermissionDenied, InvalidArgument, Timeout, DeviceError.
     """
     volume = parse_name(name)
-    if cache not in CACHE_MODES:
-        raise InvalidArgument(f"cache mode {quoted(cache)}: choose one of {', '.join(CACHE_MODES)}")
-    if on_full not in ON_FULL:
-        raise InvalidArgument(f"on_full {quoted(on_full)}: choose one of {', '.join(ON_FULL)}")
-    if not (0 < base_timeout_s <= TIMEOUT_SECONDS_MAX):
-        raise InvalidArgument(f"base timeout {base_timeout_s} s: it must be more than 0 and at most {TIMEOUT_SECONDS_MAX:g} seconds")
+    options = replace(options or OpenOptions(), **named)
+    options.check()
     with ExitStack() as undo:
-        place = undo.enter_context(provider_for(volume).attach(volume))
-        path = place.path
-        held = claim(path, Ownership.READER if read_only else Ownership.WRITER)
-        undo.callback(held.close)
-        # R35: transfers go through the open file that holds the claim, which a killed process's last operation keeps open.
-        node = open_node(path, read_only=read_only, direct=cache in DIRECT_CACHE_MODES, sharing=None if read_only else held.descriptor)
-        undo.callback(node.close)
-        held.check_covers(node)
+        place, node = _claimed(volume, options, undo)
         notices = [node.notice] if node.notice else []
         stack = node.stack()
-        with naming(str(volume)):
-            disk, left = recover(node, str(volume), read_only=read_only, discard_pending=discard_pending, notices=notices)
-        if place.size_bytes is not None:
-            # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
-            disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)
-        low_water = check_low_water(disk.geometry, default_low_water_bytes(disk.geometry) if low_water_bytes is None else low_water_bytes)
-        reference = disk.superblock.base
-        base = None
+        disk, left = _recovered(volume, place, node, options, notices)
+        low_water_bytes = _low_water(disk.geometry, options)
         released = covers_base(disk.superblock, disk.bitmap)
-        if reference is not None and not released:
-            with naming(str(volume)):
-                user = rights_for(reference.locator, namer_of(str(volume), node, place.base_marks, reference), base_allow)
-                base = open_base(reference, node.identity, base_timeout_s, user)
-            undo.callback(base.close)
-        copies = base is not None and not read_only
+        base = None if released else _opened_base(volume, place, node, disk.superblock, options, undo)
         loss = loss_after(left, disk.superblock)
         log = None
-        if not read_only:
+        if not options.read_only:
             disk.superblock, log = begin_generation(node, disk, loss, notices)
             undo.callback(log.close)
         with naming(str(volume)):
-            engine = engine_on(
-                disk,
-                # Also of a base that is not open: blocks that are trimmed must not show it again.
-                base_size_bytes=None if reference is None else reference.size_bytes,
-                copy_on_read=copies and (disk.superblock.copy_on_read if copy_on_read is None else copy_on_read),
-                base_timeout_ns=int(base_timeout_s * 1e9),
-                # Through the page cache any offset would do; sectors keep requests whole.
-                align_bytes=node.logical_block_bytes if node.direct else SECTOR_BYTES,
-                read_only=read_only,
-                cache_mode=cache,
-                on_full=on_full,
-                wake_below_bytes=low_water,
-                guest_reserve_bytes=guest_reserve_bytes(disk.geometry, low_water),
-                discard=discard,
-                zero_chunks=zero_chunks,
-                pending_log=None if log is None or log.memory is None else log.memory.buffer,
-                durable_writes=not stack.may_fill,
-            )
+            engine = _engine(disk, node, options, low_water_bytes, log, copies=base is not None, durable_writes=not stack.may_fill)
         undo.callback(engine.forget_log)
-        allocator = failing = None
-        storage = place.storage(node)
-        undo.callback(storage.close)
-        holding = Holding(str(volume), engine, storage, on_event)
-        storage.hold(disk.storage_size_bytes, disk.geometry.max_storage_size_bytes, holding.moved)
-        if not read_only:
-            failing = FailureWatch(str(volume), engine, partial(_devices_of, node, stack.devices))
-            undo.callback(failing.close)
-            allocator = Allocator(
-                storage,
-                disk.geometry,
-                storage_size_bytes=disk.storage_size_bytes,
-                low_water_bytes=low_water,
-                on_event=on_event,
-                **(allocator_options or {}),
-            )
-            undo.callback(allocator.close)
-            allocator.before_use = Regrown(str(volume), node, engine, holding.moved).look
-        undo.callback(watch_device(node, holding, allocator).close)
         opened = OpenVolume(
             name=volume,
             superblock=disk.superblock,
             node=node,
             base=base,
             engine=engine,
-            allocator=allocator,
+            allocator=None,
             journal_state=disk.journal_state,
-            read_only=read_only,
-            cache=cache,
-            on_full=on_full,
+            read_only=options.read_only,
+            cache=options.cache,
+            on_full=options.on_full,
             notices=notices,
             _resources=undo,
             base_released=released,
             loss=loss,
             log=log,
-            failing=failing,
-            holding=holding,
         )
-        if not read_only:
+        storage, holding = _hold_storage(opened, place, disk.storage_size_bytes, on_event)
+        if not options.read_only:
+            opened.failing = FailureWatch(str(volume), engine, partial(_devices_of, node, stack.devices))
+            undo.callback(opened.failing.close)
+            _begin_growth(opened, storage, disk.storage_size_bytes, low_water_bytes, on_event, allocator_options or {})
+        undo.callback(watch_device(node, holding, opened.allocator).close)
+        if not options.read_only:
             undo.callback(lambda: end_generation(opened))
-        if copies:
-            opened.copying = _copying(opened, on_event)
-            options = _prefetch_options(disk.superblock, prefetch)
-            if options is not None:
-                opened.copying.start(options)
+        if base is not None and not options.read_only:
+            _begin_copying(opened, options, on_event)
         opened._resources = undo.pop_all()
         return opened
+
+
+def _claimed(volume: VolumeName, options: OpenOptions, undo: ExitStack) -> tuple[Attached, Node]:
+    """The place, reachable until the end, and its open file: claimed, and the one that the claim covers."""
+    place = undo.enter_context(provider_for(volume).attach(volume))
+    held = claim(place.path, Ownership.READER if options.read_only else Ownership.WRITER)
+    undo.callback(held.close)
+    # R35: transfers go through the open file that holds the claim, which a killed process's last operation keeps open.
+    node = open_node(
+        place.path,
+        read_only=options.read_only,
+        direct=options.cache in DIRECT_CACHE_MODES,
+        sharing=None if options.read_only else held.descriptor,
+    )
+    undo.callback(node.close)
+    held.check_covers(node)
+    return place, node
+
+
+def _recovered(
+    volume: VolumeName, place: Attached, node: Node, options: OpenOptions, notices: list[str]
+) -> tuple[LoadedDisk, pending.Leftover]:
+    with naming(str(volume)):
+        disk, left = recover(node, str(volume), read_only=options.read_only, discard_pending=options.discard_pending, notices=notices)
+    if place.size_bytes is not None:
+        # A device may show more than it has: the table of a growth step that died (lvm_storage.py).
+        disk.storage_size_bytes = min(disk.storage_size_bytes, place.size_bytes)
+    return disk, left
+
+
+def _low_water(geometry: Geometry, options: OpenOptions) -> int:
+    asked_bytes = options.low_water_bytes
+    return check_low_water(geometry, default_low_water_bytes(geometry) if asked_bytes is None else asked_bytes)
+
+
+def _opened_base(
+    volume: VolumeName, place: Attached, node: Node, superblock: Superblock, options: OpenOptions, undo: ExitStack
+) -> OpenBase | None:
+    """The base, with the rights of whoever named it; None: the disk has none."""
+    reference = superblock.base
+    if reference is None:
+        return None
+    with naming(str(volume)):
+        user = rights_for(reference.locator, namer_of(str(volume), node, place.base_marks, reference), options.base_allow)
+        base = open_base(reference, node.identity, options.base_timeout_s, user)
+    undo.callback(base.close)
+    return base
+
+
+def _engine(
+    disk: LoadedDisk,
+    node: Node,
+    options: OpenOptions,
+    low_water_bytes: int,
+    log: pending.OpenLog | None,
+    *,
+    copies: bool,
+    durable_writes: bool,
+) -> Engine:
+    """`copies`: there is a base, of which something may be copied."""
+    reference = disk.superblock.base
+    copy_on_read = disk.superblock.copy_on_read if options.copy_on_read is None else options.copy_on_read
+    return engine_on(
+        disk,
+        # Also of a base that is not open: blocks that are trimmed must not show it again.
+        base_size_bytes=None if reference is None else reference.size_bytes,
+        copy_on_read=copies and not options.read_only and copy_on_read,
+        base_timeout_ns=int(options.base_timeout_s * 1e9),
+        # Through the page cache any offset would do; sectors keep requests whole.
+        align_bytes=node.logical_block_bytes if node.direct else SECTOR_BYTES,
+        read_only=options.read_only,
+        cache_mode=options.cache,
+        on_full=options.on_full,
+        wake_below_bytes=low_water_bytes,
+        guest_reserve_bytes=guest_reserve_bytes(disk.geometry, low_water_bytes),
+        discard=options.discard,
+        zero_chunks=options.zero_chunks,
+        pending_log=None if log is None or log.memory is None else log.memory.buffer,
+        durable_writes=durable_writes,
+    )
+
+
+def _hold_storage(opened: OpenVolume, place: Attached, size_bytes: int, on_event: OnEvent | None) -> tuple[GroundedStorage, Holding]:
+    """From here on the disk stops where somebody else changes what it lies on."""
+    storage = place.storage(opened.node)
+    opened._resources.callback(storage.close)
+    holding = opened.holding = Holding(str(opened.name), opened.engine, storage, on_event)
+    storage.hold(size_bytes, opened.geometry.max_storage_size_bytes, holding.moved)
+    return storage, holding
+
+
+def _begin_growth(
+    opened: OpenVolume,
+    storage: GroundedStorage,
+    size_bytes: int,
+    low_water_bytes: int,
+    on_event: OnEvent | None,
+    allocator_options: dict[str, Any],
+) -> None:
+    """Storage that grows, and is looked at again whenever it has grown."""
+    assert opened.holding is not None
+    opened.allocator = Allocator(
+        storage,
+        opened.geometry,
+        storage_size_bytes=size_bytes,
+        low_water_bytes=low_water_bytes,
+        on_event=on_event,
+        **allocator_options,
+    )
+    opened._resources.callback(opened.allocator.close)
+    opened.allocator.before_use = Regrown(str(opened.name), opened.node, opened.engine, opened.holding.moved).look
+
+
+def _begin_copying(opened: OpenVolume, options: OpenOptions, on_event: OnEvent | None) -> None:
+    opened.copying = _copying(opened, on_event)
+    prefetch = _prefetch_options(opened.superblock, options.prefetch)
+    if prefetch is not None:
+        opened.copying.start(prefetch)
 
 
 def _devices_of(node: Node, at_open: frozenset[int]) -> frozenset[int]:
@@ -266,7 +312,7 @@ def _devices_of(node: Node, at_open: frozenset[int]) -> frozenset[int]:
         return at_open
 
 
-def _copying(volume: OpenVolume, on_event: Callable[[GrowthEvent | BaseEvent], None] | None) -> Copying:
+def _copying(volume: OpenVolume, on_event: OnEvent | None) -> Copying:
     base = volume.superblock.base
     if base is None:
         raise InvalidArgument(f"{volume.name} has no base to copy from")

@@ -27,7 +27,7 @@ from fvd.format.geometry import PAGE_BYTES, SECTOR_BYTES, VIRTUAL_SIZE_BYTES_MIN
 from fvd.format.journal import first_page, page_offset_bytes
 from fvd.format.maps import Bitmap, MapKind, Table, empty_bitmap, empty_table, encode_pages, map_hash, map_offset_bytes, map_pages
 from fvd.format.superblock import COPY_ON_READ, PREFETCH, BaseReference, Superblock
-from fvd.storage.interfaces import Contents, Plan, Presence
+from fvd.storage.interfaces import Building, Contents, Plan, Presence
 from fvd.storage.overcommit import parse_limit
 from fvd.storage.policy import initial_size_bytes, least_size_bytes
 from fvd.storage.provider import provider_for
@@ -99,77 +99,138 @@ def provision(
         layout=layout,
         placement=placement,
     )
-    plan = Plan(
-        size_bytes=initial_size_bytes(geometry),
-        virtual_size_bytes=virtual_size_bytes,
-        most_bytes=geometry.max_storage_size_bytes,
-        grow_step_bytes=grow_step_bytes,
-        max_overcommit=parse_limit(max_overcommit),
-    )
-    if plan.max_overcommit is not None and volume.kind is not VolumeKind.LVM:
-        raise InvalidArgument(f"{volume} is in no volume group, so there is no over-commit to limit")
+    plan = _plan_of(volume, geometry, parse_limit(max_overcommit))
     if base is None and (base_format is not None or copy_on_read or prefetch):
         raise InvalidArgument(f"{volume}: a base format, copy-on-read and prefetching need a base; name one, or leave them out")
-    features = COPY_ON_READ * copy_on_read | PREFETCH * prefetch
-    provider = provider_for(volume)
-    presence = provider.presence(volume)
-    replaces = False
-    reference: BaseReference | None = None
-    if presence is Presence.PRESENT:
-        with provider.attach(volume) as place, open_node(place.path, read_only=True) as node:
-            # Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time.
-            reference = None if base is None else examine_base(base, base_format, node.identity, allow=base_allow)
-            found = state_of(node)
-            if isinstance(found, Superblock):
-                return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
-            if not provider.in_place:
-                _refuse_contents(node, volume, found, force)
-                replaces = True
-    elif provider.fixed_size:
-        raise NotFound(f"{volume} does not exist; check the name")
-    elif base is not None:
-        reference = examine_base(base, base_format, allow=base_allow)
 
-    if reference is not None and virtual_size_bytes < reference.size_bytes and not truncate_base:
+    def examine(place: Identity | None) -> BaseReference | None:
+        return None if base is None else examine_base(base, base_format, place, allow=base_allow)
+
+    there = _look_at_place(volume, force, examine)
+    features = COPY_ON_READ * copy_on_read | PREFETCH * prefetch
+    wanted = _Wanted(volume, geometry, there.reference, features, base_allow, force)
+    if there.superblock is not None:
+        return _same_disk(wanted, there.superblock, there.size_bytes)
+    if there.reference is not None:
+        _check_size(volume, virtual_size_bytes, there.reference, truncate_base)
+        plan = replace(plan, base_mark=mark_of(there.reference))
+    superblock = Superblock(geometry, new_uuid(), 2, wanted.base, int(clock()), compatible_features=features)
+    return _build(superblock, plan, wanted, replaces=there.replaces, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The disk that is asked for."""
+
+    volume: VolumeName
+    geometry: Geometry
+    base: BaseReference | None
+    features: int  # compatible ones
+    base_allow: Sequence[str]
+    force: bool
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the volume's place held before anything was built there."""
+
+    reference: BaseReference | None  # the base that is asked for, as it is now
+    superblock: Superblock | None = None  # of the disk that is there
+    size_bytes: int = 0  # of the same
+    replaces: bool = False  # something is there that gives way to the new disk
+
+
+def _plan_of(volume: VolumeName, geometry: Geometry, max_overcommit: float | None) -> Plan:
+    if max_overcommit is not None and volume.kind is not VolumeKind.LVM:
+        raise InvalidArgument(f"{volume} is in no volume group, so there is no over-commit to limit")
+    return Plan(
+        size_bytes=initial_size_bytes(geometry),
+        virtual_size_bytes=geometry.virtual_size_bytes,
+        most_bytes=geometry.max_storage_size_bytes,
+        grow_step_bytes=geometry.grow_step_bytes,
+        max_overcommit=max_overcommit,
+    )
+
+
+def _look_at_place(volume: VolumeName, force: bool, examine: Callable[[Identity | None], BaseReference | None]) -> _Place:
+    """Also examines the base, which must not be what the volume lies on. Raises if what is there may not be overwritten."""
+    provider = provider_for(volume)
+    if provider.presence(volume) is not Presence.PRESENT:
+        if provider.fixed_size:
+            raise NotFound(f"{volume} does not exist; check the name")
+        return _Place(examine(None))
+    with provider.attach(volume) as place, open_node(place.path, read_only=True) as node:
+        # Not claimed: a superblock may be read while the disk is served, for it changes in one page at a time.
+        reference = examine(node.identity)
+        state = state_of(node)
+        if isinstance(state, Superblock):
+            return _Place(reference, state, node.size_bytes())
+        if provider.in_place:  # looked at again when it is claimed
+            return _Place(reference)
+        _refuse_contents(node, volume, state, force)
+        return _Place(reference, replaces=True)
+
+
+def _check_size(volume: VolumeName, virtual_size_bytes: int, reference: BaseReference, truncate_base: bool) -> None:
+    if virtual_size_bytes < reference.size_bytes and not truncate_base:
         raise InvalidArgument(
             f"{volume}: a disk of {virtual_size_bytes} bytes is smaller than its base ({reference.size_bytes} bytes), whose end the guest "
             "would not see; leave out --size to take the base's, or say --truncate-base"
         )
-    if reference is not None:
-        plan = replace(plan, base_mark=mark_of(reference))
-    building = provider.build(volume, plan)
+
+
+def _build(superblock: Superblock, plan: Plan, wanted: _Wanted, *, replaces: bool, progress: Progress | None) -> Provisioned:
+    building = provider_for(wanted.volume).build(wanted.volume, plan)
     try:
-        node = building.node
-        if building.contents in (Contents.OURS, Contents.FOREIGN):
-            # Looked at again now that nobody else can change it.
-            found = state_of(node)
-            if isinstance(found, Superblock):
-                if building.contents is Contents.OURS:
-                    return _same_disk(volume, found, geometry, reference, features, node.size_bytes())
-                raise Conflict(
-                    f"{volume} holds an fvd disk, but is not marked as one; if it is yours, lvchange --addtag {TAG_DISK} {volume} takes it "
-                    "back; if it is not, choose another name"
-                )
-            _refuse_contents(node, volume, found, force)
-        if building.contents is not Contents.BLANK:
-            if reference is not None and names.identity(reference.locator) == node.identity:
-                raise InvalidArgument(f"{reference.locator} cannot be its own base")
-            building.ensure_size(plan.size_bytes)
-            _check_room(node, volume, geometry)
-            if force or building.contents is Contents.NOBODYS:
-                wipe_signatures(node)
-        superblock = Superblock(geometry, new_uuid(), 2, reference, int(clock()), compatible_features=features)
-        zeros = None if reference is None else _zeros_of(reference, geometry, node.identity, base_allow)
-        with enough_memory(geometry):
-            write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
-        # Read back before anyone is told that it is there: what cannot be opened is no disk.
-        view = view_of(volume, node)
-        if view.superblock != superblock:
-            raise Corrupt(f"{volume} does not read back what was written to it; the storage is not to be trusted")
+        if (found := _found_in(building, wanted)) is not None:
+            return found
+        _make_ready(building, plan, wanted)
+        view = _write_and_read_back(building.node, superblock, wanted, progress)
         building.publish(replace=replaces)
-        return Provisioned(volume, superblock, True, node.size_bytes(), view)
+        return Provisioned(wanted.volume, superblock, True, building.node.size_bytes(), view)
     finally:
         building.close()
+
+
+def _found_in(building: Building, wanted: _Wanted) -> Provisioned | None:
+    """Looks again now that nobody else can change it. Raises if what is there may not be overwritten."""
+    if building.contents not in (Contents.OURS, Contents.FOREIGN):
+        return None
+    volume, state = wanted.volume, state_of(building.node)
+    if not isinstance(state, Superblock):
+        _refuse_contents(building.node, volume, state, wanted.force)
+        return None
+    if building.contents is Contents.OURS:
+        return _same_disk(wanted, state, building.node.size_bytes())
+    raise Conflict(
+        f"{volume} holds an fvd disk, but is not marked as one; if it is yours, lvchange --addtag {TAG_DISK} {volume} takes it "
+        "back; if it is not, choose another name"
+    )
+
+
+def _make_ready(building: Building, plan: Plan, wanted: _Wanted) -> None:
+    """Storage that is there already: large enough, not the base itself, and without other programs' marks."""
+    if building.contents is Contents.BLANK:
+        return
+    node, base = building.node, wanted.base
+    if base is not None and names.identity(base.locator) == node.identity:
+        raise InvalidArgument(f"{base.locator} cannot be its own base")
+    building.ensure_size(plan.size_bytes)
+    _check_room(node, wanted.volume, wanted.geometry)
+    if wanted.force or building.contents is Contents.NOBODYS:
+        wipe_signatures(node)
+
+
+def _write_and_read_back(node: Node, superblock: Superblock, wanted: _Wanted, progress: Progress | None) -> View:
+    """Read back before anyone is told that it is there: what cannot be opened is no disk."""
+    volume, geometry, base = wanted.volume, wanted.geometry, wanted.base
+    zeros = None if base is None else _zeros_of(base, geometry, node.identity, wanted.base_allow)
+    with enough_memory(geometry):
+        write_disk(node, superblock, zeros=zeros, punch=lambda *place: punch_hole(node, *place), progress=progress)
+    view = view_of(volume, node)
+    if view.superblock != superblock:
+        raise Corrupt(f"{volume} does not read back what was written to it; the storage is not to be trusted")
+    return view
 
 
 def _size_over(volume: VolumeName, base: str | os.PathLike[str] | None, base_format: str | None, allow: Sequence[str]) -> int:
@@ -238,13 +299,11 @@ def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Tabl
 # --- What is there already ---------------------------------------------------------------------------------------------------------
 
 
-def _same_disk(
-    volume: VolumeName, found: Superblock, geometry: Geometry, base: BaseReference | None, features: int, size_bytes: int
-) -> Provisioned:
-    differing = differences(found, geometry, base, features)
+def _same_disk(wanted: _Wanted, found: Superblock, size_bytes: int) -> Provisioned:
+    differing = differences(found, wanted.geometry, wanted.base, wanted.features)
     if differing:
-        raise Conflict(f"{volume} is an fvd disk with other parameters: {'; '.join(differing)}. {_what_to_do(differing)}")
-    return Provisioned(volume, found, False, size_bytes)
+        raise Conflict(f"{wanted.volume} is an fvd disk with other parameters: {'; '.join(differing)}. {_what_to_do(differing)}")
+    return Provisioned(wanted.volume, found, False, size_bytes)
 
 
 def _what_to_do(differing: list[str]) -> str:

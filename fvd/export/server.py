@@ -110,14 +110,16 @@ class NbdServer:
         busy_poll_us: int = 0,
         force_blocking: bool = False,
         on_stop: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         """`on_stop` runs in the serving thread after the last request has been answered, before the device queue goes: the place to
-        close_export() each disk."""
+        close_export() each disk. `on_end` is the last that happens in it, also where serving has failed."""
         if not 0 <= busy_poll_us <= 10_000:
             raise InvalidArgument(f"busy_poll_us={busy_poll_us}: choose 0 to 10000 microseconds")
         self._listen = listen
         self._limits = limits or Limits()
         self._on_stop = on_stop
+        self._on_end = on_end
         self._loop = NbdLoop(
             connection_bytes=self._limits.connection_inflight_bytes,
             total_bytes=self._limits.total_inflight_bytes,
@@ -277,7 +279,11 @@ class NbdServer:
                 self._ready.set_exception(error)
             raise
         finally:
-            self._close()
+            try:
+                self._close()
+            finally:
+                if self._on_end is not None:
+                    self._on_end()
 
     def start(self) -> None:
         """Serve in a thread of our own; returns when clients can connect."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fvd.base.copying import BaseEvent, Copying, FoundProfile, PrefetchOptions
+from fvd.base.copying import BaseEvent, Copying, FoundProfile
+from fvd.base.options import PrefetchOptions
 from fvd.engine._engine import Want
 from fvd.format.geometry import Geometry
 from fvd.sim._device import BASE, SimulatedDevice

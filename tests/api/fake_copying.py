@@ -84,7 +84,7 @@ class FakeDisk:
         self.engine = FakeEngine()
         self.geometry = SimpleNamespace(virtual_size_bytes=DISK_BYTES, chunk_size_bytes=MIB, block_size_bytes=65536)
         reference = SimpleNamespace(size_bytes=BASE_BYTES, locator="/srv/base.raw")
-        self.superblock = SimpleNamespace(base=reference if base else None, compatible_features=3)
+        self.superblock = SimpleNamespace(base=reference if base else None, copy_on_read=True, prefetch=True)
         self.read_only = read_only
         self.allocator = None
         self.base = SimpleNamespace(fd=3, remote=None) if base and not released else None

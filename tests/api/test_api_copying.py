@@ -20,6 +20,7 @@ import fvd.aio
 from fvd.api import copying
 from fvd.api.events import Event, Hub, Subscription, report
 from fvd.api.opened import OpenedVerbs
+from fvd.api.served import ServeOptions
 from fvd.api.serving import Serving
 from fvd.api.types import from_json, info_from_json
 from fvd.engine._engine import Want
@@ -223,24 +224,7 @@ class FakeServer:
 
 
 def served_over(disk: FakeDisk) -> tuple[Serving, Hub]:
-    served = Serving(
-        ("file:a",),
-        socket="unused",
-        listen=None,
-        listeners=None,
-        cache="none",
-        read_only=disk.read_only,
-        on_full="wait",
-        zero_chunks=False,
-        socket_mode=0o600,
-        socket_group=None,
-        copy_on_read=None,
-        prefetch=None,
-        base_timeout_s=30.0,
-        discard_pending=False,
-        on_end=None,
-        on_event=None,
-    )
+    served = Serving(("file:a",), ServeOptions(socket="unused", read_only=disk.read_only))
     hub = Hub("vm")
     served._server = FakeServer(disk.trace)  # type: ignore[assignment]
     served._disks["a"] = disk  # type: ignore[assignment]

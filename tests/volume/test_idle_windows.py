@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from fvd.base.copying import Copying, PrefetchOptions
+from fvd.base.copying import Copying
+from fvd.base.options import PrefetchOptions
 from fvd.engine._engine import Engine
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState

@@ -15,7 +15,7 @@ from loops import loop_device, run, sparse
 
 from disks import MIB, crash, driven, make, start, volume
 from fvd import _core
-from fvd.base.copying import PrefetchOptions
+from fvd.base.options import PrefetchOptions
 from fvd.device import node as node_module
 from fvd.device import surviving
 from fvd.device.claim import claim
@@ -439,7 +439,7 @@ def test_a_base_that_nothing_is_read_from_any_more_may_be_gone(path: Path, tmp_p
         driver.pwrite(MIB, b"mine")
     base.unlink()
     with driven(path, read_only=read_only) as driver:
-        assert driver.volume.base is None and driver.volume.base_node is None
+        assert driver.volume.base is None
         assert driver.volume.base_released and driver.volume.copying is None
         assert driver.pread(0, MIB + 12) == b"mine" * (MIB // 4 + 1) + b"\0" * 8
 

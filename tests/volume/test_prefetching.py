@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fvd.base import profile
-from fvd.base.copying import AGAIN_NS, BaseEvent, Copying, PrefetchOptions
+from fvd.base.copying import AGAIN_NS, BaseEvent, Copying
+from fvd.base.options import PrefetchOptions
 from fvd.engine._engine import Want
 from fvd.errors import Conflict, InvalidArgument
 
