@@ -22,11 +22,11 @@ from fvd.storage.policy import (
     EXTEND_TIMEOUT_SECONDS,
     Action,
     Answer,
-    AskPool,
     Exhausted,
     GrowthEvent,
     GrowthPolicy,
-    Look,
+    QueryGroup,
+    ReadSize,
     Start,
     UseSize,
     WakeAt,
@@ -124,7 +124,7 @@ class Allocator:
         self._attaching = threading.Lock()  # guards the next two
         self._post: Post | None = None
         self._early: list[Callable[[], None]] = []  # what was asked before there was a loop
-        self._asking_pool = threading.Lock()  # held by the step's thread that asks
+        self._reporting_group = threading.Lock()  # held by the step's thread that asks
         self._alarm: Timer | None = None
         self._alarm_at = 0.0
         self._queued: list[Future[int]] = []  # on their way to the loop's thread
@@ -149,13 +149,13 @@ class Allocator:
         engine.want &= ~Want.GROWTH
         # Before `attach` the result of a step would have nowhere to go, and no other would ever begin. `attach` looks for itself.
         if not self._closed and self._post is not None:
-            self._do(self._policy.room(self._clock(), self._free_bytes()))
+            self._do(self._policy.on_free_bytes(self._clock(), self._free_bytes()))
 
     def on_space(self, engine: GrowingEngine) -> None:
         """What the storage lies on has no room for a guest's write, or has some again."""
         if not self._closed:
             self._policy.free_bytes = self._free_bytes()
-            self._do(self._policy.below(self._clock(), engine.no_room, engine.starved_count > 0))
+            self._do(self._policy.on_space_below(self._clock(), engine.no_room, engine.starved_count > 0))
 
     # --- From any thread -------------------------------------------------------------------------------------------------------------
 
@@ -185,11 +185,11 @@ class Allocator:
 
     def resized(self) -> None:
         """The device has changed its size: it is read and used."""
-        self._in_loop(lambda: self._do(self._policy.resized()))
+        self._in_loop(lambda: self._do(self._policy.on_device_resized()))
 
     def removed(self, message: str) -> None:
         """The device has gone: emits `storage_error`."""
-        self._in_loop(lambda: self._do(self._policy.removed(message)))
+        self._in_loop(lambda: self._do(self._policy.on_device_removed(message)))
 
     def close(self) -> None:
         """Nothing runs afterwards. A step that hangs is left behind: it can do no harm, and the next open reads what it did."""
@@ -197,10 +197,6 @@ class Allocator:
         self._set_alarm(None)
         self.storage.close()
         self._give_up()
-
-    def reserve_seconds(self, write_rate_bytes_per_second: float) -> float:
-        """How long a step may take at this rate of first writes before one of them waits, if it begins at the low-water mark."""
-        return self._policy.low_water_at(self._clock()) / write_rate_bytes_per_second
 
     def figures(self) -> dict[str, Any]:
         """What `info` tells about growth. Sizes in bytes; None: not known (yet)."""
@@ -244,10 +240,10 @@ class Allocator:
                 resized = True
             elif isinstance(action, Start):
                 self._start(action.target_bytes, failures)
-            elif isinstance(action, Look):
-                self._run(self._look, failures, lambda error: self._policy.looked(None))
-            elif isinstance(action, AskPool):
-                self._run(self._ask_for_room, failures, lambda error: self._policy.pool_told(self._clock(), None, None, self._free_bytes()))
+            elif isinstance(action, ReadSize):
+                self._run(self._read_and_tell, failures, lambda error: self._policy.on_size_read(None))
+            elif isinstance(action, QueryGroup):
+                self._run(self._query_group, failures, lambda error: self._on_query_answered(None, None))
             elif isinstance(action, WakeAt):
                 self._set_alarm(action.when)
             elif isinstance(action, Exhausted):
@@ -258,7 +254,7 @@ class Allocator:
             else:
                 self._tell(action)
         if resized:
-            self._do(self._policy.room(self._clock(), self._free_bytes()))
+            self._do(self._policy.on_free_bytes(self._clock(), self._free_bytes()))
         elif self._engine is not None:
             self._engine.wake_below_bytes = self._policy.look_below_bytes
         for failure in failures:
@@ -293,26 +289,30 @@ class Allocator:
             except Exception as failure:  # a storage's own bug must not end growth for ever
                 error = DeviceError(f"growing failed: internal error: {type(failure).__name__}: {quoted(failure)}")
             size_bytes, suspend_seconds = self._read_size(), self.storage.last_suspend_seconds
-            self._in_loop(
-                lambda: self._do(self._policy.ended(self._clock(), size_bytes, error, self._free_bytes(), suspend_seconds=suspend_seconds))
-            )
-            self._ask_pool()  # the size is on its way: this delays nobody, and the next step may run beside it
+            self._in_loop(lambda: self._do(self._on_step_ended(size_bytes, error, suspend_seconds)))
+            self._report_group()  # the size is on its way: this delays nobody, and the next step may run beside it
 
-        self._run(work, failures, lambda error: self._policy.ended(self._clock(), None, error, self._free_bytes()))
+        self._run(work, failures, lambda error: self._on_step_ended(None, error, None))
 
-    def _ask_pool(self) -> None:
+    def _on_step_ended(self, size_bytes: int | None, error: FvdError | None, suspend_seconds: float | None) -> list[Action]:
+        return self._policy.on_step_ended(self._clock(), size_bytes, error, self._free_bytes(), suspend_seconds)
+
+    def _report_group(self) -> None:
         """In the thread of a step that has ended. One question at a time: where it hangs, later ones are not asked."""
-        if not self._asking_pool.acquire(blocking=False):
+        if not self._reporting_group.acquire(blocking=False):
             return
         try:
             name, free_bytes = self._pool()
         finally:
-            self._asking_pool.release()
-        self._in_loop(lambda: self._do(self._policy.pooled(name, free_bytes)))
+            self._reporting_group.release()
+        self._in_loop(lambda: self._do(self._policy.on_group_report(name, free_bytes)))
 
-    def _ask_for_room(self) -> None:
+    def _query_group(self) -> None:
         name, free_bytes = self._pool()
-        self._in_loop(lambda: self._do(self._policy.pool_told(self._clock(), name, free_bytes, self._free_bytes())))
+        self._in_loop(lambda: self._do(self._on_query_answered(name, free_bytes)))
+
+    def _on_query_answered(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
+        return self._policy.on_query_answered(self._clock(), group, group_free_bytes, self._free_bytes())
 
     def _pool(self) -> tuple[str | None, int | None]:
         pool: Pool | None = None
@@ -323,9 +323,9 @@ class Allocator:
                 logging.getLogger(__name__).debug("what the storage has left to grow could not be told", exc_info=True)
         return (None, None) if pool is None else (pool.name, pool.free_bytes)
 
-    def _look(self) -> None:
+    def _read_and_tell(self) -> None:
         size_bytes = self._read_size()
-        self._in_loop(lambda: self._do(self._policy.looked(size_bytes)))
+        self._in_loop(lambda: self._do(self._policy.on_size_read(size_bytes)))
 
     def _read_size(self) -> int | None:
         try:

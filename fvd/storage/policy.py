@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When storage grows, and to what size: pure decisions. Knows no threads, no clock (times come as arguments), no storage and no engine.
 
-`GrowthPolicy` is told what happened (the engine wants room, a step ended, time passed) and answers with what to do. `allocator.py` does it.
+`GrowthPolicy` is told what happened (less is free, a step ended, time passed) and answers with what to do. `allocator.py` does it.
 
 The low-water mark is what growth must begin at so that no write waits: the rate of first writes times the time that a step takes. Both are
 learned, so the mark rises above its base on disks that are written fast or grow slowly, and falls back to it.
@@ -19,7 +19,7 @@ from fvd.units import format_size
 EXTEND_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 1.0  # while writes wait
 RETRY_SECONDS_MAX = 30.0  # while the reserve still holds, or whoever makes room says so
-ASK_SECONDS_MAX = 8.0  # between two questions about a full group whose changes are told and bring no room
+QUERY_SECONDS_MAX = 8.0  # between two questions about a full group whose changes are told and bring no room
 FORCED_TRY_SECONDS = 300.0  # what a group shows as free may become usable without becoming more (pvchange --allocatable)
 
 FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
@@ -114,18 +114,18 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Look:
+class ReadSize:
     """Read the storage's size again in the background: a step hangs, and may have worked all the same."""
 
 
 @dataclass(frozen=True)
-class AskPool:
-    """Ask what the group has left, then call `pool_told`: a step was refused for want of room, and only room is worth another."""
+class QueryGroup:
+    """Ask what the group has left, then call `on_query_answered`: a step was refused for want of room, and only room is worth another."""
 
 
 @dataclass(frozen=True)
 class UseSize:
-    """Give the engine its new size, then tell the policy what is free now (`room`)."""
+    """Give the engine its new size, then tell the policy what is free now (`on_free_bytes`)."""
 
     size_bytes: int
 
@@ -149,15 +149,69 @@ class WakeAt:
     when: float
 
 
-Action = Start | Look | AskPool | UseSize | Answer | Exhausted | WakeAt | GrowthEvent
+Action = Start | ReadSize | QueryGroup | UseSize | Answer | Exhausted | WakeAt | GrowthEvent
+
+
+# --- The state ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Idle:
+    """No step runs, and none has to wait."""
 
 
 @dataclass
-class _Step:
+class Stepping:
+    """A step is under way; it may hang."""
+
     target_bytes: int
     started_at: float
     reported_slow: bool = False
-    on_space_freed: bool = False  # while it ran: it may have looked before
+    space_freed: bool = False  # while it ran: it may have looked before
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """A step has failed. It is not tried again before `until`; later it is, as soon as it is needed and the group need not be queried."""
+
+    until: float
+
+
+@dataclass(frozen=True)
+class Unasked:
+    """The group was never queried."""
+
+    asked_at: None = None
+
+
+@dataclass(frozen=True)
+class Querying:
+    """It was asked what it has left, and has not answered. A command that hangs for ever must not be what everything waits for."""
+
+    asked_at: float
+
+    @property
+    def ends_at(self) -> float:
+        """From then on it is not waited for."""
+        return self.asked_at + FORCED_TRY_SECONDS
+
+
+@dataclass(frozen=True)
+class Known:
+    """It has answered."""
+
+    asked_at: float
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A step that has ended, and what it has told of itself."""
+
+    step: Stepping
+    seconds: float
+    suspend_seconds: float | None
+    size_before_bytes: int
+    error: FvdError | None
 
 
 class WriteRate:
@@ -203,6 +257,26 @@ class GrowthPolicy:
     """The state of growth of one open disk. Not safe from threads: it lives in the thread of the disk's loop.
 
     One step runs at a time, also when it hangs: two extensions of one volume at once would each believe in a size that is not so.
+
+    | state | event | next |
+    |---|---|---|
+    | Idle | less than the mark is free, or somebody asks for more | Stepping |
+    | Stepping | it has ended, and the storage is as large as it was to be | Idle, or Stepping if that is not enough |
+    | Stepping | it has ended, and the storage is not | Backoff, longer with each failure in a row |
+    | Stepping | it takes longer than the timeout | Stepping: reported, and the size is read every second |
+    | Backoff | its time is over and less than the mark is free | Stepping, or still Backoff while the group is queried |
+    | Backoff | space was freed outside | Backoff, for a shorter time |
+    | Backoff | enough is free again, or `poke` | Idle |
+    | Backoff | somebody asks for more | Stepping |
+
+    Beside it, where others tell of space and the group has refused the last step (`notifies_space`), stands what is known of the group:
+
+    | query | event | next |
+    |---|---|---|
+    | Unasked, Known | a step would be tried again, the last one began less than FORCED_TRY_SECONDS ago | Querying |
+    | Querying | the group has more than it refused with, or cannot tell | Known, and Stepping |
+    | Querying | it has not | Known, and Backoff |
+    | Querying | no answer for FORCED_TRY_SECONDS | Querying, and a step is tried beside it |
     """
 
     def __init__(
@@ -240,26 +314,29 @@ class GrowthPolicy:
         self._group_full_reported = False
         self._group_refused = False  # the last step found no room
         self._refused_with_bytes: int | None = None  # what the group had left then, which may be of no use; None: not known
-        self._asking = False
-        self._asked_pool_at: float | None = None
-        self._ask_rest = RETRY_SECONDS
+        self._query: Unasked | Querying | Known = Unasked()
+        self._query_rest_seconds = RETRY_SECONDS  # at least so long from one query to the next
         self._storage_full_at: float | None = None
         self._rate = WriteRate()
         self._recent_seconds: tuple[float, ...] = ()
-        self._step: _Step | None = None
+        self._state: Idle | Stepping | Backoff = Idle()
         self._begun_at: float | None = None  # the last step, also after its end
-        self._asked_bytes = 0  # what `extend` asks for; 0: nothing
-        self._retry_at: float | None = None
+        self.requested_bytes = 0  # the size that `extend` has asked for; 0: none
         self._failures = 0  # in a row
         self._low_reported = False
-        self._looking = False
-        self._look_again = False
+        self._reading = False  # the size is being read
+        self._read_again = False
         self._mark_bytes = low_water_bytes  # at the last look
 
     @property
     def extending(self) -> bool:
         """Whether a step is under way (it may hang)."""
-        return self._step is not None
+        return isinstance(self._state, Stepping)
+
+    @property
+    def querying_group(self) -> bool:
+        """Whether the group was asked what it has left, and has not answered."""
+        return isinstance(self._query, Querying)
 
     @property
     def full(self) -> bool:
@@ -268,12 +345,12 @@ class GrowthPolicy:
 
     @property
     def look_below_bytes(self) -> int:
-        """Call `room` as soon as less than this is free: a step has to begin, or the rate of writes is to be looked at."""
+        """Call `on_free_bytes` as soon as less than this is free: a step has to begin, or the rate of writes is to be looked at."""
         geometry = self._geometry
         below = max(0, self.free_bytes - max(geometry.grow_step_bytes // LOOKS_PER_STEP, geometry.chunk_size_bytes))
         # While a step runs or rests nothing else can begin; its end looks again.
-        nothing_can_begin = self._step is not None or self._retry_at is not None or self._asking
-        return below if nothing_can_begin else max(below, self._mark_bytes)
+        something_can_begin = isinstance(self._state, Idle) and not self.querying_group
+        return max(below, self._mark_bytes) if something_can_begin else below
 
     def write_rate(self, now: float) -> float:
         """First writes, in bytes a second, that are to be expected by what was seen."""
@@ -298,107 +375,84 @@ class GrowthPolicy:
             return None
         return int(self.low_water_at(now) / self.longest_extend_seconds)
 
-    def room(self, now: float, free_bytes: int) -> list[Action]:
+    def on_free_bytes(self, now: float, free_bytes: int) -> list[Action]:
         """The engine has `free_bytes` in free slots: begin a step if that is too little and none runs or rests after a failure."""
         self._see(now, free_bytes)
         if free_bytes >= self._mark_bytes or self.full:
             self._low_reported = False
-            self._retry_at = None
-            return self._ask(now)
-        if self._step is not None:
+            self._end_backoff()
+            return self._begin_requested(now)
+        if isinstance(self._state, Stepping):
             return []
-        if self._retry_at is not None:
-            if free_bytes == 0 and not self._notifies_space and self._retry_at > now + RETRY_SECONDS:
-                self._retry_at = now + RETRY_SECONDS  # the reserve has run out meanwhile
-            if now < self._retry_at:
-                return [WakeAt(self._retry_at)]
-        if self._must_ask(now):
-            self._asking = True
-            self._asked_pool_at = now
-            return [AskPool(), WakeAt(now + FORCED_TRY_SECONDS)]
-        if (until := self._asking_until(now)) is not None:
-            return [WakeAt(until)]  # again: a step that somebody asked for meanwhile has set the alarm to a time of its own
-        return self._try(now)
-
-    def _try(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        if not self._low_reported:
-            self._low_reported = True
-            actions.append(self._event("low_water"))
-        target = next_size_bytes(self._geometry, self.storage_size_bytes, self.steps_at_once(now))
-        return actions + self._begin(now, max(target, self._asked_bytes))
+        if isinstance(self._state, Backoff):
+            if free_bytes == 0 and not self._notifies_space and self._state.until > now + RETRY_SECONDS:
+                self._state = Backoff(now + RETRY_SECONDS)  # the reserve has run out meanwhile
+            if now < self._state.until:
+                return [WakeAt(self._state.until)]
+        if self._must_query(now):
+            query = self._query = Querying(now)
+            return [QueryGroup(), WakeAt(query.ends_at)]
+        if isinstance(self._query, Querying) and now < self._query.ends_at:
+            return [WakeAt(self._query.ends_at)]  # again: a step that somebody asked for meanwhile has set the alarm to a time of its own
+        return self._begin_needed(now)
 
     def extend(self, now: float, by_bytes: int) -> list[Action]:
         """Somebody asks for more storage, at most to what the disk can use. Ends with an `Answer`."""
         wanted = min(self.storage_size_bytes + by_bytes, self._geometry.max_storage_size_bytes)
-        self._asked_bytes = max(self._asked_bytes, wanted)
-        return self._ask(now)
+        self.requested_bytes = max(self.requested_bytes, wanted)
+        return self._begin_requested(now)
 
     def poke(self, now: float, free_bytes: int) -> list[Action]:
-        """Somebody says that something has changed outside (room was made, storage was added): do not rest any longer."""
-        self._retry_at = None
-        if self._step is not None:
-            return self._look()
+        """Somebody says that something has changed outside (space was freed, storage was added): do not rest any longer."""
+        self._end_backoff()
+        if isinstance(self._state, Stepping):
+            return self._read_size()
         if free_bytes >= self.low_water_at(now) or self.full:
             self._see(now, free_bytes)
-            return self._look()
-        return self.room(now, free_bytes)
+            return self._read_size()
+        return self.on_free_bytes(now, free_bytes)
 
     def on_space_freed(self, now: float, free_bytes: int) -> list[Action]:
-        """There may be room again. A step that rests is tried now, or a second after the last one began: changes come in swarms, as each
-        disk that grows is a change of the group to all the others."""
-        if self._step is not None:
-            self._step.on_space_freed = True
+        """The group may have space again. A step that rests is tried now, or a second after the last one began: changes come in swarms, as
+        each disk that grows is a change of the group to all the others."""
+        if isinstance(self._state, Stepping):
+            self._state.space_freed = True
             return []
-        if self._retry_at is None or (self._notifies_space and not self._group_refused):
+        if not isinstance(self._state, Backoff) or (self._notifies_space and not self._group_refused):
             return []
         earliest = now if self._begun_at is None else self._begun_at + RETRY_SECONDS
-        if self._asked_pool_at is not None:
-            earliest = max(earliest, self._asked_pool_at + self._ask_rest)
-        self._retry_at = min(self._retry_at, max(now, earliest))
-        return self.room(now, free_bytes)
+        if self._query.asked_at is not None:
+            earliest = max(earliest, self._query.asked_at + self._query_rest_seconds)
+        self._state = Backoff(min(self._state.until, max(now, earliest)))
+        return self.on_free_bytes(now, free_bytes)
 
-    def _must_ask(self, now: float) -> bool:
-        """A step that a group refused is not simply tried again where somebody tells of room: lvextend opens the physical volumes for
-        writing even when it fails, which is a change that udev tells every other disk of the group that rests."""
-        if not self._notifies_space or not self._group_refused or self._asking_until(now) or self._begun_at is None:
-            return False
-        return now < self._begun_at + FORCED_TRY_SECONDS
-
-    def _asking_until(self, now: float) -> float | None:
-        """Until when an answer is awaited; None: it is not. A command that hangs for ever must not be what everything waits for."""
-        if not self._asking or self._asked_pool_at is None:
-            return None
-        until = self._asked_pool_at + FORCED_TRY_SECONDS
-        return until if now < until else None
-
-    def pool_told(self, now: float, group: str | None, group_free_bytes: int | None, free_bytes: int) -> list[Action]:
-        """The answer to `AskPool`; None: nobody could tell, so it is tried."""
-        self._asking = False
+    def on_query_answered(self, now: float, group: str | None, group_free_bytes: int | None, free_bytes: int) -> list[Action]:
+        """The answer to `QueryGroup`; None: nobody could tell, so it is tried."""
+        if isinstance(self._query, Querying):
+            self._query = Known(self._query.asked_at)
         refused_with = self._refused_with_bytes or 0
-        actions = self.pooled(group, group_free_bytes)
-        if self._step is not None:
+        actions = self.on_group_report(group, group_free_bytes)
+        if isinstance(self._state, Stepping):
             return actions
         self._see(now, free_bytes)
         if free_bytes >= self._mark_bytes or self.full:
-            return actions + self.room(now, free_bytes)
+            return actions + self.on_free_bytes(now, free_bytes)
         if group_free_bytes is None or group_free_bytes > refused_with:
-            return actions + self._try(now)
-        self._ask_rest = min(2 * self._ask_rest, ASK_SECONDS_MAX)
+            return actions + self._begin_needed(now)
+        self._query_rest_seconds = min(2 * self._query_rest_seconds, QUERY_SECONDS_MAX)
         self._failures += 1
-        self._retry_at = now + min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_SECONDS_MAX)
-        return [*actions, WakeAt(self._retry_at)]
+        return [*actions, self._back_off(now, self._backoff_seconds())]
 
-    def resized(self) -> list[Action]:
+    def on_device_resized(self) -> list[Action]:
         """The storage has changed its size, somebody says."""
-        self._look_again = self._looking  # that look may have come before the change
-        return self._look()
+        self._read_again = self._reading  # that one may have come before the change
+        return self._read_size()
 
-    def removed(self, message: str) -> list[Action]:
+    def on_device_removed(self, message: str) -> list[Action]:
         """The storage has gone."""
         return [self._event("storage_error", message=message)]
 
-    def below(self, now: float, no_room: bool, waits: bool) -> list[Action]:
+    def on_space_below(self, now: float, no_room: bool, waits: bool) -> list[Action]:
         """What the storage lies on has no room for a guest's write, though the storage is there; or it has some again."""
         if not no_room or (self._storage_full_at is not None and now < self._storage_full_at + STORAGE_FULL_SECONDS):
             return []
@@ -412,9 +466,9 @@ class GrowthPolicy:
 
     def tick(self, now: float, free_bytes: int) -> list[Action]:
         """Time has passed."""
-        step = self._step
-        if step is None:
-            return self.room(now, free_bytes)
+        step = self._state
+        if not isinstance(step, Stepping):
+            return self.on_free_bytes(now, free_bytes)
         self._see(now, free_bytes)
         seconds = now - step.started_at
         if seconds < self._timeout:
@@ -427,21 +481,21 @@ class GrowthPolicy:
             )
             self.last_failure = message
             actions += [self._event("extend_slow", target_bytes=step.target_bytes, seconds=seconds, message=message), Exhausted()]
-            if self._asked_bytes:
-                self._asked_bytes = 0
+            if self.requested_bytes:
+                self.requested_bytes = 0
                 actions.append(Answer(Timeout(message)))
-        return [*actions, *self._look(), WakeAt(now + RETRY_SECONDS)]
+        return [*actions, *self._read_size(), WakeAt(now + RETRY_SECONDS)]
 
-    def looked(self, size_bytes: int | None) -> list[Action]:
-        """The size that a `Look` found; None: it could not be read."""
-        self._looking = False
+    def on_size_read(self, size_bytes: int | None) -> list[Action]:
+        """The answer to `ReadSize`; None: it could not be read."""
+        self._reading = False
         actions = self._adopt(size_bytes)
-        if self._look_again:
-            self._look_again = False
-            actions += self._look()
+        if self._read_again:
+            self._read_again = False
+            actions += self._read_size()
         return actions
 
-    def ended(
+    def on_step_ended(
         self, now: float, size_bytes: int | None, error: FvdError | None, free_bytes: int, suspend_seconds: float | None = None
     ) -> list[Action]:
         """The step has ended. `size_bytes`, read from the storage afterwards (None: it could not be), counts for more than the error.
@@ -449,68 +503,65 @@ class GrowthPolicy:
         `suspend_seconds`: how long the device stood still meanwhile; None: nobody knows.
         """
         self._see(now, free_bytes)
-        step, self._step = self._step, None
-        if step is None:
+        step, self._state = self._state, Idle()
+        if not isinstance(step, Stepping):
             raise AssertionError("a growth step ended that was never begun")
-        seconds = now - step.started_at
-        if suspend_seconds is not None:
-            self.last_suspend_seconds = suspend_seconds
-            self.longest_suspend_seconds = max(suspend_seconds, self.longest_suspend_seconds or 0.0)
-        before = self.storage_size_bytes
+        ended = _Ended(step, now - step.started_at, suspend_seconds, self.storage_size_bytes, error)
         actions = self._adopt(size_bytes)
         size = self.storage_size_bytes
-        if size > before or size >= step.target_bytes:
-            self.steps_done += 1
-            self.last_extend_seconds = seconds
-            self.longest_extend_seconds = max(seconds, self.longest_extend_seconds or 0.0)
-            # Longer than the timeout is a fault, and no measure of the next step.
-            self._recent_seconds = (*self._recent_seconds, min(seconds, self._timeout))[-RECENT_STEPS:]
+        self._learn(ended)
         self._group_refused = isinstance(error, NoSpace) and size < step.target_bytes
         self._refused_with_bytes = error.left_bytes if isinstance(error, NoSpace) else None
-        self._ask_rest = RETRY_SECONDS
-        if size > before and not self._group_refused:
-            self._group_full_reported = False  # growth is the proof of room; what a group shows as free may be of no use
-        if size >= step.target_bytes:
-            self._failures = 0
-            self._retry_at = None
-            self._low_reported = False
-            self.last_failure = None
-            message = f"the step reported an error, but the storage has grown: {error}" if error else ""
-            actions.append(
-                self._event(
-                    "extend_done", target_bytes=step.target_bytes, seconds=seconds, suspend_seconds=suspend_seconds, message=message
-                )
-            )
-            actions += self._ask(now)
-            # Where a look has found the size before, no `UseSize` follows that would ask again; and writes may wait.
-            return actions if size > before else actions + self.room(now, self.free_bytes)
+        self._query_rest_seconds = RETRY_SECONDS
+        if size > ended.size_before_bytes and not self._group_refused:
+            self._group_full_reported = False  # growth is the proof of space; what a group shows as free may be of no use
+        return actions + (self._succeed(now, ended) if size >= step.target_bytes else self._fail(now, ended))
+
+    def _learn(self, ended: _Ended) -> None:
+        """What the step says of those to come."""
+        if ended.suspend_seconds is not None:
+            self.last_suspend_seconds = ended.suspend_seconds
+            self.longest_suspend_seconds = max(ended.suspend_seconds, self.longest_suspend_seconds or 0.0)
+        if self.storage_size_bytes > ended.size_before_bytes or self.storage_size_bytes >= ended.step.target_bytes:
+            self.steps_done += 1
+            self.last_extend_seconds = ended.seconds
+            self.longest_extend_seconds = max(ended.seconds, self.longest_extend_seconds or 0.0)
+            # Longer than the timeout is a fault, and no measure of the next step.
+            self._recent_seconds = (*self._recent_seconds, min(ended.seconds, self._timeout))[-RECENT_STEPS:]
+
+    def _succeed(self, now: float, ended: _Ended) -> list[Action]:
+        self._failures = 0
+        self._low_reported = False
+        self.last_failure = None
+        message = f"the step reported an error, but the storage has grown: {ended.error}" if ended.error else ""
+        actions: list[Action] = [self._step_event("extend_done", ended, message), *self._begin_requested(now)]
+        # Where a read has found the size before, no `UseSize` follows that would ask again; and writes may wait.
+        grown = self.storage_size_bytes > ended.size_before_bytes
+        return actions if grown else actions + self.on_free_bytes(now, self.free_bytes)
+
+    def _fail(self, now: float, ended: _Ended) -> list[Action]:
+        size, target_bytes = self.storage_size_bytes, ended.step.target_bytes
+        error = ended.error
         if error is None:
-            error = NoSpace(
-                f"storage was to grow to {format_size(step.target_bytes)} and has {format_size(size)}, though no error was reported"
-            )
+            error = NoSpace(f"storage was to grow to {format_size(target_bytes)} and has {format_size(size)}, though no error was reported")
         # A device of fixed size that has not been enlarged is no failure worth repeating in the log; it is looked at again all the same.
-        self._failures += 1
-        if size > before:
-            self._failures = 1
-        rest = min(RETRY_SECONDS * 2 ** min(self._failures - 1, 10), RETRY_SECONDS_MAX)
-        if (step.on_space_freed and self._group_refused) or (self.free_bytes == 0 and not self._notifies_space):
+        self._failures = 1 if size > ended.size_before_bytes else self._failures + 1
+        rest = self._backoff_seconds()
+        if (ended.step.space_freed and self._group_refused) or (self.free_bytes == 0 and not self._notifies_space):
             rest = RETRY_SECONDS
-        self._retry_at = now + rest
+        wake = self._back_off(now, rest)
+        actions: list[Action] = []
         if str(error) != self.last_failure:
             self.last_failure = str(error)
-            actions.append(
-                self._event(
-                    "extend_failed", target_bytes=step.target_bytes, seconds=seconds, suspend_seconds=suspend_seconds, message=str(error)
-                )
-            )
+            actions.append(self._step_event("extend_failed", ended, str(error)))
         actions.append(Exhausted())
-        if self._asked_bytes:
-            satisfied = size >= self._asked_bytes
-            self._asked_bytes = 0
+        if self.requested_bytes:
+            satisfied = size >= self.requested_bytes
+            self.requested_bytes = 0
             actions.append(Answer(None if satisfied else error))
-        return [*actions, WakeAt(self._retry_at)]
+        return [*actions, wake]
 
-    def pooled(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
+    def on_group_report(self, group: str | None, group_free_bytes: int | None) -> list[Action]:
         """What the group has left, asked after a step has ended; None: nobody could tell."""
         self.group = group or self.group
         self.group_free_bytes = group_free_bytes
@@ -543,30 +594,60 @@ class GrowthPolicy:
             return min(int(self._rate.at(now) * FIRST_STEP_SECONDS * MARK_SAFETY), self._geometry.grow_step_bytes)
         return int(self._rate.at(now) * max(self._recent_seconds) * MARK_SAFETY)
 
-    def _ask(self, now: float) -> list[Action]:
+    def _must_query(self, now: float) -> bool:
+        """A step that a group refused is not simply tried again where somebody tells of space: lvextend opens the physical volumes for
+        writing even when it fails, which is a change that udev tells every other disk of the group that rests."""
+        if isinstance(self._query, Querying) and now < self._query.ends_at:
+            return False
+        if not self._notifies_space or not self._group_refused or self._begun_at is None:
+            return False
+        return now < self._begun_at + FORCED_TRY_SECONDS
+
+    def _backoff_seconds(self) -> float:
+        return min(RETRY_SECONDS * float(2 ** min(self._failures - 1, 10)), RETRY_SECONDS_MAX)
+
+    def _back_off(self, now: float, seconds: float) -> WakeAt:
+        self._state = Backoff(now + seconds)
+        return WakeAt(now + seconds)
+
+    def _end_backoff(self) -> None:
+        if isinstance(self._state, Backoff):
+            self._state = Idle()
+
+    def _begin_requested(self, now: float) -> list[Action]:
         """What `extend` requests need now."""
-        if not self._asked_bytes or self._step is not None:
+        if not self.requested_bytes or isinstance(self._state, Stepping):
             return []
-        if self.storage_size_bytes >= self._asked_bytes:
-            self._asked_bytes = 0
+        if self.storage_size_bytes >= self.requested_bytes:
+            self.requested_bytes = 0
             return [Answer(None)]
-        return self._begin(now, self._asked_bytes)
+        return self._begin(now, self.requested_bytes)
+
+    def _begin_needed(self, now: float) -> list[Action]:
+        """What first writes need, and `extend` requests too."""
+        actions: list[Action] = []
+        if not self._low_reported:
+            self._low_reported = True
+            actions.append(self._event("low_water"))
+        target = next_size_bytes(self._geometry, self.storage_size_bytes, self.steps_at_once(now))
+        return actions + self._begin(now, max(target, self.requested_bytes))
 
     def _begin(self, now: float, target_bytes: int) -> list[Action]:
         if target_bytes > limit_size_bytes(self._geometry):
             raise AssertionError(f"growth to {target_bytes} bytes is beyond the limit {limit_size_bytes(self._geometry)} of this disk")
-        self._step = _Step(target_bytes, now)
+        self._state = Stepping(target_bytes, now)
         self._begun_at = now
         actions: list[Action] = [Start(target_bytes), WakeAt(now + self._timeout)]
         if self._can_grow and not self._failures:  # a step that is tried again and again is told of once, like its failure
             actions.insert(0, self._event("extend_started", target_bytes=target_bytes))
         return actions
 
-    def _look(self) -> list[Action]:
-        if self._looking:
+    def _read_size(self) -> list[Action]:
+        """One read at a time."""
+        if self._reading:
             return []
-        self._looking = True
-        return [Look()]
+        self._reading = True
+        return [ReadSize()]
 
     def _adopt(self, size_bytes: int | None) -> list[Action]:
         """Storage never shrinks under a disk that goes on: where it has, the disk stops (`holding.py`)."""
@@ -578,6 +659,15 @@ class GrowthPolicy:
         self._rate.added(added)
         self.storage_size_bytes = size_bytes
         return [UseSize(size_bytes)]
+
+    def _step_event(self, kind: EventKind, ended: _Ended, message: str) -> GrowthEvent:
+        return self._event(
+            kind,
+            target_bytes=ended.step.target_bytes,
+            seconds=ended.seconds,
+            suspend_seconds=ended.suspend_seconds,
+            message=message,
+        )
 
     def _event(
         self, kind: EventKind, *, target_bytes: int = 0, seconds: float = 0.0, suspend_seconds: float | None = None, message: str = ""

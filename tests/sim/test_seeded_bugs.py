@@ -118,13 +118,13 @@ def woken_too_late() -> Iterator[None]:
 
 @contextmanager
 def an_error_counts_for_more_than_the_size() -> Iterator[None]:
-    ended = GrowthPolicy.ended
+    ended = GrowthPolicy.on_step_ended
 
     def believing(policy: GrowthPolicy, now: float, size: int | None, error: FvdError | None, *rest: Any, **others: Any) -> list[Action]:
         return ended(policy, now, size if error is None else None, error, *rest, **others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GrowthPolicy, "ended", believing)
+        patch.setattr(GrowthPolicy, "on_step_ended", believing)
         yield
 
 

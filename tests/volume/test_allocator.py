@@ -331,7 +331,6 @@ def test_a_listener_that_fails_stops_nothing() -> None:
 
 def test_figures() -> None:
     world = World()
-    assert world.allocator.reserve_seconds(STEP) == 0.5
     figures = world.allocator.figures()
     for unknown in ("last_extend_seconds", "longest_suspend_seconds", "reserve_bytes_per_second", "group", "group_free_bytes"):
         assert figures[unknown] is None

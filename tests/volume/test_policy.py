@@ -6,20 +6,16 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fvd.errors import DeviceError, InvalidArgument, NoSpace, Timeout
 from fvd.format.geometry import Geometry, Layout
 from fvd.storage.policy import (
     Action,
     Answer,
-    AskPool,
-    Exhausted,
     GrowthEvent,
     GrowthPolicy,
-    Look,
+    QueryGroup,
+    ReadSize,
     Start,
     UseSize,
     WakeAt,
@@ -104,49 +100,49 @@ def test_the_guests_reserve_is_half_of_the_mark_and_less_than_it(mark_mib: float
 
 
 def test_nothing_happens_above_the_mark() -> None:
-    assert policy().room(0.0, STEP // 2) == []
+    assert policy().on_free_bytes(0.0, STEP // 2) == []
 
 
 def test_a_step_begins_below_the_mark_and_only_one() -> None:
     growth = policy()
-    actions = growth.room(0.0, STEP // 2 - MIB)
+    actions = growth.on_free_bytes(0.0, STEP // 2 - MIB)
     assert kinds(actions) == ["low_water", "extend_started", "Start", "WakeAt"]
     assert only(actions, Start) == Start(2 * STEP)
-    assert growth.room(0.1, STEP // 2 - 2 * MIB) == []
+    assert growth.on_free_bytes(0.1, STEP // 2 - 2 * MIB) == []
 
 
 def test_a_step_that_works() -> None:
     growth = policy()
-    growth.room(0.0, 31 * MIB)
-    actions = growth.ended(2.0, 2 * STEP, None, 30 * MIB)
+    growth.on_free_bytes(0.0, 31 * MIB)
+    actions = growth.on_step_ended(2.0, 2 * STEP, None, 30 * MIB)
     assert kinds(actions) == ["UseSize", "extend_done"]
     done = only(actions, GrowthEvent)
     assert isinstance(done, GrowthEvent)
     assert (done.seconds, done.storage_size_bytes, done.free_bytes) == (2.0, 2 * STEP, 94 * MIB)
     assert (growth.last_extend_seconds, growth.steps_done) == (2.0, 1)
-    assert growth.room(2.0, 94 * MIB) == []
+    assert growth.on_free_bytes(2.0, 94 * MIB) == []
 
 
 def test_the_next_step_begins_when_the_first_was_not_enough() -> None:
     growth = policy(low_water_bytes=3 * STEP)
-    growth.room(0.0, 0)
-    growth.ended(1.0, 2 * STEP, None, 0)
-    assert only(growth.room(1.0, 64 * MIB), Start) == Start(3 * STEP)
+    growth.on_free_bytes(0.0, 0)
+    growth.on_step_ended(1.0, 2 * STEP, None, 0)
+    assert only(growth.on_free_bytes(1.0, 64 * MIB), Start) == Start(3 * STEP)
 
 
 def test_the_last_step_stops_at_what_the_disk_can_use() -> None:
     growth = policy(storage_size_bytes=16 * STEP)
-    assert only(growth.room(0.0, 0), Start) == Start(DISK.max_storage_size_bytes)
-    growth.ended(1.0, DISK.max_storage_size_bytes, None, 0)
+    assert only(growth.on_free_bytes(0.0, 0), Start) == Start(DISK.max_storage_size_bytes)
+    growth.on_step_ended(1.0, DISK.max_storage_size_bytes, None, 0)
     assert growth.full
-    assert growth.room(2.0, 0) == []
+    assert growth.on_free_bytes(2.0, 0) == []
 
 
 def test_growth_beyond_the_limit_is_a_bug_that_is_caught() -> None:
     growth = policy()
-    growth._asked_bytes = limit_size_bytes(DISK) + 1
+    growth.requested_bytes = limit_size_bytes(DISK) + 1
     with pytest.raises(AssertionError, match="beyond the limit"):
-        growth.room(0.0, 0)
+        growth.on_free_bytes(0.0, 0)
 
 
 # --- What goes wrong ---------------------------------------------------------------------------------------------
@@ -154,19 +150,19 @@ def test_growth_beyond_the_limit_is_a_bug_that_is_caught() -> None:
 
 def test_a_step_that_fails_is_tried_again_every_second_while_writes_wait() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    actions = growth.ended(0.5, STEP, NoSpace("the group is full"), 0)
+    growth.on_free_bytes(0.0, 0)
+    actions = growth.on_step_ended(0.5, STEP, NoSpace("the group is full"), 0)
     assert kinds(actions) == ["extend_failed", "Exhausted", "WakeAt"]
     assert only(actions, WakeAt) == WakeAt(1.5)
     assert only(growth.tick(1.0, 0), WakeAt) == WakeAt(1.5)
     now = 1.5
     for _ in range(5):
         assert "Start" in kinds(growth.tick(now, 0))
-        actions = growth.ended(now, STEP, NoSpace("the group is full"), 0)
+        actions = growth.on_step_ended(now, STEP, NoSpace("the group is full"), 0)
         assert kinds(actions) == ["Exhausted", "WakeAt"]  # said once
         now += 1.0
         assert only(actions, WakeAt) == WakeAt(now)
-    assert "extend_failed" in kinds(growth.tick(now, 0) and growth.ended(now, STEP, NoSpace("something else"), 0))
+    assert "extend_failed" in kinds(growth.tick(now, 0) and growth.on_step_ended(now, STEP, NoSpace("something else"), 0))
 
 
 def test_it_rests_longer_while_the_reserve_holds() -> None:
@@ -174,44 +170,44 @@ def test_it_rests_longer_while_the_reserve_holds() -> None:
     now, rests = 0.0, []
     for _ in range(7):
         assert "Start" in kinds(growth.tick(now, MIB))
-        wake = only(growth.ended(now, STEP, NoSpace("full"), MIB), WakeAt)
+        wake = only(growth.on_step_ended(now, STEP, NoSpace("full"), MIB), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(wake.when - now)
         now = wake.when
     assert rests == [1, 2, 4, 8, 16, 30, 30]
     # The reserve runs out: now it is tried every second.
     growth.tick(now, MIB)
-    growth.ended(now, STEP, NoSpace("full"), MIB)
-    assert growth.room(now + 0.1, 0) == [WakeAt(now + 1.1)]
+    growth.on_step_ended(now, STEP, NoSpace("full"), MIB)
+    assert growth.on_free_bytes(now + 0.1, 0) == [WakeAt(now + 1.1)]
 
 
 def test_a_rest_ends_when_chunks_were_freed() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    growth.ended(0.0, STEP, NoSpace("full"), 0)
+    growth.on_free_bytes(0.0, 0)
+    growth.on_step_ended(0.0, STEP, NoSpace("full"), 0)
     assert growth.tick(1.0, STEP) == []
     assert growth.tick(100.0, STEP) == []
 
 
 def test_poke_ends_a_rest() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    growth.ended(0.0, STEP, NoSpace("full"), 0)
+    growth.on_free_bytes(0.0, 0)
+    growth.on_step_ended(0.0, STEP, NoSpace("full"), 0)
     assert "Start" in kinds(growth.poke(0.1, 0))
 
 
 def test_poke_looks_at_storage_that_is_not_low() -> None:
     growth = policy()
-    assert kinds(growth.poke(0.0, STEP)) == ["Look"]
+    assert kinds(growth.poke(0.0, STEP)) == ["ReadSize"]
     assert kinds(growth.poke(0.0, STEP)) == []  # one look at a time
-    assert growth.looked(3 * STEP) == [UseSize(3 * STEP)]
+    assert growth.on_size_read(3 * STEP) == [UseSize(3 * STEP)]
 
 
 def test_a_step_that_half_succeeds() -> None:
     growth = policy()
-    growth.room(0.0, 0)
+    growth.on_free_bytes(0.0, 0)
     half = STEP + STEP // 2
-    actions = growth.ended(1.0, half, NoSpace("no more"), 0)
+    actions = growth.on_step_ended(1.0, half, NoSpace("no more"), 0)
     assert kinds(actions) == ["UseSize", "extend_failed", "Exhausted", "WakeAt"]
     assert only(actions, UseSize) == UseSize(half)
     assert only(growth.tick(2.0, 0), Start) == Start(2 * STEP)
@@ -219,69 +215,69 @@ def test_a_step_that_half_succeeds() -> None:
 
 def test_a_step_that_reports_an_error_and_worked() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    actions = growth.ended(1.0, 2 * STEP, NoSpace("nonsense"), 0)
+    growth.on_free_bytes(0.0, 0)
+    actions = growth.on_step_ended(1.0, 2 * STEP, NoSpace("nonsense"), 0)
     assert kinds(actions) == ["UseSize", "extend_done"]
     assert "nonsense" in str(actions[1])
 
 
 def test_a_step_that_reports_success_and_did_nothing() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    actions = growth.ended(1.0, STEP, None, 0)
+    growth.on_free_bytes(0.0, 0)
+    actions = growth.on_step_ended(1.0, STEP, None, 0)
     assert kinds(actions) == ["extend_failed", "Exhausted", "WakeAt"]
 
 
 def test_a_step_that_hangs_is_reported_and_its_late_success_used() -> None:
     growth = policy(extend_timeout_seconds=10.0)
-    assert only(growth.room(0.0, 0), WakeAt) == WakeAt(10.0)
+    assert only(growth.on_free_bytes(0.0, 0), WakeAt) == WakeAt(10.0)
     assert growth.tick(5.0, 0) == [WakeAt(10.0)]
     actions = growth.tick(10.0, 0)
-    assert kinds(actions) == ["extend_slow", "Exhausted", "Look", "WakeAt"]
-    growth.looked(STEP)
-    assert kinds(growth.tick(11.0, 0)) == ["Look", "WakeAt"]  # reported once, looked at every second, never begun twice
-    assert growth.room(11.0, 0) == []
-    assert kinds(growth.ended(60.0, 2 * STEP, None, 0)) == ["UseSize", "extend_done"]
+    assert kinds(actions) == ["extend_slow", "Exhausted", "ReadSize", "WakeAt"]
+    growth.on_size_read(STEP)
+    assert kinds(growth.tick(11.0, 0)) == ["ReadSize", "WakeAt"]  # reported once, looked at every second, never begun twice
+    assert growth.on_free_bytes(11.0, 0) == []
+    assert kinds(growth.on_step_ended(60.0, 2 * STEP, None, 0)) == ["UseSize", "extend_done"]
 
 
 def test_a_step_that_hangs_and_has_worked_all_the_same() -> None:
     growth = policy(extend_timeout_seconds=10.0)
-    growth.room(0.0, 0)
+    growth.on_free_bytes(0.0, 0)
     growth.tick(10.0, 0)
-    assert growth.looked(2 * STEP) == [UseSize(2 * STEP)]
-    assert kinds(growth.ended(20.0, 2 * STEP, Timeout("killed"), 64 * MIB)) == ["extend_done"]
+    assert growth.on_size_read(2 * STEP) == [UseSize(2 * STEP)]
+    assert kinds(growth.on_step_ended(20.0, 2 * STEP, Timeout("killed"), 64 * MIB)) == ["extend_done"]
     # And where the room that the look brought has been taken meanwhile, its end begins the next one: nobody else would.
     growth = policy(extend_timeout_seconds=10.0, adaptive=False)
-    growth.room(0.0, 0)
+    growth.on_free_bytes(0.0, 0)
     growth.tick(10.0, 0)
-    growth.looked(2 * STEP)
-    assert growth.room(10.1, 0) == []
-    assert kinds(growth.ended(20.0, 2 * STEP, None, 0)) == ["extend_done", "low_water", "extend_started", "Start", "WakeAt"]
+    growth.on_size_read(2 * STEP)
+    assert growth.on_free_bytes(10.1, 0) == []
+    assert kinds(growth.on_step_ended(20.0, 2 * STEP, None, 0)) == ["extend_done", "low_water", "extend_started", "Start", "WakeAt"]
 
 
 def test_a_size_that_cannot_be_read_changes_nothing() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    assert kinds(growth.ended(1.0, None, NoSpace("full"), 0)) == ["extend_failed", "Exhausted", "WakeAt"]
+    growth.on_free_bytes(0.0, 0)
+    assert kinds(growth.on_step_ended(1.0, None, NoSpace("full"), 0)) == ["extend_failed", "Exhausted", "WakeAt"]
     assert growth.storage_size_bytes == STEP
 
 
 def test_storage_never_shrinks() -> None:
     growth = policy(storage_size_bytes=4 * STEP)
-    assert growth.looked(STEP) == []
+    assert growth.on_size_read(STEP) == []
     assert growth.storage_size_bytes == 4 * STEP
 
 
 def test_storage_added_by_hand_counts_and_steps_go_on_from_there() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    assert only(growth.ended(1.0, 5 * STEP + MIB, None, 0), UseSize) == UseSize(5 * STEP + MIB)
-    assert only(growth.room(1.0, MIB), Start) == Start(6 * STEP)
+    growth.on_free_bytes(0.0, 0)
+    assert only(growth.on_step_ended(1.0, 5 * STEP + MIB, None, 0), UseSize) == UseSize(5 * STEP + MIB)
+    assert only(growth.on_free_bytes(1.0, MIB), Start) == Start(6 * STEP)
 
 
 def test_fixed_storage_announces_no_step() -> None:
     growth = policy(can_grow=False)
-    assert kinds(growth.room(0.0, 0)) == ["low_water", "Start", "WakeAt"]
+    assert kinds(growth.on_free_bytes(0.0, 0)) == ["low_water", "Start", "WakeAt"]
 
 
 # --- Where others tell of room -----------------------------------------------------------------------------------
@@ -293,7 +289,7 @@ def refused(free_bytes: int | None = 0) -> GrowthPolicy:
     assert "Start" in kinds(growth.tick(0.0, 0))
     error = NoSpace("full")
     error.left_bytes = free_bytes
-    assert only(growth.ended(0.0, STEP, error, 0), WakeAt) == WakeAt(1.0)
+    assert only(growth.on_step_ended(0.0, STEP, error, 0), WakeAt) == WakeAt(1.0)
     return growth
 
 
@@ -302,60 +298,60 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
     growth = refused()
     now, rests = 1.0, []
     for _ in range(6):
-        assert growth.tick(now, 0) == [AskPool(), WakeAt(now + 300.0)]
+        assert growth.tick(now, 0) == [QueryGroup(), WakeAt(now + 300.0)]
         assert growth.tick(now, 0) == growth.on_space_freed(now, 0) == [WakeAt(now + 300.0)]  # the answer is on its way
-        wake = only(growth.pool_told(now + 0.1, "vg0", 0, 0), WakeAt)
+        wake = only(growth.on_query_answered(now + 0.1, "vg0", 0, 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(round(wake.when - now - 0.1, 6))
-        assert growth.room(now + 0.2, 0) == [wake]  # a write that waits shortens nothing
+        assert growth.on_free_bytes(now + 0.2, 0) == [wake]  # a write that waits shortens nothing
         now = wake.when
     assert rests == [2, 4, 8, 16, 30, 30]
 
 
 def test_a_group_that_has_room_again_is_tried() -> None:
     growth = refused()
-    assert growth.on_space_freed(5.0, 0) == [AskPool(), WakeAt(305.0)]
-    assert "Start" in kinds(growth.pool_told(5.1, "vg0", 1, 0))
+    assert growth.on_space_freed(5.0, 0) == [QueryGroup(), WakeAt(305.0)]
+    assert "Start" in kinds(growth.on_query_answered(5.1, "vg0", 1, 0))
 
 
 def test_extents_that_were_of_no_use_are_not_tried_for_ever() -> None:
     """A physical volume that may not be allocated from: free, and no room. More than that is, and a real try now and then."""
     growth = refused(free_bytes=100)
     growth.tick(1.0, 0)
-    assert "Start" not in kinds(growth.pool_told(1.0, "vg0", 100, 0))
+    assert "Start" not in kinds(growth.on_query_answered(1.0, "vg0", 100, 0))
     growth.tick(3.0, 0)
-    assert "Start" in kinds(growth.pool_told(3.0, "vg0", 101, 0))
-    growth.ended(4.0, STEP, NoSpace("full"), 0)
+    assert "Start" in kinds(growth.on_query_answered(3.0, "vg0", 101, 0))
+    growth.on_step_ended(4.0, STEP, NoSpace("full"), 0)
     assert "Start" in kinds(growth.tick(304.1, 0))
 
 
 def test_a_group_that_cannot_be_asked_is_tried() -> None:
     growth = refused()
     growth.tick(1.0, 0)
-    assert "Start" in kinds(growth.pool_told(1.1, None, None, 0))
+    assert "Start" in kinds(growth.on_query_answered(1.1, None, None, 0))
 
 
 def test_room_that_was_freed_in_the_disk_meanwhile_needs_no_step() -> None:
     growth = refused()
     growth.tick(1.0, 0)
-    assert "Start" not in kinds(growth.pool_told(1.1, "vg0", 10 * STEP, STEP))
+    assert "Start" not in kinds(growth.on_query_answered(1.1, "vg0", 10 * STEP, STEP))
 
 
 def test_room_that_was_made_before_the_group_was_asked() -> None:
     """vgextend between the refusal and the look after it: what that look shows is no measure of what was refused."""
     growth = refused()
-    growth.pooled("vg0", 10 * STEP)
+    growth.on_group_report("vg0", 10 * STEP)
     growth.tick(1.0, 0)
-    assert "Start" in kinds(growth.pool_told(1.1, "vg0", 10 * STEP, 0))
+    assert "Start" in kinds(growth.on_query_answered(1.1, "vg0", 10 * STEP, 0))
 
 
 def test_a_question_that_is_never_answered_is_not_waited_for_for_ever() -> None:
     """A command that hangs in the kernel."""
     growth = refused()
-    assert growth.tick(1.0, 0) == [AskPool(), WakeAt(301.0)]
+    assert growth.tick(1.0, 0) == [QueryGroup(), WakeAt(301.0)]
     assert growth.tick(299.0, 0) == [WakeAt(301.0)]
     assert "Start" in kinds(growth.tick(301.0, 0))
-    assert "Start" not in kinds(growth.pool_told(302.0, "vg0", 10 * STEP, 0))  # the answer, after all: a step is under way
+    assert "Start" not in kinds(growth.on_query_answered(302.0, "vg0", 10 * STEP, 0))  # the answer, after all: a step is under way
 
 
 def test_a_step_asked_for_beside_a_question_leaves_the_question_its_alarm() -> None:
@@ -363,17 +359,17 @@ def test_a_step_asked_for_beside_a_question_leaves_the_question_its_alarm() -> N
     growth = refused()
     growth.tick(1.0, 0)
     growth.extend(2.0, STEP)
-    rests_until = only(growth.ended(3.0, STEP, NoSpace("full"), 0), WakeAt).when
+    rests_until = only(growth.on_step_ended(3.0, STEP, NoSpace("full"), 0), WakeAt).when
     assert growth.tick(rests_until, 0) == [WakeAt(301.0)]
-    assert AskPool() in growth.tick(301.0, 0)
+    assert QueryGroup() in growth.tick(301.0, 0)
 
 
 def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
     growth = refused()
     assert "Start" in kinds(growth.extend(0.5, STEP))
-    growth.ended(0.6, STEP, NoSpace("full"), 0)
-    assert growth.poke(0.7, 0) == [AskPool(), WakeAt(300.7)]
-    assert only(growth.pool_told(0.8, "vg0", 0, 0), WakeAt)
+    growth.on_step_ended(0.6, STEP, NoSpace("full"), 0)
+    assert growth.poke(0.7, 0) == [QueryGroup(), WakeAt(300.7)]
+    assert only(growth.on_query_answered(0.8, "vg0", 0, 0), WakeAt)
 
 
 def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
@@ -381,9 +377,9 @@ def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
     growth = refused()
     now, asked = 1.0, []
     while now < 60.0:
-        if AskPool() in growth.on_space_freed(now, 0):
+        if QueryGroup() in growth.on_space_freed(now, 0):
             asked.append(now)
-            growth.pool_told(now, "vg0", 0, 0)
+            growth.on_query_answered(now, "vg0", 0, 0)
         now += 0.125
     assert len(asked) < 12 and asked[1] - asked[0] == 2.0 and asked[-1] - asked[-2] == 8.0
 
@@ -394,7 +390,7 @@ def test_other_failures_are_tried_again_by_the_clock_alone() -> None:
     now, rests = 0.0, []
     for _ in range(7):
         assert "Start" in kinds(growth.tick(now, 0))
-        wake = only(growth.ended(now, STEP, DeviceError("no"), 0), WakeAt)
+        wake = only(growth.on_step_ended(now, STEP, DeviceError("no"), 0), WakeAt)
         assert isinstance(wake, WakeAt)
         rests.append(wake.when - now)
         assert growth.on_space_freed(now + 0.5, 0) == []
@@ -406,34 +402,34 @@ def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> 
     growth = policy(notifies_space=True)
     for now in (0.0, 400.0, 800.0):
         growth.tick(now, 0)
-        growth.ended(now, STEP, NoSpace("full"), 0)
+        growth.on_step_ended(now, STEP, NoSpace("full"), 0)
     growth.tick(1200.0, 0)
     assert growth.on_space_freed(1200.1, 0) == []
-    assert only(growth.ended(1201.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1202.0)
+    assert only(growth.on_step_ended(1201.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1202.0)
 
 
 def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
     growth = policy(notifies_space=True)
     assert growth.on_space_freed(0.0, STEP) == []
-    growth.room(0.0, 0)
-    growth.ended(0.0, STEP, NoSpace("full"), 0)
+    growth.on_free_bytes(0.0, 0)
+    growth.on_step_ended(0.0, STEP, NoSpace("full"), 0)
     assert growth.on_space_freed(2.0, STEP) == []  # chunks were freed meanwhile
-    assert "AskPool" not in kinds(growth.tick(3.0, STEP))
+    assert "QueryGroup" not in kinds(growth.tick(3.0, STEP))
 
 
 def test_a_device_that_was_resized() -> None:
     growth = policy()
-    assert growth.resized() == [Look()]
-    assert growth.resized() == []  # that look may have come before the second change
-    assert growth.looked(2 * STEP) == [UseSize(2 * STEP), Look()]
-    assert growth.looked(3 * STEP) == [UseSize(3 * STEP)]
-    growth.room(0.0, 0)
-    assert growth.resized() == [Look()]  # also during a step: it may take its time to end
-    assert kinds(growth.looked(4 * STEP)) == ["UseSize"]
+    assert growth.on_device_resized() == [ReadSize()]
+    assert growth.on_device_resized() == []  # that look may have come before the second change
+    assert growth.on_size_read(2 * STEP) == [UseSize(2 * STEP), ReadSize()]
+    assert growth.on_size_read(3 * STEP) == [UseSize(3 * STEP)]
+    growth.on_free_bytes(0.0, 0)
+    assert growth.on_device_resized() == [ReadSize()]  # also during a step: it may take its time to end
+    assert kinds(growth.on_size_read(4 * STEP)) == ["UseSize"]
 
 
 def test_a_device_that_has_gone() -> None:
-    (event,) = policy().removed("gone")
+    (event,) = policy().on_device_removed("gone")
     assert isinstance(event, GrowthEvent) and (event.kind, event.message) == ("storage_error", "gone")
 
 
@@ -442,50 +438,50 @@ def test_a_device_that_has_gone() -> None:
 
 def test_a_group_that_gets_low_is_reported_once() -> None:
     growth = policy()
-    assert growth.pooled("vg0", 4 * STEP) == []
-    (event,) = growth.pooled("vg0", 4 * STEP - MIB)
+    assert growth.on_group_report("vg0", 4 * STEP) == []
+    (event,) = growth.on_group_report("vg0", 4 * STEP - MIB)
     assert isinstance(event, GrowthEvent)
     assert (event.kind, event.group, event.group_free_bytes) == ("group_low", "vg0", 4 * STEP - MIB)
-    assert growth.pooled("vg0", STEP) == growth.pooled(None, None) == growth.pooled("vg0", STEP) == []
-    assert growth.pooled("vg0", 5 * STEP) == []
-    assert kinds(growth.pooled("vg0", STEP)) == ["group_low"]
+    assert growth.on_group_report("vg0", STEP) == growth.on_group_report(None, None) == growth.on_group_report("vg0", STEP) == []
+    assert growth.on_group_report("vg0", 5 * STEP) == []
+    assert kinds(growth.on_group_report("vg0", STEP)) == ["group_low"]
 
 
 def test_the_group_is_low_where_the_user_says() -> None:
     growth = policy(group_low_bytes=100 * MIB)
-    assert growth.pooled("vg0", 100 * MIB) == []
-    assert kinds(growth.pooled("vg0", 99 * MIB)) == ["group_low"]
+    assert growth.on_group_report("vg0", 100 * MIB) == []
+    assert kinds(growth.on_group_report("vg0", 99 * MIB)) == ["group_low"]
 
 
 def test_a_group_with_less_than_a_chunk_is_full() -> None:
     growth = policy()
-    assert kinds(growth.pooled("vg0", MIB)) == ["group_low"]
-    assert kinds(growth.pooled("vg0", MIB - 1)) == ["group_full"]
-    assert growth.pooled("vg0", 0) == []
+    assert kinds(growth.on_group_report("vg0", MIB)) == ["group_low"]
+    assert kinds(growth.on_group_report("vg0", MIB - 1)) == ["group_full"]
+    assert growth.on_group_report("vg0", 0) == []
 
 
 def test_a_group_that_refused_a_step_is_full_whatever_it_shows() -> None:
     growth = policy(group_low_bytes=0, adaptive=False)
     for now in (0.0, 1.0, 2.0):
         growth.tick(now, 0)
-        growth.ended(now, STEP, NoSpace("no room on two devices at once"), 0)
-        assert kinds(growth.pooled("vg0", 9 * STEP)) == (["group_full"] if now == 0.0 else [])  # said once
+        growth.on_step_ended(now, STEP, NoSpace("no room on two devices at once"), 0)
+        assert kinds(growth.on_group_report("vg0", 9 * STEP)) == (["group_full"] if now == 0.0 else [])  # said once
     growth.tick(3.0, 0)
-    growth.ended(3.0, STEP + MIB, NoSpace("the last bit"), 0)
-    assert growth.pooled("vg0", 0) == []  # still
+    growth.on_step_ended(3.0, STEP + MIB, NoSpace("the last bit"), 0)
+    assert growth.on_group_report("vg0", 0) == []  # still
     growth.tick(4.0, 0)
-    growth.ended(4.0, 2 * STEP, None, 0)
-    assert growth.pooled("vg0", STEP) == []
-    growth.room(5.0, 0)
-    growth.ended(5.0, 2 * STEP, NoSpace("full"), 0)
-    assert kinds(growth.pooled(None, None)) == ["group_full"]  # there had been room
+    growth.on_step_ended(4.0, 2 * STEP, None, 0)
+    assert growth.on_group_report("vg0", STEP) == []
+    growth.on_free_bytes(5.0, 0)
+    growth.on_step_ended(5.0, 2 * STEP, NoSpace("full"), 0)
+    assert kinds(growth.on_group_report(None, None)) == ["group_full"]  # there had been room
 
 
 def test_other_failures_say_nothing_about_the_group() -> None:
     growth = policy()
-    growth.room(0.0, 0)
-    growth.ended(0.0, STEP, Timeout("killed"), 0)
-    assert growth.pooled(None, None) == []
+    growth.on_free_bytes(0.0, 0)
+    growth.on_step_ended(0.0, STEP, Timeout("killed"), 0)
+    assert growth.on_group_report(None, None) == []
 
 
 # --- The mark ----------------------------------------------------------------------------------------------------
@@ -495,9 +491,9 @@ def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000
     """A policy that has seen new places written at `rate` bytes a second, and a step of `seconds`. Time now: `at`."""
     growth = policy(storage_size_bytes=4 * STEP, low_water_bytes=base)
     growth.extend(at - seconds - 1, STEP)
-    growth.ended(at - 1, 5 * STEP, None, int(rate) + 9 * STEP)
-    growth.room(at - 1, int(rate) + 10 * STEP)
-    growth.room(at, 10 * STEP)
+    growth.on_step_ended(at - 1, 5 * STEP, None, int(rate) + 9 * STEP)
+    growth.on_free_bytes(at - 1, int(rate) + 10 * STEP)
+    growth.on_free_bytes(at, 10 * STEP)
     assert growth.write_rate(at) == pytest.approx(rate)
     return growth
 
@@ -518,8 +514,8 @@ def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000
 def test_the_mark_is_what_is_written_in_three_times_the_time_of_a_step(rate_mib: int, seconds: float, mark_mib: int, steps: int) -> None:
     growth = seen(rate_mib * MIB, seconds)
     assert growth.low_water_at(1000.0) == mark_mib * MIB
-    assert growth.room(1000.0, mark_mib * MIB) == []
-    actions = growth.room(1000.0, (mark_mib - 1) * MIB)
+    assert growth.on_free_bytes(1000.0, mark_mib * MIB) == []
+    actions = growth.on_free_bytes(1000.0, (mark_mib - 1) * MIB)
     assert only(actions, Start) == Start(min((5 + steps) * STEP, DISK.max_storage_size_bytes))
 
 
@@ -527,33 +523,33 @@ def test_the_mark_is_what_is_written_in_three_times_the_time_of_a_step(rate_mib:
 def test_a_step_that_begins_late_leaves_what_the_next_needs(free_mib: int, steps: int) -> None:
     """180 MiB may be written while it is under way, and as much while the next is."""
     growth = seen(20 * MIB, 3.0)
-    assert only(growth.room(1000.0, free_mib * MIB), Start) == Start((5 + steps) * STEP)
+    assert only(growth.on_free_bytes(1000.0, free_mib * MIB), Start) == Start((5 + steps) * STEP)
 
 
 def test_several_steps_at_once_stop_at_what_the_disk_can_use() -> None:
     growth = policy(storage_size_bytes=15 * STEP)
     growth.extend(0.0, MIB)
-    growth.ended(2.0, 15 * STEP + MIB, None, 0)
-    growth.room(2.0, 200 * MIB)
-    actions = growth.room(3.0, 0)
+    growth.on_step_ended(2.0, 15 * STEP + MIB, None, 0)
+    growth.on_free_bytes(2.0, 200 * MIB)
+    actions = growth.on_free_bytes(3.0, 0)
     assert growth.steps_at_once(3.0) > 2
     assert only(actions, Start) == Start(DISK.max_storage_size_bytes)
 
 
 def test_before_a_step_was_seen() -> None:
     growth = policy(storage_size_bytes=8 * STEP)
-    growth.room(0.0, 8 * STEP)
+    growth.on_free_bytes(0.0, 8 * STEP)
     assert growth.low_water_at(0.0) == STEP // 2  # nothing is known of the writes: nothing is assumed
-    growth.room(1.0, 8 * STEP - 12 * MIB)
+    growth.on_free_bytes(1.0, 8 * STEP - 12 * MIB)
     assert growth.low_water_at(1.0) == 54 * MIB  # 12 MiB/s, for three times 1.5 s
-    growth.room(2.0, 4 * STEP)
+    growth.on_free_bytes(2.0, 4 * STEP)
     assert growth.low_water_at(2.0) == STEP and growth.steps_at_once(2.0) == 1  # no more than one step on a mere guess
 
 
 def test_a_device_of_fixed_size_has_a_fixed_mark() -> None:
     growth = policy(storage_size_bytes=8 * STEP, can_grow=False)
-    growth.room(0.0, 8 * STEP)
-    growth.room(1.0, 4 * STEP)
+    growth.on_free_bytes(0.0, 8 * STEP)
+    growth.on_free_bytes(1.0, 4 * STEP)
     assert growth.low_water_at(1.0) == STEP // 2
 
 
@@ -575,7 +571,7 @@ def test_the_mark_falls_back_when_the_disk_is_quiet() -> None:
 
 def test_slower_writing_does_not_lower_what_is_expected_at_once() -> None:
     growth = seen(100 * MIB, 1.5)
-    growth.room(1001.0, 10 * STEP - 10 * MIB)
+    growth.on_free_bytes(1001.0, 10 * STEP - 10 * MIB)
     assert growth.write_rate(1001.0) == pytest.approx(100 * MIB, rel=0.01)
 
 
@@ -587,7 +583,7 @@ def test_a_slow_step_is_forgotten_after_eight_others() -> None:
         assert growth.low_water_at(1000.0) == 300 * MIB
         growth.extend(1000.0 + number, MIB)
         size += MIB
-        growth.ended(1000.1 + number, size, None, 10 * STEP)
+        growth.on_step_ended(1000.1 + number, size, None, 10 * STEP)
     assert growth.low_water_at(1000.0) == 32 * MIB
     assert growth.longest_extend_seconds == pytest.approx(5.0)  # what `info` tells
 
@@ -627,29 +623,29 @@ def test_room_that_is_added_or_freed_is_no_writing() -> None:
 
 def test_where_the_next_look_is_due() -> None:
     growth = policy()
-    growth.room(0.0, 61 * MIB)
+    growth.on_free_bytes(0.0, 61 * MIB)
     assert growth.look_below_bytes == 57 * MIB  # a sixteenth of a step further
-    growth.room(0.0, 34 * MIB)
+    growth.on_free_bytes(0.0, 34 * MIB)
     assert growth.look_below_bytes == 32 * MIB  # the mark
-    growth.room(0.0, 31 * MIB)
+    growth.on_free_bytes(0.0, 31 * MIB)
     assert growth.look_below_bytes == 27 * MIB  # a step runs: nothing can begin, but the rate is seen
-    growth.room(0.0, 2 * MIB)
+    growth.on_free_bytes(0.0, 2 * MIB)
     assert growth.look_below_bytes == 0  # a write that finds no slot asks whatever the mark is
-    growth.ended(0.1, 2 * STEP, None, MIB)
+    growth.on_step_ended(0.1, 2 * STEP, None, MIB)
     assert growth.look_below_bytes == 61 * MIB
-    growth.room(0.1, 31 * MIB)
-    growth.ended(0.2, 2 * STEP, NoSpace("full"), 30 * MIB)
+    growth.on_free_bytes(0.1, 31 * MIB)
+    growth.on_step_ended(0.2, 2 * STEP, NoSpace("full"), 30 * MIB)
     assert growth.look_below_bytes == 26 * MIB  # it rests
 
 
 def test_the_device_stood_still() -> None:
     growth = policy()
-    growth.room(0.0, 0)
+    growth.on_free_bytes(0.0, 0)
     assert (growth.last_suspend_seconds, growth.longest_suspend_seconds) == (None, None)
-    done = growth.ended(1.0, 2 * STEP, None, 0, suspend_seconds=0.25)[1]
+    done = growth.on_step_ended(1.0, 2 * STEP, None, 0, suspend_seconds=0.25)[1]
     assert isinstance(done, GrowthEvent) and done.suspend_seconds == 0.25
-    growth.room(1.0, 0)
-    (_, failed, *_) = growth.ended(2.0, 2 * STEP + MIB, NoSpace("full"), 0, suspend_seconds=0.125)
+    growth.on_free_bytes(1.0, 0)
+    (_, failed, *_) = growth.on_step_ended(2.0, 2 * STEP + MIB, NoSpace("full"), 0, suspend_seconds=0.125)
     assert isinstance(failed, GrowthEvent) and failed.suspend_seconds == 0.125
     assert (growth.last_suspend_seconds, growth.longest_suspend_seconds) == (0.125, 0.25)
 
@@ -660,7 +656,7 @@ def test_the_device_stood_still() -> None:
 def test_extend() -> None:
     growth = policy()
     assert only(growth.extend(0.0, 10 * MIB), Start) == Start(STEP + 10 * MIB)
-    actions = growth.ended(1.0, STEP + 10 * MIB, None, STEP)
+    actions = growth.on_step_ended(1.0, STEP + 10 * MIB, None, STEP)
     assert kinds(actions) == ["UseSize", "extend_done", "Answer"]
     assert only(actions, Answer) == Answer(None)
 
@@ -677,19 +673,19 @@ def test_extend_of_a_full_disk_is_fine() -> None:
 
 def test_extend_while_a_step_runs() -> None:
     growth = policy()
-    growth.room(0.0, 0)
+    growth.on_free_bytes(0.0, 0)
     assert growth.extend(0.1, 3 * STEP) == []
-    actions = growth.ended(1.0, 2 * STEP, None, 0)
+    actions = growth.on_step_ended(1.0, 2 * STEP, None, 0)
     assert only(actions, Start) == Start(4 * STEP)
     assert "Answer" not in kinds(actions)
-    assert only(growth.ended(2.0, 4 * STEP, None, 0), Answer) == Answer(None)
+    assert only(growth.on_step_ended(2.0, 4 * STEP, None, 0), Answer) == Answer(None)
 
 
 def test_extend_that_fails() -> None:
     growth = policy()
     growth.extend(0.0, STEP)
     error = NoSpace("full")
-    assert only(growth.ended(1.0, STEP, error, STEP), Answer) == Answer(error)
+    assert only(growth.on_step_ended(1.0, STEP, error, STEP), Answer) == Answer(error)
 
 
 def test_extend_that_hangs() -> None:
@@ -697,139 +693,3 @@ def test_extend_that_hangs() -> None:
     growth.extend(0.0, STEP)
     answer = only(growth.tick(10.0, STEP), Answer)
     assert isinstance(answer, Answer) and isinstance(answer.error, Timeout)
-
-
-# --- Anything at all ---------------------------------------------------------------------------------------------
-
-
-class Growth(RuleBasedStateMachine):
-    """Steps, failures, hands and clocks in any order: one step at a time, never beyond the limit, and growth never forgotten."""
-
-    @initialize(low=st.integers(1, 200), virtual=st.integers(1, 600), tells=st.booleans())
-    def begin(self, low: int, virtual: int, tells: bool) -> None:
-        self.disk = Geometry(virtual_size_bytes=virtual * MIB, journal_size_bytes=MIB, grow_step_bytes=64 * MIB)
-        self.size = self.known = initial_size_bytes(self.disk)
-        self.used = 0
-        self.now = 0.0
-        self.running: int | None = None
-        self.wake: float | None = None
-        self.looks = 0
-        self.asking = False
-        self.policy = GrowthPolicy(self.disk, storage_size_bytes=self.size, low_water_bytes=low * MIB, notifies_space=tells)
-        self.settle()
-
-    @property
-    def free(self) -> int:
-        return (self.disk.slots_in(self.known) - self.used) * MIB
-
-    def settle(self) -> None:
-        self.take(self.policy.room(self.now, self.free))
-
-    def take(self, actions: list[Action]) -> None:
-        resized = False
-        for action in actions:
-            if isinstance(action, Start):
-                assert self.running is None, "two steps at once"
-                assert self.known < action.target_bytes <= limit_size_bytes(self.disk)
-                self.running = action.target_bytes
-            elif isinstance(action, UseSize):
-                assert action.size_bytes > self.known
-                self.known = action.size_bytes
-                resized = True
-            elif isinstance(action, WakeAt):
-                self.wake = action.when
-            elif isinstance(action, Look):
-                self.looks += 1
-                assert self.looks == 1
-            elif isinstance(action, AskPool):
-                assert self.running is None
-                self.asking = True
-            else:
-                assert isinstance(action, GrowthEvent | Answer | Exhausted)
-        if resized:
-            self.settle()
-
-    @rule(count=st.integers(1, 50))
-    def write(self, count: int) -> None:
-        self.used = min(self.used + count, self.disk.slots_in(self.known))
-        self.settle()
-
-    @rule(count=st.integers(1, 50))
-    def trim(self, count: int) -> None:
-        self.used = max(self.used - count, 0)
-
-    @precondition(lambda self: self.running is not None)
-    @rule(part=st.sampled_from([0.0, 0.3, 1.0]), error=st.booleans(), readable=st.booleans())
-    def end(self, part: float, error: bool, readable: bool) -> None:
-        assert self.running is not None
-        self.size = max(self.size, int(self.size + part * (self.running - self.size)))
-        self.running = None
-        self.take(self.policy.ended(self.now, self.size if readable else None, NoSpace("full") if error else None, self.free))
-
-    @precondition(lambda self: self.wake is not None)
-    @rule()
-    def clock(self) -> None:
-        assert self.wake is not None
-        self.now, self.wake = max(self.now, self.wake), None
-        self.take(self.policy.tick(self.now, self.free))
-
-    @precondition(lambda self: self.looks)
-    @rule()
-    def look(self) -> None:
-        self.looks = 0
-        self.take(self.policy.looked(self.size))
-
-    @rule(by=st.integers(1, 300))
-    def by_hand(self, by: int) -> None:
-        self.size += by * MIB
-        self.take(self.policy.poke(self.now, self.free))
-
-    @rule()
-    def on_space_freed(self) -> None:
-        self.take(self.policy.on_space_freed(self.now, self.free))
-
-    @rule()
-    def resized(self) -> None:
-        self.take(self.policy.resized())
-
-    @rule(seconds=st.floats(0.0, 5.0))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        if self.wake is not None and self.now >= self.wake:
-            self.clock()
-
-    @rule(free=st.none() | st.integers(0, 600))
-    def pooled(self, free: int | None) -> None:
-        self.take(self.policy.pooled("vg0" if free is not None else None, None if free is None else free * MIB))
-
-    @precondition(lambda self: self.asking)
-    @rule(free=st.none() | st.integers(0, 600))
-    def answered(self, free: int | None) -> None:
-        self.asking = False
-        group, free_bytes = (None, None) if free is None else ("vg0", free * MIB)
-        self.take(self.policy.pool_told(self.now, group, free_bytes, self.free))
-
-    @rule(by=st.integers(1, 300))
-    def on_request(self, by: int) -> None:
-        self.take(self.policy.extend(self.now, by * MIB))
-
-    @invariant()
-    def growth_is_never_forgotten(self) -> None:
-        if not hasattr(self, "policy"):
-            return
-        if self.free < self.policy.look_below_bytes:  # as the engine would
-            self.settle()
-            assert self.free >= self.policy.look_below_bytes or self.policy.full
-        if self.free < self.policy.low_water_at(self.now) and self.known < self.disk.max_storage_size_bytes:
-            assert self.running is not None or self.wake is not None or self.asking
-
-    @invariant()
-    def the_mark_stays_in_its_bounds(self) -> None:
-        if hasattr(self, "policy"):
-            mark = self.policy.low_water_at(self.now)
-            assert min(self.policy.base_low_water_bytes, self.disk.max_storage_size_bytes) <= mark <= self.disk.max_storage_size_bytes
-            assert mark <= max(self.policy.base_low_water_bytes, 8 * self.disk.grow_step_bytes)
-
-
-TestGrowth = Growth.TestCase
-TestGrowth.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
