@@ -58,6 +58,7 @@ from demo_parts import (
 )
 
 LOG = Path("serve.log")
+SOCKET = Path("vm1.sock")
 PIECE = 64 * KIB
 FILE_SYSTEM_SIZE = 256 * MIB
 LARGEST_STEP, SMALLEST_STEP = 5 * GIB, 640 * MIB
@@ -164,6 +165,10 @@ class Made:
         """Those of ours that are in the group."""
         return [row["lv_name"] for row in rows("lvs", "lv_name", self.group) if row["lv_name"] in (self.name, self.rest)]
 
+    @property
+    def device(self) -> Path:
+        return Path("/dev") / self.volume
+
     def row(self) -> dict[str, str]:
         return rows("lvs", "lv_size,lv_active,lv_tags", self.volume)[0]
 
@@ -269,74 +274,18 @@ def on_group(group: str, spare: str | None) -> None:
 
 
 def story(made: Made, step: int, folder: Path) -> None:
-    volume, group, socket = made.volume, made.group, Path("vm1.sock")
-    device = Path("/dev") / volume
-    free_at_first = made.free()
+    volume, free_at_first = made.volume, made.free()
 
     title("1. A base image with a real file system")
     base, guest = make_base(folder, FILE_SYSTEM_SIZE)
     base_sum = sha256(base)
 
-    title("2. A 100 GB disk over it, in a logical volume")
-    provision = ("fvd-lv", "provision", volume, "--size", "100G", "--base", str(base))
-    with timed("provision"):
-        run(*provision, *(() if step == LARGEST_STEP else ("--grow-step", str(step))))
-    lv = made.show()
-    holds(step <= int(lv["lv_size"]) < 2 * step, f"the disk of 100 GiB is a logical volume of {size(int(lv['lv_size']))}")
-    holds("fvd.disk" in lv["lv_tags"].split(","), "its tags say that it is a disk of fvd, and how large it can become")
-    holds(lv["lv_active"] == "" and not device.exists(), f"and it is inactive: nobody has it open, there is no {device}")
-
-    title("3. Served over NBD")
-    events = Events(made)
-    server, uri = start_server(volume, socket, LOG)
-    holds(made.show()["lv_active"] == "active" and device.is_block_device(), "while it is served it is active")
-    run("fvd-lv", "serve", volume, "--socket", "other.sock", expect=5)
-    say("(A second server on the same disk: refused.)")
-    run("fvd-lv", "attach-info", volume, "--format", "qemu")
-    attach = answer("fvd-lv", "attach-info", volume, "--output", "json")
-    seen = run("qemu-img", "info", f"json:{json.dumps(attach['blockdev'])}")
-    holds("virtual size: 100 GiB" in seen, "QEMU opens what attach-info says, and sees 100 GiB")
+    first_bytes = make_disk(made, step, base)
+    events, server, uri = serve(made)
     guest_writes(uri, base, guest)
-
-    title("4. A load that goes past the first growth step")
-    rate = step / SECONDS_FOR_A_STEP / CHUNK
-    load = Client(uri, file_places(step), PIECE, rate)
-    pieces = (step + step // 10) // CHUNK
-    say(f"{pieces} pieces of 64 KiB as files all over the disk, {rate:.0f} a second, a flush every {FLUSH_EVERY_PIECES};")
-    say(f"each in a MiB of its own, so that {size(pieces * CHUNK)} of storage are taken, but only {size(pieces * PIECE)} written")
-    load.write(pieces)
-    done = events.wait("extend_done")
-    grown = info(volume)
-    holds(grown["statistics"]["waited_for_space"] == 0, "no write waited for storage")
-    events.show("low_water|extend_.*")
-    seconds, suspended = done["seconds"], done["suspend_seconds"]
-    holds(seconds > 0 and suspended is not None and suspended < seconds, "fvd-lv events told of the step, as it happened")
-    TIMES.append(("the growth step (one lvextend)", f"{seconds:.2f} s"))
-    TIMES.append(("of which the device stood still (suspended)", f"{suspended * 1000:.1f} ms" if suspended else "no sample met it"))
-    TIMES.append(("slowest write of that load", f"{load.slowest * 1000:.0f} ms"))
-    run("fvd-lv", "info", volume)
-    now = int(made.show()["lv_size"])
-    holds(now >= 2 * step, f"the logical volume grew under the load: {size(int(lv['lv_size']))} before, {size(now)} now")
-
-    title("5. The group, and what it has promised")
-    run("fvd-lv", "list", group)
-    listed = answer("fvd-lv", "list", group, "--output", "json")
-    [row] = [row for row in listed["volumes"] if row["volume"] == volume]
-    [figures] = listed["groups"]
-    holds(row["state"] == "served" and row["storage_size"] == now, "the disk is in the list, with what lvs says it has")
-    promised = figures["greatest_bytes"] / (figures["storage_bytes"] + figures["free_bytes"])
-    holds(abs(figures["overcommit"] - promised) < 0.001, f"{group} has promised its disks {promised:.2f} times what they can have")
-
-    title("6. Storage that is added by hand")
-    before, steps = grown["storage_size"], len(events.all("extend_started"))
-    begin = time.monotonic()
-    run("lvextend", "--size", f"+{step // 4 // MIB}m", volume)
-    ended = time.monotonic()
-    while (now := info(volume)["storage_size"]) < before + step // 4 and time.monotonic() < ended + WAIT_SECONDS:
-        time.sleep(0.1)
-    holds(now >= before + step // 4, f"udev told the server: {size(before)} before, {size(now)} now, and nothing had to be said to fvd")
-    holds(len(events.all("extend_started")) == steps, "no growth step of its own was needed")
-    TIMES.append(("lvextend by hand, until info shows it", f"{time.monotonic() - begin:.2f} s"))
+    load, grown = write_past_a_step(made, step, events, uri, first_bytes)
+    show_promises(made, int(made.row()["lv_size"]))
+    add_storage_by_hand(volume, step, events, grown["storage_size"])
 
     title("7. kill -9 in the middle of the next load")
     kill_in_mid_load(load, server, min(600, step // 8 // CHUNK))
@@ -347,26 +296,111 @@ def story(made: Made, step: int, folder: Path) -> None:
     holds(info(volume)["clean"] is False, "info says that the disk was not closed cleanly")
 
     title("8. Opened again: everything that was acknowledged is there")
-    server, uri = start_server(volume, socket, LOG)
+    server, uri = start_server(volume, SOCKET, LOG)
     verify_after_crash(load, uri, show_rate=False)
 
     title("9. The guest's file system, exported and checked")
-    export_and_check(socket, guest, show_rate=False)
+    export_and_check(SOCKET, guest, show_rate=False)
     holds(sha256(base) == base_sum, f"the base is untouched (sha256 {base_sum[:16]}…)")
 
     title("10. A full group")
     if made.spare:
         full_group(made, step, events, uri, load.places)
     else:
-        say(f"Left out: it would fill {group} and needs an empty device to add to it: make demo VG={group} SPARE=/dev/sdX")
+        say(f"Left out: it would fill {made.group} and needs an empty device to add to it: make demo VG={made.group} SPARE=/dev/sdX")
 
     title("11. Where the chunks lie")
     run("fvd-lv", "map", volume, "--picture", "always")
 
+    close_and_remove(made, server, free_at_first)
+    show_times("Times of this run" + (", in a slow guest: no measure of fvd" if in_uml() else ""))
+
+
+def make_disk(made: Made, step: int, base: Path) -> int:
+    """Returns the size of its logical volume."""
+    title("2. A 100 GB disk over it, in a logical volume")
+    provision = ("fvd-lv", "provision", made.volume, "--size", "100G", "--base", str(base))
+    with timed("provision"):
+        run(*provision, *(() if step == LARGEST_STEP else ("--grow-step", str(step))))
+    lv = made.show()
+    holds(step <= int(lv["lv_size"]) < 2 * step, f"the disk of 100 GiB is a logical volume of {size(int(lv['lv_size']))}")
+    holds("fvd.disk" in lv["lv_tags"].split(","), "its tags say that it is a disk of fvd, and how large it can become")
+    holds(lv["lv_active"] == "" and not made.device.exists(), f"and it is inactive: nobody has it open, there is no {made.device}")
+    return int(lv["lv_size"])
+
+
+def serve(made: Made) -> tuple[Events, subprocess.Popen[str], str]:
+    """With a listener, refused a second time, and as QEMU sees it."""
+    volume = made.volume
+    title("3. Served over NBD")
+    events = Events(made)
+    server, uri = start_server(volume, SOCKET, LOG)
+    holds(made.show()["lv_active"] == "active" and made.device.is_block_device(), "while it is served it is active")
+    run("fvd-lv", "serve", volume, "--socket", "other.sock", expect=5)
+    say("(A second server on the same disk: refused.)")
+    run("fvd-lv", "attach-info", volume, "--format", "qemu")
+    attach = answer("fvd-lv", "attach-info", volume, "--output", "json")
+    seen = run("qemu-img", "info", f"json:{json.dumps(attach['blockdev'])}")
+    holds("virtual size: 100 GiB" in seen, "QEMU opens what attach-info says, and sees 100 GiB")
+    return events, server, uri
+
+
+def write_past_a_step(made: Made, step: int, events: Events, uri: str, first_bytes: int) -> tuple[Client, dict[str, Any]]:
+    """Returns what wrote it, and what `info` said then."""
+    title("4. A load that goes past the first growth step")
+    rate = step / SECONDS_FOR_A_STEP / CHUNK
+    load = Client(uri, file_places(step), PIECE, rate)
+    pieces = (step + step // 10) // CHUNK
+    say(f"{pieces} pieces of 64 KiB as files all over the disk, {rate:.0f} a second, a flush every {FLUSH_EVERY_PIECES};")
+    say(f"each in a MiB of its own, so that {size(pieces * CHUNK)} of storage are taken, but only {size(pieces * PIECE)} written")
+    load.write(pieces)
+    done = events.wait("extend_done")
+    grown = info(made.volume)
+    holds(grown["statistics"]["waited_for_space"] == 0, "no write waited for storage")
+    events.show("low_water|extend_.*")
+    seconds, suspended = done["seconds"], done["suspend_seconds"]
+    holds(seconds > 0 and suspended is not None and suspended < seconds, "fvd-lv events told of the step, as it happened")
+    TIMES.append(("the growth step (one lvextend)", f"{seconds:.2f} s"))
+    TIMES.append(("of which the device stood still (suspended)", f"{suspended * 1000:.1f} ms" if suspended else "no sample met it"))
+    TIMES.append(("slowest write of that load", f"{load.slowest * 1000:.0f} ms"))
+    run("fvd-lv", "info", made.volume)
+    now = int(made.show()["lv_size"])
+    holds(now >= 2 * step, f"the logical volume grew under the load: {size(first_bytes)} before, {size(now)} now")
+    return load, grown
+
+
+def show_promises(made: Made, now: int) -> None:
+    """`now`: the size of the disk's logical volume."""
+    volume, group = made.volume, made.group
+    title("5. The group, and what it has promised")
+    run("fvd-lv", "list", group)
+    listed = answer("fvd-lv", "list", group, "--output", "json")
+    [row] = [row for row in listed["volumes"] if row["volume"] == volume]
+    [figures] = listed["groups"]
+    holds(row["state"] == "served" and row["storage_size"] == now, "the disk is in the list, with what lvs says it has")
+    promised = figures["greatest_bytes"] / (figures["storage_bytes"] + figures["free_bytes"])
+    holds(abs(figures["overcommit"] - promised) < 0.001, f"{group} has promised its disks {promised:.2f} times what they can have")
+
+
+def add_storage_by_hand(volume: str, step: int, events: Events, before: int) -> None:
+    title("6. Storage that is added by hand")
+    steps = len(events.all("extend_started"))
+    begin = time.monotonic()
+    run("lvextend", "--size", f"+{step // 4 // MIB}m", volume)
+    ended = time.monotonic()
+    while (now := info(volume)["storage_size"]) < before + step // 4 and time.monotonic() < ended + WAIT_SECONDS:
+        time.sleep(0.1)
+    holds(now >= before + step // 4, f"udev told the server: {size(before)} before, {size(now)} now, and nothing had to be said to fvd")
+    holds(len(events.all("extend_started")) == steps, "no growth step of its own was needed")
+    TIMES.append(("lvextend by hand, until info shows it", f"{time.monotonic() - begin:.2f} s"))
+
+
+def close_and_remove(made: Made, server: subprocess.Popen[str], free_at_first: int) -> None:
+    volume, group = made.volume, made.group
     title("12. Closed, and removed")
     stop_server(server)
     lv = made.show()
-    holds(lv["lv_active"] == "" and not device.exists(), "after a clean close it is inactive again")
+    holds(lv["lv_active"] == "" and not made.device.exists(), "after a clean close it is inactive again")
     run("fvd-lv", "check", volume)
     holds(info(volume)["clean"] is True, "and the disk is clean")
     holds(made.row()["lv_active"] == "", "looking at it has not left it active")
@@ -375,8 +409,6 @@ def story(made: Made, step: int, folder: Path) -> None:
     run("lvs", volume, expect=5)
     holds(not made.names(), "removed: it is gone")
     say(f"{size(made.free())} are free in {group}; there were {size(free_at_first)} at first")
-
-    show_times("Times of this run" + (", in a slow guest: no measure of fvd" if in_uml() else ""))
 
 
 def full_group(made: Made, step: int, events: Events, uri: str, places: list[int]) -> None:

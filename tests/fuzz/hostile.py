@@ -415,6 +415,59 @@ def spacious_disks() -> tuple[tuple[Good, LoadedDisk], ...]:
     return tuple(found)
 
 
+class LogWriter:
+    """Fills a log as an engine does, over a copy of the disk's maps; or with records that make no sense."""
+
+    def __init__(self, disk: LoadedDisk, good: Good, buffer: bytearray, capacity: int) -> None:
+        self.good, self.buffer, self.capacity = good, buffer, capacity
+        self.geometry = good.geometry
+        self.header: Any = np.frombuffer(buffer, pending.HEADER, 1)
+        self.bitmap, self.table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
+        used = set() if self.table is None else set(self.table.tolist())
+        self.free = [slot for slot in range(self.geometry.slots_in(good.size_bytes)) if slot not in used]
+
+    def log(self, kind: int, index: int, value: int) -> None:
+        area = int(self.header["epoch"][0]) & 1
+        count = int(self.header["areas"]["count"][0, area])
+        if count < self.capacity:
+            offset = pending.HEADER_BYTES + area * self.capacity * pending.RECORD.itemsize
+            records = np.frombuffer(self.buffer, pending.RECORD, self.capacity, offset)
+            records[count] = (np.uint64((kind << 56 | index) % (1 << 64)), np.uint64(value % (1 << 64)))
+            self.header["areas"]["count"][0, area] = count + 1
+
+    def change(self, chunk: int, blocks: int) -> None:
+        """As an engine does it: some blocks of a chunk are written, or with none it is trimmed."""
+        per_chunk = self.geometry.blocks_per_chunk
+        first = chunk * per_chunk
+        word, shift = first // 64, first % 64
+        if per_chunk <= 64:
+            mask = (1 << min(per_chunk, self.geometry.blocks - first)) - 1
+            value = int(self.bitmap[word]) & ~(mask << shift) | (blocks & mask) << shift
+            self.bitmap[word] = value
+            self.log(MapKind.BITMAP, word, value)
+        table = self.table
+        if table is not None:
+            if blocks and table[chunk] == maps.EMPTY and self.free:
+                table[chunk] = self.free.pop()
+            elif not blocks and not self.good.has_base and table[chunk] != maps.EMPTY:
+                self.free.append(int(table[chunk]))
+                table[chunk] = maps.EMPTY
+            self.log(MapKind.TABLE, chunk, int(table[chunk]))
+
+    def log_nonsense(self, take: Take, how: int) -> None:
+        """An index or a value that no engine would write, or both."""
+        items = self.bitmap if how & 1 or self.table is None else self.table
+        index = take.value(0, 2 + (how >> 1)) if how & 4 else take.number(2) % len(items)
+        kind = MapKind.BITMAP if items is self.bitmap else MapKind.TABLE
+        self.log(kind, index, take.value(int(items[index]) if index < len(items) else 0, how))
+
+    def begin_commit(self) -> None:
+        """What was open is frozen."""
+        area = int(self.header["epoch"][0]) & 1
+        self.header["epoch"] = self.header["epoch"] + np.uint64(1)
+        self.header["areas"]["count"][0, 1 - area] = 0
+
+
 def spoil_log(data: bytes) -> HostileLog:
     """The log that an input describes: changes that make sense and others, a commit under way, and spoilt bytes of header and records."""
     take = Take(data)
@@ -425,56 +478,21 @@ def spoil_log(data: bytes) -> HostileLog:
     identity = LogIdentity(good.uuid, disk.superblock.generation, b"B" * 16, b"H" * 16, PLACE)
     buffer = bytearray(pending.size_bytes(capacity))
     pending.lay_out(buffer, capacity, identity, disk.journal_state.map_hash)
-    header: Any = np.frombuffer(buffer, pending.HEADER, 1)
-    bitmap, table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
-    used = set() if table is None else set(table.tolist())
-    free = [slot for slot in range(geometry.slots_in(good.size_bytes)) if slot not in used]
-    per_chunk = geometry.blocks_per_chunk
-
-    def log(kind: int, index: int, value: int) -> None:
-        area = int(header["epoch"][0]) & 1
-        count = int(header["areas"]["count"][0, area])
-        if count < capacity:
-            records = np.frombuffer(buffer, pending.RECORD, capacity, pending.HEADER_BYTES + area * capacity * pending.RECORD.itemsize)
-            records[count] = (np.uint64((kind << 56 | index) % (1 << 64)), np.uint64(value % (1 << 64)))
-            header["areas"]["count"][0, area] = count + 1
-
-    def change(chunk: int, blocks: int) -> None:
-        """As an engine does it: some blocks of a chunk are written, or with none it is trimmed."""
-        first = chunk * per_chunk
-        word, shift = first // 64, first % 64
-        if per_chunk <= 64:
-            mask = (1 << min(per_chunk, geometry.blocks - first)) - 1
-            value = int(bitmap[word]) & ~(mask << shift) | (blocks & mask) << shift
-            bitmap[word] = value
-            log(MapKind.BITMAP, word, value)
-        if table is not None:
-            if blocks and table[chunk] == maps.EMPTY and free:
-                table[chunk] = free.pop()
-            elif not blocks and not good.has_base and table[chunk] != maps.EMPTY:
-                free.append(int(table[chunk]))
-                table[chunk] = maps.EMPTY
-            log(MapKind.TABLE, chunk, int(table[chunk]))
-
+    writer = LogWriter(disk, good, buffer, capacity)
     sealed, end, spoilt = True, len(buffer), []
     while take:
         op = take.byte()
         what, how = op & 7, op >> 3 & 7
         if what <= 1:
-            change(take.number(2) % geometry.chunks, take.byte() if how else 0)
+            writer.change(take.number(2) % geometry.chunks, take.byte() if how else 0)
         elif what == 2:
-            items = bitmap if how & 1 or table is None else table
-            index = take.value(0, 2 + (how >> 1)) if how & 4 else take.number(2) % len(items)
-            log(
-                MapKind.BITMAP if items is bitmap else MapKind.TABLE, index, take.value(int(items[index]) if index < len(items) else 0, how)
-            )
-        elif what == 3:  # a commit begins: what was open is frozen
-            area = int(header["epoch"][0]) & 1
-            header["epoch"] = header["epoch"] + np.uint64(1)
-            header["areas"]["count"][0, 1 - area] = 0
+            writer.log_nonsense(take, how)
+        elif what == 3:
+            writer.begin_commit()
         elif what == 4:
             for index in range(take.byte()):
-                log(MapKind.BITMAP, index % geometry.bitmap_words, int(take.choice(INTERESTING)) if how & 1 else (1 << 64) - 1)
+                value = int(take.choice(INTERESTING)) if how & 1 else (1 << 64) - 1
+                writer.log(MapKind.BITMAP, index % geometry.bitmap_words, value)
         elif what == 5:
             spoilt.append((*take.choice(_LOG_CHANGEABLE), how, take.take(2)))
         elif what == 6:

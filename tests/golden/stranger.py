@@ -178,36 +178,59 @@ class Ring:
         return pages
 
 
-def open_disk(storage: bytes) -> Disk:
-    sb = read_superblock(storage)
-    uuid = sb[24:40]
-    raw = sb[152] == 1
-    virtual_size, block_size, chunk_size = u(sb, 64, 8), u(sb, 72, 4), u(sb, 76, 4)
-    blocks, chunks = up(virtual_size, block_size), up(virtual_size, chunk_size)
-    word_count, entry_count = up(blocks, 64), 0 if raw else chunks
-    journal_size = u(sb, 96, 8)
-    bitmap_offset = 1048576 + journal_size
-    bitmap_size = up(up(word_count, 62), 8) * 4096
-    table_offset = 0 if raw else bitmap_offset + bitmap_size
-    table_size = up(up(entry_count, 124), 8) * 4096
-    data_offset = up(bitmap_offset + bitmap_size + table_size, 1048576) * 1048576
-    derived = struct.pack(
-        "<8Q",
-        1048576,
-        journal_size,
-        bitmap_offset,
-        bitmap_size,
-        table_offset,
-        table_size,
-        data_offset,
-        data_offset + chunks * chunk_size,
-    )
-    if sb[88:152] != derived:
-        raise Refused("superblock: derived fields")
+@dataclass
+class Shape:
+    """Where FORMAT.md section 4 puts things, from the superblock's parameters; the derived fields must agree."""
 
-    words = read_cells(storage, uuid, bitmap_offset, bitmap_size, 1, word_count)
-    table = [] if raw else read_cells(storage, uuid, table_offset, table_size, 2, chunks)
-    ring = Ring(storage, uuid, 1048576, journal_size)
+    raw: bool
+    virtual_size: int
+    block_size: int
+    chunk_size: int
+    journal_size: int
+
+    def __post_init__(self) -> None:
+        self.blocks, self.chunks = up(self.virtual_size, self.block_size), up(self.virtual_size, self.chunk_size)
+        self.word_count, self.entry_count = up(self.blocks, 64), 0 if self.raw else self.chunks
+        self.bitmap_offset = 1048576 + self.journal_size
+        self.bitmap_size = up(up(self.word_count, 62), 8) * 4096
+        self.table_offset = 0 if self.raw else self.bitmap_offset + self.bitmap_size
+        self.table_size = up(up(self.entry_count, 124), 8) * 4096
+        self.data_offset = up(self.bitmap_offset + self.bitmap_size + self.table_size, 1048576) * 1048576
+
+    def derived(self) -> bytes:
+        return struct.pack(
+            "<8Q",
+            1048576,
+            self.journal_size,
+            self.bitmap_offset,
+            self.bitmap_size,
+            self.table_offset,
+            self.table_size,
+            self.data_offset,
+            self.data_offset + self.chunks * self.chunk_size,
+        )
+
+
+@dataclass
+class Commits:
+    """The commits to apply, the newest first, and what the last one says."""
+
+    pages: list[list[bytes]]
+    last: int
+    next_sequence: int
+    dropped: bool  # an incomplete one after it
+
+    @property
+    def expected_hash(self) -> int:
+        return u(self.pages[0][0], 32, 8)
+
+    @property
+    def clean(self) -> bool:
+        return bool(u(self.pages[0][0], 48, 4) & 1)
+
+
+def walk(ring: Ring) -> Commits:
+    """From the last complete commit back to the one that it names as the tail."""
     newest = max(ring.pages)
     first = newest - u(ring.pages[newest], 40, 2)
     parts = u(ring.pages[newest], 42, 2)
@@ -219,51 +242,68 @@ def open_disk(storage: bytes) -> Disk:
         pages = ring.commit_before(before, first)
         first = before
     last, tail = first, u(pages[0], 24, 8)
-    expected_hash, flags = u(pages[0], 32, 8), u(pages[0], 48, 4)
-    to_apply = [pages]
+    commits = Commits([pages], last, next_sequence, dropped)
     while first != tail:
         before = u(pages[0], 16, 8)
         if first < tail:
             raise Refused("journal: the walk misses the tail")
         pages = ring.commit_before(before, first)
         first = before
-        to_apply.append(pages)
+        commits.pages.append(pages)
     if next_sequence - tail > ring.count:
         raise Refused("journal: fuller than its ring")
-    for page in [page for commit in reversed(to_apply) for page in commit]:
+    return commits
+
+
+def replay(commits: Commits, words: list[int], table: list[int], shape: Shape) -> None:
+    """Oldest first, into the maps."""
+    for page in [page for commit in reversed(commits.pages) for page in commit]:
         place = 64
         for _ in range(u(page, 44, 2)):
-            if u(page, place, 4) >= word_count:
+            if u(page, place, 4) >= shape.word_count:
                 raise Refused("journal: word index")
             words[u(page, place, 4)] = u(page, place + 4, 8)
             place += 12
         for _ in range(u(page, 46, 2)):
-            if u(page, place, 4) >= entry_count:
+            if u(page, place, 4) >= shape.entry_count:
                 raise Refused("journal: entry index")
             table[u(page, place, 4)] = u(page, place + 4, 4)
             place += 8
-    if map_hash(uuid, words, table) != expected_hash:
+
+
+def open_disk(storage: bytes) -> Disk:
+    sb = read_superblock(storage)
+    uuid = sb[24:40]
+    shape = Shape(sb[152] == 1, u(sb, 64, 8), u(sb, 72, 4), u(sb, 76, 4), u(sb, 96, 8))
+    if sb[88:152] != shape.derived():
+        raise Refused("superblock: derived fields")
+
+    words = read_cells(storage, uuid, shape.bitmap_offset, shape.bitmap_size, 1, shape.word_count)
+    table = [] if shape.raw else read_cells(storage, uuid, shape.table_offset, shape.table_size, 2, shape.chunks)
+    commits = walk(Ring(storage, uuid, 1048576, shape.journal_size))
+    replay(commits, words, table, shape)
+    if map_hash(uuid, words, table) != commits.expected_hash:
         raise Refused("the maps do not have the hash of the last commit")
 
-    if blocks % 64 and words[-1] >> blocks % 64:
+    if shape.blocks % 64 and words[-1] >> shape.blocks % 64:
         raise Refused("bits past the last block")
     used = [slot for slot in table if slot != EMPTY]
-    if len(set(used)) != len(used) or any(slot >= chunks for slot in used):
+    if len(set(used)) != len(used) or any(slot >= shape.chunks for slot in used):
         raise Refused("slots")
     return Disk(
         uuid=uuid,
         generation=u(sb, 16, 8),
-        virtual_size=virtual_size,
-        block_size=block_size,
-        chunk_size=chunk_size,
-        data_offset=data_offset,
-        raw=raw,
+        virtual_size=shape.virtual_size,
+        block_size=shape.block_size,
+        chunk_size=shape.chunk_size,
+        data_offset=shape.data_offset,
+        raw=shape.raw,
         base_locator=sb[512 : 512 + u(sb, 156, 4)].decode(),
         base_size=u(sb, 160, 8),
         words=words,
-        table=list(range(chunks)) if raw else table,
-        clean=bool(flags & 1),
-        dropped=dropped,
-        last_commit=last,
-        next_sequence=next_sequence,
+        table=list(range(shape.chunks)) if shape.raw else table,
+        clean=commits.clean,
+        dropped=commits.dropped,
+        last_commit=commits.last,
+        next_sequence=commits.next_sequence,
     )

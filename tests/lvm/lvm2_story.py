@@ -38,31 +38,43 @@ LABEL_BYTES = MIB
 
 Answer = dict[str, Any]  # words (without the configuration), exit_code, stdout, stderr
 Ask = Callable[[str, Callable[[Lvm], object], str], None]
+Do = Callable[..., None]
 
 
-def story(ask: Ask, do: Callable[..., None], devices: Sequence[str]) -> None:
+def story(ask: Ask, do: Do, devices: Sequence[str]) -> None:
     """`ask(step, question, outcome)`: the outcome is what is returned, or the type of the error, and a part of what it says.
     `do`: a command that changes the machine."""
-    first, second, third = devices
-    found: dict[str, LogicalVolume] = {}
+    found = Found()
+    volumes_come_and_grow(ask, do, devices, found)
+    host_is_odd(ask, do, found)
+    devices_refuse_and_vanish(ask, do, devices, found)
+    volume_goes(ask, found)
 
-    def finds(name: str) -> Callable[[Lvm], object]:
+
+class Found(dict[str, LogicalVolume]):
+    """The volumes that were found, as they were then: name -> volume."""
+
+    def finds(self, name: str) -> Callable[[Lvm], object]:
         def find(lvm: Lvm) -> object:
             volume = lvm.find("vg0", name)
             if volume is not None:
-                found[name] = volume
+                self[name] = volume
             return None if volume is None else f"{volume.full_name} {volume.size_bytes // MIB} {'open' if volume.open else 'closed'}"
 
         return find
 
-    def figures(lvm: Lvm) -> str:
-        group = lvm.group("vg0")
-        room = "all" if group.room_bytes() == group.free_bytes else str(group.room_bytes())
-        return f"free, {room} to be had, {len(group.physical)} devices"
 
+def figures(lvm: Lvm) -> str:
+    group = lvm.group("vg0")
+    room = "all" if group.room_bytes() == group.free_bytes else str(group.room_bytes())
+    return f"free, {room} to be had, {len(group.physical)} devices"
+
+
+def volumes_come_and_grow(ask: Ask, do: Do, devices: Sequence[str], found: Found) -> None:
+    first, second, _ = devices
     do("vgcreate", "--quiet", "vg0", first)
     do("vgcreate", "--quiet", "--yes", "--systemid", "another", "vg1", second)
-    ask("absent volume", finds("vm1"), "None")
+    ask("absent volume", found.finds("vm1"), "None")
     ask("absent group, a volume in it", lambda lvm: lvm.find("nope", "vm1"), "None")
     ask("absent group", lambda lvm: lvm.group("nope"), "NotFound: there is no volume group nope")
     ask("absent group, its volumes", lambda lvm: lvm.volumes("nope"), 'NotFound: lvs: Volume group "nope" not found')
@@ -72,7 +84,7 @@ def story(ask: Ask, do: Callable[..., None], devices: Sequence[str]) -> None:
     ask("create what is there", lambda lvm: lvm.create("vg0", "vm1", 64 * MIB, [TAG]), "Conflict: lvcreate: Logical Volume ")
     ask("create what is too large", lambda lvm: lvm.create("vg0", "vm2", 1 << 40, [TAG]), "NoSpace: lvcreate: Volume group ")
     ask("create in an absent group", lambda lvm: lvm.create("nope", "vm2", 64 * MIB, [TAG]), "NotFound: there is no volume group nope")
-    ask("found", finds("vm1"), "vg0/vm1 64 closed")
+    ask("found", found.finds("vm1"), "vg0/vm1 64 closed")
     ask("extend", lambda lvm: lvm.extend("vg0", "vm1", 96 * MIB), "True")
     ask("extend to what it has", lambda lvm: lvm.extend("vg0", "vm1", 96 * MIB), "False")
     ask("extend to less", lambda lvm: lvm.extend("vg0", "vm1", 64 * MIB), "False")
@@ -82,13 +94,17 @@ def story(ask: Ask, do: Callable[..., None], devices: Sequence[str]) -> None:
     ask("a group of another host", lambda lvm: lvm.volumes("vg1"), "InUse: lvs: Cannot access VG vg1 with system ID another")
     ask("create in a group of another host", lambda lvm: lvm.create("vg1", "vm1", 64 * MIB, [TAG]), "InUse: vgs: Cannot access VG vg1")
     do("hold", "/dev/vg0/vm1")
-    ask("found, held", finds("vm1"), "vg0/vm1 96 open")
+    ask("found, held", found.finds("vm1"), "vg0/vm1 96 open")
     ask("deactivate what is held", lambda lvm: lvm.deactivate(found["vm1"]), "InUse: lvchange: Logical volume vg0/vm1 in use.")
     ask("remove what is held", lambda lvm: lvm.remove(found["vm1"], TAG), "InUse: lvremove: Logical volume vg0/vm1 in use.")
     do("let go")
+
+
+def host_is_odd(ask: Ask, do: Do, found: Found) -> None:
+    """Its configuration would change what is read, were it not overridden."""
     do("host", HOST_CONFIGURATION)
-    ask("odd host: found", finds("vm1"), "vg0/vm1 96 closed")
-    ask("odd host: absent volume", finds("vm2"), "None")
+    ask("odd host: found", found.finds("vm1"), "vg0/vm1 96 closed")
+    ask("odd host: absent volume", found.finds("vm2"), "None")
     ask("odd host: absent group", lambda lvm: lvm.find("nope", "vm1"), "None")
     ask("odd host: create what is there", lambda lvm: lvm.create("vg0", "vm1", 64 * MIB, [TAG]), "Conflict: lvcreate: Logical Volume ")
     ask("odd host: extend", lambda lvm: lvm.extend("vg0", "vm1", 128 * MIB), "True")
@@ -96,6 +112,10 @@ def story(ask: Ask, do: Callable[..., None], devices: Sequence[str]) -> None:
     ask("odd host: extend beyond the group", lambda lvm: lvm.extend("vg0", "vm1", 1 << 40), "NoSpace: lvextend: Insufficient free space: ")
     ask("odd host: pieces", lambda lvm: [len(pieces) for pieces in lvm.pieces("vg0").values()], "[1]")
     do("host", "")
+
+
+def devices_refuse_and_vanish(ask: Ask, do: Do, devices: Sequence[str], found: Found) -> None:
+    first, _, third = devices
     do("pvchange", "--quiet", "--allocatable", "n", first)
     ask("no device may be allocated from", lambda lvm: lvm.extend("vg0", "vm1", 256 * MIB), "NoSpace: lvextend: Insufficient free space: ")
     ask("no device may be allocated from: figures", figures, "free, 0 to be had, 1 devices")
@@ -107,13 +127,16 @@ def story(ask: Ask, do: Callable[..., None], devices: Sequence[str]) -> None:
     ask("a stripe has no room", lambda lvm: lvm.extend("vg0", "striped", 256 * MIB), "NoSpace: lvextend: Insufficient suitable ")
     do("lvchange", "--quiet", "--activate", "n", "vg0/striped", "vg0/full")
     do("hide", third)
-    ask("a device is missing: found", finds("vm1"), "vg0/vm1 128 closed")
+    ask("a device is missing: found", found.finds("vm1"), "vg0/vm1 128 closed")
     ask("a device is missing", lambda lvm: lvm.extend("vg0", "vm1", 256 * MIB), "DeviceError: volume group vg0 lacks physical volume ")
     ask("a device is missing: tags", lambda lvm: lvm.retag(found["vm1"], add=["x"]), "DeviceError: volume group vg0 lacks physical volume ")
     do("lvchange", "--quiet", "--activate", "n", "vg0/vm1")
     ask("a device is missing: activate", lambda lvm: lvm.activate(found["vm1"]), "None")
     ask("a device is missing: figures", figures, "free, 0 to be had, 2 devices")
     do("show", third)
+
+
+def volume_goes(ask: Ask, found: Found) -> None:
     ask("deactivate", lambda lvm: lvm.deactivate(found["vm1"]), "None")
     ask("remove", lambda lvm: lvm.remove(found["vm1"], TAG), "None")
     ask("remove what is gone", lambda lvm: lvm.remove(found["vm1"], TAG), "None")
