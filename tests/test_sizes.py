@@ -26,8 +26,6 @@ STILL_LONGER: dict[str, int] = {
     "fvd/engine/write.pxi allocate_begin": 105,
     "fvd/export/_server.pyx": 1296,
     "fvd/sim/_device.pyx": 820,
-    "fvd/sim/_player.pyx send": 89,
-    "fvd/disk/_disk_thread.pyx request": 72,
 }
 
 pytestmark = [pytest.mark.release_only, pytest.mark.pure]

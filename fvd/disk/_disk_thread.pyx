@@ -248,14 +248,12 @@ cdef class DiskThread:
             raise MemoryError
         call.kind, call.flags, call.offset_bytes, call.length_bytes = kind, flags, offset_bytes, length_bytes
         sem_init(&call.done, 0, 0)
-        with nogil:
-            if source != NULL or target != NULL:
-                call.buffer = <uint8_t *>fvd_disk_thread_buffer(length_bytes)
-            if source != NULL and call.buffer != NULL:
-                memcpy(call.buffer, source, length_bytes)
-        if (source != NULL or target != NULL) and call.buffer == NULL:
-            call_free(call)
-            raise OutOfMemory(f"{self.volume.name}: no memory for a transfer of {length_bytes} bytes")
+        if source != NULL or target != NULL:
+            with nogil:
+                call_take_buffer(call, source)
+            if call.buffer == NULL:
+                call_free(call)
+                raise OutOfMemory(f"{self.volume.name}: no memory for a transfer of {length_bytes} bytes")
         with nogil:
             pthread_mutex_lock(&self.lock)
             refused = self.closing or self.dead
@@ -531,6 +529,13 @@ cdef class DiskThread:
             what = f"{type(self.failure).__name__}: {quoted(self.failure)}"
             return DeviceError(f"{self.volume.name}: its thread has ended with an error: {what}")
         return DeviceError(f"{self.volume.name} has been closed; open it again")
+
+
+cdef void call_take_buffer(Call *call, const uint8_t *source) noexcept nogil:
+    """Memory for its transfer, with what is to be written; none: `buffer` stays NULL."""
+    call.buffer = <uint8_t *>fvd_disk_thread_buffer(call.length_bytes)
+    if source != NULL and call.buffer != NULL:
+        memcpy(call.buffer, source, call.length_bytes)
 
 
 cdef void call_free(Call *call) noexcept nogil:

@@ -77,6 +77,9 @@ cdef class Player:
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
                        uint32_t again=*) except 0
+    cdef uint32_t free_place(self) except? 0xFFFFFFFF
+    cdef int promise(self, Guest *guest) except -1
+    cdef int tell_oracle(self, Guest *guest, uint32_t again) except -1
     cdef void promises_end(self) noexcept nogil
     cdef int send_some_again(self, bint every) except -1
     cdef int pump(self) except -1

@@ -107,12 +107,47 @@ cdef class Player:
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
                        uint32_t again=0) except 0:
         """`again`: the oracle's number of a write that another life has not answered."""
-        cdef uint32_t slot = self.free_hint
-        cdef uint64_t low, high, unit
+        cdef uint32_t slot
         cdef Guest *guest
         if kind == KIND_CLOSE and self.to_send_again:
             self.send_some_again(True)
-            slot = self.free_hint
+        slot = self.free_place()
+        guest = &self.guests[slot]
+        memset(guest, 0, sizeof(Guest))
+        self.serial += 1
+        guest.cookie = self.serial << 20 | slot
+        guest.kind = kind
+        guest.fua = fua
+        guest.no_hole = no_hole
+        guest.alone = self.in_flight_count == 0
+        guest.first_sector = first_sector
+        guest.sectors = sectors
+        guest.growable = self.engine.storage_size < self.most_bytes
+        if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
+            self.promise(guest)
+        if kind == KIND_READ or kind == KIND_WRITE:
+            guest.room = <uint8_t *>aligned(sectors * SECTOR + skew + 1)
+            if guest.room == NULL:
+                raise MemoryError("player")
+            guest.buffer = guest.room + skew
+        guest.active = 1
+        self.in_flight_count += 1
+        self.reads_in_flight += kind == KIND_READ
+        self.tell_oracle(guest, again)
+        if guest.write:
+            guest.began = self.oracle.tick_() if again else self.oracle.clock
+        if kind == KIND_TRIM or kind == KIND_ZERO:
+            self.hole_began(guest)
+        if self.log is not None:
+            where = f" {first_sector}+{sectors}" if sectors else ""
+            self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
+        self.engine.submit(REQUESTS[kind], (FLAG_FUA if fua else 0) | (FLAG_NO_HOLE if no_hole else 0), first_sector * SECTOR,
+                           sectors * SECTOR, guest.buffer, guest.cookie)
+        return self.guests[slot].cookie
+
+    cdef uint32_t free_place(self) except? 0xFFFFFFFF:
+        """Where a request can be remembered: after the last one that was, or from the start again; there are more when all are taken."""
+        cdef uint32_t slot = self.free_hint
         while slot < self.room and self.guests[slot].active:
             slot += 1
         if slot == self.room:
@@ -126,73 +161,54 @@ cdef class Player:
             memset(self.guests + self.room, 0, self.room * sizeof(Guest))
             self.room *= 2
         self.free_hint = slot + 1
-        guest = &self.guests[slot]
-        memset(guest, 0, sizeof(Guest))
-        self.serial += 1
-        guest.cookie = self.serial << 20 | slot
-        guest.kind = kind
-        guest.fua = fua
-        guest.no_hole = no_hole
-        guest.alone = self.in_flight_count == 0
-        guest.first_sector = first_sector
-        guest.sectors = sectors
-        guest.growable = self.engine.storage_size < self.most_bytes
-        if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
-            guest.chunks = <uint32_t>((first_sector + sectors - 1) // self.chunk_sectors - first_sector // self.chunk_sectors + 1)
-            # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
-            guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
-            # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
-            if guest.chunks > self.reserve_left:
-                self.promises_end()
-            self.promises |= guest.promised
-            self.reserve_left -= min(self.reserve_left, <uint64_t>guest.chunks)
-            self.chunks_in_flight += guest.chunks
-        if kind == KIND_READ or kind == KIND_WRITE:
-            guest.room = <uint8_t *>aligned(sectors * SECTOR + skew + 1)
-            if guest.room == NULL:
-                raise MemoryError("player")
-            guest.buffer = guest.room + skew
-        guest.active = 1
-        self.in_flight_count += 1
-        self.reads_in_flight += kind == KIND_READ
-        if kind == KIND_READ:
-            memset(guest.buffer, 0xEE, sectors * SECTOR)
+        return slot
+
+    cdef int promise(self, Guest *guest) except -1:
+        """Of a write: whether the storage that is there must do for it, by what those under way may still take."""
+        cdef uint64_t end = guest.first_sector + guest.sectors
+        guest.chunks = <uint32_t>((end - 1) // self.chunk_sectors - guest.first_sector // self.chunk_sectors + 1)
+        # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
+        guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
+        # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
+        if guest.chunks > self.reserve_left:
+            self.promises_end()
+        self.promises |= guest.promised
+        self.reserve_left -= min(self.reserve_left, <uint64_t>guest.chunks)
+        self.chunks_in_flight += guest.chunks
+        return 0
+
+    cdef int tell_oracle(self, Guest *guest, uint32_t again) except -1:
+        """What the request may read or change from now on. `again`: see `send`."""
+        cdef uint64_t low, high, unit
+        if guest.kind == KIND_READ:
+            memset(guest.buffer, 0xEE, guest.sectors * SECTOR)
             guest.began = self.oracle.read_begun()
         elif again:
             guest.write = again
-            if kind == KIND_WRITE:
-                self.oracle.fill(again, first_sector, sectors, guest.buffer)
-        elif kind == KIND_WRITE:
-            guest.write = self.oracle.begin(first_sector, sectors, False, False)
-            self.oracle.fill(guest.write, first_sector, sectors, guest.buffer)
-        elif kind == KIND_ZERO:
-            guest.write = self.oracle.begin(first_sector, sectors, True, False)
-        elif kind == KIND_TRIM:
+            if guest.kind == KIND_WRITE:
+                self.oracle.fill(again, guest.first_sector, guest.sectors, guest.buffer)
+        elif guest.kind == KIND_WRITE:
+            guest.write = self.oracle.begin(guest.first_sector, guest.sectors, False, False)
+            self.oracle.fill(guest.write, guest.first_sector, guest.sectors, guest.buffer)
+        elif guest.kind == KIND_ZERO:
+            guest.write = self.oracle.begin(guest.first_sector, guest.sectors, True, False)
+        elif guest.kind == KIND_TRIM:
             # Whole blocks, over a base whole chunks (the last one though it is short), are promised to read as zeros; the rest keeps
             # its data.
             unit = self.chunk_sectors if self.has_base else self.block_sectors
-            low = (first_sector + unit - 1) // unit * unit
-            high = first_sector + sectors
+            low = (guest.first_sector + unit - 1) // unit * unit
+            high = guest.first_sector + guest.sectors
             if high < self.disk_sectors:
                 high = high // unit * unit
             if self.trims and low < high:
                 guest.write = self.oracle.begin(low, high - low, True, False)
             else:
-                guest.write = self.oracle.begin(first_sector, sectors, True, True)
-        elif kind == KIND_FLUSH:
+                guest.write = self.oracle.begin(guest.first_sector, guest.sectors, True, True)
+        elif guest.kind == KIND_FLUSH:
             guest.began = self.oracle.flush_begun()
         else:
             self.cancelled = True   # a close ends the writes that wait for space
-        if guest.write:
-            guest.began = self.oracle.tick_() if again else self.oracle.clock
-        if kind == KIND_TRIM or kind == KIND_ZERO:
-            self.hole_began(guest)
-        if self.log is not None:
-            where = f" {first_sector}+{sectors}" if sectors else ""
-            self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
-        self.engine.submit(REQUESTS[kind], (FLAG_FUA if fua else 0) | (FLAG_NO_HOLE if no_hole else 0), first_sector * SECTOR,
-                           sectors * SECTOR, guest.buffer, guest.cookie)
-        return self.guests[slot].cookie
+        return 0
 
     cdef int pump(self) except -1:
         """Take what the engine wants done, and what it has done."""
