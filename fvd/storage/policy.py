@@ -638,7 +638,8 @@ class GrowthPolicy:
         self._state = Stepping(target_bytes, now)
         self._begun_at = now
         actions: list[Action] = [Start(target_bytes), WakeAt(now + self._timeout)]
-        if self._can_grow and not self._failures:  # a step that is tried again and again is told of once, like its failure
+        # A step that is tried again and again is told of once, like its failure.
+        if self._can_grow and (not self._failures or self.last_failure is None):
             actions.insert(0, self._event("extend_started", target_bytes=target_bytes))
         return actions
 

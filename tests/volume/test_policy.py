@@ -364,6 +364,18 @@ def test_a_step_asked_for_beside_a_question_leaves_the_question_its_alarm() -> N
     assert QueryGroup() in growth.tick(301.0, 0)
 
 
+def test_a_failure_after_a_step_beside_a_question_has_its_start_told() -> None:
+    """The step that somebody asked for succeeds before the answer comes, which says that there is no more: the next failure is a new one."""
+    growth = refused()
+    growth.tick(1.0, 0)
+    growth.extend(2.0, STEP)
+    assert "extend_done" in kinds(growth.ended(3.0, 2 * STEP, None, 0))
+    rests_until = only(growth.pool_told(3.1, "vg0", 0, 0), WakeAt).when
+    assert "extend_started" in kinds(growth.tick(rests_until, 0))
+    assert "extend_failed" in kinds(growth.ended(rests_until, 2 * STEP, NoSpace("full"), 0))
+    assert "extend_started" not in kinds(growth.tick(rests_until + 301.0, 0))
+
+
 def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
     growth = refused()
     assert "Start" in kinds(growth.extend(0.5, STEP))
