@@ -26,24 +26,24 @@ setup: ## install what is missing: Debian packages, the venv, its Python package
 	@scripts/setup
 
 build: setup ## compile in place (release)
-	@FVD_BUILD=release FVD_JOBS=$(JOBS) $(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+	@FVD_BUILD=release FVD_DEVTOOLS=1 FVD_JOBS=$(JOBS) $(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
 # The checked build (bounds checks, asserted invariants, seeded bugs) lives in a copy of the tree, so that both can be tested.
 checked: setup ## compile the checked build in build/checked
 	@scripts/copy-tree $(CHECKED)
-	@cd $(CHECKED) && FVD_BUILD=checked FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+	@cd $(CHECKED) && FVD_BUILD=checked FVD_DEVTOOLS=1 FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
 # As checked, by clang with AddressSanitizer and libFuzzer's counters. Without clang there is none, and the tests do with the other builds.
 fuzzed: setup ## compile the fuzz build in build/fuzz
 	@scripts/copy-tree $(FUZZED)
 	@command -v clang >/dev/null || { echo 'no clang: no fuzz build' >&2; exit 0; }; \
-	cd $(FUZZED) && FVD_BUILD=fuzz FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
+	cd $(FUZZED) && FVD_BUILD=fuzz FVD_DEVTOOLS=1 FVD_JOBS=$(JOBS) $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace -j $(JOBS)
 
 lint: setup ## ruff (rules and format), mypy --strict, cython-lint
 	$(PY) -m ruff check . $(SCRIPTS)
 	$(PY) -m ruff format --check . $(SCRIPTS)
 	scripts/typecheck
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fvd devtools
 
 # Builds, linters and folders of tests run beside each other (scripts/run-tests): each is told whole when it ends, and ended after a limit.
 RUN_TESTS = @$(PY) scripts/run-tests --jobs $(JOBS)
@@ -121,4 +121,4 @@ deb: setup ## a Debian package in dist/, for the Debian that this is; without a 
 
 clean: ## forget everything that was built (not the venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find fvd -name '*.so' -delete
+	find fvd devtools -name '*.so' -delete

@@ -7,6 +7,7 @@ FVD_BUILD=checked: bounds and initialisation checks, internal invariants asserte
 FVD_BUILD=coverage: checked, with line tracing.
 FVD_BUILD=fuzz: checked, compiled by clang with AddressSanitizer and libFuzzer's counters (tests/fuzz); needs both in the process.
 FVD_ONLY=a.b,c.d: build only these modules.
+FVD_DEVTOOLS=1: build devtools too, which tests and benchmarks need. The Makefile sets it; what builds a package does not.
 FVD_OPTIMIZE=0: the compiler's level; if not set 3, or 1 for the checked build. A build that is only to work once is worth no more.
 FVD_COMPILED=folder: nothing is compiled, the modules are taken from a tree where `make build` has compiled them. For tests of packages.
 
@@ -28,6 +29,7 @@ if BUILD not in ("release", "checked", "coverage", "fuzz"):
     raise SystemExit(f"FVD_BUILD={BUILD}: choose release, checked, coverage or fuzz")
 CHECKED = BUILD != "release"
 COMPILED = os.environ.get("FVD_COMPILED")
+FOLDERS = ["fvd", "devtools"] if os.environ.get("FVD_DEVTOOLS") == "1" else ["fvd"]
 GENERATED = Path("generated")
 
 MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
@@ -96,7 +98,7 @@ class BuildExtensions(build_ext):
 def extensions() -> list[Extension]:
     wanted = {name for name in os.environ.get("FVD_ONLY", "").split(",") if name}
     found = []
-    for path in sorted(Path("fvd").rglob("*.pyx")):
+    for path in sorted(path for folder in FOLDERS for path in Path(folder).rglob("*.pyx")):
         name = ".".join(path.with_suffix("").parts)
         if wanted and name not in wanted:
             continue

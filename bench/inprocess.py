@@ -26,7 +26,7 @@ PATTERNS = {"randread": (False, True), "randwrite": (True, True), "read": (False
 def run(
     volume_name: str, pattern: str, block_bytes: int, depth: int, seconds: float, requests: int, seed: int, cache: str
 ) -> dict[str, Any]:
-    from fvd.disk._load import load
+    from devtools._load import load
     from fvd.disk.opening import open_volume
 
     write, random = PATTERNS[pattern]

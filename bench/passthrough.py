@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def serve(storage: str, socket_path: str, busy_poll_us: int, force_blocking: bool, answer_only: bool) -> None:
-    from fvd.export._passthrough import PassThrough
+    from devtools._passthrough import PassThrough
     from fvd.export.server import NbdServer, Unix
 
     descriptor = os.open(storage, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)

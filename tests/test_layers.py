@@ -19,7 +19,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "internals" / "architecture.md"
-SOURCES = sorted(path for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd", "*.pxi") for path in (ROOT / "fvd").rglob(pattern))
+
+
+def read_sources(folder: str) -> list[Path]:
+    return sorted(path for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd", "*.pxi") for path in (ROOT / folder).rglob(pattern))
+
+
+SOURCES = read_sources("fvd")
+DEVTOOLS = read_sources("devtools")
 PACKAGES = sorted({path.parent for path in SOURCES})
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -281,6 +288,19 @@ def wrong_imports(path: Path) -> Iterator[str]:
             yield f"{path}:{line}: only the tester's command imports fvd.sim"
         if package != own and package.layer >= own.layer:
             yield f"{path}:{line}: {own_name} (layer {own.layer}) may not import {module} (layer {package.layer})"
+
+
+def test_fvd_does_without_devtools() -> None:
+    """No package contains them."""
+    assert DEVTOOLS and not [f"{path}:{line}" for path in SOURCES for line, module in imports(path) if module.split(".")[0] == "devtools"]
+
+
+@pytest.mark.parametrize("path", DEVTOOLS, ids=lambda path: path.name)
+def test_devtools_are_beside_the_layers(path: Path) -> None:
+    """They may import any of them; all else that is asked of a source is asked of theirs."""
+    assert not [module for _, module in imports(path) if module.endswith("*")]
+    if path.suffix != ".pyi":
+        says_what_it_is_for(path)
 
 
 @each_package

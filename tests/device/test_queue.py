@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING
 import pytest
 from loops import loop_device, mounted, run, sparse
 
-from fvd.device._queue import Driver, open_queue
+from devtools._queue_driver import QueueDriver
+from fvd.device._queue import open_queue
 
 if TYPE_CHECKING:
-    from fvd.device._queue import Op  # a name of the stub's
+    from devtools._queue_driver import Op  # a name of the stub's
 
 KINDS = ["io_uring", "blocking"]
 PAGE = 4096
 
 
 @pytest.fixture(params=KINDS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    driver = Driver(force_blocking=request.param == "blocking")
+def driver(request: pytest.FixtureRequest) -> Iterator[QueueDriver]:
+    driver = QueueDriver(force_blocking=request.param == "blocking")
     if driver.queue.kind != request.param:
         pytest.skip(driver.queue.notice)
     yield driver
@@ -78,7 +79,7 @@ def pattern(number: int, size: int = PAGE) -> bytes:
     return random.Random(number).randbytes(size)
 
 
-def test_transfers(driver: Driver, storage: int, tmp_path: Path) -> None:
+def test_transfers(driver: QueueDriver, storage: int, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.write_bytes(pattern(99))
     base_fd = os.open(base, os.O_RDONLY)
@@ -95,7 +96,7 @@ def test_transfers(driver: Driver, storage: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_operations_than_the_ring_holds(kind: str, storage: int) -> None:
     """The submission queue spills and the completion queue overflows; nothing is lost or mixed up."""
-    driver = Driver(force_blocking=kind == "blocking", entries=4)
+    driver = QueueDriver(force_blocking=kind == "blocking", entries=4)
     driver.attach(storage)
     count = 3000
     assert driver.run([("write", i % 256 * PAGE, pattern(i % 256)) for i in range(count)]) == [(0, b"")] * count
@@ -103,7 +104,7 @@ def test_more_operations_than_the_ring_holds(kind: str, storage: int) -> None:
     driver.close()
 
 
-def test_the_end_of_a_file(driver: Driver, storage: int) -> None:
+def test_the_end_of_a_file(driver: QueueDriver, storage: int) -> None:
     driver.attach(storage)
     size = os.fstat(storage).st_size
     assert [result for result, _ in driver.run([("read", size - 512, 1024), ("read", size, 512), ("read", size - 512, 512)])] == [
@@ -113,7 +114,7 @@ def test_the_end_of_a_file(driver: Driver, storage: int) -> None:
     ]
 
 
-def test_the_end_of_a_device(driver: Driver, device: int) -> None:
+def test_the_end_of_a_device(driver: QueueDriver, device: int) -> None:
     driver.attach(device)
     size = os.lseek(device, 0, os.SEEK_END)
     batch: list[Op] = [
@@ -125,7 +126,7 @@ def test_the_end_of_a_device(driver: Driver, device: int) -> None:
     assert [result for result, _ in driver.run(batch)] == [-errno.ENOSPC, -errno.ENOSPC, -errno.EIO, -errno.EIO]
 
 
-def test_errors_are_answers(driver: Driver, tmp_path: Path) -> None:
+def test_errors_are_answers(driver: QueueDriver, tmp_path: Path) -> None:
     (tmp_path / "read-only").write_bytes(bytes(PAGE))
     fd = os.open(tmp_path / "read-only", os.O_RDONLY)
     driver.attach(fd)
@@ -133,7 +134,7 @@ def test_errors_are_answers(driver: Driver, tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_discard_makes_a_hole_and_keeps_the_size(driver: Driver, storage: int) -> None:
+def test_discard_makes_a_hole_and_keeps_the_size(driver: QueueDriver, storage: int) -> None:
     driver.attach(storage)
     assert driver.run([("write", 0, pattern(1, 64 * PAGE))]) == [(0, b"")]
     assert driver.run([("flush",), ("discard", 16 * PAGE, 32 * PAGE), ("discard", 1 << 30, PAGE)]) == [(0, b"")] * 3
@@ -141,12 +142,12 @@ def test_discard_makes_a_hole_and_keeps_the_size(driver: Driver, storage: int) -
     assert os.pread(storage, 64 * PAGE, 0) == pattern(1, 64 * PAGE)[: 16 * PAGE] + bytes(32 * PAGE) + pattern(1, 64 * PAGE)[48 * PAGE :]
 
 
-def test_discard_on_a_device_is_advisory(driver: Driver, device: int) -> None:
+def test_discard_on_a_device_is_advisory(driver: QueueDriver, device: int) -> None:
     driver.attach(device)
     assert driver.run([("discard", 0, 16 * PAGE), ("discard", 1, 100), ("discard", 16 * PAGE, PAGE)]) == [(0, b"")] * 3
 
 
-def test_zeros_of_a_file(driver: Driver, storage: int) -> None:
+def test_zeros_of_a_file(driver: QueueDriver, storage: int) -> None:
     driver.attach(storage)
     assert driver.run([("write", 0, pattern(1, 4 * PAGE))]) == [(0, b"")]
     assert driver.run([("zero", PAGE, 2 * PAGE)]) == [(0, b"")]
@@ -154,7 +155,7 @@ def test_zeros_of_a_file(driver: Driver, storage: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["disk", "ramfs"], indirect=True)
-def test_a_device_zeroes_by_itself_or_says_so_and_changes_nothing(driver: Driver, device: int, request: pytest.FixtureRequest) -> None:
+def test_a_device_zeroes_by_itself_or_says_so_and_changes_nothing(driver: QueueDriver, device: int, request: pytest.FixtureRequest) -> None:
     driver.attach(device)
     assert driver.run([("write", 0, pattern(1, 4 * PAGE))]) == [(0, b"")]
     [(result, _)] = driver.run([("zero", PAGE, 2 * PAGE)])
@@ -171,7 +172,7 @@ def test_zeroings_that_hang_leave_the_flushes_of_other_disks_alone(device: int, 
     number = os.fstat(device).st_rdev
     statistics = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
     seen: list[int] = []
-    driver = Driver()
+    driver = QueueDriver()
     with loop_device(sparse(tmp_path / "below", 64 << 20)) as below:
         run("mkfs.ext4", "-q", below)
         with mounted(below, tmp_path / "frozen") as folder:
@@ -205,7 +206,7 @@ def flushes(statistics: Path) -> int:
     return int(statistics.read_text().split()[15])
 
 
-def test_readiness_is_an_edge(driver: Driver) -> None:
+def test_readiness_is_an_edge(driver: QueueDriver) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     handle = driver.watch(ours.fileno(), 7)
@@ -226,7 +227,7 @@ def test_readiness_is_an_edge(driver: Driver) -> None:
     assert driver.turn(0.01) == []
 
 
-def test_a_watch_that_ended_says_nothing_of_its_successor(driver: Driver) -> None:
+def test_a_watch_that_ended_says_nothing_of_its_successor(driver: QueueDriver) -> None:
     for key in range(50):
         ours, theirs = socket.socketpair()
         handle = driver.watch(ours.fileno(), key)
@@ -239,7 +240,7 @@ def test_a_watch_that_ended_says_nothing_of_its_successor(driver: Driver) -> Non
         theirs.close()
 
 
-def test_an_unwatched_socket_is_let_go(driver: Driver) -> None:
+def test_an_unwatched_socket_is_let_go(driver: QueueDriver) -> None:
     """Even when its poll is firing at that moment: the peer sees the end."""
     for _ in range(20):
         ours, theirs = socket.socketpair()
@@ -256,7 +257,7 @@ def test_an_unwatched_socket_is_let_go(driver: Driver) -> None:
         theirs.close()
 
 
-def test_want_write_comes_once(driver: Driver) -> None:
+def test_want_write_comes_once(driver: QueueDriver) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     handle = driver.watch(ours.fileno(), 3)
@@ -280,7 +281,7 @@ def test_want_write_comes_once(driver: Driver) -> None:
     theirs.close()
 
 
-def test_timeout_and_spin(driver: Driver) -> None:
+def test_timeout_and_spin(driver: QueueDriver) -> None:
     for timeout, spin in ((0.05, 0), (0.02, 0.03)):
         for _ in range(10):  # the teardown of an earlier test's ring may interrupt us
             began = time.monotonic()
@@ -299,7 +300,7 @@ def test_timeout_and_spin(driver: Driver) -> None:
     theirs.close()
 
 
-def test_a_signal_cuts_a_turn_short(driver: Driver) -> None:
+def test_a_signal_cuts_a_turn_short(driver: QueueDriver) -> None:
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
     try:
@@ -313,7 +314,7 @@ def test_a_signal_cuts_a_turn_short(driver: Driver) -> None:
 
 
 @pytest.mark.alone
-def test_close_waits_for_nothing_else(driver: Driver) -> None:
+def test_close_waits_for_nothing_else(driver: QueueDriver) -> None:
     pairs = [socket.socketpair() for _ in range(10)]
     for ours, theirs in pairs:
         driver.watch(ours.fileno(), 1)
@@ -369,7 +370,7 @@ def broken_sampler() -> Iterator[int]:
     os.close(writer)
 
 
-def test_sampler_is_asked_where_durability_is_answered(driver: Driver, storage: int, broken_sampler: int) -> None:
+def test_sampler_is_asked_where_durability_is_answered(driver: QueueDriver, storage: int, broken_sampler: int) -> None:
     """R28: it has heard of a lost page, so nothing is durable; everything else is as it is."""
     driver.attach(storage, sampler_fd=broken_sampler)
     operations: list[Op] = [
@@ -384,7 +385,7 @@ def test_sampler_is_asked_where_durability_is_answered(driver: Driver, storage: 
     assert [result for result, _ in driver.run([("write_durable", 0, pattern(number)) for number in range(32)])] == [-errno.ESPIPE] * 32
 
 
-def test_sampler_of_one_disk_only(driver: Driver, storage: int, broken_sampler: int, tmp_path: Path) -> None:
+def test_sampler_of_one_disk_only(driver: QueueDriver, storage: int, broken_sampler: int, tmp_path: Path) -> None:
     sampler = os.open(tmp_path / "storage", os.O_RDONLY)
     driver.attach(storage, disk=0, sampler_fd=sampler)
     driver.attach(storage, disk=1, sampler_fd=broken_sampler)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from nbd_base import MIB, Nbdkit, OddServer, children, command_of, is_running, sparse_image, until
 
-from fvd.device._queue import Driver
+from devtools._queue_driver import QueueDriver
 from fvd.device._remote import Remote
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NotFound, Timeout
 
 if TYPE_CHECKING:
-    from fvd.device._queue import Op  # a name of the stub's
+    from devtools._queue_driver import Op  # a name of the stub's
 
 KINDS = ["io_uring", "blocking"]
 SIZE = 24 * MIB
@@ -40,7 +40,7 @@ class Workbench:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
-        self.driver = Driver(force_blocking=kind == "blocking")
+        self.driver = QueueDriver(force_blocking=kind == "blocking")
         if self.driver.queue.kind != kind:
             pytest.skip(self.driver.queue.notice)
         self.storage = os.open(folder / "storage", os.O_RDWR | os.O_CREAT)

@@ -7,8 +7,8 @@ import os
 import tempfile
 from typing import Any
 
+from devtools._queue_driver import QueueDriver
 from fvd._core import Bug
-from fvd.device._queue import Driver
 from fvd.sim._device import BASE, DISCARD, FLUSH, READ, WRITE, ZERO, Operation
 from fvd.sim._oracle import SECTOR_BYTES, Violation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
@@ -401,7 +401,7 @@ def lost_page_that_somebody_else_was_told_of() -> None:
     with tempfile.TemporaryFile() as storage:
         storage.truncate(1 << 16)
         for blocking in (False, True):
-            driver = Driver(force_blocking=blocking)
+            driver = QueueDriver(force_blocking=blocking)
             driver.attach(storage.fileno(), sampler_fd=reader)
             flushed, written = (driver.run([operation])[0][0] for operation in (("flush",), ("write_durable", 0, bytes(4096))))
             driver.close()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from types import FrameType
 
-from fvd.export._passthrough import PassThrough
+from devtools._passthrough import PassThrough
 from fvd.export.server import Limits, NbdServer, Unix
 
 

@@ -22,10 +22,10 @@ import pytest
 from nbd_client import TIMEOUT_SECONDS, Client, go, option, request
 from nbd_running import MIB, Disks, Running
 
+from devtools._passthrough import PassThrough
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout
 from fvd.export import _nbd as nbd
 from fvd.export import handshake as hs
-from fvd.export._passthrough import PassThrough
 from fvd.export.server import Limits, NbdServer, Tcp, Unix
 
 READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH, nbd.COMMAND_TRIM
@@ -402,7 +402,7 @@ def test_stop_in_the_main_thread_by_a_signal(disks: Disks, tmp_path: Path) -> No
     disks.file(MIB)
     script = f"""
 import os, signal, sys
-from fvd.export._passthrough import PassThrough
+from devtools._passthrough import PassThrough
 from fvd.export.server import NbdServer, Unix
 server = NbdServer(Unix({str(tmp_path / "socket")!r}), on_stop=lambda: (server.close_export("disk"), print("closed")))
 fd = os.open({str(tmp_path / "storage")!r}, os.O_RDWR)

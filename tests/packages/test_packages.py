@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def play(root: Path, place: Path, tmp_path: Path, package: Path, *wheel: str | P
     assert said.endswith("Everything held.\n")
 
 
+def without_devtools(package: Path, wheel: Path) -> None:
+    """What only tests and benchmarks use stays here."""
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = archive.namelist()
+    in_package = run("dpkg-deb", "--contents", package, seconds=SETUP_SECONDS).splitlines()
+    for names in (in_wheel, in_package):
+        assert any("fvd/export/_server." in name for name in names)
+        assert not [name for name in names if "devtools" in name or "_passthrough" in name]
+
+
 def test_on_the_debian_of_this_machine(place: Path, tmp_path: Path) -> None:
     if release() not in ("12", "13"):
         pytest.skip("packages are built on Debian 12 and 13")
@@ -126,6 +137,7 @@ def test_on_the_debian_of_this_machine(place: Path, tmp_path: Path) -> None:
     # It names what it lacks.
     assert "apt install libnbd0" in said and "apt install lvm2" in said and "glibc 2." in said
     [package], [wheel] = place.glob("fvd_*.deb"), place.glob("*.whl")
+    without_devtools(package, wheel)
     # pip of the virtual environment: the bare Debian has none.
     pip = next(Path(folder) for folder in sys.path if (Path(folder) / "pip").is_dir())
     play(root, place, tmp_path, package, wheel, pip)

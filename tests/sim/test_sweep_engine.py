@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from bugs import needs_bugs, seeded
 
+from devtools.sweep import sweep
 from fvd._core import Bug
 from fvd.errors import FvdError
 from fvd.format.geometry import Layout
@@ -16,7 +17,6 @@ from fvd.sim._device import FLUSH, WRITE, Operation
 from fvd.sim._oracle import Violation
 from fvd.sim.device_node import Budget
 from fvd.sim.stage import Stage
-from fvd.sim.sweep import sweep
 
 pytestmark = pytest.mark.checked_once
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from devtools.sweep import sweep
 from fvd.base.sparse import runs, zero_blocks
 from fvd.disk import provision as provision_module
 from fvd.disk.loading import load_disk
@@ -30,7 +31,6 @@ from fvd.sim._oracle import Violation
 from fvd.sim._rng import Rng
 from fvd.sim.device_node import Budget, DeviceNode, VolatileNode
 from fvd.sim.stage import Stage
-from fvd.sim.sweep import sweep
 from fvd.volume import superblocks
 from fvd.volume.name import parse_name
 from fvd.volume.superblocks import is_blank, state_of, wipe_superblocks, write_superblock

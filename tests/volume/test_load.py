@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fvd.disk._load: a load that is made up inside the disk's own thread: counted, bounded, and ended by errors."""
+"""devtools._load: a load that is made up inside the disk's own thread: counted, bounded, and ended by errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from devtools._load import LoadThread, load
 from disks import MIB, make
-from fvd.disk._load import LoadThread, load
 from fvd.disk.opening import open_volume
 from fvd.errors import InvalidArgument, ReadOnly
 from fvd.inspect.check import check
