@@ -380,7 +380,6 @@ def never_wait():
 # --- Forks ------------------------------------------------------------------------------------------------------------------------
 
 _kept = {}          # by the id of what was opened: a weak reference to it, and how it tells its descriptors
-_released = 0
 
 
 def keep(thing, descriptors):
@@ -404,7 +403,6 @@ class Descriptors(list):
 
 def _in_child():
     """Each descriptor becomes one of /dev/null: whoever still knows its number closes nothing of anybody else's."""
-    global _released
     kept = list(_kept.values())
     _kept.clear()
     if not kept:
@@ -421,7 +419,6 @@ def _in_child():
             for fd in descriptors(thing):
                 if fd >= 0:
                     _let_go(fd, null)
-                    _released += 1
         except Exception:   # the others are to be let go of all the same
             log.debug("something of the parent's could not be let go of", exc_info=True)
     if null >= 0:
@@ -433,11 +430,6 @@ def _let_go(fd, null):
         os.dup2(null, fd, inheritable=False)
     else:
         os.close(fd)
-
-
-def closed_in_child():
-    """How many descriptors of its parents' this process has let go of."""
-    return _released
 
 
 if fvd_watch_forks() != 0:

@@ -22,7 +22,6 @@ from fvd.sim.world import SHAPE, ZEROING, World
 
 FUA, NO_HOLE = 1, 2
 _PAGE = 4096
-_LARGEST_DISK_BYTES = 1 << 28
 
 
 class Memory:

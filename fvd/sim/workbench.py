@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fvd.errors import FvdError, InvalidArgument
+from fvd.format import maps
 from fvd.format.geometry import PAGE_BYTES, Layout, Placement
 from fvd.inspect.check import check_node
 from fvd.modes import CACHE_MODES, ON_FULL
@@ -468,7 +469,7 @@ class Workbench:
         for chunk in range(geometry.chunks):
             own = blocks[chunk * geometry.blocks_per_chunk : (chunk + 1) * geometry.blocks_per_chunk]
             slot = chunk if table is None else int(table[chunk])
-            if ("#" in own) if table is None else (slot != 0xFFFFFFFF):
+            if ("#" in own) if table is None else (slot != maps.EMPTY):
                 found[chunk] = (str(slot), own)
         return found
 

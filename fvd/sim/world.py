@@ -6,6 +6,7 @@ Everything follows from one seed. Provision, recovery, check and the engine are 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from fvd.disk.provision import write_disk
 from fvd.disk.recovery import recover_disk
 from fvd.engine._engine import Want
 from fvd.errors import DeviceError, NotFound
-from fvd.format import pending
+from fvd.format import maps, pending
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
 from fvd.inspect.check import check_node
@@ -54,7 +55,6 @@ WEATHER = 40
 LOG, DURABLE = 20, 21
 BOUNDS = 37
 CORNER, ENDING = 30, 31
-_EINVAL, _ENOSPC, _EROFS, _ESHUTDOWN = 22, 28, 30, 108
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
 SAMPLED = True  # whoever serves a disk through a page cache has a second open file that hears what the first is not told
@@ -340,7 +340,7 @@ class World:
         elif pick < 0.92:
             self.player.cancelled = True
             self.say("writes that wait for storage are cancelled")
-            self.engine.cancel_all_waiting(_ESHUTDOWN)
+            self.engine.cancel_all_waiting(errno.ESHUTDOWN)
         else:
             self.engine.commit_soon()
         if self.shape.copying and rng.random() < 0.3:
@@ -464,7 +464,7 @@ class World:
         if table is None:
             return
         self.check_lost_slots()
-        named = int(np.count_nonzero(table != 0xFFFFFFFF))
+        named = int(np.count_nonzero(table != maps.EMPTY))
         if named != engine.used_slots_count or engine.capacity_slots - named != engine.free_slots:
             raise Violation(
                 f"{engine.used_slots_count} slots in use and {engine.free_slots} of {engine.capacity_slots} free, {named} in the table"
@@ -604,14 +604,16 @@ class World:
         shown = self.read_all()
         self.oracle.settle_after_crash(shown)
         self._check_extents(shown)
-        self._check_refusals({WRITE: _ENOSPC, ZERO: _ENOSPC, TRIM: _EINVAL, READ: _EINVAL}, self.geometry.virtual_size_bytes - 512)
+        self._check_refusals(
+            {WRITE: errno.ENOSPC, ZERO: errno.ENOSPC, TRIM: errno.EINVAL, READ: errno.EINVAL}, self.geometry.virtual_size_bytes - 512
+        )
 
     def _open_read_only(self) -> None:
         """A read-only open shows what a writable one does, and writes nothing."""
         before = np.array(self.image)
         self.open(read_only=True)
         shown = self.read_all()
-        self._check_refusals({WRITE: _EROFS, ZERO: _EROFS, TRIM: _EROFS}, 0)
+        self._check_refusals({WRITE: errno.EROFS, ZERO: errno.EROFS, TRIM: errno.EROFS}, 0)
         if not np.array_equal(self.image, before):
             raise Violation("a read-only open wrote to the disk")
         self.open()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fvd
+from fvd.modes import CACHE_MODES
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -153,7 +154,7 @@ def test_many_threads(volume: str) -> None:
         assert disk.check().errors == []
 
 
-@pytest.mark.parametrize("cache", ["none", "writeback", "writethrough", "directsync", "unsafe"])
+@pytest.mark.parametrize("cache", CACHE_MODES)
 def test_cache_modes(volume: str, cache: fvd.CacheMode) -> None:
     with fvd.open(volume, cache=cache) as disk:
         disk.pwrite(0, b"x" * 100_000)

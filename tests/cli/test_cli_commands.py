@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from fvd_commands import COMMAND, Done
 
+from fvd.modes import LAYOUTS
+
 pytestmark = pytest.mark.pure
 
 GIB = 1 << 30
@@ -119,7 +121,7 @@ def test_provision_does_not_overwrite_a_file(fvd_lv: FvdLv, workdir: Path) -> No
 def test_provision_with_everything(fvd_lv: FvdLv, workdir: Path) -> None:
     (workdir / "base").write_bytes(os.urandom(3 * MIB))
     options = "--block-size 4K --chunk-size 64K --journal-size 64K --grow-step 1M --placement spread --base base --size 8M"
-    for layout in ("compact", "raw"):
+    for layout in LAYOUTS:
         answer = fvd_lv("provision", f"file:{layout}", "--layout", layout, *options.split(), "--output", "json").json
         assert (answer["block_size"], answer["chunk_size"], answer["journal_size"]) == (4096, 65536, 65536)
         assert (answer["grow_step"], answer["layout"], answer["virtual_size"]) == (MIB, layout, 8 * MIB)

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from fvd_commands import COMMAND, Done, Server
 
+from fvd.modes import CACHE_MODES
+
 nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 
 GIB = 1 << 30
@@ -118,7 +120,7 @@ def test_socket_mode(disk: str, serving: Serving, workdir: Path) -> None:
         assert stat.S_IMODE((workdir / "vm.sock").stat().st_mode) == 0o660
 
 
-@pytest.mark.parametrize("cache", ["none", "writeback", "writethrough", "directsync", "unsafe"])
+@pytest.mark.parametrize("cache", CACHE_MODES)
 def test_every_cache_mode_serves(disk: str, serving: Serving, fvd_lv: FvdLv, cache: str) -> None:
     with serving(disk, "--cache", cache) as server:
         handle = connect(server.uri)

@@ -19,6 +19,7 @@ from fvd_server import FvdServer
 from qemu_running import export, storage_daemon
 
 import fvd
+from fvd.modes import CACHE_MODES
 from fvd.sim._oracle import Violation
 from fvd.sim.foreign import ForeignPlayer
 
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.release_only, pytest.mark.slow]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+CACHES = CACHE_MODES
 RECONNECT_SECONDS = 60  # longer than any start of a server
 QEMU_RESTARTS = 12
 LIBNBD_RESTARTS = 25

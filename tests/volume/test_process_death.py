@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pytest
 
 import fvd
-from fvd.modes import CacheMode
+from fvd.modes import CACHE_MODES, CacheMode
 from fvd.sim._base import base_content
 
 pytestmark = [pytest.mark.release_only, pytest.mark.slow]
@@ -36,7 +36,7 @@ SECTOR_BYTES, WORDS = 512, 64
 THREADS = 4
 SIZE = 8 * MIB
 ROUNDS, LONG_ROUNDS = 4, 20
-CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+CACHES = CACHE_MODES
 RECORD = struct.Struct("=BBHIII")  # what happens, kind, thread, first sector, sectors, stamp
 BEGUN, RETURNED = 0, 1
 WRITE, TRIM, ZERO = 0, 1, 2

@@ -25,6 +25,7 @@ from random_load import RandomLoad
 from real_bases import KINDS, RealBase, contents, real_base
 
 import fvd
+from fvd.modes import CACHE_MODES, LAYOUTS
 from fvd.sim.foreign import ForeignPlayer
 
 pytest.importorskip("nbd", reason="python3-libnbd is not installed")
@@ -40,12 +41,12 @@ PREFETCH_SECONDS = 60.0  # many times what the whole of a base takes
 
 AXES: dict[str, tuple[Any, ...]] = {
     "kind": KINDS,
-    "cache": ("none", "writeback", "writethrough", "directsync", "unsafe"),
+    "cache": CACHE_MODES,
     "block": (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB),
     "chunk": (64 * KIB, 256 * KIB, MIB, 4 * MIB),
     "base_size": ("smaller", "equal", "larger"),
     "load": ("sequential", "threads", "killed"),
-    "layout": ("compact", "raw"),
+    "layout": LAYOUTS,
     "copy_on_read": (True, False),
     "prefetch": (True, False),
 }

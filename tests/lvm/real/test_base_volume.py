@@ -11,11 +11,12 @@ import pytest
 from real_devices import MIB, Group, run, settle
 
 import fvd
+from fvd.modes import LAYOUTS
 
 SIZE = 24 * MIB
 
 
-@pytest.mark.parametrize("layout", ["compact", "raw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_volume_as_the_base(group: Group, layout: Any) -> None:
     image = bytearray(Random(8).randbytes(4 * MIB) + bytes(8 * MIB) + Random(9).randbytes(4 * MIB))
     run("lvcreate", "--yes", "-Wn", "-L", f"{len(image)}b", "-n", "golden", group.name)
