@@ -32,7 +32,6 @@ FOR_TESTS = {
     "status_reply": "as above",
     "data_reply": "as above",
     "error_of_errno": "as above",
-    "Driver": "one operation at a time in a device queue",
     "thread_ended": "that no thread is left behind",
     "waits_for_clock": "what the engine tells its driver in Cython, as tests see it",
     "advance_clock": "time passes for an engine without a driver",

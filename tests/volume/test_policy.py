@@ -369,10 +369,10 @@ def test_a_failure_after_a_step_beside_a_question_has_its_start_told() -> None:
     growth = refused()
     growth.tick(1.0, 0)
     growth.extend(2.0, STEP)
-    assert "extend_done" in kinds(growth.ended(3.0, 2 * STEP, None, 0))
-    rests_until = only(growth.pool_told(3.1, "vg0", 0, 0), WakeAt).when
+    assert "extend_done" in kinds(growth.on_step_ended(3.0, 2 * STEP, None, 0))
+    rests_until = only(growth.on_query_answered(3.1, "vg0", 0, 0), WakeAt).when
     assert "extend_started" in kinds(growth.tick(rests_until, 0))
-    assert "extend_failed" in kinds(growth.ended(rests_until, 2 * STEP, NoSpace("full"), 0))
+    assert "extend_failed" in kinds(growth.on_step_ended(rests_until, 2 * STEP, NoSpace("full"), 0))
     assert "extend_started" not in kinds(growth.tick(rests_until + 301.0, 0))
 
 
