@@ -31,11 +31,11 @@ FORMATS: dict[str, tuple[str, Callable[[fvd.AttachInfo], str]]] = {
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "attach-info", "show how a virtual machine gets a served disk", run, EXAMPLES)
+    parser = add_command(subparsers, "attach-info", "show how to attach a served disk to a virtual machine", run, EXAMPLES)
     add_volume(parser)
-    parser.add_argument("--format", choices=("all", *FORMATS), default="all", help="only this, and nothing around it")
+    parser.add_argument("--format", choices=("all", *FORMATS), default="all", help="print only this form")
     parser.add_argument("--iothread", action="store_true", help="give the disk a thread of its own in QEMU")
-    parser.add_argument("--target", metavar="NAME", default="vdb", help="libvirt's name for the disk in the machine, default vdb")
+    parser.add_argument("--target", metavar="NAME", default="vdb", help="libvirt's name for the disk in the machine (default vdb)")
 
 
 def run(arguments: argparse.Namespace) -> int:

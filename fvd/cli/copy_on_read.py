@@ -15,12 +15,12 @@ EXAMPLES = """\
   fvd-lv copy-on-read on vg0/vm1
   fvd-lv copy-on-read off vg0/vm1
 
-The disk must be served, and this holds until its server ends. What later servers do: provision --copy-on-read, or serve --copy-on-read."""
+The disk must be served. The setting lasts until its server ends. For later servers use provision or serve --copy-on-read."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "copy-on-read", "have a served disk keep what its guest reads from the base", run, EXAMPLES)
-    parser.add_argument("switch", choices=ON_OFF, help="whether it does")
+    parser = add_command(subparsers, "copy-on-read", "make a served disk keep what its guest reads from the base", run, EXAMPLES)
+    parser.add_argument("switch", choices=ON_OFF, help="switch copy-on-read on or off")
     parser.add_argument("volume", metavar="VOLUME", help=VOLUME_HELP)
 
 

@@ -21,20 +21,20 @@ from fvd.errors import printable, quoted
 from fvd.units import format_size
 
 EXAMPLES = """\
-  fvd-lv events                                all disks, also those that begin to be served later
+  fvd-lv events                                all disks, including those that are served later
   fvd-lv events file:vm1.img --history         begin with what its server remembers
   fvd-lv events --output text                  for people
   fvd-lv events file:vm1.img --count 1         wait for one event
 
-Each line is one JSON object, at once; docs/events.md names the kinds. Goes on until SIGTERM or SIGINT, also when a server ends or is killed
-(server_gone). A volume that is not served is waited for."""
+Each line is one JSON object, printed at once; docs/events.md names the kinds. Runs until SIGTERM or SIGINT, also after a server ends or is
+killed (server_gone). Waits for a volume that is not served yet."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "events", "tell what happens to served disks, as it happens", run, EXAMPLES)
-    parser.add_argument("volumes", metavar="VOLUME", nargs="*", help=f"{VOLUME_HELP}; default: every disk that is served")
-    parser.add_argument("--history", action="store_true", help="begin with what the servers remember: their last 64 events")
-    parser.add_argument("--count", metavar="N", type=_count, help="end after so many events")
+    parser = add_command(subparsers, "events", "print what happens to served disks, as it happens", run, EXAMPLES)
+    parser.add_argument("volumes", metavar="VOLUME", nargs="*", help=f"{VOLUME_HELP} (default: every served disk)")
+    parser.add_argument("--history", action="store_true", help="start with the last 64 events that each server remembers")
+    parser.add_argument("--count", metavar="N", type=_count, help="stop after N events")
     for action in parser._actions:
         if action.dest == "output":
             action.help = "json (default): one object a line, with stable keys and sizes in bytes; text for people"
@@ -76,7 +76,7 @@ def describe_event(event: fvd.Event) -> str:
     if event.seconds:
         details.append(f"{event.seconds:.3f} s")
     if event.suspend_seconds is not None:
-        details.append(f"the device stood still for {event.suspend_seconds * 1000:.0f} ms")
+        details.append(f"the device was suspended for {event.suspend_seconds * 1000:.0f} ms")
     if event.group_free_bytes is not None:
         details.append(f"{format_size(event.group_free_bytes)} left in {event.group or 'its group'}")
     if event.total_bytes:

@@ -14,13 +14,13 @@ EXAMPLES = """\
   fvd-lv extend file:vm1.img
   fvd-lv extend file:vm1.img --by 20G
 
-A served disk grows by itself before it needs to; this is for growing it earlier. The virtual size stays as it is."""
+A served disk grows by itself before it runs out; this command grows it earlier. The virtual size does not change."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "extend", "put more storage under a disk, also while it is served", run, EXAMPLES)
+    parser = add_command(subparsers, "extend", "add storage to a disk, served or not", run, EXAMPLES)
     add_volume(parser)
-    parser.add_argument("--by", metavar="SIZE", type=size, help="how much; default: the disk's grow step")
+    parser.add_argument("--by", metavar="SIZE", type=size, help="how much (default: the disk's grow step)")
 
 
 def run(arguments: argparse.Namespace) -> int:

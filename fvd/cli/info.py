@@ -68,10 +68,10 @@ def describe_info(found: Info) -> list[str]:
 def describe_growth(found: Info) -> str:
     most = format_size(found.max_storage_size)
     if found.storage_size >= found.max_storage_size:
-        return "all that it can ever need"
+        return "as large as it can get"
     if not found.can_grow:
-        return f"of a fixed size; the disk could use {most}"
-    return f"grows by {format_size(found.grow_step)}, at most to {most} ({found.max_storage_size} bytes)"
+        return f"fixed size; the disk could use {most}"
+    return f"grows by {format_size(found.grow_step)} to at most {most} ({found.max_storage_size} bytes)"
 
 
 def describe_state(found: Info) -> str:
@@ -93,9 +93,9 @@ def describe_loss(found: Info) -> list[str]:
     if loss is None:
         return []
     if found.left_open:
-        return [loss.message, "serve it, check the guest's data, then acknowledge"]
+        return [loss.message, "serve the disk, check the guest's data, then acknowledge"]
     since = moment(loss.seconds)
-    return [f"since {since}: {loss.message}", f"check the guest's data; fvd-lv acknowledge {found.volume} when you have seen it"]
+    return [f"since {since}: {loss.message}", f"check the guest's data, then run fvd-lv acknowledge {found.volume}"]
 
 
 def describe_failure(found: Info) -> list[str]:
@@ -108,7 +108,7 @@ def describe_failure(found: Info) -> list[str]:
     if found.failed_seconds is not None:
         when = f" at {moment(found.failed_seconds, 'milliseconds')}"
     whose = f", of {found.failed_source}" if found.failed_source not in ("", found.volume) else ""
-    return [f"a flush{whose}{when}: {found.failed_reason}; close the disk, mend the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
+    return [f"a flush{whose}{when}: {found.failed_reason}; close the disk, repair the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
 
 
 def describe_copies(found: Info) -> list[str]:
@@ -116,7 +116,7 @@ def describe_copies(found: Info) -> list[str]:
     if found.base is None:
         return []
     if found.base_released:
-        return ["base: released; everything is in the disk"]
+        return ["base: released; all of its data are in the disk"]
     copy_on_read = f"copy-on-read {'on' if found.copy_on_read else 'off'}"
     if found.prefetch is None:
         return [f"{copy_on_read}, prefetching {'on' if found.prefetch_default else 'off'}, unless serve says otherwise"]
@@ -135,13 +135,11 @@ def describe_steps(found: Info) -> list[str]:
         suspended = growth.get("longest_suspend_seconds")
         if suspended is not None:
             text += (
-                f"; the device stood still for {suspended * 1000:.1f} ms at most"
-                if suspended
-                else "; the device was not seen to stand still"
+                f"; the device was suspended for {suspended * 1000:.1f} ms at most" if suspended else "; the device was not seen suspended"
             )
         lines.append(text)
     if growth.get("extending"):
-        lines.append("a step is under way")
+        lines.append("a step is running")
     if growth.get("last_failure"):
         lines.append(f"last failure: {growth['last_failure']}")
     if growth.get("group") and growth.get("group_free_bytes") is not None:
@@ -150,13 +148,13 @@ def describe_steps(found: Info) -> list[str]:
 
 
 def describe_reserve(found: Info) -> list[str]:
-    """How long writes to new places go on, at given rates, while storage is being added."""
+    """How long allocating writes can continue, at given rates, while storage is being added."""
     if found.low_water_bytes == 0:
-        return ["not needed: every chunk has its place"]
+        return ["not needed: every chunk has a slot"]
     lines = [
         f"{format_size(found.free_bytes)} free now; a growth step begins when {format_size(found.low_water_bytes)} are left, "
-        "and no write waits if it ends within"
+        "and no write waits if the step ends within"
     ]
     for rate in WRITE_RATES_BYTES:
-        lines.append(f"  {found.low_water_bytes / rate:.1f} s, when new places are written at {format_size(rate)}/s")
+        lines.append(f"  {found.low_water_bytes / rate:.1f} s, at {format_size(rate)}/s of allocating writes")
     return lines

@@ -22,11 +22,11 @@ EXAMPLES = """\
   fvd-lv list /dev                   ... and those on block devices
   fvd-lv list --served               only disks that are served
 
-Looks at the beginning of each file in a folder, not below it; a bare word is a volume group, or a folder where no group has that name.
-Activates nothing: inactive volumes are read from the physical volumes. Served disks are those of this user; root sees everyone's.
+Looks at the files in a folder, not in its subfolders. A bare word is a volume group, or a folder if no group has that name.
+Activates nothing: inactive volumes are read from the physical volumes. A user sees the disks that he serves; root sees everyone's.
 
-Of a volume group: the growth reserve is what no volume has and one can get; over-commit is what its disks can become in all, over what
-can be had."""
+For a volume group, the growth reserve is its free space that fvd's volumes can get. Over-commit is the sum of the disks' maximum sizes,
+over their volumes + the growth reserve."""
 
 
 def register(subparsers: Subparsers) -> None:
@@ -35,9 +35,9 @@ def register(subparsers: Subparsers) -> None:
         "places",
         metavar="FOLDER|VG",
         nargs="*",
-        help="where to look for closed disks; default: the working directory and all volume groups",
+        help="where to look for closed disks (default: the working directory and all volume groups)",
     )
-    parser.add_argument("--served", action="store_true", help="only disks that are being served")
+    parser.add_argument("--served", action="store_true", help="only served disks")
 
 
 def run(arguments: argparse.Namespace) -> int:

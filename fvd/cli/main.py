@@ -68,10 +68,10 @@ COMMANDS = (
 )
 
 DESCRIPTION = """\
-Virtual disks that hold what was written and no more, served over NBD, that survive any crash.
+Thin virtual disks on LVM that survive any crash, served over NBD.
 
-VOLUME is VG/LV (a logical volume, which fvd makes and grows), file:PATH (a sparse file that plays the logical volume, no privileges
-needed) or a block device such as /dev/sdb, which does not grow by itself."""
+VOLUME is VG/LV (a logical volume, which fvd creates and grows), file:PATH (a sparse file in place of a logical volume, which needs no
+privileges) or a block device such as /dev/sdb, which does not grow by itself."""
 
 
 class _Parser(argparse.ArgumentParser):

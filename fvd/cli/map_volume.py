@@ -30,10 +30,10 @@ LINES_MAX = 10_000
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "map", "show which parts of a disk are where", run, EXAMPLES)
+    parser = add_command(subparsers, "map", "show where the parts of a disk are", run, EXAMPLES)
     add_volume(parser)
-    parser.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where in the virtual disk to begin")
-    parser.add_argument("--length", metavar="SIZE", type=size, help="how much of it; default: to its end")
+    parser.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where in the virtual disk to start")
+    parser.add_argument("--length", metavar="SIZE", type=size, help="how much of it (default: to its end)")
     parser.add_argument(
         "--picture", choices=("auto", "always", "never"), default="auto", help="draw the disk (auto: on a terminal; otherwise a table)"
     )

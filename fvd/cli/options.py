@@ -12,7 +12,7 @@ from fvd.api.address import parse_listen
 from fvd.errors import InvalidArgument, quoted
 from fvd.units import parse_size
 
-VOLUME_HELP = "VG/LV, file:PATH (a sparse file that plays the logical volume) or a block device such as /dev/sdb"
+VOLUME_HELP = "VG/LV, file:PATH (a sparse file in place of a logical volume) or a block device such as /dev/sdb"
 
 ON_OFF = ("on", "off")
 
@@ -114,7 +114,7 @@ def add_common(parser: argparse.ArgumentParser, default: bool) -> None:
         "--verbose",
         action="store_true",
         default=False if default else argparse.SUPPRESS,
-        help="say more on stderr; a traceback with an internal error",
+        help="more messages on stderr, and a traceback for an internal error",
     )
 
 
@@ -125,7 +125,7 @@ def add_base_allow(parser: argparse.ArgumentParser) -> None:
         metavar="LOCATOR",
         action="append",
         default=[],
-        help="as root: open this base with root's rights, whoever has named it; may be repeated; always so: a line in /etc/fvd/bases",
+        help="as root: open this base with root's rights, whoever named it; may be repeated; permanently: a line in /etc/fvd/bases",
     )
 
 

@@ -23,8 +23,8 @@ EXAMPLES = """\
   fvd-lv prefetch status vg0/vm1 --wait && echo the base is not needed any more
   fvd-lv prefetch stop vg0/vm1
 
-The disk must be served. Prefetching keeps out of the guest's way; what was copied stays, also when it is stopped or the server restarts.
---follow and --wait end with exit code 0 when everything is in the disk, and with 1 when prefetching is off before that."""
+The disk must be served. Prefetching yields to the guest. Blocks that were copied stay when it is stopped or the server restarts.
+--follow and --wait exit with code 0 when everything is in the disk, and with 1 if prefetching is off before that."""
 
 ACTIONS = ("start", "stop", "status")
 POLL_SECONDS = 1.0
@@ -35,13 +35,15 @@ ENDED = ("done", "off")
 
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "prefetch", "copy the rest of a served disk's base in the background", run, EXAMPLES)
-    parser.add_argument("action", choices=ACTIONS, help="start or stop it, or show how far it is")
+    parser.add_argument("action", choices=ACTIONS, help="start or stop prefetching, or show its progress")
     parser.add_argument("volume", metavar="VOLUME", help=VOLUME_HELP)
-    parser.add_argument("--rate", metavar="SIZE", type=size, help="start: at most so much a second; default: no limit")
-    parser.add_argument("--delay", metavar="S", type=seconds, help="start: begin after so many seconds, default 0")
-    parser.add_argument("--profile", metavar="FILE", help="start: copy first what this profile names; default: the one beside the base")
-    parser.add_argument("--follow", action="store_true", help="status: go on until it is done, with a bar on a terminal, else in lines")
-    parser.add_argument("--wait", action="store_true", help="status: say nothing until it is done")
+    parser.add_argument("--rate", metavar="SIZE", type=size, help="start: copy at most SIZE a second (default: no limit)")
+    parser.add_argument("--delay", metavar="S", type=seconds, help="start: begin after S seconds (default 0)")
+    parser.add_argument("--profile", metavar="FILE", help="start: profile whose extents are copied first (default: beside the base)")
+    parser.add_argument(
+        "--follow", action="store_true", help="status: show progress until it is done: a bar on a terminal, otherwise lines"
+    )
+    parser.add_argument("--wait", action="store_true", help="status: print nothing until it is done")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,8 +83,8 @@ def _follow_to_the_end(arguments: argparse.Namespace, output: Output) -> int:
         output.result({}, describe_status(last, terminal_width()))
     if last.state == "off" and last.remaining_bytes:
         raise FvdError(
-            f"{last.volume}: prefetching is off ({last.reason}), and {format_size(last.remaining_bytes)} are still to be copied; "
-            f"fvd-lv prefetch start {arguments.volume} goes on"
+            f"{last.volume}: prefetching is off ({last.reason}) with {format_size(last.remaining_bytes)} still to copy; "
+            f"fvd-lv prefetch start {arguments.volume} resumes it"
         )
     return 0
 
@@ -158,15 +160,15 @@ def describe_status(status: fvd.PrefetchStatus, width: int) -> list[str]:
         lines.append(f"  profile: {status.profile}, {left}")
     lines.append(f"  copy-on-read: {'on' if status.copy_on_read else 'off'}")
     if status.released:
-        lines.append("  base: released; the disk does not need it any more")
+        lines.append("  base: released; the disk no longer needs it")
     return lines
 
 
 def state_text(status: fvd.PrefetchStatus) -> str:
-    """``paused, the disk is slow; goes on in 12 s``."""
+    """``paused, the disk is slow; resumes in 12 s``."""
     text = f"{status.state}, {status.reason}" if status.reason else status.state
     if status.resume_seconds is not None and status.state not in ENDED:
-        text += f"; {'begins' if status.state == 'delayed' else 'goes on'} in {duration(status.resume_seconds)}"
+        text += f"; {'starts' if status.state == 'delayed' else 'resumes'} in {duration(status.resume_seconds)}"
     return text
 
 

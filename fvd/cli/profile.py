@@ -18,16 +18,16 @@ EXAMPLES = """\
   fvd-lv profile record vg0/vm1 --seconds 120 --file /srv/debian-12.fvd-profile
   fvd-lv profile show /srv/debian-12.raw.fvd-profile
 
-record saves what was read from the base since the disk was served, in order: serve it, let the guest boot, record. Later disks over the
-same base, when they are prefetched, copy that first."""
+record saves which extents the guest has read from the base since the disk was served, in order: serve it, let the guest boot, record.
+Later disks over the same base copy these first when they are prefetched."""
 
 
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "profile", "save what a guest reads from its base, for prefetching", run, EXAMPLES)
-    parser.add_argument("action", choices=("record", "show"), help="save what a served disk has read; or show what a file holds")
+    parser.add_argument("action", choices=("record", "show"), help="save what a served disk has read, or show a profile")
     parser.add_argument("target", metavar="VOLUME|FILE", help="record: a disk that is served; show: a profile")
-    parser.add_argument("--file", metavar="FILE", help="record: where to; default: IMAGE.fvd-profile beside the base")
-    parser.add_argument("--seconds", metavar="S", type=seconds, help="record: wait so long first, while the guest boots, say")
+    parser.add_argument("--file", metavar="FILE", help="record: output file (default: IMAGE.fvd-profile beside the base)")
+    parser.add_argument("--seconds", metavar="S", type=seconds, help="record: wait S seconds first, for example while the guest boots")
 
 
 def run(arguments: argparse.Namespace) -> int:

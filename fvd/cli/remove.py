@@ -16,16 +16,16 @@ EXAMPLES = """\
   fvd-lv remove vg0/vm1 vg0/vm2
   fvd-lv remove --wipe vg0/vm1
 
-A file is deleted; on a block device the disk's superblocks are wiped. There is no way back, and no question is asked.
-A disk that is served or open is refused (exit code 5), what is not an fvd disk too. Removing what is absent is fine.
-Without --wipe what the disk held stays in the extents that the group gets back, for whoever gets them next. Where that is another tenant,
-vgchange --addtag fvd.wipe vg0 has every disk of the group wiped. Interrupted, the same command again goes on."""
+Deletes a file, removes a logical volume, wipes the superblocks of a block device. It cannot be undone, and asks no question.
+Refuses a disk that is served or open (exit code 5), and what is not an fvd disk. Removing an absent disk succeeds.
+Without --wipe the disk's data stay in the extents that the group gets back, and their next owner can read them. If that may be another
+tenant, vgchange --addtag fvd.wipe vg0 has every disk of the group wiped. After an interruption, repeat the command."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "remove", "end a disk and give its storage back", run, EXAMPLES)
+    parser = add_command(subparsers, "remove", "remove a disk and free its storage", run, EXAMPLES)
     add_volumes(parser)
-    parser.add_argument("--wipe", action="store_true", help="first make zeros of all that it stored, and read them back")
+    parser.add_argument("--wipe", action="store_true", help="first overwrite all of its storage with zeros, and verify them")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -30,59 +30,62 @@ EXAMPLES = """\
   fvd-lv serve vg0/vm1 --socket /run/vm1.sock --copy-on-read on --prefetch on --prefetch-rate 50M
   nbdinfo -- [ fvd-lv serve file:vm1.img --read-only ]
 
-Prints one line for each volume when all are ready: its NBD URI; nothing where it was handed a socket (LISTEN_FDS). With one volume the
-empty export name is that volume too. Ends cleanly on SIGTERM or SIGINT; a second signal ends it at once, and the next open on this host
-commits what it had acknowledged."""
+When all volumes are ready, prints the NBD URI of each on a line; prints nothing if it was handed a socket (LISTEN_FDS). With one volume
+the empty export name means that volume too. SIGTERM or SIGINT closes the disks cleanly. A second signal ends the server at once; the next
+open on this host commits what it had acknowledged."""
 
 CACHE_HELP = """as in QEMU. none (default): O_DIRECT, flushed when the guest flushes; writeback: the same through
-the page cache; writethrough, directsync: every write is durable when it is answered, with and without the page cache;
-unsafe: guest flushes are ignored, a crash of the host may lose data"""
+the page cache; writethrough, directsync: every acknowledged write is durable, with and without the page cache;
+unsafe: ignores guest flushes, so a crash of the host may lose data"""
 
 
 def register(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "serve", "serve disks over NBD", run, EXAMPLES)
-    parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; several are told apart by export name")
+    parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; clients select one of several by export name")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket; not needed where a service manager hands one over")
-    where.add_argument("--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP: whoever reaches it reads and writes")
+    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket; not needed if a service manager passes one")
+    where.add_argument(
+        "--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP; no authentication: whoever connects reads and writes"
+    )
     parser.add_argument("--cache", choices=CACHE_MODES, default="none", help=CACHE_HELP)
     parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
     parser.add_argument(
         "--on-full",
         choices=ON_FULL,
         default="wait",
-        help="when storage has ended, a write that needs more waits until there is some (default) or fails with ENOSPC",
+        help="when storage is exhausted, an allocating write waits (default) or fails with ENOSPC",
     )
     parser.add_argument(
         "--zero-chunks",
         action="store_true",
-        help="let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote "
-        "(without: whole blocks)",
+        help="let the device zero each new chunk, if it can, so that an allocating write writes only the guest's data, not whole blocks",
     )
-    parser.add_argument("--copy-on-read", choices=ON_OFF, help="keep what guests read from the base; default: as the disk was provisioned")
+    parser.add_argument("--copy-on-read", choices=ON_OFF, help="keep what guests read from the base (default: as provisioned)")
     parser.add_argument(
         "--prefetch",
         choices=ON_OFF,
-        help="copy all of the base in the background, not in the guests' way; default: as the disk was provisioned",
+        help="copy all of the base in the background, yielding to guests (default: as provisioned)",
     )
-    parser.add_argument("--prefetch-delay", metavar="S", type=seconds, help="--prefetch on: begin after so many seconds, default 10")
-    parser.add_argument("--prefetch-rate", metavar="SIZE", type=size, help="--prefetch on: at most so much a second; default: no limit")
-    parser.add_argument("--profile", metavar="FILE", help="--prefetch on: copy first what this names; default: the one beside the base")
+    parser.add_argument("--prefetch-delay", metavar="S", type=seconds, help="--prefetch on: start after S seconds (default 10)")
+    parser.add_argument("--prefetch-rate", metavar="SIZE", type=size, help="--prefetch on: copy at most SIZE a second (default: no limit)")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="--prefetch on: profile whose extents are copied first (default: beside the base)"
+    )
     parser.add_argument(
         "--base-timeout",
         metavar="S",
         type=seconds,
         default=30.0,
-        help="for so long reads of a base that does not answer are tried again; then they fail, default 30",
+        help="retry reads of an unresponsive base for S seconds before failing them (default 30)",
     )
     add_base_allow(parser)
     parser.add_argument(
         "--discard-pending",
         action="store_true",
-        help="open a disk even without the writes that a dead server had acknowledged and whose log is missing: they are lost "
-        "(a log that is there is used all the same)",
+        help="open a disk whose pending log is missing after its server died; writes that the server had acknowledged are lost "
+        "(a log that is found is still used)",
     )
-    parser.add_argument("--socket-mode", metavar="MODE", type=mode, default="0600", help="permissions of the unix socket, default 0600")
+    parser.add_argument("--socket-mode", metavar="MODE", type=mode, default="0600", help="permissions of the unix socket (default 0600)")
     parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket, by name or number")
 
 
@@ -99,13 +102,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_where(arguments: argparse.Namespace, sockets: list[Socket]) -> None:
     """Raises InvalidArgument unless there is one place to listen at."""
     if not sockets and arguments.socket is None and arguments.listen is None:
-        raise InvalidArgument("say where to serve: --socket PATH or --listen HOST:PORT (or start it from a .socket unit of systemd)")
+        raise InvalidArgument("give --socket PATH or --listen HOST:PORT, or start it from a .socket unit of systemd")
     if not sockets:
         return
     if arguments.listen is not None:
-        raise InvalidArgument("--listen beside a socket that was handed over (LISTEN_FDS): leave out one of the two")
+        raise InvalidArgument("--listen conflicts with the socket that was passed (LISTEN_FDS): leave out one of the two")
     if arguments.socket is not None and os.path.abspath(arguments.socket) not in [unix_path(one) for one in sockets]:  # noqa: PTH100 - text
-        raise InvalidArgument(f"--socket {arguments.socket} is not the socket that was handed over (LISTEN_FDS): leave out one of the two")
+        raise InvalidArgument(f"--socket {arguments.socket} is not the socket that was passed (LISTEN_FDS): leave out one of the two")
 
 
 def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: list[Socket]) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_FOUND = 1
 EXIT_NOTHING = 1  # was played, so that nothing is known
-NOTHING = "nothing was played, so this says nothing; give it more --seconds, --requests or --worlds"
+NOTHING = "nothing was played, which proves nothing; raise --seconds, --requests or --worlds"
 DEPTH = 64  # requests in flight to another server
 IMAGE_BYTES = 16 << 20
 
@@ -37,33 +37,33 @@ EXAMPLES = """\
   fvd-lv torture --console --disk size=1M base=300K
   fvd-lv torture --script three-writes
 
-Exit code 0: nothing found; 1: something was, and the output has the one command that repeats it; or nothing was played."""
+Exit code 0: no failure found; 1: a failure, and the output has the one command that repeats it; or nothing was played."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "torture", "test the engine on a simulated disk that owns the order of every event", run, EXAMPLES)
-    parser.add_argument("--seed", type=whole_number, metavar="N", help="the first world (default: a fresh one)")
-    parser.add_argument("--worlds", type=whole_number, metavar="N", help="how many worlds")
-    parser.add_argument("--requests", type=whole_number, metavar="N", help="stop after so many guest requests")
-    parser.add_argument("--seconds", type=number, metavar="S", help="stop after so much time")
+    parser = add_command(subparsers, "torture", "test the engine on a simulated disk that controls the order of every event", run, EXAMPLES)
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="seed of the first world (default: a fresh one)")
+    parser.add_argument("--worlds", type=whole_number, metavar="N", help="stop after N worlds")
+    parser.add_argument("--requests", type=whole_number, metavar="N", help="stop after N guest requests")
+    parser.add_argument("--seconds", type=number, metavar="S", help="stop after S seconds")
     parser.add_argument("--jobs", type=whole_number, metavar="N", help="processes (default: one for each processor)")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
-    parser.add_argument("--bytes", action="store_true", help="requests of any byte, not only whole sectors, judged byte by byte")
-    parser.add_argument("--combinations", action="store_true", help="each world another combination of features, 2,000 requests")
+    parser.add_argument("--bytes", action="store_true", help="requests at any byte, not only whole sectors, judged byte by byte")
+    parser.add_argument("--combinations", action="store_true", help="each world has another combination of features, 2,000 requests")
     one = parser.add_argument_group("one world")
     one.add_argument("--trace", action="store_true", help="print every event of the world of --seed")
     one.add_argument("--only", metavar="REQUESTS", help="play only these requests of it, as --shrink prints them")
     one.add_argument("--events", type=whole_number, default=0, metavar="N", help="another order of events for the same requests")
     one.add_argument("--shrink", action="store_true", help="find the fewest requests of the failing world of --seed that still fail")
     other = parser.add_argument_group("other servers")
-    other.add_argument("--nbd", metavar="URI", help="play against this NBD server; what it holds is overwritten")
+    other.add_argument("--nbd", metavar="URI", help="play against this NBD server; overwrites its contents")
     other.add_argument("--qemu", metavar="FORMAT", help="play against qemu-nbd with a new image: qcow2, qed, raw, vmdk, vdi, vhdx")
     other.add_argument("--gentle", action="store_true", help="with --qemu: no zeroes and trims, which QEMU 7.2 gets wrong in qcow2 and qed")
     other.add_argument("--base", action="store_true", help="with --qemu: the image lies over another one")
     hand = parser.add_argument_group("by hand")
     hand.add_argument("--console", action="store_true", help="decide every event yourself")
-    hand.add_argument("--disk", metavar="NAME=VALUE", nargs="+", help="what the disk is like: size=1M block=64K base=300K layout=raw ...")
-    hand.add_argument("--script", metavar="NAME", help="run a script of the console: a file, or one of those that come with fvd")
+    hand.add_argument("--disk", metavar="NAME=VALUE", nargs="+", help="parameters of the disk: size=1M block=64K base=300K layout=raw ...")
+    hand.add_argument("--script", metavar="NAME", help="run a console script: a file, or one that comes with fvd")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,13 +85,13 @@ def _check(arguments: argparse.Namespace) -> None:
     if len(chosen) > 1:
         raise InvalidArgument(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     if (arguments.trace or arguments.only or arguments.shrink or arguments.events) and arguments.seed is None:
-        raise InvalidArgument("--trace, --only, --events and --shrink are about one world: name it with --seed")
+        raise InvalidArgument("--trace, --only, --events and --shrink apply to one world: give its --seed")
     if arguments.bytes and arguments.combinations:
         raise InvalidArgument("--bytes and --combinations exclude each other")
     if (arguments.bytes or arguments.combinations) and (arguments.trace or arguments.only or arguments.shrink or arguments.events):
         raise InvalidArgument("only random worlds can be traced or shrunk, not those of --bytes or --combinations")
     if (arguments.base or arguments.gentle) and not arguments.qemu:
-        raise InvalidArgument("--base and --gentle are for --qemu")
+        raise InvalidArgument("--base and --gentle require --qemu")
     for name in ("worlds", "requests", "seconds", "jobs"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
@@ -206,7 +206,7 @@ def _one(arguments: argparse.Namespace, output: Output) -> int:
     lines.append(f"seed {arguments.seed}: {outcome.requests} requests: {error or 'nothing found'}")
     output.result({"seed": arguments.seed} | asdict(outcome) | {"error": error, "log": log if arguments.trace else None}, lines)
     if not outcome.requests and not error:
-        say(f"{PROGRAM}: nothing was played, so this says nothing; name other requests by --only")
+        say(f"{PROGRAM}: nothing was played, which proves nothing; name other requests with --only")
         return EXIT_NOTHING
     return EXIT_FOUND if error else 0
 

@@ -140,14 +140,14 @@ class Console:
         usage = REQUESTS[kind]
         if "FIRST" in usage:
             if len(rest) < 2:
-                raise BadCommand(f"write it so: {usage} (in sectors of {SECTOR_BYTES} bytes)")
+                raise BadCommand(f"usage: {usage} (in sectors of {SECTOR_BYTES} bytes)")
             first, count = _number(rest.pop(0), kind), _number(rest.pop(0), kind)
             sectors = self.bench.stage.shape.sectors
             if not 0 < count <= sectors - first:
                 raise BadCommand(f"the disk has sectors 0 to {sectors - 1}; {first}+{count} are not among them")
         flags = dict.fromkeys(rest, True)
         if wrong := [flag for flag in rest if f"[{flag}]" not in usage]:
-            raise BadCommand(f"{kind} knows no {' '.join(wrong)}; write it so: {usage}")
+            raise BadCommand(f"{kind} knows no {' '.join(wrong)}; usage: {usage}")
         if name in self.bench.requests:
             raise BadCommand(f"there is a request {name} already ({self.bench.requests[name].text}); choose another name")
         if name in (*CATEGORIES, "all", "zeros", "base", "foreign"):
@@ -205,7 +205,7 @@ class Console:
         names = [word for index, word in enumerate(words) if not index or not _BLOCKS.fullmatch(word)]
         spans = [word for index, word in enumerate(words) if index and _BLOCKS.fullmatch(word)]
         if not words or (spans and len(names) > 1):
-            raise BadCommand("write it so: persist WHAT [BLOCK...]; blocks follow the one write that they belong to")
+            raise BadCommand("usage: persist WHAT [BLOCK...]; blocks follow the one write that they belong to")
         size = self.bench.stage.device.logical_block_bytes
         chosen = [
             tracked
@@ -293,7 +293,7 @@ class Console:
 
     @_command("release WHAT...", changes=True)
     def _release(self, words: list[str]) -> list[str]:
-        """The contrary of 'hold'."""
+        """Undo 'hold'."""
         return self._set_held(self._pending(words, "release"), False)
 
     def _set_held(self, chosen: list[Tracked], held: bool) -> list[str]:
@@ -317,7 +317,7 @@ class Console:
         (keep), the oldest (drop), or any (rng, the default); or the oldest but for the writes that are named (keep a 7)."""
         how, *names = words or ["rng"]
         if how not in ("keep", "drop", "rng") or (names and how != "keep"):
-            raise BadCommand("write it so: crash [keep|drop|rng], or crash keep WHAT...")
+            raise BadCommand("usage: crash [keep|drop|rng], or crash keep WHAT...")
         if how == "rng":
             self.bench.crash_by_rng()
         elif names:
@@ -335,7 +335,7 @@ class Console:
         as the rng say (rng, the default)."""
         how = " ".join(words) or "rng"
         if how not in ("keep", "drop", "rng"):
-            raise BadCommand("write it so: kill [keep|drop|rng]")
+            raise BadCommand("usage: kill [keep|drop|rng]")
         self.bench.kill(how)
         return ["the process is killed; another opens the disk, which shows what it may"]
 
@@ -365,7 +365,7 @@ class Console:
     def _exhausted(self, words: list[str]) -> list[str]:
         """Whether the storage cannot grow."""
         if words not in (["on"], ["off"]):
-            raise BadCommand("write it so: exhausted on|off")
+            raise BadCommand("usage: exhausted on|off")
         self.bench.stage.set_exhausted(words == ["on"])
         return self.bench.look()
 
@@ -376,7 +376,7 @@ class Console:
             (seconds,) = map(float, words)
             self.bench.stage.device.advance(int(seconds * 1e9))
         except (ValueError, OverflowError):
-            raise BadCommand("write it so: clock SECONDS, for example clock 10") from None
+            raise BadCommand("usage: clock SECONDS, for example clock 10") from None
         return self.bench.look()
 
     # --- other disks, and this one at another time ------------------------------------------------------------------------
@@ -387,7 +387,7 @@ class Console:
         if not words:
             return [" ".join(f"{name}={value}" for name, value in self.options.items()) or "as 'help disk' says by default"]
         if wrong := [word for word in words if "=" not in word]:
-            raise BadCommand(f"write it so: disk OPTION=VALUE..., for example disk size=1M layout=raw; {wrong[0]!r} is none")
+            raise BadCommand(f"usage: disk OPTION=VALUE..., for example disk size=1M layout=raw; {wrong[0]!r} is none")
         pairs = (word.partition("=") for word in words)
         self._put_on_stage(self.given | {name: value for name, _, value in pairs})
         return []
@@ -434,7 +434,7 @@ class Console:
     def _script(self, words: list[str]) -> list[str]:
         """Run the lines of a file, or of a script that comes with fvd, on this console."""
         if self._in_script or len(words) != 1:
-            raise BadCommand("write it so: script FILE; a script runs no other")
+            raise BadCommand("usage: script FILE; a script runs no other")
         return self.play(*find_script(words[0]))
 
     def play(self, name: str, text: str) -> list[str]:
@@ -586,7 +586,7 @@ class Console:
             *names, error = names
             state = f"failed {error}"
         if not names:
-            raise BadCommand("which request? write it so: expect failed NAME... [EIO|ENOSPC|ESHUTDOWN]")
+            raise BadCommand("which request? usage: expect failed NAME... [EIO|ENOSPC|ESHUTDOWN]")
         for name in names:
             request = self.bench.requests.get(name)
             if request is None:
@@ -694,12 +694,12 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _no(words: list[str], command: str) -> None:
     if words:
-        raise BadCommand(f"{command} takes nothing more; {' '.join(words)!r} is too much")
+        raise BadCommand(f"{command} takes no more arguments: {' '.join(words)!r}")
 
 
 def _number(text: str, command: str) -> int:
     if not text.isdecimal() or len(text) > 18:
-        raise BadCommand(f"{command}: {text!r} is no number that could be meant; see 'help {command}'")
+        raise BadCommand(f"{command}: {text!r} is not a valid number; see 'help {command}'")
     return int(text)
 
 

@@ -79,8 +79,8 @@ def test_what_is_said_twice_must_agree(disk: str, workdir: Path) -> None:
     words = ["nbdinfo", "--size", "--", "[", *COMMAND, "serve", disk]
     needs("nbdinfo")
     for other, message in (
-        (["--socket", "other.sock"], "--socket other.sock is not the socket that was handed over"),
-        (["--listen", "localhost:0"], "--listen beside a socket that was handed over"),
+        (["--socket", "other.sock"], "--socket other.sock is not the socket that was passed"),
+        (["--listen", "localhost:0"], "--listen conflicts with the socket that was passed"),
     ):
         done = subprocess.run([*words, *other, "]"], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode != 0 and message in done.stderr

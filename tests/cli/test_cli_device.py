@@ -46,8 +46,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_the_life_of_a_disk_on_a_device(device: str, fvd_lv: FvdLv, serving: Serving) -> None:
     made = fvd_lv("provision", device, "--size", "1G", "--output", "json").json
     assert (made["volume"], made["storage_size"], made["can_grow"]) == (device, 64 * MIB, False)
-    assert f"{device}: there already" in fvd_lv("provision", device, "--size", "1G").out
-    assert "of a fixed size" in fvd_lv("info", device).out
+    assert f"{device}: already provisioned" in fvd_lv("provision", device, "--size", "1G").out
+    assert "fixed size" in fvd_lv("info", device).out
     fvd_lv("extend", device, code=8)
     listed = [each["volume"] for each in fvd_lv("list", "/dev", "--output", "json").json["volumes"]]
     assert device in listed

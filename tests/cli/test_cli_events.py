@@ -124,6 +124,6 @@ def test_wrong_words(fvd_lv: FvdLv, workdir: Path) -> None:
 def test_a_line_for_people() -> None:
     event = fvd.Event("extend_done", "vg0/vm1", 7, 0.0, 10 << 30, 5 << 30, 10 << 30, 0.35, 0.012, "vg0", 3 << 30, "odd\nbut true", 2)
     assert describe_event(event).partition("  ")[2] == (
-        "vg0/vm1  extend done: storage 10.0 GiB, 5.0 GiB free; 0.350 s; the device stood still for 12 ms; 3.0 GiB left in vg0; "
+        "vg0/vm1  extend done: storage 10.0 GiB, 5.0 GiB free; 0.350 s; the device was suspended for 12 ms; 3.0 GiB left in vg0; "
         "odd but true; 2 events before this one were lost"
     )

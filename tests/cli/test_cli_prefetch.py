@@ -67,7 +67,7 @@ def test_describe_status() -> None:
     assert amounts == "  4.0 GiB of 10.0 GiB no longer come from the base; 50.0 MiB/s; limit 64.0 MiB/s; 2 min 3 s left"
     assert used == "  profile: /srv/p, 1.0 MiB of it left"
     assert copying == "  copy-on-read: on"
-    assert prefetch.describe_status(DONE, 60)[-1] == "  base: released; the disk does not need it any more"
+    assert prefetch.describe_status(DONE, 60)[-1] == "  base: released; the disk no longer needs it"
     assert prefetch.describe_status(replace(DONE, base_bytes=0, state="off", reason="the disk has no base"), 60) == [
         "vg0/vm1: prefetching: off, the disk has no base"
     ]
@@ -75,8 +75,8 @@ def test_describe_status() -> None:
 
 def test_states_say_why_and_when_they_end() -> None:
     paused = replace(RUNNING, state="paused", reason="the base is slow", resume_seconds=12.4)
-    assert prefetch.state_text(paused) == "paused, the base is slow; goes on in 12 s"
-    assert prefetch.state_text(replace(paused, state="delayed", reason="")) == "delayed; begins in 12 s"
+    assert prefetch.state_text(paused) == "paused, the base is slow; resumes in 12 s"
+    assert prefetch.state_text(replace(paused, state="delayed", reason="")) == "delayed; starts in 12 s"
     assert prefetch.state_text(DONE) == "done"
 
 
@@ -95,7 +95,7 @@ def test_info_says_what_becomes_of_the_base() -> None:
     assert info.describe_copies(replace(found, copy_on_read=True, prefetch=RUNNING))[1].startswith(
         "prefetching: 40.0 % of 10.0 GiB; running;"
     )
-    assert info.describe_copies(replace(found, base_released=True)) == ["base: released; everything is in the disk"]
+    assert info.describe_copies(replace(found, base_released=True)) == ["base: released; all of its data are in the disk"]
     text = "\n".join(info.describe_info(replace(found, base_released=True)))
     assert "nbd://images/debian (1.0 GiB, nbd)" in text and "base: released" in text
 
@@ -167,7 +167,7 @@ def test_following_what_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Exit code 0 means: the base is not needed any more."""
     status = replace(RUNNING, state="off", reason="stopped")
     monkeypatch.setattr(fvd, "prefetch_status", lambda volume: status)
-    with pytest.raises(fvd.FvdError, match=r"prefetching is off \(stopped\), and 6\.0 GiB are still to be copied; fvd-lv prefetch start x"):
+    with pytest.raises(fvd.FvdError, match=r"prefetching is off \(stopped\) with 6\.0 GiB still to copy; fvd-lv prefetch start x resumes it"):
         prefetch.run(build_parser().parse_args(["prefetch", "status", "x", "--follow"]))
     assert capsys.readouterr().out.startswith("vg0/vm1: 40.0 % of 10.0 GiB; off, stopped")
     status = replace(DONE, state="off", base_bytes=0, copied_bytes=0)

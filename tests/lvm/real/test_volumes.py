@@ -40,7 +40,7 @@ def test_from_provision_to_remove(group: Group, serving: Serving) -> None:
     assert (lv["lv_size"], lv["lv_active"], lv["lv_autoactivation"]) == (str(5 * GIB), "", "")
     assert "fvd.disk" in lv["lv_tags"].split(",") and "fvd.unfinished" not in lv["lv_tags"]
     assert not Path(group.path("vm1")).exists()
-    assert "there already" in fvd_lv("provision", group.path("vm1"), "--size", "100G").out
+    assert "already provisioned" in fvd_lv("provision", group.path("vm1"), "--size", "100G").out
     assert fvd_lv("provision", volume, "--size", "50G", code=4).err.startswith(f"fvd-lv: {volume}")
     with serving(volume) as server:
         assert (group.volume("vm1") or {})["lv_active"] == "active"
