@@ -361,7 +361,7 @@ def write_past_a_step(made: Made, step: int, events: Events, uri: str, first_byt
     seconds, suspended = done["seconds"], done["suspend_seconds"]
     holds(seconds > 0 and suspended is not None and suspended < seconds, "fvd-lv events told of the step, as it happened")
     TIMES.append(("the growth step (one lvextend)", f"{seconds:.2f} s"))
-    TIMES.append(("of which the device stood still (suspended)", f"{suspended * 1000:.1f} ms" if suspended else "no sample met it"))
+    TIMES.append(("of which the device was suspended", f"{suspended * 1000:.1f} ms" if suspended else "no sample met it"))
     TIMES.append(("slowest write of that load", f"{load.slowest * 1000:.0f} ms"))
     run("fvd-lv", "info", made.volume)
     now = int(made.show()["lv_size"])
@@ -422,7 +422,7 @@ def full_group(made: Made, step: int, events: Events, uri: str, places: list[int
         run("lvcreate", "--yes", *untouched, "--size", f"{rest}b", "--name", made.rest, group)
     room = (info(volume)["free_bytes"] + made.free()) // CHUNK
     load = Client(uri, places, PIECE)
-    say(f"{room + BEYOND_FULL} pieces to new places, where there is room for {room}")
+    say(f"{room + BEYOND_FULL} allocating writes, where there is space for {room}")
     failed: list[Exception] = []
 
     def write() -> None:
@@ -440,7 +440,7 @@ def full_group(made: Made, step: int, events: Events, uri: str, places: list[int
     events.show("group_full")
     run("tail", "-n", "1", str(LOG))
     waiting = state["waiting_writes"]
-    holds(waiting > 0 and not failed, f"the group is full: {waiting} writes to new places wait, none has failed")
+    holds(waiting > 0 and not failed, f"the group is full: {waiting} allocating writes wait, none has failed")
     run("vgs", "-o", "vg_name,vg_size,vg_free", group)
     holds(made.free() == 0, "what was left, less than a step, has been taken")
     other = Client(uri, load.flushed[:IN_FLIGHT], PIECE)

@@ -71,7 +71,7 @@ def test_the_whole_story(tmp_path: Path) -> None:
     require_guest()
     done = run(sys.executable, DEMO, "--uml", env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0
-    held = re.search(r"^Everything held: (\d+) claims checked\.$", done.stdout.rstrip(), re.MULTILINE)
+    held = re.search(r"^All (\d+) checks passed\.$", done.stdout.rstrip(), re.MULTILINE)
     assert held and int(held[1]) >= CLAIMS and done.stdout.rstrip().endswith(held[0])
     assert "MiB/s" not in done.stdout.partition("=== Times of this run")[2], "a guest's speeds are no measure of fvd"
     assert list(tmp_path.iterdir()) == []
@@ -85,7 +85,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     script.write_text(INTERRUPTED)
     done = in_guest(tmp_path, "4G", sys.executable, script, DEMO)
     assert done.returncode == 0
-    assert "Taking back what the demo has made" in done.stdout and "Everything held" not in done.stdout
+    assert "Taking back what the demo has made" in done.stdout and "checks passed" not in done.stdout
     assert done.stdout.splitlines()[-3:] == ["ended with 130", "volumes ['theirs']", "devices ['/dev/ubda']"]
 
 

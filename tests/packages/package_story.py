@@ -260,7 +260,7 @@ def main(older: str, newer: str, device: str, *wheel: str) -> None:
     say("purged")
     if wheel:
         a_wheel_serves_from_a_virtual_environment(*wheel)
-    print("Everything held.", flush=True)
+    print("All checks passed.", flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def play(root: Path, place: Path, tmp_path: Path, package: Path, *wheel: str | P
         )
     finally:
         disk.unlink(missing_ok=True)
-    assert said.endswith("Everything held.\n")
+    assert said.endswith("All checks passed.\n")
 
 
 def without_devtools(package: Path, wheel: Path) -> None:
