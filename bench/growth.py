@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a write ever wait for growth? New places are written as fast as the device takes them, while steps take from 0.2 to 6 seconds.
+"""Does a write ever wait for growth? Allocating writes come as fast as the device takes them, while steps take from 0.2 to 6 seconds.
 
 That is what users of others report of `lvextend`. Beside it stand the same writes to the device itself, and growth that begins too late:
-when the storage has ended, as where a guest is stopped until somebody has extended its disk.
+when storage is exhausted, as where a guest is stopped until somebody has extended its disk.
 
 The device is a loop device over tmpfs, and plays a logical volume: everything is real but the commands of lvm2, which are played by
 `SlowGroup` at the place where they would leave the process. Its `lvextend` sleeps, then makes the device larger. The data are never read
@@ -171,7 +171,7 @@ class SlowGroup:
 
 @dataclass
 class Written:
-    """What writing new places as fast as possible was like."""
+    """What allocating writes as fast as possible were like."""
 
     bytes_written: int = 0
     seconds: float = 0.0
@@ -351,7 +351,7 @@ def step_of(bytes_per_second: float, seconds: float) -> int:
 
 
 def too_late(steps: int, step_bytes: int, step_seconds: Sequence[float]) -> Grown:
-    """Growth that begins when the storage has ended, and learns nothing from that."""
+    """Growth that begins when storage is exhausted, and learns nothing from that."""
     return grow_under_load(steps, step_bytes=step_bytes, step_seconds=step_seconds, low_water_bytes=MIB, adaptive=False)
 
 
@@ -402,7 +402,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     made = [
         row("writes that waited for storage", of("fvd", "waited"), goal="<= 0", note=steps, digits=0),
         row(
-            "rate of writes to new places: fvd while growing / the device alone",
+            "rate of allocating writes: fvd while growing / the device alone",
             pairs("fvd", "device", "bytes_per_second"),
             against="the device alone",
             better="more",
@@ -432,7 +432,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
         )
     )
     made += [
-        row("written to new places while growing", of("fvd", "bytes_per_second", 1e-9), unit="GB/s"),
+        row("allocating writes while growing", of("fvd", "bytes_per_second", 1e-9), unit="GB/s"),
         row("written to the device alone", of("device", "bytes_per_second", 1e-9), unit="GB/s"),
         row("longest step", of("fvd", "longest_step_seconds"), unit="s"),
         row(
@@ -463,7 +463,7 @@ def plots(result: dict[str, Any]) -> list[Plot]:
     return [
         {
             "name": "growth-rate",
-            "title": "Writes to new places while storage grows",
+            "title": "Allocating writes while storage grows",
             "kind": "lines",
             "unit": "MB/s",
             "x": [round(number * BUCKET_SECONDS, 1) for number in range(buckets)],
@@ -474,7 +474,7 @@ def plots(result: dict[str, Any]) -> list[Plot]:
         },
         {
             "name": "growth-latency",
-            "title": "Writes of 1 MiB to new places",
+            "title": "Allocating writes of 1 MiB",
             "kind": "distribution",
             "unit": "ms",
             "x": [],

@@ -161,7 +161,7 @@ def make_again(name: str, results: Path) -> bool:
     except Exception as error:
         print(f"{name}: {told(error)}")
         return False
-    data.pop("not_measured", None)  # the mistake was in rows() or plots(), and is mended
+    data.pop("not_measured", None)  # the mistake was in rows() or plots(), and is fixed
     save(path, data | renewed)
     return True
 

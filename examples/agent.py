@@ -38,7 +38,7 @@ async def run(arguments: argparse.Namespace) -> int:
     made = await fvd.aio.provision(arguments.volume, arguments.size, grow_step=arguments.grow_step)
     log.info("%s: %s", made.volume, "provisioned" if made.created else "was there")
 
-    # on_full="wait": when storage has ended, the guest's writes wait for more of it rather than fail.
+    # on_full="wait": when storage is exhausted, allocating writes wait for more rather than fail.
     serving = fvd.aio.serve(arguments.volume, socket=arguments.socket, on_full="wait")
     # From the very first event on, then let the guest write: nothing is missed.
     async with serving as served, served.events(history=True) as events:

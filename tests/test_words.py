@@ -27,6 +27,7 @@ EXEMPT = {
     "docs/demo.md": "what the demos printed",
     "CHANGELOG.md": "what was called so then",
     "docs/glossary.md": "says what a word is not used for",
+    "bench/benchmarks.md.in": "words of the published results; worded anew with the next run",
 }
 
 
@@ -55,6 +56,24 @@ WORDS = [
     name(r"\bfvd\.volume\.(seams|starting|watching|offline|opening|loading)\b|\bseams\.py\b|\bsim/bench\.py\b", "the module's name now"),
     Word(r"<(u?int(8|16|32|64)_t|size_t|double|float|char|void|long|int)( ?\*+)?> (?=[\w(&*])", "<uint64_t>x: no space", CYTHON_NAMES),
     # Words of daily life, and sentences that were translated.
+    Word(r"\b(stood|stands?|standing) still\b", "was suspended"),
+    Word(r"\bstorage has ended\b|\bwhen storage ends\b", "storage is exhausted"),
+    Word(r"\bnew places?\b", "allocating writes"),
+    Word(r"\bmend(s|ed|ing)?\b", "repair, fix"),
+    Word(r"\bhung up on\b", "disconnected"),
+    Word(r"\bgoes on in\b", "resumes in"),
+    Word(r"\bwrite it so\b", "usage"),
+    Word(r"\beverything held\b", "all checks passed"),
+    Word(r"\bpass over what you\b", "ignore unknown"),
+    Word(r"\bno request at all\b", "malformed input"),
+    Word(r"\bactivity is no ownership\b", "an active volume is not an owned one"),
+    Word(r"\bnever assumed not to be\b", "always assumed"),
+    Word(r"\bis told no more\b|\btold no more\b", "no longer reported"),
+    Word(r"\bplays the logical volume\b", "in place of a logical volume"),
+    Word(r"\bwhat (it|they) holds? is overwritten\b", "overwrites its contents"),
+    Word(r"\bso (many|much) (seconds|time|a second|times|events|requests)\b", "N, S seconds, SIZE a second", PROSE_NAMES),
+    Word(r"\b(is|are|was|were) tried again\b", "retried", re.compile(r"^fvd/cli/|^completions/|^docs/use/|^README|\.[15]$")),
+    Word(r"\bfirst writes?\b", "allocating write", re.compile(r"^fvd/cli/|^completions/|^docs/use/|^README|\.[15]$")),
 ]
 
 

@@ -30,7 +30,7 @@ DEFAULT_TARGET = "vdb"
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 # What XML 1.0 can carry in no way, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are mended
+_READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are fixed
 _TARGET = re.compile(r"vd[a-z]{1,3}", re.ASCII)  # a virtio disk
 
 

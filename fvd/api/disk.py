@@ -54,7 +54,7 @@ def open(
 ) -> Disk:
     """Open a disk for use in this process, recovering it if it was not closed cleanly. Read-only, nothing at all is written.
 
-    ``on_full``: when storage has ended and cannot grow, a write that needs more raises NoSpace ("error") or waits until there is some.
+    ``on_full``: when storage is exhausted, an allocating write raises NoSpace ("error") or waits until there is some.
     ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what was written.
     ``copy_on_read``, ``prefetch``: copy what is read from the base; copy all of it in the background (None: as the disk was provisioned).
     A read of a base that does not answer is tried again for ``base_timeout_s`` seconds, then it raises DeviceError.
@@ -177,8 +177,8 @@ class Disk(Handle):
         return from_json(Extended, self._whole(lambda: self._verbs.extend(by_bytes)))
 
     def acknowledge(self) -> bool:
-        """An administrator has seen that acknowledged writes may be gone (``info().possible_loss``): it is told no more. False: there was
-        nothing to see. Lasting once the disk is closed, and if its process is killed. Raises ReadOnly."""
+        """An administrator has seen that acknowledged writes may be gone (``info().possible_loss``): it is no longer reported. False: there
+        was nothing to see. Lasting once the disk is closed, and if its process is killed. Raises ReadOnly."""
         return bool(self._whole(self._verbs.acknowledge)["acknowledged"])
 
     def prefetch_start(self, *, rate: int | str = 0, delay_s: float = 0.0, profile: str | os.PathLike[str] | None = None) -> PrefetchStatus:

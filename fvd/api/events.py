@@ -84,7 +84,7 @@ class Event:
     free_bytes: int  # storage that no chunk has taken
     target: int = 0  # what a growth step goes for
     seconds: float = 0.0  # what it has taken so far
-    suspend_seconds: float | None = None  # how long the device stood still in it; None: it does not, or nobody could tell
+    suspend_seconds: float | None = None  # how long the device was suspended in it; None: it never is, or unknown
     group: str = ""  # what growth is taken from: a volume group, a file system
     group_free_bytes: int | None = None
     message: str = ""  # for people

@@ -145,7 +145,7 @@ class Served(Handle):
         return from_json(Extended, self._whole(volume, lambda verbs: verbs.extend(by_bytes)))
 
     def acknowledge(self, volume: str | None = None) -> bool:
-        """An administrator has seen that acknowledged writes may be gone: it is told no more. False: there was nothing to see. As
+        """An administrator has seen that acknowledged writes may be gone: it is no longer reported. False: there was nothing to see. As
         `Disk.acknowledge`; raises NotFound too."""
         return bool(self._whole(volume, lambda verbs: verbs.acknowledge())["acknowledged"])
 

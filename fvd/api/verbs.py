@@ -114,7 +114,7 @@ def extend(volume: str, by: int | str | None = None) -> Extended:
 
 
 def acknowledge(volume: str) -> bool:
-    """An administrator has seen that acknowledged writes of a disk may be gone (``info(volume).possible_loss``): it is told no more.
+    """An administrator has seen that acknowledged writes of a disk may be gone (``info(volume).possible_loss``): it is no longer reported.
 
     False: there was nothing to see, which is fine. Raises NotFound, InUse, ReadOnly (served read-only), Conflict (its last server did not
     close it: serve it first).

@@ -70,7 +70,7 @@ def open_runtime_dir(path: Path) -> int:
 
 def _check_own(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PermissionDenied(f"{path}: must be a folder of yours that nobody else may write to; mend it or set FVD_RUNTIME_DIR")
+        raise PermissionDenied(f"{path}: must be a folder of yours that nobody else may write to; repair it or set FVD_RUNTIME_DIR")
 
 
 def search_dirs() -> list[Path]:

@@ -18,7 +18,7 @@ from fvd.control.wakeup import Wakeup
 
 # So often a line goes out when there is nothing to tell; the other side gives up on a server that is silent for three of them.
 HEARTBEAT_SECONDS = 15.0
-# A subscriber that has read nothing for so long is hung up on: it can ask again, and hears what is remembered.
+# A subscriber that has read nothing for so long is disconnected: it can connect again, and hears what is remembered.
 STALLED_SECONDS = 60.0
 # At close: for subscribers that are just reading to get the last lines.
 LAST_WORDS_SECONDS = 1.0

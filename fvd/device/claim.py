@@ -267,7 +267,7 @@ def _held(name: str, fd: int, number: int) -> InUse:
     seen = holders_of(("block", number, 0), {fd})
     living = [holder for holder in seen.found if not holder.ending]
     # O_EXCL cannot be seen. Whoever only reads is rather udev, which looks at each device that a writer has closed, or had it taken away by
-    # a kill: it stands still as long as the device does, and is gone in a moment otherwise.
+    # a kill: it is blocked as long as the device is, and is gone in a moment otherwise.
     owners = [holder for holder in living if holder.ours or holder.writes or holder.locks]
     if owners:
         return InUse(_refusal(name, _titles(owners)))

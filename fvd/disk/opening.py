@@ -111,8 +111,8 @@ class OpenVolume:
             base.close()
 
     def acknowledge_loss(self) -> bool:
-        """An administrator has seen that writes may be gone: it is told no more. Lasting once the disk is closed, or its server killed.
-        Returns whether there was anything to see. In the loop's thread."""
+        """An administrator has seen that writes may be gone: it is no longer reported. Lasting once the disk is closed, or its server
+        killed. Returns whether there was anything to see. In the loop's thread."""
         seen, self.loss = self.loss is not None, None
         if self.log is not None and self.log.memory is not None:
             mark_acknowledged(self.log.memory.buffer)

@@ -22,7 +22,7 @@ class OpenOptions:
 
     read_only: bool = False
     cache: CacheMode = "none"
-    on_full: OnFull = "wait"  # what a write does when storage has ended
+    on_full: OnFull = "wait"  # what an allocating write does when storage is exhausted
     low_water_bytes: int | None = None  # growth begins when less than this is free; None: half a grow step
     discard: bool = True  # pass trims on to the storage
     zero_chunks: bool = False  # let the device zero a new chunk as a whole, where it can, and write of its blocks only what guests write

@@ -404,7 +404,7 @@ cdef int durable_ended(Engine e, Op *record, int32_t error) except -1 nogil:
         if not (BUG(Bug.FAILED_DURABLE_WRITE_FORGIVEN) and record.what == WHAT_PLAIN
                 or BUG(Bug.FAILED_DURABLE_JOB_FORGIVEN) and record.what == WHAT_JOB):
             flush_failed(e, error)
-            error = -EIO            # not ENOSPC: room would not mend it
+            error = -EIO            # not ENOSPC: more space would not help
     barrier = 0 if e.newest_durable == NULL or BUG(Bug.DURABLE_END_WITHOUT_BARRIER) else e.newest_durable.number
     held_release(e)
     if error == 0 and e.failed_errno and not BUG(Bug.FAILURES_IGNORED):

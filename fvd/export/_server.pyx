@@ -105,7 +105,7 @@ cdef enum Attention:                # why the loop returns to Python
     ATTENTION_WANT = 2
     ATTENTION_TICK = 4
 
-cdef enum:                          # why the loop hung up on a client
+cdef enum:                          # why the loop disconnected a client
     ENDING_GARBAGE = 0              # it sent what is no request
     ENDING_HALF_SENT = 1            # the rest of a request did not come
     ENDING_NOT_TAKEN = 2            # it took no replies

@@ -56,7 +56,7 @@ EXPORT_SEND_CACHE = 1 << 10
 
 NAME_BYTES_MAX = 4096  # the protocol's bound on any string
 OPTION_BYTES_MAX = 16 << 10  # larger options are skipped unread: TOO_BIG
-OPTIONS_MAX = 1000  # of one client, which is then hung up on; a careful one asks for ten
+OPTIONS_MAX = 1000  # of one client, which is then disconnected; a careful one asks for ten
 ALLOCATION = "base:allocation"
 
 _CLIENT_FLAGS = struct.Struct(">I")

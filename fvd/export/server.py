@@ -424,9 +424,9 @@ class NbdServer:
     def _tell_endings(self) -> None:
         garbage, half_sent, not_taken = self._loop.take_endings()
         within = f"for {self._limits.stall_seconds:g} s"
-        self._notes.warning("garbage", "hung up on a client that sent what is no request", times=garbage)
-        self._notes.warning("half sent", f"hung up on a client that had sent half a request, {within}", times=half_sent)
-        self._notes.warning("not taken", f"hung up on a client that had not taken its replies, {within}", times=not_taken)
+        self._notes.warning("garbage", "disconnected a client that sent what is no request", times=garbage)
+        self._notes.warning("half sent", f"disconnected a client that had sent half a request, {within}", times=half_sent)
+        self._notes.warning("not taken", f"disconnected a client that had not taken its replies, {within}", times=not_taken)
 
     def _run_calls(self) -> None:
         while self._calls:

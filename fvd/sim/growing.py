@@ -364,7 +364,7 @@ class Place:
         self.raise_found()
 
     def begin_round(self) -> None:
-        """What was mended so that all could end breaks again."""
+        """What was repaired so that all could end breaks again."""
         if self.healed:
             self.healed = False
             self.room_bytes = self.shape.free_steps * self.geometry.grow_step_bytes

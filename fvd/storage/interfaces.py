@@ -35,7 +35,7 @@ class Storage(Protocol):
 
     can_grow: bool  # False: only somebody else can make it larger
     notifies_space: bool  # `Allocator.on_space_freed` is called when there may be space again: failures are repeated ever less often
-    last_suspend_seconds: float | None  # how long the device stood still during the last `grow_to`; None: not known, or it never does
+    last_suspend_seconds: float | None  # how long the device was suspended in the last `grow_to`; None: unknown, or never
 
     def size_bytes(self) -> int:
         """The size now, asked of the open descriptor. Whatever `grow_to` reported, this is the truth. Raises DeviceError."""

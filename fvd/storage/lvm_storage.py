@@ -22,7 +22,7 @@ from fvd.lvm.report import LogicalVolume, PhysicalVolume, VolumeGroup
 from fvd.storage.interfaces import Pool
 from fvd.units import format_size
 
-# A device that stands still stands still for the guest: it is tried again soon, for as long as it takes.
+# A suspended device suspends the guest: resuming it is retried soon, for as long as it takes.
 MEND_SECONDS = 1.0
 
 
@@ -165,7 +165,7 @@ class LvmStorage:
         return group.room_bytes(dm.stripes(self._number), self._fitting(group))
 
     def _mend(self, *, refresh: bool = False) -> None:
-        """Until the device goes on: while it stands still nothing is more urgent. Raises what kept the rest from being put right."""
+        """Until the device goes on: while it is suspended nothing is more urgent. Raises what kept the rest from being put right."""
         while True:
             try:
                 self._settle(refresh=refresh)

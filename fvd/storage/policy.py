@@ -500,7 +500,7 @@ class GrowthPolicy:
     ) -> list[Action]:
         """The step has ended. `size_bytes`, read from the storage afterwards (None: it could not be), counts for more than the error.
 
-        `suspend_seconds`: how long the device stood still meanwhile; None: nobody knows.
+        `suspend_seconds`: how long the device was suspended meanwhile; None: unknown.
         """
         self._see(now, free_bytes)
         step, self._state = self._state, Idle()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage that has a size and little else: a sparse file that plays the logical volume, and a block device of fixed size.
+"""Storage that has a size and little else: a sparse file in place of a logical volume, and a block device of fixed size.
 
 Only sizes are spoken of here. Knows neither engine nor format; docs/growth.md says what an implementation of `interfaces.Storage` promises.
 """
@@ -62,7 +62,7 @@ class Ends:
 
 
 class FileStorage:
-    """A sparse file that plays the logical volume: it grows by the same steps, and takes room on its file system only where written."""
+    """A sparse file in place of a logical volume: it grows by the same steps, and takes room on its file system only where written."""
 
     can_grow = True
     notifies_space = False

@@ -167,7 +167,9 @@ def test_following_what_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Exit code 0 means: the base is not needed any more."""
     status = replace(RUNNING, state="off", reason="stopped")
     monkeypatch.setattr(fvd, "prefetch_status", lambda volume: status)
-    with pytest.raises(fvd.FvdError, match=r"prefetching is off \(stopped\) with 6\.0 GiB still to copy; fvd-lv prefetch start x resumes it"):
+    with pytest.raises(
+        fvd.FvdError, match=r"prefetching is off \(stopped\) with 6\.0 GiB still to copy; fvd-lv prefetch start x resumes it"
+    ):
         prefetch.run(build_parser().parse_args(["prefetch", "status", "x", "--follow"]))
     assert capsys.readouterr().out.startswith("vg0/vm1: 40.0 % of 10.0 GiB; off, stopped")
     status = replace(DONE, state="off", base_bytes=0, copied_bytes=0)

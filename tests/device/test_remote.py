@@ -157,7 +157,7 @@ def test_one_read_of_more_than_nbd_allows(bench: Workbench) -> None:
 
 @pytest.mark.parametrize("count", [3000, 12000])
 def test_more_requests_than_the_socket_takes(bench: Workbench, count: int) -> None:
-    """While the server stands still: they wait in libnbd until the socket can be written to again."""
+    """While the server is stopped: they wait in libnbd until the socket can be written to again."""
     server = bench.nbdkit("file", bench.image)
     bench.attach(server.uri)
     server.signal(signal.SIGSTOP)

@@ -25,7 +25,7 @@ def checkpoint_during_pending_change() -> None:
         stage.submit("flush", 0, 0)
         stage.finish_all(but=lambda op: op.kind == WRITE and op.durable)
         # The eighth commit's journal write is under way: a block becomes present now, too late for it. Its bit is in a word that no
-        # commit names, so no replay would mend it.
+        # commit names, so no replay would repair it.
         cookie = stage.submit("write", 100 * SECTORS_PER_BLOCK, 8)
         stage.finish_all(but=lambda op: op.kind == WRITE and op.durable)
         if cookie in stage.in_flight or stage.counts()["checkpoints"]:

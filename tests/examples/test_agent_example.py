@@ -132,7 +132,7 @@ def watch(module: ModuleType, spares: list[str], *events: tuple[EventKind, float
 
 
 def test_a_low_group_gets_a_spare_device(agent_module: ModuleType, vgextend: Path) -> None:
-    """One for one shortage: what was told before it was mended asks for no second one."""
+    """One for one shortage: what was told before it was over asks for no second one."""
     spares = ["/dev/sdc", "/dev/sdd"]
     now = time.time()
     watch(agent_module, spares, ("extend_done", now), ("group_low", now), ("group_full", now), ("group_low", now + 3600))

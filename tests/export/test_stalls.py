@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client that stalls in the middle of something is hung up on after a stated time; one that asks for nothing never is."""
+"""A client that stalls in the middle of something is disconnected after a stated time; one that asks for nothing never is."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_replies_that_are_not_taken(serve: Serve, caplog: pytest.LogCaptureFixtu
     assert ends_in_time(lambda: hung_up(client))
     eventually(lambda: running.counters()["inflight_bytes"] == 0)
     assert idle.call(READ, 0, 4096).error == 0
-    eventually(lambda: "hung up on a client that had not taken its replies, for 0.5 s" in caplog.text)
+    eventually(lambda: "disconnected a client that had not taken its replies, for 0.5 s" in caplog.text)
 
 
 def test_replies_that_are_taken_drop_by_drop(serve: Serve) -> None:

@@ -40,7 +40,7 @@ class FakeEngine:
         return DISK.slots_in(self.size) - self.used
 
     def take(self, slots: int) -> None:
-        """New places are written."""
+        """Allocating writes come."""
         self.used += slots
         if self.free_slots * MIB < self.wake_below_bytes:
             self.want |= Want.GROWTH

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No write waits for growth: new places are written as fast as a real device takes them, while each `lvextend` takes a second and a half.
+"""No write waits for growth: allocating writes come as fast as a real device takes them, while each `lvextend` takes a second and a half.
 
 The harness is the benchmark's, `bench/growth.py`. What is asserted is who waited; how fast it went is printed and not judged.
 """

@@ -232,7 +232,7 @@ def test_stripes(tables: Tables) -> None:
 
 
 def test_a_device_that_is_made_smaller(tmp_path: Path) -> None:
-    """Served: its clients are hung up on before it is told, and no one is let in again."""
+    """Served: its clients are disconnected before it is told, and no one is let in again."""
     image = tmp_path / "image"
     with image.open("xb") as file:
         file.truncate(64 * MIB)

@@ -365,7 +365,7 @@ def test_a_step_asked_for_beside_a_question_leaves_the_question_its_alarm() -> N
 
 
 def test_a_failure_after_a_step_beside_a_question_has_its_start_told() -> None:
-    """The step that somebody asked for succeeds before the answer comes, which says that there is no more: the next failure is a new one."""
+    """The step that somebody asked for succeeds before the answer comes, which says that no more is left: the next failure is new."""
     growth = refused()
     growth.tick(1.0, 0)
     growth.extend(2.0, STEP)
@@ -500,7 +500,7 @@ def test_other_failures_say_nothing_about_the_group() -> None:
 
 
 def seen(rate: float, seconds: float, *, base: int = STEP // 2, at: float = 1000.0) -> GrowthPolicy:
-    """A policy that has seen new places written at `rate` bytes a second, and a step of `seconds`. Time now: `at`."""
+    """A policy that has seen allocating writes of `rate` bytes a second, and a step of `seconds`. Time now: `at`."""
     growth = policy(storage_size_bytes=4 * STEP, low_water_bytes=base)
     growth.extend(at - seconds - 1, STEP)
     growth.on_step_ended(at - 1, 5 * STEP, None, int(rate) + 9 * STEP)

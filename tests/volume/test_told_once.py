@@ -60,7 +60,7 @@ class Medium:
             while filler.write(bytes(PIECE)):
                 pass
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self._filler.unlink(missing_ok=True)
 
     def write_back(self) -> None:
@@ -110,7 +110,7 @@ def plain_medium(folder: Path) -> Iterator[Medium]:
         try:
             yield medium
         finally:
-            medium.mend()
+            medium.repair()
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def cached_medium(folder: Path) -> Iterator[Medium]:
             try:
                 yield medium
             finally:
-                medium.mend()
+                medium.repair()
 
 
 def durable_writes_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
             medium.refuse(fill(driver), MIB)
             driver.pwrite(A, b"N" * PIECE)
             medium.write_back()
-            medium.mend()
+            medium.repair()
             if taken:
                 with pytest.raises(FvdError):
                     driver.pwrite(B, b"c" * BLOCK, fua=True)
@@ -211,7 +211,7 @@ def test_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, on
             medium.refuse(fill(driver), PIECE)
             driver.pwrite(A, b"N" * PIECE)
             medium.write_back()
-            medium.mend()
+            medium.repair()
             if taken:
                 with pytest.raises(FvdError):
                     driver.pwrite(B, b"c" * BLOCK, fua=True)
@@ -231,7 +231,7 @@ def test_growth(tmp_path: Path, grown: bool) -> None:
             medium.refuse(place_of(driver, 0), PIECE)
             driver.pwrite(A, b"N" * PIECE)
             medium.write_back()
-            medium.mend()
+            medium.repair()
             before = path.stat().st_size
             if grown:
                 for number in range(12):
@@ -277,7 +277,7 @@ def test_every_write_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
                 writer.start()
             for writer in writers:
                 writer.join()
-            medium.mend()
+            medium.repair()
             assert bool(failed) == bool(driver.volume.engine.failed_errno) == refused
             with pytest.raises(DeviceError) if refused else nullcontext():
                 driver.close()
@@ -299,7 +299,7 @@ def test_full_storage_fails_one_write(tmp_path: Path) -> None:
                 driver.pwrite(A, b"N" * BLOCK)
             driver.pwrite(B, b"c" * BLOCK)
             assert driver.volume.engine.failed_errno == 0
-            medium.mend()
+            medium.repair()
             driver.pwrite(A, b"N" * BLOCK)
             driver.flush()
         with driven(medium.disk) as again:
@@ -322,7 +322,7 @@ def test_two_disks_of_one_device(tmp_path: Path) -> None:
             one.pwrite(A, b"N" * PIECE)
             with pytest.raises(DeviceError):
                 one.flush()
-            medium.mend()
+            medium.repair()
             with pytest.raises(DeviceError, match=r"Input/output|No space"):
                 other.flush()
             failure = failure_of(other)

@@ -218,7 +218,7 @@ def kill_lvextend_when_suspended(number: int, killed: list[int]) -> None:
 
 
 def test_an_lvextend_that_is_killed_with_the_device_suspended(pool: Pool) -> None:
-    """The guest's writes stand still; the device goes on with what is committed, and the step is done again."""
+    """The guest's writes are suspended; the device resumes with what is committed, and the step is done again."""
     with slow_group(pool) as group:
         volume = f"{group.name}/vm1"
         fvd.provision(volume, "1G", **SMALL)
