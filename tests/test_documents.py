@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.pure, pytest.mark.release_only]
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "fvd" / "FORMAT.md"]
 FOR_USERS = [ROOT / "README.md", *sorted((ROOT / "docs" / "use").glob("*.md"))]
+INTERNALS = sorted((ROOT / "docs" / "internals").glob("*.md"))
 README_LINES_MAX = 170
 SENTENCE_WORDS_MAX = 35
 
@@ -40,3 +41,37 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
     lost = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert lost == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s#]*\.md|)#([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    lost = [f"{target}#{anchor}" for target, anchor in links if anchor not in anchors(page.parent / target if target else page)]
+    assert lost == []
+
+
+def test_every_page_can_be_found() -> None:
+    """From the README, CONTRIBUTING or the page of questions, or from a page that these name."""
+    seen: set[Path] = set()
+    todo = [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen or page.suffix != ".md":
+            continue
+        seen.add(page)
+        targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text())
+        found = [(page.parent / target).resolve() for target in targets if "://" not in target]
+        todo += [folder / "README.md" if folder.is_dir() else folder for folder in found if folder.exists()]
+    assert len(INTERNALS) >= 5 and not [str(page) for page in PAGES if page not in seen]
+
+
+def test_what_contributors_are_told_to_open_is_there() -> None:
+    names = re.findall(r"`((?:fvd|tests|scripts|bench|devtools)/[\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    named = [name for name in names if not re.search(r"/(COMMAND|NAME)\.py$", name)]  # of whatever is added
+    assert len(named) > 20 and not [name for name in named if not (ROOT / name).exists()]
