@@ -25,7 +25,7 @@ from fvd.units import parse_size
 
 if TYPE_CHECKING:
     from fvd.disk.view import View
-    from fvd.inspect.map import Extent as VolumeExtent
+    from fvd.inspect.map import MapExtent
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 # A served disk answers a map in pieces, so that no answer grows without bounds.
@@ -255,7 +255,7 @@ def map_from_json(answer: dict[str, Any]) -> Map:
     return from_json(Map, {**answer, "extents": [Extent(*row) for row in answer["extents"]]})
 
 
-def _extent(extent: VolumeExtent) -> Extent:
+def _extent(extent: MapExtent) -> Extent:
     return Extent(extent.start, extent.length, extent.state, extent.storage_offset)
 
 

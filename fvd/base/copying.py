@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from fvd.base import profile
 from fvd.base.options import PrefetchOptions
-from fvd.base.profile import Extent
+from fvd.base.profile import ReadRange
 from fvd.base.steering import Decision, Rng, Steering, sample_between
 from fvd.device import names
 from fvd.engine._engine import Want
@@ -54,7 +54,7 @@ class FoundProfile:
     """What looking for a profile came to."""
 
     path: str | None = None  # None: there is none
-    extents: tuple[Extent, ...] = ()
+    extents: tuple[ReadRange, ...] = ()
     refused: str = ""  # why a profile that is there is not used
 
 
@@ -67,7 +67,7 @@ class CopyingEngine(Protocol):
     prefetch_idle_ns: int
     want: int
 
-    def prefetch_plan(self, extents: list[Extent], /) -> None: ...
+    def prefetch_plan(self, extents: list[ReadRange], /) -> None: ...
     @property
     def prefetching(self) -> bool: ...
     @property
@@ -77,7 +77,7 @@ class CopyingEngine(Protocol):
     @property
     def base_released(self) -> bool: ...
     def copy_counters(self) -> dict[str, int]: ...
-    def read_profile(self) -> list[Extent]: ...
+    def read_profile(self) -> list[ReadRange]: ...
 
 
 class Speed:
@@ -377,11 +377,11 @@ class Copying:
         self._engine.prefetch_rate_bytes = rate_bytes
         self._engine.prefetch_depth = slots
 
-    def _clipped(self, extents: tuple[Extent, ...]) -> list[Extent]:
+    def _clipped(self, extents: tuple[ReadRange, ...]) -> list[ReadRange]:
         end = self._base_bytes
         return [(offset, min(length, end - offset)) for offset, length in extents if offset < end]
 
-    def _count_blocks(self, extents: tuple[Extent, ...]) -> int:
+    def _count_blocks(self, extents: tuple[ReadRange, ...]) -> int:
         """How many blocks the extents lie in, each counted once: copies are of whole blocks."""
         count = counted_to = 0
         for offset, length in sorted(self._clipped(extents)):

@@ -25,7 +25,7 @@ SUFFIX = ".fvd-profile"
 BYTES_MAX = 64 << 20
 EXTENTS_MAX = 1_000_000
 
-Extent = tuple[int, int]  # offset_bytes, length_bytes
+ReadRange = tuple[int, int]  # offset_bytes, length_bytes
 
 _HEADER_BYTES_MAX = 1024
 _MODE = 0o644
@@ -38,7 +38,7 @@ def default_path(base_locator: str) -> str | None:
     return base_locator + SUFFIX if base_locator.startswith("/") else None
 
 
-def merge(base_size_bytes: int, reads: Iterable[Extent]) -> list[Extent]:
+def merge(base_size_bytes: int, reads: Iterable[ReadRange]) -> list[ReadRange]:
     """The reads without what was read before and what lies beyond the base, in the order of the first read; neighbours are joined.
 
     Raises InvalidArgument for a negative offset or a length that is not positive.
@@ -69,7 +69,7 @@ def merge(base_size_bytes: int, reads: Iterable[Extent]) -> list[Extent]:
             pieces.append((index, at, end))
             at = end
     pieces.sort()
-    merged: list[Extent] = []
+    merged: list[ReadRange] = []
     for _, begin, end in pieces:
         if merged and sum(merged[-1]) == begin:
             merged[-1] = (merged[-1][0], end - merged[-1][0])
@@ -78,7 +78,7 @@ def merge(base_size_bytes: int, reads: Iterable[Extent]) -> list[Extent]:
     return merged
 
 
-def save(path: str, base_size_bytes: int, reads: Iterable[Extent]) -> list[Extent]:
+def save(path: str, base_size_bytes: int, reads: Iterable[ReadRange]) -> list[ReadRange]:
     """Writes the merged reads in place of what the file held, at once and durably; returns them. At most the first million are kept.
 
     Raises Conflict if there is a file of that name that is no profile; NotFound, PermissionDenied, NoSpace, DeviceError.
@@ -96,7 +96,7 @@ def save(path: str, base_size_bytes: int, reads: Iterable[Extent]) -> list[Exten
     return extents
 
 
-def load(path: str, base_size_bytes: int) -> list[Extent]:
+def load(path: str, base_size_bytes: int) -> list[ReadRange]:
     """The extents of a profile of a base of this size. Raises as `read`, and Conflict: it is of a base of another size."""
     recorded_bytes, extents = read(path)
     if recorded_bytes != base_size_bytes:
@@ -106,7 +106,7 @@ def load(path: str, base_size_bytes: int) -> list[Extent]:
     return extents
 
 
-def read(path: str) -> tuple[int, list[Extent]]:
+def read(path: str) -> tuple[int, list[ReadRange]]:
     """The size of the base that a profile is of, and its extents.
 
     Raises InvalidArgument (no profile, damaged, too large), NotFound, PermissionDenied, DeviceError.

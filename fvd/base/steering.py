@@ -23,39 +23,47 @@ from typing import Literal, Protocol
 SECOND_NS = 1_000_000_000
 MILLISECOND_NS = 1_000_000
 
+# How many copies are under way at once.
 SLOTS_MAX = 8
 USEFUL_SLOTS = 2  # one that is transferred while the next is on its way
 DEEP_TIMES = 2.0  # copies that take this much longer than the quickest only wait in line, and whoever comes after them does too
 DEEP_NS_MIN = 50 * MILLISECOND_NS  # a line that is shorter is none
 QUICKEST_WINDOW_NS = 600 * SECOND_NS  # remembered for longer than the best: a line that lasts must not become what is usual
+
+# When a base or a disk is slow because others use it too.
 CONTENDED_TIMES = 3.0  # this much worse than the best is contention
 WORSE_NS_MIN = 3 * MILLISECOND_NS  # but never less than this: jitter, and reads that come from a cache or not
 BATCH_COPIES = 4  # fewer prove nothing
 BATCH_NS_MAX = 2 * SECOND_NS  # unless this is how long they take
-BAD_IN_ROW = 2
-WINDOW_NS = 60 * SECOND_NS
+BAD_IN_ROW = 2  # batches or steps: one may be chance
+WINDOW_NS = 60 * SECOND_NS  # the best of the last one, or two, is what is compared with
 CONTENTION_NS_MAX = 300 * SECOND_NS  # what has been slow for this long is not going to be as it was
-REST_SECONDS = (0.25, 0.5)
+
+# Whether it is a limit (a bucket of tokens, which fills while prefetching rests) or contention (which does not care).
+REST_SECONDS = (0.25, 0.5)  # drawn between these, so that disks do not rest in step
 REST_COPIES = 16  # a rest lasts at least as long as so many copies took: a bucket fills no faster than it is emptied
 REST_SECONDS_MAX = 4.0
-REST_HELPED_TIMES = 2.0
+REST_HELPED_TIMES = 2.0  # this much quicker after the rest than before it
 RELAPSE_NS = 30 * SECOND_NS  # slow again this soon after a rest that helped: a limit
-LIMIT_KNOWN_NS = 60 * SECOND_NS
+LIMIT_KNOWN_NS = 60 * SECOND_NS  # then it is found out anew: it may have gone
 
+# Pauses: twice as long with each in a row.
 BACKOFF_FIRST_SECONDS = 1.0
 BACKOFF_SECONDS_MAX = 30.0
 LOST_BACKOFF_SECONDS_MAX = 4.0  # a read that is tried on a base that fails costs nobody anything
 
-GUEST_TIMES = 1.25
-GUEST_WORSE_NS_MIN = 250_000
-GUEST_REQUESTS_MIN = 8
-GUEST_HALF_LIFE_NS = 30 * SECOND_NS
+# When the guest suffers: its requests beside copies, compared with those without any.
+GUEST_TIMES = 1.25  # this much slower is suffering
+GUEST_WORSE_NS_MIN = 250_000  # but never less than this
+GUEST_REQUESTS_MIN = 8  # of either kind: fewer prove nothing
+GUEST_HALF_LIFE_NS = 30 * SECOND_NS  # of what was seen
 GUEST_HOLD_NS = 5 * SECOND_NS  # no more slots for so long after they were made fewer for the guest's sake
 
-IDLE_NS = 20 * MILLISECOND_NS
-DRAINED_NS = 2 * SECOND_NS
-STARVED_NS = 60 * SECOND_NS
-TRICKLE_NS = SECOND_NS
+# When the guest is idle, and what is copied though it never is.
+IDLE_NS = 20 * MILLISECOND_NS  # without a request
+DRAINED_NS = 2 * SECOND_NS  # after a change for fewer slots: copies that were allowed before have ended
+STARVED_NS = 60 * SECOND_NS  # never idle for so long: from then on a trickle is copied all the same
+TRICKLE_NS = SECOND_NS  # between two copies of it
 TRICKLE_RATE_BYTES = 1 << 20
 
 State = Literal["running", "yielding", "paused", "full", "base-lost"]
@@ -121,6 +129,17 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class EndedCopies:
+    """Copies that have ended since the last step, as one side of them saw it: their reads of the base, or their writes to the disk."""
+
+    copies: int
+    size_bytes: int
+    service_ns: int
+    latency_ns: int  # see `Sample`
+    zero_bytes: int
+
+
+@dataclass(frozen=True)
 class Reading:
     """The mean of a batch of copies: service time, size, and how many were under way."""
 
@@ -174,13 +193,10 @@ class Gauge:
     def take(
         self,
         now_ns: int,
+        ended: EndedCopies,
+        *,
         slots: int,
         widest: int,
-        copies: int,
-        size_bytes: int,
-        service_ns: int,
-        latency_ns: int,
-        zero_bytes: int,
         probing: bool,
     ) -> Literal["", "good", "suspect", "bad"]:
         """Counts copies that have ended, `slots` of which are allowed at once, and `widest` were; judges when there are enough (else "").
@@ -188,13 +204,13 @@ class Gauge:
         `probing`: the first after a rest or a pause. One batch is enough then, for there was reason before, and a known limit is no excuse.
         """
         self._turn(now_ns)
-        if copies:
+        if ended.copies:
             self._batch_began_ns = now_ns if self._batch_began_ns is None else self._batch_began_ns
-            self._copies += copies
-            self._bytes += size_bytes
-            self._service_ns += service_ns
-            self._latency_ns += latency_ns
-            self._zero_bytes += zero_bytes
+            self._copies += ended.copies
+            self._bytes += ended.size_bytes
+            self._service_ns += ended.service_ns
+            self._latency_ns += ended.latency_ns
+            self._zero_bytes += ended.zero_bytes
         if self._batch_began_ns is None or (self._copies < BATCH_COPIES and now_ns - self._batch_began_ns < BATCH_NS_MAX):
             return ""
         told = self._latency_ns > 0 and self._service_ns > 0
@@ -398,28 +414,10 @@ class Steering:
         if sample.no_slot_copies:
             self._pause(now, "full", "full", "the storage has no room left for copies; the guest's writes have the rest")
             return
-        base = self._base.take(
-            now,
-            slots,
-            widest,
-            sample.base_reads,
-            sample.base_read_bytes,
-            sample.base_service_ns,
-            sample.base_latency_ns,
-            sample.zero_bytes,
-            self._probing is self._base,
-        )
-        disk = self._disk.take(
-            now,
-            slots,
-            widest,
-            sample.copy_writes,
-            sample.copy_write_bytes,
-            sample.copy_service_ns,
-            sample.copy_latency_ns,
-            0,
-            self._probing is self._disk,
-        )
+        reads = EndedCopies(sample.base_reads, sample.base_read_bytes, sample.base_service_ns, sample.base_latency_ns, sample.zero_bytes)
+        writes = EndedCopies(sample.copy_writes, sample.copy_write_bytes, sample.copy_service_ns, sample.copy_latency_ns, 0)
+        base = self._base.take(now, reads, slots=slots, widest=widest, probing=self._probing is self._base)
+        disk = self._disk.take(now, writes, slots=slots, widest=widest, probing=self._probing is self._disk)
         looked: tuple[tuple[Gauge, str, Literal["base", "disk"]], ...] = ((self._base, base, "base"), (self._disk, disk, "disk"))
         for gauge, verdict, cause in looked:
             if verdict == "bad" and self._slow(now, gauge, cause):

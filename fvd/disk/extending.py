@@ -14,7 +14,7 @@ from fvd.volume.superblocks import read_superblock
 
 
 @dataclass(frozen=True)
-class Extended:
+class Extension:
     """What an extend achieved."""
 
     name: VolumeName
@@ -22,7 +22,7 @@ class Extended:
     added_bytes: int
 
 
-def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extended:
+def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extension:
     """Enlarges the storage (default: by a grow step), at most to what the disk can ever use; the virtual size stays as it is.
 
     Raises NotFound, InUse (it is served: ask its control socket), NoSpace (what could be had is kept), Unsupported (fixed device), Corrupt.
@@ -48,4 +48,4 @@ def extend(name: str | VolumeName, by_bytes: int | None = None) -> Extended:
             after_bytes = storage.size_bytes()
         finally:
             storage.close()
-        return Extended(volume, after_bytes, after_bytes - before_bytes)
+        return Extension(volume, after_bytes, after_bytes - before_bytes)

@@ -23,7 +23,7 @@ _NAMES: tuple[State, State, State] = ("data", "base", "zero")
 
 
 @dataclass(frozen=True)
-class Extent:
+class MapExtent:
     """A part of the virtual disk in one state, and of one piece in the storage. Bytes."""
 
     start: int
@@ -32,7 +32,7 @@ class Extent:
     storage_offset: int | None = None  # where data lies
 
 
-def extents(view: View, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
+def extents(view: View, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[MapExtent]:
     """The extents of a part of the disk, without gaps; neighbours differ in state or do not touch in the storage.
 
     Raises InvalidArgument for a range that is not in the disk.
@@ -43,7 +43,7 @@ def extents(view: View, offset_bytes: int = 0, length_bytes: int | None = None) 
     if not 0 <= offset_bytes <= end_bytes <= size:
         raise InvalidArgument(f"{view.name} has {size} bytes; {offset_bytes} to {end_bytes} is not in it")
     block = geometry.block_size_bytes
-    pending: Extent | None = None
+    pending: MapExtent | None = None
     first = offset_bytes // block
     last = -(-end_bytes // block) if end_bytes > offset_bytes else first
     while first < last:
@@ -54,7 +54,7 @@ def extents(view: View, offset_bytes: int = 0, length_bytes: int | None = None) 
                 if pending is None:
                     pending = piece
                 elif _continues(pending, piece):
-                    pending = Extent(pending.start, pending.length + piece.length, pending.state, pending.storage_offset)
+                    pending = MapExtent(pending.start, pending.length + piece.length, pending.state, pending.storage_offset)
                 else:
                     yield pending
                     pending = piece
@@ -92,7 +92,7 @@ def slots_of(view: View, first_chunk: int, end_chunk: int) -> npt.NDArray[np.int
     return slots
 
 
-def _window(view: View, first: int, end: int) -> Iterator[Extent]:
+def _window(view: View, first: int, end: int) -> Iterator[MapExtent]:
     """Extents of whole blocks; those that begin before the base's end and are not present are all base."""
     geometry = view.geometry
     block, per_chunk = geometry.block_size_bytes, geometry.blocks_per_chunk
@@ -102,7 +102,7 @@ def _window(view: View, first: int, end: int) -> Iterator[Extent]:
         middle = min(max(-(-base_bytes // block), first), end)
         for start, stop, kind in ((first, middle, _BASE), (middle, end, _ZERO)):
             if start < stop:
-                yield Extent(start * block, (stop - start) * block, _NAMES[kind])
+                yield MapExtent(start * block, (stop - start) * block, _NAMES[kind])
         return
     present = np.unpackbits(words.view(np.uint8), bitorder="little")[first % 64 : first % 64 + end - first].astype(np.bool_)
     blocks = np.arange(first, end, dtype=np.int64)
@@ -116,23 +116,23 @@ def _window(view: View, first: int, end: int) -> Iterator[Extent]:
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         kind = int(state[start])
         offset = geometry.data_offset_bytes + int(place[start]) * block if kind == _DATA else None
-        yield Extent((first + start) * block, (stop - start) * block, _NAMES[kind], offset)
+        yield MapExtent((first + start) * block, (stop - start) * block, _NAMES[kind], offset)
 
 
-def _at_base_end(view: View, start: int, stop: int, whole: Extent) -> Iterator[Extent]:
+def _at_base_end(view: View, start: int, stop: int, whole: MapExtent) -> Iterator[MapExtent]:
     """The part [start, stop) of an extent, cut where the base ends inside its last block."""
     if whole.storage_offset is not None:
-        yield Extent(start, stop - start, whole.state, whole.storage_offset + start - whole.start)
+        yield MapExtent(start, stop - start, whole.state, whole.storage_offset + start - whole.start)
         return
     base_end = view.superblock.base.size_bytes if view.superblock.base else 0
     if whole.state == "base" and start < base_end < stop:
-        yield Extent(start, base_end - start, "base")
-        yield Extent(base_end, stop - base_end, "zero")
+        yield MapExtent(start, base_end - start, "base")
+        yield MapExtent(base_end, stop - base_end, "zero")
     else:
-        yield Extent(start, stop - start, "zero" if whole.state == "base" and start >= base_end else whole.state)
+        yield MapExtent(start, stop - start, "zero" if whole.state == "base" and start >= base_end else whole.state)
 
 
-def _continues(one: Extent, two: Extent) -> bool:
+def _continues(one: MapExtent, two: MapExtent) -> bool:
     if one.state != two.state:
         return False
     return one.storage_offset is None or two.storage_offset is None or one.storage_offset + one.length == two.storage_offset

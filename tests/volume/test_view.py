@@ -26,7 +26,7 @@ from fvd.inspect import map as map_module
 from fvd.inspect.check import check
 from fvd.inspect.dump import dump
 from fvd.inspect.info import info
-from fvd.inspect.map import Extent, extents, map_volume
+from fvd.inspect.map import MapExtent, extents, map_volume
 from fvd.volume.name import parse_name
 
 BLOCK = 64 * 1024
@@ -266,7 +266,7 @@ def test_extents_agree_with_the_format_byte_by_byte(view: View, start: int, leng
     finally:
         map_module.WINDOW_BLOCKS = usual
     at = start
-    before: Extent | None = None
+    before: MapExtent | None = None
     for extent in found:
         assert extent.start == at and extent.length > 0
         for place in {at, at + extent.length // 2, at + extent.length - 1}:
@@ -285,7 +285,7 @@ def test_a_map_of_a_large_empty_disk_is_quick_and_small() -> None:
     superblock = Superblock(geometry, bytes(16), 2, None, 0)
     table = np.full(geometry.chunks, EMPTY, np.uint32)
     view = View(parse_name("file:/x"), superblock, 1 << 30, np.zeros(geometry.bitmap_words, np.uint64), table, True, False)
-    assert list(extents(view)) == [Extent(0, 8 << 40, "zero")]
+    assert list(extents(view)) == [MapExtent(0, 8 << 40, "zero")]
 
 
 def test_a_view_is_a_copy(path: Path) -> None:
