@@ -37,7 +37,7 @@ def _two_blocks(rng: Rng) -> Shape:
 
 
 def _little_room(rng: Rng) -> Shape:
-    """Commits are small and slow, so that first writes wait for journal room; some of them fail."""
+    """Commits are small and slow, so that first writes wait for journal space; some of them fail."""
     shape = _compact(rng, 16 * KIB, 64 * KIB, chunks=rng.randint(20, 60))
     shape.commit_limit_bytes = rng.choice((40, 60, 150))
     shape.kinds = {"write": 4.0, "trim": 1.0, "flush": rng.choice((0.1, 0.5)), "read": 0.5, "fua": rng.choice((0.0, 0.3))}
