@@ -24,7 +24,6 @@ STILL_LONGER: dict[str, int] = {
     "fvd/engine/_engine.pyx": 907,
     "fvd/engine/_engine.pyx __init__": 124,
     "fvd/engine/write.pxi allocate_begin": 105,
-    "fvd/export/_server.pyx": 1296,
     "fvd/sim/_device.pyx": 820,
 }
 

@@ -409,7 +409,7 @@ class NbdServer:
         now = time.monotonic()
         self._accept_at = max(self._accept_at, now + _REST * (now - began))
         self._run_calls()
-        for number, wants in self._loop.take_wants():
+        for number, wants in self._loop.pop_wants():
             if number in self._on_want:
                 try:
                     self._on_want[number](wants)

@@ -26,6 +26,7 @@ from devtools._passthrough import PassThrough
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout
 from fvd.export import _nbd as nbd
 from fvd.export import handshake as hs
+from fvd.export._server import TRANSITIONS
 from fvd.export.server import Limits, NbdServer, Tcp, Unix
 
 READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH, nbd.COMMAND_TRIM
@@ -480,3 +481,14 @@ def test_the_address_is_free_at_once_after_stop(serve: Serve, disks: Disks) -> N
         client.call(READ, 0, 512)
         server.stop(TIMEOUT_SECONDS)
         assert client.ended()
+
+
+def test_a_connection_only_moves_towards_its_end() -> None:
+    """The table that the loop uses: from each state but the last, which nothing leaves, a broken socket leads to it at once."""
+    after = {}
+    for (state, event), to in TRANSITIONS.items():
+        assert to > state, (state, event, to)
+        after.setdefault(state, set()).add(to)
+    dead = max(TRANSITIONS.values())
+    assert sorted(after) == list(range(dead))
+    assert all(dead in states for states in after.values())
