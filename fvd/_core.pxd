@@ -60,13 +60,13 @@ cpdef enum Bug:     # what each takes away: docs/internals/durability.md
     RECORDS_BEYOND_THE_PAGE
     PAGE_NOT_CLEARED
     MAP_WRITE_ERROR_IGNORED
-    COPY_SOFT_UNDER_A_WRITE
-    HARD_WORD_WITHOUT_ENTRIES
-    SOFT_COUNTS_AS_COMMITTED
+    COPY_LAZY_UNDER_A_WRITE
+    PROMOTED_WORD_WITHOUT_ENTRIES
+    LAZY_COUNTS_AS_COMMITTED
     COPY_OVER_NEWER_DATA
     COPY_INTO_A_DIRTY_SLOT
     COPY_BEFORE_ITS_DATA
-    ENTRY_SOFT_UNDER_A_WRITE
+    ENTRY_LAZY_UNDER_A_WRITE
     NARROW_WRITE_BEFORE_ZEROING
     ZEROED_AFTER_A_TRIM
     ZEROED_AFTER_A_FAILED_WRITE
@@ -88,17 +88,17 @@ cpdef enum Bug:     # what each takes away: docs/internals/durability.md
     ANSWER_BEFORE_LOG
     LOG_CLEARED_BEFORE_COMMIT
     LAST_RECORD_NOT_PUBLISHED
-    HARDENED_NOT_LOGGED
+    PROMOTED_NOT_LOGGED
     SECOND_CHANGE_NOT_LOGGED
     FULL_LOG_IGNORED
     READ_AFTER_FAILURE
     FLUSH_WAITS_FOR_DISCARDS
     RESERVE_FORGOTTEN_WHEN_FULL
     BASE_RELEASED_BEFORE_COMMIT
-    FROZEN_ENTRY_COUNTS_AS_COMMITTED
-    OPEN_BEFORE_FROZEN
+    COMMITTING_ENTRY_COUNTS_AS_COMMITTED
+    RUNNING_BEFORE_COMMITTING
     JOURNAL_WAITERS_FORGOTTEN
-    ONE_WORD_HARDENED
+    ONE_WORD_PROMOTED
     TRIM_SHARES_ITS_CHUNK
     FAILED_DISCARD_KEEPS_ITS_SLOT
 
@@ -142,5 +142,24 @@ cdef void bits_fill(uint64_t *words, uint64_t first, uint64_t end, bint value) n
 # checksum.
 cdef void cell_seal(uint8_t *cell, uint32_t uuid_crc, uint64_t position_bytes, uint32_t kind, uint64_t cell_index,
                     const void *items, uint32_t used) noexcept nogil
-# Fill in magic and checksum of a journal page whose other header fields and records are already there.
-cdef void journal_seal(uint8_t *page, uint32_t uuid_crc, uint64_t position_bytes) noexcept nogil
+
+cdef struct JournalPages:       # the pages of one commit, being laid out: begins with pages = used_bytes = 0
+    uint8_t *out
+    uint32_t pages_max
+    uint32_t pages
+    uint32_t used_bytes         # by records, in the last page
+
+cdef struct JournalSeal:        # what the headers of its pages say, and where they will lie
+    uint32_t uuid_crc
+    uint32_t flags
+    uint64_t journal_offset_bytes
+    uint64_t ring_pages
+    uint64_t sequence           # of the first page
+    uint64_t previous
+    uint64_t tail
+    uint64_t map_hash
+
+# Add one record to a commit: first the words of the bitmap, then the entries of the table. False: it would take more than pages_max.
+cdef bint journal_append(JournalPages *commit, uint32_t kind, uint32_t index, uint64_t value) noexcept nogil
+# Fill in the headers of a commit's pages, whose records are there; also of one page of zeros, which has none.
+cdef void journal_seal(uint8_t *out, uint32_t pages, const JournalSeal *seal) noexcept nogil

@@ -103,19 +103,19 @@ def parts_to_apply(log: PendingLog, geometry: Geometry, uuid: bytes, bitmap: Bit
 
     Raises NotBelieved: the log does not build on these maps; Corrupt: what it says cannot be."""
     now = map_hash(uuid, bitmap, table)
-    parts = [part for part in (log.frozen, log.open) if len(part)]
+    parts = [part for part in (log.committing, log.running) if len(part)]
     if not parts:
         return ()
     for part in parts:
         part.check(geometry)
-    if len(log.frozen) and now == log.frozen_base_hash:
+    if len(log.committing) and now == log.committing_base_hash:
         after_bitmap, after_table = bitmap.copy(), None if table is None else table.copy()
-        log.frozen.apply(after_bitmap, after_table)
-        if map_hash(uuid, after_bitmap, after_table) != log.open_base_hash:
+        log.committing.apply(after_bitmap, after_table)
+        if map_hash(uuid, after_bitmap, after_table) != log.running_base_hash:
             raise NotBelieved("the log of pending changes contradicts itself")
         return parts
-    if now == log.open_base_hash:
-        return [log.open] if len(log.open) else ()
+    if now == log.running_base_hash:
+        return [log.running] if len(log.running) else ()
     if log.latest().are_in(bitmap, table):
         return ()
     raise NotBelieved("the log of pending changes does not build on what the disk holds: another program may have opened the disk since")

@@ -94,8 +94,8 @@ def _disbelief() -> Iterator[None]:
 
 
 def _commit_log(node: RecoverablePages, disk: LoadedDisk, found: FoundLog) -> LoadedDisk:
-    """R23: the frozen part first, then the open one, each durable before the next and all before the first answer: so nothing that a part
-    frees is used again before that is durable. Killed in between, the next open goes on: a part that is in the maps is recognised."""
+    """R23: the committing part first, then the running one, each durable before the next and all before the first answer: so nothing that a
+    part frees is used again before that is durable. Killed in between, the next open goes on: a part that is in the maps is recognised."""
     superblock, geometry = disk.superblock, disk.geometry
     with _disbelief():
         parts = parts_to_apply(found.log, geometry, superblock.uuid, disk.bitmap, disk.table)
@@ -112,7 +112,7 @@ def _commit_log(node: RecoverablePages, disk: LoadedDisk, found: FoundLog) -> Lo
         disk = load_disk(node)
         if disk.journal_state.map_hash != wanted:
             raise Corrupt("the log of pending changes was committed, and the disk does not show it")
-        log_format.mark_committed(found.memory.buffer, open_too=part is parts[-1], map_hash=wanted)
+        log_format.mark_committed(found.memory.buffer, running_too=part is parts[-1], map_hash=wanted)
     return disk
 
 

@@ -46,7 +46,7 @@ cdef struct Extent:
 # --- Private to the engine: here only because a compiled class must declare its fields --------------------------------
 
 cdef struct Job                 # forward
-cdef struct Busy                # forward
+cdef struct ActiveChunk         # forward
 cdef struct Copy                # forward
 
 cdef struct Request:            # one guest request
@@ -58,14 +58,14 @@ cdef struct Request:            # one guest request
     Request *next               # in whichever list holds it
     uint32_t kind
     uint32_t flags
-    uint32_t pending            # operations and jobs under way, plus one while it walks, waits or is paused
+    uint32_t pending            # operations and jobs under way, plus one while it advances, waits or is paused
     int32_t error
     uint64_t noted_bytes        # a read: everything before it is in the profile, where it is the base's
     uint64_t begun_ns
     uint8_t needs_commit        # FUA that one durable write cannot give
     uint8_t touched_device
     uint8_t met_prefetch        # prefetching was under way when it began
-    uint8_t paused              # it has as much under way as it may, and walks on when half of it has ended
+    uint8_t paused              # it has as much under way as it may, and goes on when half of it has ended
     uint32_t punched            # chunks that it has made absent since it last let others go on
 
 cdef struct RequestList:
@@ -92,14 +92,14 @@ cdef struct Op:                 # one device operation handed out
     uint32_t index
     uint32_t generation
     uint32_t slot               # the first of a discard
-    uint8_t what                # What
+    uint8_t purpose             # OpPurpose
     uint8_t target              # OpTarget
     uint8_t is_write
     uint8_t listed
     uint8_t watched             # a Drain counts it
     uint8_t busy                # handed out and not completed
     uint8_t durable             # a durability operation: a flush or a durable write
-    uint8_t starved             # a guest's write that found no room below the storage: Starved
+    uint8_t starved             # a guest's write that found no room below the storage: StarvedState
 
 cdef struct Drain:              # waits for the storage operations that were in flight in a range when it began
     uint64_t first_byte
@@ -115,7 +115,7 @@ cdef struct Drain:              # waits for the storage operations that were in 
 cdef struct Job:                # a run of blocks being allocated, read-modified-written, saved, or waiting to be trimmed
     Request *request            # NULL: of a copy
     Copy *copy
-    Busy *busy
+    ActiveChunk *active
     Job *next                   # in its chunk
     uint64_t first_block        # locked: [first_block, end_block)
     uint64_t end_block
@@ -153,13 +153,13 @@ cdef struct Retry:              # a base read that failed and is tried again
     uint8_t *buffer
     uint64_t offset_bytes
     uint64_t length_bytes
-    uint8_t what
+    uint8_t purpose
 
 cdef struct Run:                # of blocks: [first, end)
     uint64_t first
     uint64_t end
 
-cdef struct Busy:               # a chunk in which jobs are under way
+cdef struct ActiveChunk:        # a chunk in which jobs are under way
     uint64_t chunk
     uint32_t slot
     uint8_t reserved            # `slot` is reserved, not yet in the table
@@ -167,14 +167,14 @@ cdef struct Busy:               # a chunk in which jobs are under way
     uint8_t wanted              # a trim or write-zeroes waits for all jobs to end: no new one may begin before it
     Job *jobs
     RequestList waiters
-    Busy *next
+    ActiveChunk *next
 
 cdef struct Change:             # an entry that differs from what is committed
     uint64_t key                # kind << 56 | index, plus 1; 0: free cell
     uint64_t committed          # its committed value
-    uint64_t frozen             # the value being committed
+    uint64_t committing         # the value being committed
 
-cdef struct Delta:              # open-addressing hash of changes
+cdef struct ChangeSet:          # open-addressing hash of changes
     Change *cells
     uint64_t mask
     uint64_t words
@@ -194,7 +194,7 @@ cdef struct LogHeader:          # fvd/format/pending.py says what it means; asse
     uint64_t generation
     uint64_t capacity           # records in each area
     uint8_t[432] identity
-    uint64_t epoch              # area `epoch % 2` holds what is open, the other what is frozen
+    uint64_t epoch              # area `epoch % 2` holds the running changes, the other the committing ones
     uint32_t failed_errno
     uint32_t acknowledged
     uint64_t failed_ns
@@ -205,6 +205,253 @@ cdef struct LogHeader:          # fvd/format/pending.py says what it means; asse
 cdef struct Staging:            # one checkpoint write in flight
     uint8_t *buffer
     uint8_t busy
+
+# What the engine keeps, by concern. Its counters are all since it was made.
+
+cdef struct Disk:               # what was provisioned, and the storage that it has now
+    uint64_t virtual_size
+    uint64_t base_size
+    uint64_t storage_size
+    uint64_t blocks
+    uint64_t chunks
+    uint64_t blocks_per_chunk
+    uint64_t words              # of the bitmap
+    uint64_t align_mask
+    uint64_t data_offset
+    uint64_t bitmap_offset
+    uint64_t table_offset
+    uint64_t journal_offset
+    uint64_t journal_pages
+    uint64_t bitmap_pages
+    uint64_t table_pages
+    uint64_t uuid_seed
+    uint32_t uuid_crc
+    uint32_t block_shift
+    uint32_t chunk_shift
+    bint raw
+    bint spread
+    bint has_base
+
+cdef struct Mode:               # how it was opened
+    bint read_only
+    bint unsafe
+    bint write_through
+    bint durable_writes         # a guest's durable write may be one operation (R29)
+    bint fail_when_full
+    bint discard
+    uint32_t window             # operations and jobs that one request may have under way
+
+cdef struct Maps:               # what the guest sees now; the changes know what differs from storage
+    uint64_t *bitmap
+    uint32_t *table             # NULL in the raw layout
+
+cdef struct Changes:
+    ChangeSet running           # in no commit yet
+    ChangeSet committing        # in the commit under way
+    ChangeSet lazy              # changes that a crash may take back: see R14 to R16
+    uint64_t running_since_ns
+    uint64_t lazy_since_ns
+    bint lazy_due
+    uint64_t reserved_bytes     # of the next commit, for jobs under way
+    uint64_t limit_bytes        # of one commit
+    uint64_t commit_bytes       # so many make a commit due
+
+cdef struct Slots:
+    uint64_t *used
+    uint64_t *zeroed            # by chunk: every block that is absent is zeros in its slot (R18); NULL: never asked for
+    bint zero_new               # chunks that are new are zeroed by the device
+    uint32_t zeroing            # of them now
+    uint64_t capacity
+    uint64_t free_count
+    uint64_t cursor
+    uint64_t mapped
+    uint64_t wake_below         # fewer are free: Want.GROWTH; whoever grows the storage moves it
+    uint64_t reserve            # those that copies leave to the guest
+    bint exhausted
+    Drain *retired              # of no chunk any more, and not free yet
+
+cdef struct Starved:            # writes that found no room below the storage
+    bint no_room                # the last guest's write that needed some found none
+    bint giving_up
+    Op *first                   # they wait, oldest first (linked by `newer`)
+    Op *last
+    uint32_t count              # those, and those of them that are being tried again
+    uint64_t tried_ns
+
+cdef struct Discards:
+    uint64_t *waiting           # slots that wait for a discard: in `used`, and of no chunk; NULL: there never was one
+    uint64_t waiting_count
+    uint64_t cursor
+    uint64_t until_ns
+    uint64_t each_max           # slots of one discard
+    uint64_t slots_max          # slots that may be in discards at once: as many as end in time
+    uint64_t slots              # in flight: when one has ended its slots are free
+    uint64_t cut                # operations up to this number have been judged slow already
+    uint32_t count
+    uint32_t count_max
+    uint32_t count_peak
+
+cdef struct Log:                # of what is pending (log.pxi)
+    LogHeader *header           # NULL: there is none
+    LogRecord *records          # of the running changes' area
+    uint64_t next               # records there; those from the area's count on are not published yet
+
+cdef struct Pools:
+    uint32_t op_capacity
+    uint32_t done_capacity
+    uint32_t op_total
+    uint32_t spare_count
+    Op **slabs
+    Op *free_ops
+    Request *free_requests
+    uint64_t bounce_used
+    uint64_t bounce_limit
+    uint8_t **spare_bounces
+    uint8_t *zeros
+
+cdef struct Flight:             # storage reads and writes in flight
+    Op *first
+    uint64_t number             # of the newest operation of any kind
+    Drain *drains               # jobs that wait for some of them
+
+cdef struct ActiveChunks:
+    ActiveChunk **buckets
+    uint32_t count
+
+cdef struct Waiting:            # requests
+    RequestList slot
+    RequestList journal
+    RequestList bounce
+
+cdef struct Base:
+    bint failing
+    bint released
+    uint64_t blocks
+    uint64_t absent             # of them
+    uint64_t release_after      # this commit; 0: nothing to wait for
+    uint64_t timeout_ns
+    uint64_t retry_ns
+    uint32_t inflight           # reads of it handed out and not completed
+    Retry *retries
+
+cdef struct Copies:
+    bint on_read
+    uint32_t count
+    uint64_t bytes              # of guest reads
+    uint64_t bytes_max
+    uint64_t blocks_max         # of one
+    Copy **buckets              # by chunk
+
+cdef struct Prefetch:
+    uint32_t depth
+    uint32_t count
+    uint32_t reading
+    uint32_t saving
+    uint64_t rate_bytes
+    uint64_t idle_ns
+    Run *plan
+    uint64_t plan_count
+    uint64_t plan_at
+    uint64_t plan_cursor
+    bint plan_again             # something of it was given up: once more from the start
+    uint64_t guest_last_ns
+    uint64_t steer_ns
+    uint64_t probe_ns
+    uint64_t rate_ns
+    uint64_t pass_ns
+    uint64_t no_slot_until_ns
+    int64_t rate_tokens
+
+cdef struct Profile:            # what guests read from the base, in bytes, in order
+    Run *runs
+    uint64_t count
+    uint64_t capacity
+
+cdef struct Commit:
+    uint8_t state               # CommitState
+    bint due
+    RequestList flush_now       # answered by the commit under way
+    RequestList flush_next      # and by the one after it
+    uint64_t begun
+    uint64_t durable
+
+cdef struct Journal:
+    uint64_t next_sequence
+    uint64_t previous
+    uint64_t tail               # 0: the next commit is the oldest that matters
+    uint64_t durable_tail
+    uint64_t map_hash
+    uint64_t new_hash           # after the commit under way
+    uint64_t write_sequence     # the write in flight
+    uint64_t write_pages
+    uint64_t write_tail
+    uint32_t write_flags
+    bint clean                  # it ends with a clean record
+    uint8_t *buffer
+    uint64_t commit_pages_max
+
+cdef struct DurableOps:         # flushes and durable writes
+    Op *oldest                  # in flight
+    Op *newest
+    Op *held                    # those that have ended well, and whose end does not count yet (R26); oldest first
+    Op *last_held
+    uint32_t held_count
+
+cdef struct Checkpoint:
+    uint8_t state               # CheckpointState
+    uint64_t tail_after
+    uint64_t *dirty_bitmap
+    uint64_t *dirty_table
+    uint64_t dirty_pages
+    uint64_t sweep
+    Staging staging[4]
+    uint32_t staging_busy
+
+cdef struct Failure:
+    int error_number            # 0, or why nothing that needs durability succeeds any more
+    int flush_error_number      # of the first durability operation that this disk's own device failed
+    bint stopped                # its storage is somebody else's: nothing more of it is read or written, and every request fails
+    bint refusing               # what it had for the storage is being refused
+
+cdef struct Close:
+    Request *request            # NULL: nobody has asked
+    bint done
+    uint8_t phase               # ClosePhase
+
+cdef struct Counters:
+    uint64_t reads
+    uint64_t writes
+    uint64_t flushes
+    uint64_t trims
+    uint64_t device_reads
+    uint64_t device_writes
+    uint64_t device_flushes
+    uint64_t base_reads
+    uint64_t commits
+    uint64_t journal_writes
+    uint64_t checkpoints
+    uint64_t map_writes
+    uint64_t allocations
+    uint64_t waited_for_space
+    uint64_t zeroed_chunks
+    uint64_t discards
+    uint64_t quiet_requests     # of guests, with no prefetching under way
+    uint64_t quiet_ns
+    uint64_t busy_requests
+    uint64_t busy_ns
+    uint64_t prefetch_reads
+    uint64_t prefetch_read_bytes
+    uint64_t base_service_ns
+    uint64_t base_latency_ns
+    uint64_t copy_writes
+    uint64_t copy_write_bytes
+    uint64_t copy_service_ns
+    uint64_t copy_latency_ns
+    uint64_t prefetched_bytes
+    uint64_t copied_bytes
+    uint64_t zero_bytes
+    uint64_t dropped_bytes
+    uint64_t no_slot_copies
 
 cdef class Engine:
     # --- What a driver uses -------------------------------------------------------------------------------------
@@ -225,127 +472,32 @@ cdef class Engine:
     # `error` (a negative errno); returns how many.
     cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil
     cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil   # bytes of such requests
-    # Fills at most `room` extents for [offset, offset+length); returns how many. Adjacent extents differ in state.
+    # Fills at most `capacity` extents for [offset, offset+length); returns how many. Adjacent extents differ in state.
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil
 
     # --- Private ------------------------------------------------------------------------------------------------
-    # geometry
-    cdef uint64_t virtual_size, base_size, storage_size, blocks, chunks, blocks_per_chunk, align_mask
-    cdef uint64_t data_offset, bitmap_offset, table_offset, journal_offset, journal_pages, words, bitmap_pages, table_pages
-    cdef uint32_t block_shift, chunk_shift, uuid_crc
-    cdef uint64_t uuid_seed
-    cdef bint raw, spread, has_base, read_only, unsafe, write_through, durable_writes, fail_when_full, discard
-    # maps: what the guest sees now; `open` and `frozen` know what differs from storage
-    cdef object bitmap_array, table_array, used_array
-    cdef uint64_t *bitmap
-    cdef uint32_t *table
-    cdef Delta open
-    cdef Delta frozen
-    cdef Delta soft                 # changes that a crash may take back: see R14 to R16
-    cdef uint64_t soft_since_ns
-    cdef bint soft_due
-    cdef uint64_t reserved_bytes, limit_bytes, commit_bytes
-    cdef uint64_t open_since_ns
     cdef uint64_t now_ns            # a driver may set it before it completes and submits: latencies are measured by it
-    # slots
-    cdef uint64_t *used
-    cdef uint64_t *zeroed           # by chunk: every block that is absent is zeros in its slot (R18); NULL: never asked for
-    cdef bint zero_chunks           # chunks that are new are zeroed by the device
-    cdef uint32_t zeroing           # of them now
-    cdef uint64_t capacity, free_count, slot_cursor, mapped_slots
-    cdef uint64_t wake_below_slots  # fewer are free: Want.GROWTH; whoever grows the storage moves it
-    cdef uint64_t reserve_slots     # those that copies leave to the guest
-    cdef bint exhausted
-    cdef readonly bint no_room      # what the storage lies on had none for the last guest's write that needed some
-    cdef Op *starved                # writes that found none and wait, oldest first (linked by `newer`)
-    cdef Op *last_starved
-    cdef readonly uint32_t starved_count    # those, and those of them that are being tried again
-    cdef uint64_t starved_ns
-    cdef bint giving_up
-    cdef uint64_t *to_discard       # slots that wait for a discard: in `used`, and of no chunk; NULL: there never was one
-    cdef uint64_t to_discard_count, discard_cursor, discards_until_ns
-    cdef uint64_t discard_slots     # of one discard, at most
-    cdef uint64_t discard_slots_max      # slots that may be in discards at once: as many as end in time
-    cdef uint64_t discarding_slots, discard_cut
-    cdef uint32_t discarding        # discards in flight: when one has ended its slots are free
-    cdef uint32_t most_discarding, discarding_most
-    cdef uint32_t window            # operations and jobs that one request may have under way
-    cdef Drain *retired
-    # the log of what is pending (log.pxi)
-    cdef object log_buffer
-    cdef LogHeader *log             # NULL: there is none
-    cdef LogRecord *log_records     # of the area that is open
-    cdef uint64_t log_next          # records there; those from the area's count on are not published yet
-    # pools and lists
-    cdef uint32_t op_capacity, done_capacity, op_total
-    cdef Op **slabs
-    cdef Op *free_ops
-    cdef Op *inflight
-    cdef uint64_t op_number
-    cdef Request *free_requests
-    cdef Drain *drains
-    cdef Busy **buckets
-    cdef uint32_t busy_count
-    cdef RequestList wait_slot, wait_journal, wait_bounce
-    cdef uint64_t bounce_used, bounce_limit
-    cdef uint8_t *zeros
-    cdef uint8_t **spare_bounces
-    cdef uint32_t spare_count
-    # copies from the base
-    cdef public bint copy_on_read
-    cdef readonly bint base_failing
-    cdef readonly bint base_released
-    cdef uint64_t base_blocks, base_absent, release_after, base_timeout_ns, retry_ns
-    cdef uint64_t copy_bytes, copy_limit, copy_most_blocks
-    cdef uint32_t copy_count
-    cdef uint32_t base_inflight     # reads of it handed out and not completed
-    cdef Copy **copies              # by chunk
-    cdef Retry *retries
-    # prefetching
-    cdef public uint32_t prefetch_depth
-    cdef public uint64_t prefetch_rate_bytes, prefetch_idle_ns
-    cdef Run *plan
-    cdef uint64_t plan_count, plan_at, plan_cursor
-    cdef bint plan_again            # something of it was given up: once more from the start
-    cdef uint32_t prefetch_count, prefetch_reading, prefetch_saving
-    cdef uint64_t guest_last_ns, steer_ns, probe_ns, rate_ns, pass_ns, no_slot_until_ns
-    cdef int64_t rate_tokens
-    cdef Run *reads                 # what guests read from the base, in bytes, in order
-    cdef uint64_t reads_count, reads_capacity
-    # commit
-    cdef uint8_t commit_state
-    cdef RequestList flush_next, flush_now
-    cdef uint64_t next_sequence, previous, tail, durable_tail, tail_after, map_hash, new_hash, commits, durable_commits
-    cdef uint64_t write_sequence, write_pages, write_tail
-    cdef uint32_t write_flags
-    cdef uint8_t *journal_buffer
-    cdef uint64_t max_commit_pages
-    cdef readonly int failed_errno
-    cdef readonly bint stopped      # its storage is somebody else's: nothing more of it is read or written, and every request fails
-    cdef bint refusing              # what it had for the storage is being refused
-    cdef readonly int flush_failed_errno    # of the first durability operation that this disk's own device failed
-    cdef Op *oldest_durable         # durability operations in flight
-    cdef Op *newest_durable
-    cdef Op *held                   # those that have ended well, and whose end does not count yet (R26); oldest first
-    cdef Op *last_held
-    cdef uint32_t held_count
-    cdef bint clean_on_storage
-    # checkpoint
-    cdef uint8_t checkpoint_state
-    cdef uint64_t *dirty_bitmap
-    cdef uint64_t *dirty_table
-    cdef uint64_t dirty_pages, sweep, checkpoint_after
-    cdef Staging staging[4]
-    cdef uint32_t staging_busy
-    # close
-    cdef Request *closing
-    cdef bint closed
-    cdef uint8_t close_phase
-    cdef bint commit_due
-    # counters
-    cdef uint64_t stat_reads, stat_writes, stat_flushes, stat_trims, stat_device_reads, stat_device_writes, stat_device_flushes
-    cdef uint64_t stat_commits, stat_checkpoints, stat_allocations, stat_waited, stat_base_reads, stat_journal_writes, stat_map_writes
-    cdef uint64_t stat_zeroed, stat_discards
-    cdef uint64_t stat_quiet_requests, stat_quiet_ns, stat_busy_requests, stat_busy_ns, stat_prefetch_reads, stat_prefetch_read_bytes
-    cdef uint64_t stat_base_service_ns, stat_copy_writes, stat_copy_write_bytes, stat_copy_service_ns, stat_prefetched_bytes
-    cdef uint64_t stat_base_latency_ns, stat_copy_latency_ns, stat_copied_bytes, stat_zero_bytes, stat_dropped_bytes, stat_no_slot
+    cdef object bitmap_array, table_array, used_array, log_buffer   # own the memory of `maps`, `slots` and `log`
+    cdef Disk disk
+    cdef Mode mode
+    cdef Maps maps
+    cdef Changes changes
+    cdef Slots slots
+    cdef Starved starved
+    cdef Discards discards
+    cdef Log log
+    cdef Pools pools
+    cdef Flight flight
+    cdef ActiveChunks active_chunks
+    cdef Waiting waiting
+    cdef Base base
+    cdef Copies copies
+    cdef Prefetch prefetch
+    cdef Profile profile
+    cdef Commit commit
+    cdef Journal journal
+    cdef DurableOps durable
+    cdef Checkpoint checkpoint
+    cdef Failure failure
+    cdef Close close
+    cdef Counters count

@@ -3,10 +3,13 @@
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from fvd.format.geometry import Geometry
+from fvd.format.journal import JournalState
 
 class Want(IntEnum):
     """What the engine asks of its Python side; see Engine.want."""
@@ -26,15 +29,15 @@ def seed_bug(number: int) -> None:
 class Engine:
     def __init__(
         self,
-        geometry: Any,
+        geometry: Geometry,
         *,
         uuid: bytes,
         bitmap: npt.NDArray[np.uint64],
         table: npt.NDArray[np.uint32] | None,
         used_slots: npt.NDArray[np.uint64],
-        journal_state: Any,
-        dirty_bitmap_pages: npt.NDArray[Any],
-        dirty_table_pages: npt.NDArray[Any] | None,
+        journal_state: JournalState,
+        dirty_bitmap_pages: npt.NDArray[np.bool_],
+        dirty_table_pages: npt.NDArray[np.bool_] | None,
         storage_size_bytes: int,
         base_size_bytes: int | None = None,
         align_bytes: int = 512,
@@ -50,7 +53,7 @@ class Engine:
         copy_limit_bytes: int = ...,
         base_timeout_ns: int = ...,
         pending_log: memoryview | npt.NDArray[np.uint8] | None = None,
-        most_discards: int = ...,
+        discards_max: int = ...,
         discard_bytes: int = ...,
         first_discard_bytes: int = ...,
         request_window: int = ...,
@@ -62,14 +65,14 @@ class Engine:
         What they were loaded from must be durable: a writer that died may have left a commit that is visible and can still be lost,
         so who opens for writing flushes the storage first.
 
-        `geometry` is a fvd.format Geometry, `journal_state` a JournalState; `bitmap` has geometry.bitmap_words words, `table`
+        `bitmap` has geometry.bitmap_words words, `table`
         geometry.chunks entries (None in the raw layout), `used_slots` one bit per slot. `base_size_bytes` None: no base.
         `wake_below_bytes`, `guest_reserve_bytes`: see the properties.
         `align_bytes`: the device's logical block, 512 or 4096. `copy_on_read`: blocks that guests read from the base are saved, with at
         most `copy_limit_bytes` of them under way; a base read that fails is tried again until its request is `base_timeout_ns` old.
         `pending_log`: writable memory that outlives this process, laid out by fvd.format.pending for these maps: every change of the maps
         that is in no commit yet is in it before the answer that promises it.
-        `most_discards`: discards in flight at once, each of at most `discard_bytes` (or one slot), all of them of
+        `discards_max`: discards in flight at once, each of at most `discard_bytes` (or one slot), all of them of
         `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
         that one request has under way at most. Defaults: docs/internals/engine.md.
         `commit_limit_bytes`: so many bytes of records at most in one commit, where a quarter of the journal would hold more.
@@ -113,7 +116,7 @@ class Engine:
         """End every write that waits for a slot with this errno (positive). Returns how many."""
 
     def commit_soon(self) -> None:
-        """Commit what is pending without waiting for the timer or a flush."""
+        """Commit what is pending without waiting for the timer or a flush, copies too."""
 
     def snapshot_maps(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32] | None]:
         """Copies of the bitmap and the table (None in the raw layout) as the guest sees them now."""

@@ -1,67 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 # Commits, checkpoints, failure and close: everything that orders writes against flushes. docs/internals/durability.md numbers the rules.
+#
+# Offers: close_step, commit_maybe, fail, handle_durable, handle_flush, handle_journal_write, handle_map_flush, handle_map_write
+# Needs: changes: change_count, change_index, change_kind, change_set_bytes, change_set_clear, change_set_resize, committed_value,
+#   entry_value, uncommitted_count; copy: base_release, lazy_commit_wanted, promote_all; log: log_committed, log_durability, log_failed,
+#   log_is_half_full, log_switch_areas; memory: ensure, list_take, op_issue, out_of_memory; request: done_push, fail_waiters,
+#   retry_waiters; results: handle_op; slots: discards_begin; starved: cancel_starved; write: count_drained, retired_check
 
 
 cdef bint commit_wanted(Engine e) noexcept nogil:
-    cdef bint changed = e.open.words + e.open.entries > 0
-    if e.flush_next.head != NULL or soft_wanted(e):
+    cdef bint changed = change_count(&e.changes.running) > 0
+    if e.commit.flush_next.head != NULL or lazy_commit_wanted(e):
         return True
     if not changed:
         return False
-    return (e.commit_due or e.wait_journal.head != NULL or delta_bytes(&e.open) >= e.commit_bytes or log_is_half_full(e)
-            or (e.wait_slot.head != NULL and e.retired != NULL))
+    return (e.commit.due or e.waiting.journal.head != NULL or change_set_bytes(&e.changes.running) >= e.changes.commit_bytes
+            or log_is_half_full(e) or (e.waiting.slot.head != NULL and e.slots.retired != NULL))
 
 
 cdef int commit_maybe(Engine e) except -1 nogil:
-    if e.commit_state != COMMIT_IDLE or e.failed_errno or e.read_only or not commit_wanted(e):
+    if e.commit.state != COMMIT_IDLE or e.failure.error_number or e.mode.read_only or not commit_wanted(e):
         return 0
-    if BUG(Bug.FLUSH_WAITS_FOR_DISCARDS) and e.discarding:
+    if BUG(Bug.FLUSH_WAITS_FOR_DISCARDS) and e.discards.count:
         return 0
     return commit_begin(e)
 
 
 cdef int commit_begin(Engine e) except -1 nogil:
-    """Freeze what is pending, then flush. Requests that ask for a flush from here on share the next commit."""
-    cdef Delta old
+    """The running changes become the committing ones; then flush. Requests that ask for a flush from here on share the next commit."""
+    cdef ChangeSet old
     cdef Change *c
     cdef uint64_t i, index, count
     cdef uint32_t kind
-    ensure(e.frozen.words + e.frozen.entries == 0, "two commits at once")
-    ensure(e.flush_now.head == NULL, "two groups of flushes at once")
-    e.flush_now = e.flush_next
-    e.flush_next.head = NULL
-    e.flush_next.tail = NULL
-    e.commit_due = False
-    if soft_wanted(e):
-        soft_harden(e)
-    count = e.open.words + e.open.entries
-    e.new_hash = e.map_hash
+    ensure(change_count(&e.changes.committing) == 0, "two commits at once")
+    ensure(e.commit.flush_now.head == NULL, "two groups of flushes at once")
+    e.commit.flush_now = e.commit.flush_next
+    e.commit.flush_next.head = NULL
+    e.commit.flush_next.tail = NULL
+    e.commit.due = False
+    if lazy_commit_wanted(e):
+        promote_all(e)
+    count = change_count(&e.changes.running)
+    e.journal.new_hash = e.journal.map_hash
     if count:
-        old = e.frozen
-        e.frozen = e.open
-        e.open = old
-        e.commits += 1
-        for i in range(e.frozen.mask + 1):
-            c = &e.frozen.cells[i]
+        old = e.changes.committing
+        e.changes.committing = e.changes.running
+        e.changes.running = old
+        e.commit.begun += 1
+        for i in range(e.changes.committing.mask + 1):
+            c = &e.changes.committing.cells[i]
             if c.key == 0:
                 continue
-            kind = <uint32_t>((c.key - 1) >> 56)
-            index = (c.key - 1) & 0xFFFFFFFFFFFFFFULL
-            c.frozen = e.bitmap[index] if kind == KIND_BITMAP else e.table[index]
-            e.new_hash ^= entry_hash(e.uuid_seed, kind, index, c.committed) ^ entry_hash(e.uuid_seed, kind, index, c.frozen)
-        log_freeze(e)
-    e.commit_state = COMMIT_FLUSHING
+            kind = change_kind(c)
+            index = change_index(c)
+            c.committing = entry_value(e, kind, index)
+            e.journal.new_hash ^= entry_hash(e.disk.uuid_seed, kind, index, c.committed)
+            e.journal.new_hash ^= entry_hash(e.disk.uuid_seed, kind, index, c.committing)
+        log_switch_areas(e)
+    e.commit.state = COMMIT_FLUSHING
     if BUG(Bug.JOURNAL_BEFORE_FLUSH):
-        commit_flushed(e, 0)
+        handle_flush(e, 0)
     else:
-        op_issue(e, WHAT_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
-    if count and e.wait_journal.head != NULL:
-        list_walk(e, &e.wait_journal)
+        op_issue(e, PURPOSE_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
+    if count and e.waiting.journal.head != NULL:
+        retry_waiters(e, &e.waiting.journal)
     return 0
 
 
 cdef int flushes_done(Engine e) except -1 nogil:
-    cdef Request *r = list_take(&e.flush_now)
+    cdef Request *r = list_take(&e.commit.flush_now)
     cdef Request *following
     while r != NULL:
         following = r.next
@@ -70,18 +77,18 @@ cdef int flushes_done(Engine e) except -1 nogil:
     return 0
 
 
-cdef int commit_flushed(Engine e, int32_t error) except -1 nogil:
+cdef int handle_flush(Engine e, int32_t error) except -1 nogil:
     if error and not BUG(Bug.FAILURES_IGNORED):
         return fail(e, error)
-    if e.failed_errno:
-        return fail(e, e.failed_errno)
-    if e.frozen.words + e.frozen.entries == 0:
-        e.commit_state = COMMIT_IDLE
+    if e.failure.error_number:
+        return fail(e, e.failure.error_number)
+    if change_count(&e.changes.committing) == 0:
+        e.commit.state = COMMIT_IDLE
         flushes_done(e)
         return commit_next(e)
     if BUG(Bug.FLUSH_ANSWERED_BEFORE_JOURNAL):
         flushes_done(e)
-    e.commit_state = COMMIT_WAITS_FOR_RING
+    e.commit.state = COMMIT_WAITS_FOR_RING
     return journal_commit(e)
 
 
@@ -95,90 +102,75 @@ cdef int commit_next(Engine e) except -1 nogil:
 
 cdef inline uint32_t record_index(Engine e, uint32_t kind, uint64_t index) noexcept nogil:
     """What a record names its word or entry by."""
-    cdef uint32_t sector_shift = (e.block_shift + 6 if kind == KIND_BITMAP else e.chunk_shift) - 9
+    cdef uint32_t sector_shift = (e.disk.block_shift + 6 if kind == KIND_BITMAP else e.disk.chunk_shift) - 9
     if BUG(Bug.INDEX_IN_SECTORS):
         return <uint32_t>(index << sector_shift) >> sector_shift   # as if places were counted in sectors of 32 bits
     return <uint32_t>index
 
 
 cdef uint32_t journal_records(Engine e) except 0 nogil:
-    """Lay the frozen changes out in journal_buffer; returns the number of pages. Headers come when the sequence is known."""
-    cdef uint32_t pages = 0, used = JOURNAL_RECORDS_BYTES
-    cdef uint32_t pass_kind, size
+    """Lay the committing changes out in the journal's buffer; returns the number of pages. Headers come when the sequence is known."""
+    cdef JournalPages pages
+    cdef uint32_t kind
     cdef uint64_t i
     cdef Change *c
-    cdef uint8_t *page = e.journal_buffer
-    cdef JournalHeader *header = NULL
-    for pass_kind in range(KIND_BITMAP, KIND_TABLE + 1):
-        size = WORD_RECORD_BYTES if pass_kind == KIND_BITMAP else ENTRY_RECORD_BYTES
-        for i in range(e.frozen.mask + 1):
-            c = &e.frozen.cells[i]
-            if c.key == 0 or (c.key - 1) >> 56 != pass_kind:
-                continue
-            if used + size > JOURNAL_RECORDS_BYTES:
-                ensure(pages < e.max_commit_pages, "a commit is larger than its reserve")
-                page = e.journal_buffer + pages * PAGE_BYTES
-                memset(page, 0, sizeof(JournalHeader) if BUG(Bug.PAGE_NOT_CLEARED) else PAGE_BYTES)
-                header = <JournalHeader *>page
-                pages += 1
-                used = 0
-            put_u32(page + sizeof(JournalHeader) + used, record_index(e, pass_kind, (c.key - 1) & 0xFFFFFFFFFFFFFFULL))
-            if pass_kind == KIND_BITMAP:
-                put_u64(page + sizeof(JournalHeader) + used + 4, c.frozen)
-                header.word_count += 1
-            else:
-                put_u32(page + sizeof(JournalHeader) + used + 4, <uint32_t>c.frozen)
-                header.entry_count += 1
-            used += size
-    return pages
+    pages.out = e.journal.buffer
+    pages.pages_max = <uint32_t>e.journal.commit_pages_max
+    pages.pages = pages.used_bytes = 0
+    for kind in range(KIND_BITMAP, KIND_TABLE + 1):
+        for i in range(e.changes.committing.mask + 1):
+            c = &e.changes.committing.cells[i]
+            if c.key and change_kind(c) == kind:
+                ensure(journal_append(&pages, kind, record_index(e, kind, change_index(c)), c.committing),
+                       "a commit is larger than its reserve")
+    return pages.pages
 
 
 cdef int journal_commit(Engine e) except -1 nogil:
-    """Write the frozen changes, or wait for the checkpoint that makes room."""
+    """Write the committing changes, or wait for the checkpoint that makes room."""
     cdef uint32_t pages = journal_records(e)
-    cdef uint64_t at = e.next_sequence % e.journal_pages
-    cdef uint64_t sequence = e.next_sequence
-    if at + pages > e.journal_pages:
-        sequence += e.journal_pages - at
+    cdef uint64_t at = e.journal.next_sequence % e.disk.journal_pages
+    cdef uint64_t sequence = e.journal.next_sequence
+    if at + pages > e.disk.journal_pages:
+        sequence += e.disk.journal_pages - at
     # R4: nothing from the durable tail on is overwritten, and one page stays for the commit that moves the tail.
-    if sequence + pages + 1 - e.durable_tail <= e.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL):
+    if sequence + pages + 1 - e.journal.durable_tail <= e.disk.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL):
         return journal_write(e, sequence, pages, 0)
-    if (e.tail if e.tail else e.next_sequence) != e.durable_tail:
-        memset(e.journal_buffer, 0, PAGE_BYTES)
-        return journal_write(e, e.next_sequence, 1, 0)
+    if oldest_sequence(e) != e.journal.durable_tail:
+        memset(e.journal.buffer, 0, PAGE_BYTES)
+        return journal_write(e, e.journal.next_sequence, 1, 0)
     return checkpoint_begin(e)
 
 
 cdef int journal_write(Engine e, uint64_t sequence, uint32_t pages, uint32_t flags) except -1 nogil:
-    cdef JournalHeader *header
-    cdef uint64_t position = e.journal_offset + (sequence % e.journal_pages) * PAGE_BYTES
-    cdef uint32_t i
-    ensure(e.commit_state == COMMIT_IDLE or e.commit_state == COMMIT_WAITS_FOR_RING, "two journal writes at once")
-    ensure(sequence % e.journal_pages + pages <= e.journal_pages, "a commit across the end of the ring")
-    ensure(sequence + pages - e.durable_tail <= e.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL), "the journal would overwrite its tail")
-    e.clean_on_storage = False
-    if e.tail == 0:
-        e.tail = sequence
+    cdef JournalSeal seal
+    cdef uint64_t position = e.disk.journal_offset + (sequence % e.disk.journal_pages) * PAGE_BYTES
+    ensure(e.commit.state == COMMIT_IDLE or e.commit.state == COMMIT_WAITS_FOR_RING, "two journal writes at once")
+    ensure(sequence % e.disk.journal_pages + pages <= e.disk.journal_pages, "a commit across the end of the ring")
+    ensure(sequence + pages - e.journal.durable_tail <= e.disk.journal_pages or BUG(Bug.JOURNAL_OVER_ITS_TAIL),
+           "the journal would overwrite its tail")
+    e.journal.clean = False
+    if e.journal.tail == 0:
+        e.journal.tail = sequence
     # What this commit changes is not in a checkpoint that is under way.
-    if e.checkpoint_state != CHECKPOINT_IDLE and e.tail_after == 0:
-        e.tail_after = sequence
-    e.write_sequence = sequence
-    e.write_pages = pages
-    e.write_tail = e.tail
-    e.write_flags = flags
-    e.commit_state = COMMIT_WRITING
-    for i in range(pages):
-        header = <JournalHeader *>(e.journal_buffer + i * PAGE_BYTES)
-        header.sequence = sequence + i
-        header.previous = e.previous
-        header.tail = e.tail
-        header.map_hash = e.new_hash if is_commit_record(header) else e.map_hash
-        header.part = <uint16_t>i
-        header.parts = <uint16_t>pages
-        header.flags = flags
-        journal_seal(e.journal_buffer + i * PAGE_BYTES, e.uuid_crc, position + i * PAGE_BYTES)
-    e.stat_journal_writes += 1
-    op_issue(e, WHAT_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal_buffer,
+    if e.checkpoint.state != CHECKPOINT_IDLE and e.checkpoint.tail_after == 0:
+        e.checkpoint.tail_after = sequence
+    e.journal.write_sequence = sequence
+    e.journal.write_pages = pages
+    e.journal.write_tail = e.journal.tail
+    e.journal.write_flags = flags
+    e.commit.state = COMMIT_WRITING
+    seal.uuid_crc = e.disk.uuid_crc
+    seal.journal_offset_bytes = e.disk.journal_offset
+    seal.ring_pages = e.disk.journal_pages
+    seal.sequence = sequence
+    seal.previous = e.journal.previous
+    seal.tail = e.journal.tail
+    seal.map_hash = e.journal.new_hash if is_commit_record(<JournalHeader *>e.journal.buffer) else e.journal.map_hash
+    seal.flags = flags
+    journal_seal(e.journal.buffer, pages, &seal)
+    e.count.journal_writes += 1
+    op_issue(e, PURPOSE_JOURNAL, OP_WRITE, TARGET_STORAGE, position, pages * PAGE_BYTES, e.journal.buffer,
              not BUG(Bug.JOURNAL_WRITE_NOT_DURABLE))
     return 0
 
@@ -187,46 +179,38 @@ cdef inline bint is_commit_record(JournalHeader *header) noexcept nogil:
     return header.word_count or header.entry_count
 
 
-cdef int journal_written(Engine e, int32_t error) except -1 nogil:
+cdef int handle_journal_write(Engine e, int32_t error) except -1 nogil:
     cdef bint was_commit
     if error and not BUG(Bug.FAILURES_IGNORED):
         return fail(e, error)
-    if e.failed_errno:
-        return fail(e, e.failed_errno)
-    was_commit = is_commit_record(<JournalHeader *>e.journal_buffer)
-    e.previous = e.write_sequence
-    e.next_sequence = e.write_sequence + e.write_pages
-    e.durable_tail = e.write_tail
-    if e.write_flags & JOURNAL_FLAG_CLEAN:
-        e.clean_on_storage = True
-        e.commit_state = COMMIT_IDLE
+    if e.failure.error_number:
+        return fail(e, e.failure.error_number)
+    was_commit = is_commit_record(<JournalHeader *>e.journal.buffer)
+    e.journal.previous = e.journal.write_sequence
+    e.journal.next_sequence = e.journal.write_sequence + e.journal.write_pages
+    e.journal.durable_tail = e.journal.write_tail
+    if e.journal.write_flags & JOURNAL_FLAG_CLEAN:
+        e.journal.clean = True
+        e.commit.state = COMMIT_IDLE
         return close_step(e)
     if not was_commit:
-        e.commit_state = COMMIT_WAITS_FOR_RING       # it only moved the tail
+        e.commit.state = COMMIT_WAITS_FOR_RING       # it only moved the tail
         return journal_commit(e)
-    e.map_hash = e.new_hash
-    e.durable_commits = e.commits
-    e.stat_commits += 1
+    e.journal.map_hash = e.journal.new_hash
+    e.commit.durable = e.commit.begun
+    e.count.commits += 1
     mark_dirty(e)
     log_committed(e)
-    delta_clear(&e.frozen)
-    if e.frozen.mask > 4095:
-        delta_resize(&e.frozen, 1024)      # a burst must not make every later commit walk a large table
-    e.commit_state = COMMIT_IDLE
+    change_set_clear(&e.changes.committing)
+    if e.changes.committing.mask > 4095:
+        change_set_resize(&e.changes.committing, 1024)      # a burst must not make every later commit walk a large table
+    e.commit.state = COMMIT_IDLE
     base_release(e)
     flushes_done(e)
     retired_check(e)
-    if e.wait_slot.head != NULL:
-        list_walk(e, &e.wait_slot)
+    if e.waiting.slot.head != NULL:
+        retry_waiters(e, &e.waiting.slot)
     return commit_next(e)
-
-
-cdef inline void put_u32(uint8_t *to, uint32_t value) noexcept nogil:
-    memcpy(to, &value, 4)
-
-
-cdef inline void put_u64(uint8_t *to, uint64_t value) noexcept nogil:
-    memcpy(to, &value, 8)
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------------
@@ -236,39 +220,44 @@ cdef int mark_dirty(Engine e) except -1 nogil:
     cdef uint64_t i, page, index
     cdef uint64_t *dirty
     cdef Change *c
-    for i in range(e.frozen.mask + 1):
-        c = &e.frozen.cells[i]
+    for i in range(e.changes.committing.mask + 1):
+        c = &e.changes.committing.cells[i]
         if c.key == 0:
             continue
-        index = (c.key - 1) & 0xFFFFFFFFFFFFFFULL
-        if (c.key - 1) >> 56 == KIND_BITMAP:
+        index = change_index(c)
+        if change_kind(c) == KIND_BITMAP:
             page = index / (WORDS_PER_CELL * CELLS_PER_PAGE)
-            dirty = e.dirty_bitmap
+            dirty = e.checkpoint.dirty_bitmap
         else:
             page = index / (ENTRIES_PER_CELL * CELLS_PER_PAGE)
-            dirty = e.dirty_table
+            dirty = e.checkpoint.dirty_table
         if not bit_get(dirty, page):
             bits_fill(dirty, page, page + 1, True)
-            e.dirty_pages += 1
+            e.checkpoint.dirty_pages += 1
     return 0
 
 
+cdef inline uint64_t oldest_sequence(Engine e) noexcept nogil:
+    """Of the journal pages that recovery needs."""
+    return e.journal.tail if e.journal.tail else e.journal.next_sequence
+
+
 cdef int checkpoint_maybe(Engine e) except -1 nogil:
-    cdef uint64_t tail = e.tail if e.tail else e.next_sequence
-    if e.checkpoint_state == CHECKPOINT_IDLE and not e.failed_errno and e.next_sequence - tail > e.journal_pages / 2:
+    cdef uint64_t used = e.journal.next_sequence - oldest_sequence(e)
+    if e.checkpoint.state == CHECKPOINT_IDLE and not e.failure.error_number and used > e.disk.journal_pages / 2:
         return checkpoint_begin(e)
     return 0
 
 
 cdef int checkpoint_begin(Engine e) except -1 nogil:
-    if e.checkpoint_state != CHECKPOINT_IDLE or e.failed_errno:
+    if e.checkpoint.state != CHECKPOINT_IDLE or e.failure.error_number:
         return 0
-    e.stat_checkpoints += 1
-    e.sweep = 0
+    e.count.checkpoints += 1
+    e.checkpoint.sweep = 0
     # A commit that is being written is not committed yet: it stays in the journal. While a checkpoint begins no earlier than at half the
     # ring, none is (docs/internals/simulation.md).
-    e.tail_after = e.write_sequence if e.commit_state == COMMIT_WRITING else 0
-    e.checkpoint_state = CHECKPOINT_WRITING
+    e.checkpoint.tail_after = e.journal.write_sequence if e.commit.state == COMMIT_WRITING else 0
+    e.checkpoint.state = CHECKPOINT_WRITING
     return checkpoint_step(e)
 
 
@@ -277,67 +266,67 @@ cdef int map_page(Engine e, uint8_t *page, uint32_t kind, uint64_t number) excep
     cdef uint64_t words[62]
     cdef uint32_t entries[124]
     cdef uint64_t cell, index, total, count, i, position
-    cdef bint overlay = not BUG(Bug.CHECKPOINT_OF_PENDING_VALUES) and changes(&e.open) + changes(&e.frozen) + changes(&e.soft) > 0
+    cdef bint overlay = not BUG(Bug.CHECKPOINT_OF_PENDING_VALUES) and uncommitted_count(e) > 0
     memset(page, 0, PAGE_BYTES)
     for cell in range(number * CELLS_PER_PAGE, (number + 1) * CELLS_PER_PAGE):
-        position = (e.bitmap_offset if kind == KIND_BITMAP else e.table_offset) + cell * CELL_BYTES
+        position = (e.disk.bitmap_offset if kind == KIND_BITMAP else e.disk.table_offset) + cell * CELL_BYTES
         count = 0
         if kind == KIND_BITMAP:
             index = cell * WORDS_PER_CELL
-            total = e.words
+            total = e.disk.words
             if index < total:
                 count = min(total - index, <uint64_t>WORDS_PER_CELL)
             for i in range(count):
-                words[i] = e.bitmap[index + i]
+                words[i] = e.maps.bitmap[index + i]
                 if overlay:
                     words[i] = committed_value(e, kind, index + i, words[i])
-            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, words, <uint32_t>count)
+            cell_seal(page + (cell & 7) * CELL_BYTES, e.disk.uuid_crc, position, kind, cell, words, <uint32_t>count)
         else:
             index = cell * ENTRIES_PER_CELL
-            total = e.chunks
+            total = e.disk.chunks
             if index < total:
                 count = min(total - index, <uint64_t>ENTRIES_PER_CELL)
             for i in range(count):
-                entries[i] = e.table[index + i]
+                entries[i] = e.maps.table[index + i]
                 if overlay:
                     entries[i] = <uint32_t>committed_value(e, kind, index + i, entries[i])
-                ensure(entries[i] == EMPTY or entries[i] < e.chunks, "a table entry beyond the greatest slot")
-            cell_seal(page + (cell & 7) * CELL_BYTES, e.uuid_crc, position, kind, cell, entries, <uint32_t>count)
+                ensure(entries[i] == EMPTY or entries[i] < e.disk.chunks, "a table entry beyond the greatest slot")
+            cell_seal(page + (cell & 7) * CELL_BYTES, e.disk.uuid_crc, position, kind, cell, entries, <uint32_t>count)
     return 0
 
 
 cdef int checkpoint_step(Engine e) except -1 nogil:
     """Write the next dirty pages, a few runs at a time; after the last, flush."""
-    cdef uint64_t pages = e.bitmap_pages + e.table_pages
+    cdef uint64_t pages = e.disk.bitmap_pages + e.disk.table_pages
     cdef uint64_t page, run, limit, offset
     cdef uint64_t *dirty
     cdef uint32_t kind, i
     cdef Staging *s
     cdef Op *op
-    while e.sweep < pages and e.staging_busy < STAGINGS and not e.failed_errno:
-        if e.sweep < e.bitmap_pages:
+    while e.checkpoint.sweep < pages and e.checkpoint.staging_busy < STAGINGS and not e.failure.error_number:
+        if e.checkpoint.sweep < e.disk.bitmap_pages:
             kind = KIND_BITMAP
-            dirty = e.dirty_bitmap
-            page = bits_find(dirty, e.sweep, e.bitmap_pages, True)
-            if page == e.bitmap_pages:
-                e.sweep = e.bitmap_pages
+            dirty = e.checkpoint.dirty_bitmap
+            page = bits_find(dirty, e.checkpoint.sweep, e.disk.bitmap_pages, True)
+            if page == e.disk.bitmap_pages:
+                e.checkpoint.sweep = e.disk.bitmap_pages
                 continue
-            limit = e.bitmap_pages
-            offset = e.bitmap_offset
+            limit = e.disk.bitmap_pages
+            offset = e.disk.bitmap_offset
         else:
             kind = KIND_TABLE
-            dirty = e.dirty_table
-            page = bits_find(dirty, e.sweep - e.bitmap_pages, e.table_pages, True)
-            if page == e.table_pages:
-                e.sweep = pages
+            dirty = e.checkpoint.dirty_table
+            page = bits_find(dirty, e.checkpoint.sweep - e.disk.bitmap_pages, e.disk.table_pages, True)
+            if page == e.disk.table_pages:
+                e.checkpoint.sweep = pages
                 continue
-            limit = e.table_pages
-            offset = e.table_offset
+            limit = e.disk.table_pages
+            offset = e.disk.table_offset
         run = bits_find(dirty, page, min(limit, page + STAGING_PAGES), False)
         s = NULL
         for i in range(STAGINGS):
-            if not e.staging[i].busy:
-                s = &e.staging[i]
+            if not e.checkpoint.staging[i].busy:
+                s = &e.checkpoint.staging[i]
                 break
         ensure(s != NULL, "no staging buffer")
         if s.buffer == NULL:
@@ -347,108 +336,108 @@ cdef int checkpoint_step(Engine e) except -1 nogil:
         for i in range(<uint32_t>(run - page)):
             map_page(e, s.buffer + i * PAGE_BYTES, kind, page + i)
         bits_fill(dirty, page, run, False)
-        e.dirty_pages -= run - page
+        e.checkpoint.dirty_pages -= run - page
         s.busy = 1
-        e.staging_busy += 1
-        e.stat_map_writes += 1
-        op = op_issue(e, WHAT_MAP, OP_WRITE, TARGET_STORAGE, offset + page * PAGE_BYTES, (run - page) * PAGE_BYTES, s.buffer, False)
-        op.slot = <uint32_t>(s - &e.staging[0])
-        e.sweep = run if kind == KIND_BITMAP else e.bitmap_pages + run
-    if e.sweep >= pages and e.staging_busy == 0 and e.checkpoint_state == CHECKPOINT_WRITING:
-        e.checkpoint_state = CHECKPOINT_FLUSHING
+        e.checkpoint.staging_busy += 1
+        e.count.map_writes += 1
+        op = op_issue(e, PURPOSE_MAP, OP_WRITE, TARGET_STORAGE, offset + page * PAGE_BYTES, (run - page) * PAGE_BYTES, s.buffer, False)
+        op.slot = <uint32_t>(s - &e.checkpoint.staging[0])
+        e.checkpoint.sweep = run if kind == KIND_BITMAP else e.disk.bitmap_pages + run
+    if e.checkpoint.sweep >= pages and e.checkpoint.staging_busy == 0 and e.checkpoint.state == CHECKPOINT_WRITING:
+        e.checkpoint.state = CHECKPOINT_FLUSHING
         if BUG(Bug.TAIL_BEFORE_CHECKPOINT_FLUSH):
-            return checkpoint_end(e, 0)
-        op_issue(e, WHAT_MAP_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
+            return handle_map_flush(e, 0)
+        op_issue(e, PURPOSE_MAP_FLUSH, OP_FLUSH, TARGET_STORAGE, 0, 0, NULL, False)
     return 0
 
 
-cdef int checkpoint_wrote(Engine e, uint32_t staging, int32_t error) except -1 nogil:
-    e.staging[staging].busy = 0
-    e.staging_busy -= 1
+cdef int handle_map_write(Engine e, uint32_t staging, int32_t error) except -1 nogil:
+    e.checkpoint.staging[staging].busy = 0
+    e.checkpoint.staging_busy -= 1
     if error and not BUG(Bug.MAP_WRITE_ERROR_IGNORED):
         return fail(e, error)
     return checkpoint_step(e)
 
 
-cdef int checkpoint_end(Engine e, int32_t error) except -1 nogil:
+cdef int handle_map_flush(Engine e, int32_t error) except -1 nogil:
     if error:
         return fail(e, error)
-    if e.failed_errno:
+    if e.failure.error_number:
         return 0
-    e.checkpoint_state = CHECKPOINT_IDLE
-    e.tail = e.tail_after       # R4: only now; 0 means the next commit is the oldest that matters
-    if e.commit_state == COMMIT_WAITS_FOR_RING:
+    e.checkpoint.state = CHECKPOINT_IDLE
+    e.journal.tail = e.checkpoint.tail_after       # R4: only now; 0 means the next commit is the oldest that matters
+    if e.commit.state == COMMIT_WAITS_FOR_RING:
         return journal_commit(e)
     return commit_next(e)
 
 
 # --- durability operations: flushes and durable writes ----------------------------------------------------------------
 
-cdef int durable_ended(Engine e, Op *record, int32_t error) except -1 nogil:
+cdef int handle_durable(Engine e, Op *record, int32_t error) except -1 nogil:
     """R26: the kernel tells a failure once, to whichever durability operation asks first. So the good end of one is believed when every
     other that was in flight at that moment has ended well too: one of them may fail, with the report that was due here."""
     cdef uint64_t barrier
     if record.older != NULL:
         record.older.newer = record.newer
     else:
-        e.oldest_durable = record.newer
+        e.durable.oldest = record.newer
     if record.newer != NULL:
         record.newer.older = record.older
     else:
-        e.newest_durable = record.older
+        e.durable.newest = record.older
     if record.watched:
         record.watched = 0
-        drain_note(e, record)       # what it wrote lies where it will, whether or not its end counts yet
+        count_drained(e, record)       # what it wrote lies where it will, whether or not its end counts yet
     if error and not BUG(Bug.FAILURES_IGNORED):
         # R27: whoever issued it. The failure of a durable write of a guest may be another write's lost page, or the device's lost cache.
-        if not (BUG(Bug.FAILED_DURABLE_WRITE_FORGIVEN) and record.what == WHAT_PLAIN
-                or BUG(Bug.FAILED_DURABLE_JOB_FORGIVEN) and record.what == WHAT_JOB):
+        if not (BUG(Bug.FAILED_DURABLE_WRITE_FORGIVEN) and record.purpose == PURPOSE_PLAIN
+                or BUG(Bug.FAILED_DURABLE_JOB_FORGIVEN) and record.purpose == PURPOSE_JOB):
             flush_failed(e, error)
             error = -EIO            # not ENOSPC: more space would not help
-    barrier = 0 if e.newest_durable == NULL or BUG(Bug.DURABLE_END_WITHOUT_BARRIER) else e.newest_durable.number
+    barrier = 0 if e.durable.newest == NULL or BUG(Bug.DURABLE_END_WITHOUT_BARRIER) else e.durable.newest.number
     held_release(e)
-    if error == 0 and e.failed_errno and not BUG(Bug.FAILURES_IGNORED):
+    if error == 0 and e.failure.error_number and not BUG(Bug.FAILURES_IGNORED):
         error = -EIO
     if error or barrier == 0:
-        return record_ended(e, record, error)
+        return finish_durable(e, record, error)
     record.number = barrier
     record.next = NULL
-    if e.held == NULL:
-        e.held = record
+    if e.durable.held == NULL:
+        e.durable.held = record
     else:
-        e.last_held.next = record
-    e.last_held = record
-    e.held_count += 1
+        e.durable.last_held.next = record
+    e.durable.last_held = record
+    e.durable.held_count += 1
     return 0
 
 
-cdef int record_ended(Engine e, Op *record, int32_t error) except -1 nogil:
+cdef int finish_durable(Engine e, Op *record, int32_t error) except -1 nogil:
     cdef Op op = record[0]
-    record.next = e.free_ops
-    e.free_ops = record
+    record.next = e.pools.free_ops
+    e.pools.free_ops = record
     log_durability(e, -1)       # R24: when its failure has been noted
-    return op_ended(e, &op, error)
+    return handle_op(e, &op, error)
 
 
 cdef Op *held_take(Engine e) noexcept nogil:
-    cdef Op *record = e.held
-    e.held = record.next
-    e.held_count -= 1
+    cdef Op *record = e.durable.held
+    e.durable.held = record.next
+    e.durable.held_count -= 1
     return record
 
 
 cdef int held_release(Engine e) except -1 nogil:
     """Those count now behind which nothing is in flight any more. Barriers rise along the list: each only waits for older operations."""
-    while e.held != NULL and (e.oldest_durable == NULL or e.oldest_durable.number > e.held.number
-                              or (BUG(Bug.BARRIER_ONE_TOO_EARLY) and e.oldest_durable.number == e.held.number)):
-        record_ended(e, held_take(e), 0)
+    while e.durable.held != NULL and (e.durable.oldest == NULL or e.durable.oldest.number > e.durable.held.number
+                                      or (BUG(Bug.BARRIER_ONE_TOO_EARLY) and e.durable.oldest.number == e.durable.held.number)):
+        finish_durable(e, held_take(e), 0)
     return 0
 
 
 cdef int flush_failed(Engine e, int32_t error) except -1 nogil:
     """A durability operation of this disk's own has failed."""
-    if e.flush_failed_errno == 0:
-        e.flush_failed_errno = -error
+    if e.failure.flush_error_number == 0:
+        e.failure.flush_error_number = -error
         e.want |= Want.EVENT
     return fail(e, error)
 
@@ -457,22 +446,22 @@ cdef int flush_failed(Engine e, int32_t error) except -1 nogil:
 
 cdef int fail(Engine e, int32_t error) except -1 nogil:
     """R10: after a failed flush or metadata write nothing that needs durability succeeds until the disk is opened again."""
-    if e.failed_errno == 0:
-        e.failed_errno = -error if error < 0 else error
+    if e.failure.error_number == 0:
+        e.failure.error_number = -error if error < 0 else error
         log_failed(e)
         e.want |= Want.EVENT
-    while e.held != NULL:
-        record_ended(e, held_take(e), -EIO)     # R26: this failure may have taken their reports
-    list_fail_done(e, &e.flush_now)
-    list_fail_done(e, &e.flush_next)
+    while e.durable.held != NULL:
+        finish_durable(e, held_take(e), -EIO)     # R26: this failure may have taken their reports
+    fail_flush_waiters(e, &e.commit.flush_now)
+    fail_flush_waiters(e, &e.commit.flush_next)
     if not BUG(Bug.JOURNAL_WAITERS_FORGOTTEN):
-        list_fail(e, &e.wait_journal, -EIO)
-    list_fail(e, &e.wait_slot, -EIO)
-    starved_end(e, 0, 0, -EIO)
+        fail_waiters(e, &e.waiting.journal, -EIO)
+    fail_waiters(e, &e.waiting.slot, -EIO)
+    cancel_starved(e, 0, 0, -EIO)
     return close_step(e)
 
 
-cdef int list_fail_done(Engine e, RequestList *where) except -1 nogil:
+cdef int fail_flush_waiters(Engine e, RequestList *where) except -1 nogil:
     cdef Request *r = list_take(where)
     cdef Request *following
     while r != NULL:
@@ -485,43 +474,43 @@ cdef int list_fail_done(Engine e, RequestList *where) except -1 nogil:
 
 cdef int close_step(Engine e) except -1 nogil:
     """Commit, checkpoint, clean record: one after the other, once nothing else is under way."""
-    if e.closing == NULL or e.open_requests > 1 or e.inflight_ops:
+    if e.close.request == NULL or e.open_requests > 1 or e.inflight_ops:
         return 0
-    if e.failed_errno:
-        e.closing.error = -EIO
+    if e.failure.error_number:
+        e.close.request.error = -EIO
         return close_end(e)
-    if e.read_only:
+    if e.mode.read_only:
         return close_end(e)
-    if e.commit_state != COMMIT_IDLE or e.checkpoint_state != CHECKPOINT_IDLE:
+    if e.commit.state != COMMIT_IDLE or e.checkpoint.state != CHECKPOINT_IDLE:
         return 0
-    if e.close_phase == CLOSE_WAITING:
-        e.close_phase = CLOSE_COMMITTING
+    if e.close.phase == CLOSE_WAITING:
+        e.close.phase = CLOSE_COMMITTING
         return commit_begin(e)
-    if e.close_phase == CLOSE_COMMITTING:
-        if e.clean_on_storage:
+    if e.close.phase == CLOSE_COMMITTING:
+        if e.journal.clean:
             return close_discards(e)
-        e.close_phase = CLOSE_CHECKPOINT
+        e.close.phase = CLOSE_CHECKPOINT
         return checkpoint_begin(e)
-    if e.close_phase == CLOSE_CHECKPOINT:
-        ensure(e.dirty_pages == 0, "dirty pages after the last checkpoint")
-        e.close_phase = CLOSE_RECORD
-        memset(e.journal_buffer, 0, PAGE_BYTES)
-        return journal_write(e, e.next_sequence, 1, JOURNAL_FLAG_CLEAN)
-    if e.close_phase == CLOSE_RECORD:
+    if e.close.phase == CLOSE_CHECKPOINT:
+        ensure(e.checkpoint.dirty_pages == 0, "dirty pages after the last checkpoint")
+        e.close.phase = CLOSE_RECORD
+        memset(e.journal.buffer, 0, PAGE_BYTES)
+        return journal_write(e, e.journal.next_sequence, 1, JOURNAL_FLAG_CLEAN)
+    if e.close.phase == CLOSE_RECORD:
         return close_discards(e)
     return close_end(e)
 
 
 cdef int close_discards(Engine e) except -1 nogil:
     """Everything is on storage. Slots that still wait for a discard get theirs now, those that do not take long."""
-    e.close_phase = CLOSE_DISCARDS
-    e.discards_until_ns = e.now_ns + CLOSE_DISCARDS_NS
+    e.close.phase = CLOSE_DISCARDS
+    e.discards.until_ns = e.now_ns + CLOSE_DISCARDS_NS
     discards_begin(e)
     return 0 if e.inflight_ops else close_end(e)
 
 
 cdef int close_end(Engine e) except -1 nogil:
-    cdef Request *r = e.closing
-    e.closing = NULL
-    e.closed = True
+    cdef Request *r = e.close.request
+    e.close.request = NULL
+    e.close.done = True
     return done_push(e, r)

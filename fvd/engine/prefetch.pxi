@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Prefetching: copies of what nobody has asked for yet, along the plan, while the guest is quiet. How many at once and how fast is said from
 # outside (fvd.base.steering); when, is decided here, for a guest that comes back must not wait for somebody to notice.
+#
+# Offers: prefetch_pump
+# Needs: copy: copy_begin, copy_find
 
 cdef enum:
     RATE_BURST_NS = 250000000       # of the rate that may be used at once after a pause
@@ -9,24 +12,26 @@ cdef enum:
 
 cdef bint prefetch_may_begin(Engine e) noexcept nogil:
     cdef double burst, fresh
-    if e.prefetch_count >= min(e.prefetch_depth, PREFETCH_MAX) or e.closing != NULL or e.closed or e.failed_errno or e.base_absent == 0:
+    if e.prefetch.count >= min(e.prefetch.depth, PREFETCH_MAX) or e.base.absent == 0:
         return False
-    if e.now_ns < e.no_slot_until_ns:
+    if e.close.request != NULL or e.close.done or e.failure.error_number:
         return False
-    if e.prefetch_idle_ns and (e.open_requests or e.now_ns - e.guest_last_ns < e.prefetch_idle_ns):
+    if e.now_ns < e.prefetch.no_slot_until_ns:
         return False
-    if e.base_failing:
+    if e.prefetch.idle_ns and (e.open_requests or e.now_ns - e.prefetch.guest_last_ns < e.prefetch.idle_ns):
+        return False
+    if e.base.failing:
         # One asks whether it is back.
-        if e.prefetch_count or e.now_ns - e.probe_ns < PROBE_AFTER_NS:
+        if e.prefetch.count or e.now_ns - e.prefetch.probe_ns < PROBE_AFTER_NS:
             return False
-        e.probe_ns = e.now_ns
-    if e.prefetch_rate_bytes:
+        e.prefetch.probe_ns = e.now_ns
+    if e.prefetch.rate_bytes:
         # In floating point: time by rate may be more than any integer holds.
-        burst = <double>(e.prefetch_rate_bytes / (1000000000 / RATE_BURST_NS) + 1)
-        fresh = <double>(e.now_ns - e.rate_ns) * <double>e.prefetch_rate_bytes / 1e9
-        e.rate_tokens = <int64_t>min(<double>e.rate_tokens + fresh, burst)
-        e.rate_ns = e.now_ns
-        return e.rate_tokens > 0
+        burst = <double>(e.prefetch.rate_bytes / (1000000000 / RATE_BURST_NS) + 1)
+        fresh = <double>(e.now_ns - e.prefetch.rate_ns) * <double>e.prefetch.rate_bytes / 1e9
+        e.prefetch.rate_tokens = <int64_t>min(<double>e.prefetch.rate_tokens + fresh, burst)
+        e.prefetch.rate_ns = e.now_ns
+        return e.prefetch.rate_tokens > 0
     return True
 
 
@@ -34,26 +39,26 @@ cdef bint prefetch_next(Engine e, Run *run) except -1 nogil:
     """The next run of absent blocks of the plan, of one chunk and in no copy."""
     cdef uint64_t end, chunk, limit
     cdef Copy *c
-    while e.plan_at < e.plan_count:
-        end = min(e.plan[e.plan_at].end, e.base_blocks)
-        if e.plan_cursor < end:
-            e.plan_cursor = bits_find(e.bitmap, e.plan_cursor, end, False)
-        if e.plan_cursor >= end:
-            e.plan_at += 1
-            if e.plan_at < e.plan_count:
-                e.plan_cursor = e.plan[e.plan_at].first
+    while e.prefetch.plan_at < e.prefetch.plan_count:
+        end = min(e.prefetch.plan[e.prefetch.plan_at].end, e.base.blocks)
+        if e.prefetch.plan_cursor < end:
+            e.prefetch.plan_cursor = bits_find(e.maps.bitmap, e.prefetch.plan_cursor, end, False)
+        if e.prefetch.plan_cursor >= end:
+            e.prefetch.plan_at += 1
+            if e.prefetch.plan_at < e.prefetch.plan_count:
+                e.prefetch.plan_cursor = e.prefetch.plan[e.prefetch.plan_at].first
             continue
-        run.first = e.plan_cursor
-        chunk = run.first / e.blocks_per_chunk
-        limit = min(end, (chunk + 1) * e.blocks_per_chunk)
-        limit = min(limit, run.first + e.copy_most_blocks)
+        run.first = e.prefetch.plan_cursor
+        chunk = run.first / e.disk.blocks_per_chunk
+        limit = min(end, (chunk + 1) * e.disk.blocks_per_chunk)
+        limit = min(limit, run.first + e.copies.blocks_max)
         c = copy_find(e, chunk, run.first, &limit)
         if c != NULL:
-            e.plan_again = True     # it may yet be given up
-            e.plan_cursor = c.end_block
+            e.prefetch.plan_again = True     # it may yet be given up
+            e.prefetch.plan_cursor = c.end_block
             continue
-        run.end = bits_find(e.bitmap, run.first, limit, True)
-        e.plan_cursor = run.end
+        run.end = bits_find(e.maps.bitmap, run.first, limit, True)
+        e.prefetch.plan_cursor = run.end
         return True
     return False
 
@@ -64,14 +69,14 @@ cdef int prefetch_pump(Engine e) except -1 nogil:
     while prefetch_may_begin(e):
         if not prefetch_next(e, &run):
             # What was given up is looked for again, but not in a hurry.
-            if not e.plan_again or e.prefetch_count or e.now_ns - e.pass_ns < RETRY_AFTER_NS:
+            if not e.prefetch.plan_again or e.prefetch.count or e.now_ns - e.prefetch.pass_ns < RETRY_AFTER_NS:
                 return 0
-            e.plan_again = False
-            e.pass_ns = e.now_ns
-            e.plan_at = 0
-            e.plan_cursor = e.plan[0].first
+            e.prefetch.plan_again = False
+            e.prefetch.pass_ns = e.now_ns
+            e.prefetch.plan_at = 0
+            e.prefetch.plan_cursor = e.prefetch.plan[0].first
             continue
-        copy_begin(e, run.first / e.blocks_per_chunk, run.first, run.end, True)
-        if e.prefetch_rate_bytes:
-            e.rate_tokens -= <int64_t>((run.end - run.first) << e.block_shift)
+        copy_begin(e, run.first / e.disk.blocks_per_chunk, run.first, run.end, True)
+        if e.prefetch.rate_bytes:
+            e.prefetch.rate_tokens -= <int64_t>((run.end - run.first) << e.disk.block_shift)
     return 0

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Guests' writes for which there is no room below the storage: in the file system of a file or of a loop device's file, in a pool. With
 # on_full="wait" they wait here, as those that find no slot do elsewhere: the operation stays under way for everything that looks for it.
+#
+# Offers: cancel_starved, handle_starved, hold_if_full, is_full, retry_starved, starved_bytes
+# Needs: memory: out_of_memory
 
 
 cdef inline bint is_full(int32_t error) noexcept nogil:
@@ -9,66 +12,66 @@ cdef inline bint is_full(int32_t error) noexcept nogil:
 
 cdef inline Request *starved_request(Op *op) noexcept nogil:
     """Who waits for it; NULL: nobody, it is of a copy, which is dropped."""
-    if op.what == WHAT_PLAIN:
+    if op.purpose == PURPOSE_PLAIN:
         return op.request
-    return op.job.request if op.what == WHAT_JOB else NULL
+    return op.job.request if op.purpose == PURPOSE_JOB else NULL
 
 
-cdef bint starves(Engine e, Op *op) noexcept nogil:
+cdef bint hold_if_full(Engine e, Op *op) noexcept nogil:
     """A guest's write has found no room. True: it is held, and tried again."""
     if starved_request(op) == NULL:
         return False
-    if not e.no_room:
-        e.no_room = True
+    if not e.starved.no_room:
+        e.starved.no_room = True
         e.want |= Want.ROOM
-    if e.fail_when_full or op.durable or e.giving_up or e.failed_errno or e.closing != NULL:
+    if e.mode.fail_when_full or op.durable or e.starved.giving_up or e.failure.error_number or e.close.request != NULL:
         return False
     if op.starved == 0:
-        e.starved_count += 1
-    if e.starved == NULL:
-        e.starved_ns = e.now_ns
-        e.starved = op
+        e.starved.count += 1
+    if e.starved.first == NULL:
+        e.starved.tried_ns = e.now_ns
+        e.starved.first = op
     else:
-        e.last_starved.newer = op
-    e.last_starved = op
+        e.starved.last.newer = op
+    e.starved.last = op
     op.newer = NULL
     op.starved = STARVED_WAITS
     return True
 
 
-cdef int starved_ended(Engine e, Op *op, int32_t error) except -1 nogil:
+cdef int handle_starved(Engine e, Op *op, int32_t error) except -1 nogil:
     """While there is no room a write of data ends otherwise."""
     cdef bint tried = op.starved != 0
     if tried:
         op.starved = 0
-        e.starved_count -= 1
+        e.starved.count -= 1
     # An overwrite needs no room, and shows nothing.
-    if error or starved_request(op) == NULL or not (tried or op.what == WHAT_JOB):
+    if error or starved_request(op) == NULL or not (tried or op.purpose == PURPOSE_JOB):
         return 0
-    if e.starved != NULL:
-        starved_try(e, True)
-    if e.starved_count == 0:
-        e.no_room = False
+    if e.starved.first != NULL:
+        retry_starved(e, True)
+    if e.starved.count == 0:
+        e.starved.no_room = False
         e.want |= Want.ROOM
     return 0
 
 
-cdef int starved_try(Engine e, bint all_of_them) except -1 nogil:
+cdef int retry_starved(Engine e, bint all_of_them) except -1 nogil:
     """The oldest is handed out again, or all that wait: what they are to write is where it was."""
     cdef Op *op
     cdef DeviceOp *out
-    e.starved_ns = e.now_ns
-    while e.starved != NULL:
-        op = e.starved
-        e.starved = op.newer
+    e.starved.tried_ns = e.now_ns
+    while e.starved.first != NULL:
+        op = e.starved.first
+        e.starved.first = op.newer
         op.newer = NULL
         op.starved = STARVED_TRIED
-        if e.op_count == e.op_capacity:
-            out = <DeviceOp *>realloc(e.ops, 2 * e.op_capacity * sizeof(DeviceOp))
+        if e.op_count == e.pools.op_capacity:
+            out = <DeviceOp *>realloc(e.ops, 2 * e.pools.op_capacity * sizeof(DeviceOp))
             if out == NULL:
                 out_of_memory()
             e.ops = out
-            e.op_capacity *= 2
+            e.pools.op_capacity *= 2
         out = &e.ops[e.op_count]
         out.token = (<uint64_t>op.generation << 32) | op.index
         out.offset_bytes = op.offset_bytes
@@ -85,7 +88,7 @@ cdef int starved_try(Engine e, bint all_of_them) except -1 nogil:
 
 cdef uint64_t starved_bytes(Engine e, uint64_t mask, uint64_t value) noexcept nogil:
     """Of those that wait, of such requests."""
-    cdef Op *op = e.starved
+    cdef Op *op = e.starved.first
     cdef uint64_t total = 0
     while op != NULL:
         if (starved_request(op).cookie & mask) == value:
@@ -94,34 +97,34 @@ cdef uint64_t starved_bytes(Engine e, uint64_t mask, uint64_t value) noexcept no
     return total
 
 
-cdef int starved_end(Engine e, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
+cdef int cancel_starved(Engine e, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
     """Those of such requests that wait end with an error. Returns how many."""
-    cdef Op *op = e.starved
+    cdef Op *op = e.starved.first
     cdef Op *following
     cdef Op *kept = NULL
-    cdef Op *doomed = NULL
+    cdef Op *cancelled = NULL
     cdef int count = 0
-    cdef bint before = e.giving_up
-    e.starved = NULL
+    cdef bint before = e.starved.giving_up
+    e.starved.first = NULL
     while op != NULL:
         following = op.newer
         op.newer = NULL
         if (starved_request(op).cookie & mask) == value:
-            op.newer = doomed
-            doomed = op
+            op.newer = cancelled
+            cancelled = op
         elif kept == NULL:
-            e.starved = kept = op
+            e.starved.first = kept = op
         else:
             kept.newer = op
             kept = op
         op = following
-    e.last_starved = kept
-    e.giving_up = True
-    while doomed != NULL:
-        following = doomed.newer
-        doomed.newer = NULL
-        e.complete((<uint64_t>doomed.generation << 32) | doomed.index, error)
+    e.starved.last = kept
+    e.starved.giving_up = True
+    while cancelled != NULL:
+        following = cancelled.newer
+        cancelled.newer = NULL
+        e.complete((<uint64_t>cancelled.generation << 32) | cancelled.index, error)
         count += 1
-        doomed = following
-    e.giving_up = before
+        cancelled = following
+    e.starved.giving_up = before
     return count

@@ -34,7 +34,7 @@ cdef class EngineBackend(Backend):
         return self.engine.waiting_bytes(mask, value)
 
     cdef void give_up_base(self) noexcept nogil:
-        self.engine.base_timeout_ns = 0
+        self.engine.base.timeout_ns = 0
 
     cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil:
         return self.engine.extents(offset_bytes, length_bytes, out, capacity)

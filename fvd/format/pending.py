@@ -118,10 +118,10 @@ class Changes:
 class PendingLog:
     """A log as it was found."""
 
-    frozen: Changes  # of the commit that was under way; they come first
-    frozen_base_hash: int  # of the maps on which they build
-    open: Changes  # of no commit yet
-    open_base_hash: int  # of the maps on which they build: with the frozen ones, if there are any
+    committing: Changes  # of the commit that was under way; they come first
+    committing_base_hash: int  # of the maps on which they build
+    running: Changes  # of no commit yet
+    running_base_hash: int  # of the maps on which they build: with the committing ones, if there are any
     failed_errno: int  # 0, or that of a flush that failed: nothing of this log may be applied
     failed_ns: int  # when, by the monotonic clock
     durability_ops: int  # flushes and durable writes that were under way
@@ -129,12 +129,12 @@ class PendingLog:
 
     @property
     def empty(self) -> bool:
-        return len(self.frozen) + len(self.open) == 0
+        return len(self.committing) + len(self.running) == 0
 
     def latest(self) -> Changes:
-        """Every entry with its last value: an open change comes after a frozen one."""
-        keys, first = np.unique(np.concatenate([self.open.keys, self.frozen.keys]), return_index=True)
-        return Changes(keys, np.concatenate([self.open.values, self.frozen.values])[first])
+        """Every entry with its last value: a running change comes after a committing one."""
+        keys, first = np.unique(np.concatenate([self.running.keys, self.committing.keys]), return_index=True)
+        return Changes(keys, np.concatenate([self.running.values, self.committing.values])[first])
 
 
 def capacity_for(geometry: Geometry) -> int:
@@ -195,10 +195,10 @@ def read(buffer: Buffer | bytes, geometry: Geometry, identity: LogIdentity) -> P
     for area in areas:
         area.check(geometry)
     return PendingLog(
-        frozen=areas[1 - now],
-        frozen_base_hash=int(row["areas"][1 - now]["base_hash"]),
-        open=areas[now],
-        open_base_hash=int(row["areas"][now]["base_hash"]),
+        committing=areas[1 - now],
+        committing_base_hash=int(row["areas"][1 - now]["base_hash"]),
+        running=areas[now],
+        running_base_hash=int(row["areas"][now]["base_hash"]),
         failed_errno=int(row["failed_errno"]),
         failed_ns=int(row["failed_ns"]),
         durability_ops=int(row["durability_ops"]),
@@ -219,12 +219,12 @@ def mark_acknowledged(buffer: Buffer) -> None:
     row["acknowledged"] = 1
 
 
-def mark_committed(buffer: Buffer, *, open_too: bool, map_hash: int) -> None:
-    """The frozen changes, with `open_too` all, are in the maps on storage, which have this hash."""
+def mark_committed(buffer: Buffer, *, running_too: bool, map_hash: int) -> None:
+    """The committing changes, with `running_too` all, are in the maps on storage, which have this hash."""
     row: Any = np.frombuffer(buffer, HEADER, 1)
     now = int(row["epoch"][0]) & 1
     row["areas"]["count"][0, 1 - now] = 0
-    if open_too:
+    if running_too:
         row["areas"]["count"][0, now] = 0
         row["areas"]["base_hash"][0, now] = map_hash
 

@@ -89,7 +89,6 @@ cdef class SimulatedDevice:
     cdef int put(self, Operation op, double share, bint late=*) except -1
     cdef int catch_up(self, Operation op, double share) except -1
     cdef int lose_cached(self) except -1
-    cdef int lose_block(self, uint64_t block) except -1
     cdef double failed_share(self) noexcept
     cdef int begin_durable(self, Operation op, int32_t error) except -1
     cdef int ask_for_report(self, Operation op) except -1
@@ -103,6 +102,3 @@ cdef class SimulatedDevice:
     cdef int land(self, double share) except -1
     cdef int may_land(self, Operation op) except -1
     cdef int revert_lost(self) except -1
-    cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1
-    cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept
-    cdef void forget(self, Version *version) noexcept

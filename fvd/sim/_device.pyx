@@ -35,6 +35,9 @@ cdef uint64_t STUCK = <uint64_t>1 << 60
 cdef uint64_t QUEUED = <uint64_t>1 << 61
 
 
+include "_device_versions.pxi"
+
+
 cdef class Operation:
     """One device operation on its way."""
 
@@ -92,7 +95,7 @@ cdef class SimulatedDevice:
         cdef Version *version
         if self.touched != NULL and self.newest != NULL:
             for i in range(self.touched_count):
-                self.forget(self.newest[self.touched[i]])
+                give_versions(self, self.newest[self.touched[i]])
         while self.spare != NULL:
             version = self.spare
             self.spare = version.older
@@ -378,7 +381,7 @@ cdef class SimulatedDevice:
                 # Its blocks are seen and count as written: some of them are not.
                 for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
                     if self.rng.chance(0.7):
-                        self.lose_block(block)
+                        lose_block(self, block)
         if error:
             if op.kind == OP_FLUSH or not self.page_cache:
                 self.lose_cached()
@@ -445,12 +448,12 @@ cdef class SimulatedDevice:
         cdef uint64_t i, kept, block, size = self.logical_block_bytes
         if op.kind == OP_WRITE:
             for block in range(op.offset_bytes // size, (op.offset_bytes + op.length_bytes) // size):
-                self.settle_block(block, op.number, 0)
+                settle_block(self, block, op.number, 0)
             return 0
         kept = 0
         for i in range(self.touched_count):
             block = self.touched[i]
-            self.settle_block(block, 0, op.submitted_at + 1)
+            settle_block(self, block, 0, op.submitted_at + 1)
             if self.newest[block] != NULL:
                 self.touched[kept] = block
                 kept += 1
@@ -473,7 +476,7 @@ cdef class SimulatedDevice:
         for index in range(count) if blocks is None else blocks:
             if not 0 <= index < count:
                 raise RuntimeError(f"{operation} has no block {index}")
-            self.settle_block(first + <uint64_t>index, operation.number, 0)
+            settle_block(self, first + <uint64_t>index, operation.number, 0)
 
     # --- volatile blocks --------------------------------------------------------------------------------------------
 
@@ -510,77 +513,8 @@ cdef class SimulatedDevice:
                 continue
             if share < 1.0 and not self.rng.chance(share):
                 continue
-            self.put_block(first + i, content + i * stride, op.number)
+            put_block(self, first + i, content + i * stride, op.number)
         return 0
-
-    cdef int put_block(self, uint64_t block, const uint8_t *content, uint64_t number) except -1:
-        cdef uint64_t size = self.logical_block_bytes
-        cdef Version *version
-        cdef Version *before = self.newest[block]
-        cdef int missing = 1 if before != NULL else 2
-        cdef const uint8_t *held = self.image + block * size
-        cdef bytes medium = None
-        if self.landing:
-            self.landing.pop(block, None)       # what comes later to the same place is not overtaken by what had failed before
-        if self.lost and before == NULL:
-            medium = self.lost.pop(block, None)
-            if medium is not None:
-                held = medium
-        while missing:
-            version = self.spare
-            if version == NULL:
-                version = <Version *>malloc(sizeof(Version) + size)
-                if version == NULL:
-                    raise MemoryError("simulated device")
-            else:
-                self.spare = version.older
-            version.older = before
-            version.number = number if missing == 1 else 0
-            memcpy(<uint8_t *>(version + 1), content if missing == 1 else held, size)
-            before = version
-            missing -= 1
-        self.newest[block] = before
-        memcpy(self.image + block * size, content, size)
-        if not self.listed[block]:
-            if self.touched_count == self.touched_capacity:
-                self.touched = <uint64_t *>realloc(self.touched, self.touched_capacity * 16)
-                if self.touched == NULL:
-                    raise MemoryError("simulated device")
-                self.touched_capacity *= 2
-            self.touched[self.touched_count] = block
-            self.touched_count += 1
-            self.listed[block] = 1
-        return 0
-
-    cdef void settle_block(self, uint64_t block, uint64_t only, uint64_t before) noexcept:
-        """The newest content that is on the medium now: that of operation `only`, or of one that completed before the moment `before`."""
-        cdef Version *version = self.newest[block]
-        cdef uint64_t at
-        while version != NULL and version.older != NULL:
-            if only:
-                if version.number == only:
-                    break
-            else:
-                at = self.completed_at[version.number]
-                if at and at < before:
-                    break
-            version = version.older
-        if version == NULL:
-            return
-        if version == self.newest[block]:
-            self.newest[block] = NULL
-            self.forget(version)
-        else:
-            self.forget(version.older)
-            version.older = NULL
-
-    cdef void forget(self, Version *version) noexcept:
-        cdef Version *older
-        while version != NULL:
-            older = version.older
-            version.older = self.spare
-            self.spare = version
-            version = older
 
     cdef int lose_cached(self) except -1:
         """Write-back, or a flush of the device's cache, failed: of what was written some blocks count as clean now, though the medium
@@ -590,19 +524,7 @@ cdef class SimulatedDevice:
             block = self.touched[i]
             if self.newest[block] == NULL or self.completed_at[self.newest[block].number] == 0 or self.rng.chance(0.5):
                 continue
-            self.lose_block(block)
-        return 0
-
-    cdef int lose_block(self, uint64_t block) except -1:
-        cdef Version *version = self.newest[block]
-        if version == NULL:
-            return 0
-        while version.older != NULL:
-            version = version.older
-        self.lost[block] = (<char *>(version + 1))[: self.logical_block_bytes]
-        self.forget(self.newest[block])
-        self.newest[block] = NULL
-        self.losses += 1
+            lose_block(self, block)
         return 0
 
     # --- what happens by itself -------------------------------------------------------------------------------------
@@ -661,7 +583,7 @@ cdef class SimulatedDevice:
         for block in [block for block in self.landing if share == 1.0 or self.rng.chance(share)]:
             content, number, _ = self.landing.pop(block)
             if (block + 1) * self.logical_block_bytes <= self.size_bytes:
-                self.put_block(block, <const uint8_t *> <bytes>content, number)
+                put_block(self, block, <const uint8_t *> <bytes>content, number)
                 self.landings += 1
         return 0
 
@@ -688,7 +610,7 @@ cdef class SimulatedDevice:
         """A flush by somebody else than the engine, from beginning to end: everything that took effect is durable."""
         cdef uint64_t i
         for i in range(self.touched_count):
-            self.forget(self.newest[self.touched[i]])
+            give_versions(self, self.newest[self.touched[i]])
             self.newest[self.touched[i]] = NULL
             self.listed[self.touched[i]] = 0
         self.touched_count = 0
@@ -706,7 +628,7 @@ cdef class SimulatedDevice:
                 self.touched[kept] = block
                 kept += 1
             else:
-                self.forget(self.newest[block])
+                give_versions(self, self.newest[block])
                 self.newest[block] = NULL
                 self.listed[block] = 0
         self.touched_count = kept

@@ -65,7 +65,7 @@ cdef class Player:
     cdef list to_verify            # (first sector, sectors) of writes that have ended
     cdef list to_send_again         # (kind, first sector, sectors, fua, no_hole, write) that the last life has not answered
     cdef uint32_t reads_in_flight
-    cdef public uint64_t most_discards, discard_bytes   # in flight at once, and of each; 0: any
+    cdef public uint64_t discards_max, discard_bytes   # in flight at once, and of each; 0: any
     cdef double weights[8]
     cdef double weight_sum
     cdef uint64_t areas[16]         # pairs (first sector, sectors) where requests fall

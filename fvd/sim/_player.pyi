@@ -57,7 +57,7 @@ class Player:
     on: one thing at each call."""
     attended: int
     due_ns: int
-    most_discards: int
+    discards_max: int
     discard_bytes: int
     """So many discards may be in the device at once, each of so many bytes or one chunk; 0: any number."""
     in_flight_count: int

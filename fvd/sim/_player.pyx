@@ -13,7 +13,7 @@ from libc.string cimport memcmp, memcpy, memset
 from fvd.device.op cimport OP_FLUSH, OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
     DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
-    REQUEST_ZERO, Engine, Extent, Request,
+    REQUEST_ZERO, Changes, Engine, Extent, Request,
 )
 from fvd.sim._device cimport (
     CATEGORY_DISCARD, CATEGORY_FLUSH, CATEGORY_JOURNAL, CATEGORY_MAP, CATEGORY_READ, CATEGORY_WRITE, CATEGORY_ZERO,
@@ -122,7 +122,7 @@ cdef class Player:
         guest.alone = self.in_flight_count == 0
         guest.first_sector = first_sector
         guest.sectors = sectors
-        guest.growable = self.engine.storage_size < self.most_bytes
+        guest.growable = self.engine.disk.storage_size < self.most_bytes
         if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
             self.promise(guest)
         if kind == KIND_READ or kind == KIND_WRITE:
@@ -168,7 +168,7 @@ cdef class Player:
         cdef uint64_t end = guest.first_sector + guest.sectors
         guest.chunks = <uint32_t>((end - 1) // self.chunk_sectors - guest.first_sector // self.chunk_sectors + 1)
         # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
-        guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.window)
+        guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.mode.window)
         # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
         if guest.chunks > self.reserve_left:
             self.promises_end()
@@ -255,21 +255,21 @@ cdef class Player:
 
     cdef int check_waiting(self) except -1:
         """Who waits for a slot does so because there is none, and not because copies have taken what was the guest's."""
-        cdef Request *r = self.engine.wait_slot.head
-        cdef uint64_t reserve = self.engine.reserve_slots
-        cdef uint64_t free_slots = self.engine.free_count + self.engine.to_discard_count
+        cdef Request *r = self.engine.waiting.slot.head
+        cdef uint64_t reserve = self.engine.slots.reserve
+        cdef uint64_t free_slots = self.engine.slots.free_count + self.engine.discards.waiting_count
         cdef Guest *guest
         if r != NULL:
             if free_slots:
                 raise Violation(f"writes wait for a slot though {free_slots} are free")
-            if reserve and self.engine.stat_waited != self.waited:
-                self.waited = self.engine.stat_waited
+            if reserve and self.engine.count.waited_for_space != self.waited:
+                self.waited = self.engine.count.waited_for_space
                 while r != NULL:
                     guest = &self.guests[r.cookie & 0xFFFFF]
                     if guest.promised:
                         raise Violation(f"request {r.cookie >> 20} waits for a slot that copies were to leave to the guest")
                     r = r.next
-        if self.engine.capacity >= self.engine.chunks:
+        if self.engine.slots.capacity >= self.engine.disk.chunks:
             self.reserve_left = 0       # each chunk has its own
         elif free_slots >= reserve and reserve > self.chunks_in_flight:
             # Those under way may take theirs yet.
@@ -316,9 +316,9 @@ cdef class Player:
     cdef bint turn(self) except -1:
         cdef Operation op
         self.pump()
-        if not self.device.pending and (self.engine.retries != NULL or self.engine.starved != NULL):
+        if not self.device.pending and (self.engine.base.retries != NULL or self.engine.starved.first != NULL):
             # Nothing else is to happen before the next attempt.
-            self.device.advance(RETRY_NS if self.engine.retries != NULL else STARVED_NS)
+            self.device.advance(RETRY_NS if self.engine.base.retries != NULL else STARVED_NS)
             self.pump()
         if not self.device.pending:
             return False
@@ -345,8 +345,8 @@ cdef class Player:
             most = MAP_WRITES_MAX
         elif category == CATEGORY_ZERO:
             most = ZEROING_MAX
-        elif category == CATEGORY_DISCARD and self.most_discards:
-            most = self.most_discards
+        elif category == CATEGORY_DISCARD and self.discards_max:
+            most = self.discards_max
             if op.length_bytes > max(self.discard_bytes, self.chunk_sectors * SECTOR):
                 raise Violation(f"{op} is longer than {self.discard_bytes} bytes and a chunk")
         if count > most:
@@ -358,13 +358,13 @@ cdef class Player:
         cdef Request *r
         cdef uint32_t waiting = 0
         cdef uint64_t discards
-        if self.engine.retries != NULL or self.engine.closing != NULL or self.engine.starved_count:
+        if self.engine.base.retries != NULL or self.engine.close.request != NULL or self.engine.starved.count:
             return 0
         if self.reads_in_flight and not self.has_base and self.device.under_way[<int>CATEGORY_READ] == 0:
             raise Violation(f"{self.reads_in_flight} reads wait for something else than reads: {self.device.pending[:4]}")
         discards = self.device.under_way[<int>CATEGORY_DISCARD]
         if discards and discards == <uint64_t>len(self.device.pending):
-            r = self.engine.wait_slot.head
+            r = self.engine.waiting.slot.head
             while r != NULL:
                 waiting += 1
                 r = r.next
@@ -381,6 +381,7 @@ cdef class Player:
     cdef int take(self, Operation op) except -1:
         cdef int category
         cdef uint64_t changes
+        cdef Changes *sets
         if op is not None:
             if self.log is not None:
                 self.log.append(f"  device completes {op!r}")
@@ -392,7 +393,8 @@ cdef class Player:
             self.engine.complete(op.token, op.result)
             if self.failed_at != NEVER:
                 # What was copied may become the guest's, by a write to it; that makes no more of them.
-                changes = (self.engine.open.words + self.engine.open.entries + self.engine.soft.words + self.engine.soft.entries)
+                sets = &self.engine.changes
+                changes = sets.running.words + sets.running.entries + sets.lazy.words + sets.lazy.entries
                 if self.changes_at_failure == NEVER:
                     self.changes_at_failure = changes
                 elif changes > self.changes_at_failure:
@@ -531,14 +533,14 @@ cdef class Player:
         """Reads, without asking the oracle and without copying, while nothing else is under way. Raises Violation when that fails."""
         cdef Operation op
         cdef uint64_t count = 0
-        cdef bint copying = self.engine.copy_on_read
-        cdef uint32_t slots = self.engine.prefetch_depth
+        cdef bint copying = self.engine.copies.on_read
+        cdef uint32_t slots = self.engine.prefetch.depth
         room = bytearray(sectors * SECTOR)
         cdef uint8_t *buffer = <uint8_t *>aligned(sectors * SECTOR)
         if buffer == NULL:
             raise MemoryError("player")
-        self.engine.copy_on_read = False
-        self.engine.prefetch_depth = 0
+        self.engine.copies.on_read = False
+        self.engine.prefetch.depth = 0
         try:
             memset(buffer, 0xEE, sectors * SECTOR)
             self.engine.submit(REQUEST_READ, 0, first_sector * SECTOR, sectors * SECTOR, buffer, 0)
@@ -563,8 +565,8 @@ cdef class Player:
             memcpy(<char *>room, buffer, sectors * SECTOR)
         finally:
             free(buffer)
-            self.engine.copy_on_read = copying
-            self.engine.prefetch_depth = slots
+            self.engine.copies.on_read = copying
+            self.engine.prefetch.depth = slots
         return room
 
     # --- random play --------------------------------------------------------------------------------------------------

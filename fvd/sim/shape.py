@@ -56,7 +56,7 @@ class Shape:
     """Storage beyond the last whole slot, and beyond what the disk can ever need: an extent or a file ends anywhere."""
     bounce_limit_bytes: int = 64 << 20
     low_water_chunks: int = 0
-    most_discards: int = 8
+    discards_max: int = 8
     """Of them in flight at once, each of at most `discard_bytes`, all of `first_discard_bytes` at first."""
     discard_bytes: int = 32 << 20
     first_discard_bytes: int = 256 << 20
@@ -330,7 +330,7 @@ def draw_log(shape: Shape, rng: Rng) -> None:
 def draw_bounds(shape: Shape, rng: Rng) -> None:
     """How much of the device one request and the disk's discards may take at once. From rng of its own: it changes nothing else."""
     shape.request_window = rng.choice((32, 32, 32, 1, 2, 5))
-    shape.most_discards = rng.choice((1, 1, 2, 8))
+    shape.discards_max = rng.choice((1, 1, 2, 8))
     shape.discard_bytes = rng.choice((1, 2, 3, 32)) * shape.geometry.chunk_size_bytes
     shape.first_discard_bytes = rng.choice((1, 4, 256)) * shape.geometry.chunk_size_bytes
     if not shape.discard or rng.random() < 0.5:

@@ -189,7 +189,7 @@ class World:
             copy_limit_bytes=shape.copy_limit_bytes,
             base_timeout_ns=shape.base_timeout_ns,
             pending_log=None if read_only else self.begin_log(disk),
-            most_discards=shape.most_discards,
+            discards_max=shape.discards_max,
             discard_bytes=shape.discard_bytes,
             first_discard_bytes=shape.first_discard_bytes,
             request_window=shape.request_window,
@@ -244,7 +244,7 @@ class World:
             cache_mode=self.shape.cache_mode,
         )
         self.player.log = self.log
-        self.player.most_discards, self.player.discard_bytes = self.shape.most_discards, self.shape.discard_bytes
+        self.player.discards_max, self.player.discard_bytes = self.shape.discards_max, self.shape.discard_bytes
         self.player.mapped = self.metadata.mapped
         self.player.fails_when_full = self.shape.on_full == "error"
         self.player.attend = self._attend
@@ -480,8 +480,8 @@ class World:
         if leaks := self.engine.leaks():
             raise Violation(f"leaked: {leaks}")
         most = self.engine.statistics()["most_discards_in_flight"]
-        if most > self.shape.most_discards:
-            raise Violation(f"{most} discards were in flight at once, {self.shape.most_discards} may be (R31)")
+        if most > self.shape.discards_max:
+            raise Violation(f"{most} discards were in flight at once, {self.shape.discards_max} may be (R31)")
 
     # --- ends of a life -------------------------------------------------------------------------------------------------
 

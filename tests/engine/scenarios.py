@@ -587,7 +587,7 @@ def many_discards() -> None:
 
 def slots_wanted_before_their_discard() -> None:
     """R32: all slots are in use or freed, and the guest writes again before most of what was freed has been discarded."""
-    stage = a_trimmed_disk(most_discards=1)
+    stage = a_trimmed_disk(discards_max=1)
     for chunk in range(2, 32, 2):
         stage.submit("write", chunk * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
     stage.finish_all(but=lambda op: op.kind == DISCARD)
@@ -625,7 +625,7 @@ DIRECTED = {
     Bug.FAILURES_IGNORED: failed_flush_is_remembered,
     Bug.TRIM_BESIDE_WRITES: trim_under_a_write,
     Bug.JOURNAL_OVER_ITS_TAIL: ring_full_behind_a_slow_checkpoint,
-    Bug.ENTRY_SOFT_UNDER_A_WRITE: guest_write_beside_a_copy_in_a_pending_word,
+    Bug.ENTRY_LAZY_UNDER_A_WRITE: guest_write_beside_a_copy_in_a_pending_word,
     Bug.NARROW_WRITE_BEFORE_ZEROING: zeroing_that_lands_late,
     Bug.ZEROED_AFTER_A_TRIM: first_write_after_a_trim,
     Bug.ZEROED_AFTER_A_FAILED_WRITE: first_write_after_a_failed_one,
@@ -644,10 +644,10 @@ DIRECTED = {
     Bug.SAMPLER_NOT_ASKED: lost_page_that_somebody_else_was_told_of,
     Bug.FUA_WITHOUT_FLUSH: durable_write_on_storage_that_may_be_full,
     Bug.COPY_NOT_LOGGED: copy_beside_what_is_pending,
-    Bug.HARDENED_NOT_LOGGED: copies_that_a_commit_takes_along,
+    Bug.PROMOTED_NOT_LOGGED: copies_that_a_commit_takes_along,
     Bug.FULL_LOG_IGNORED: more_changes_than_the_log_takes,
     Bug.RESERVE_FORGOTTEN_WHEN_FULL: copies_leave_the_guest_its_reserve,
     Bug.BASE_RELEASED_BEFORE_COMMIT: base_given_up_before_that_is_durable,
-    Bug.ONE_WORD_HARDENED: guest_write_over_copies_in_two_words,
+    Bug.ONE_WORD_PROMOTED: guest_write_over_copies_in_two_words,
     Bug.TRIM_SHARES_ITS_CHUNK: write_beside_a_trim_of_the_last_block,
 }

@@ -70,7 +70,7 @@ def test_copies_write_no_metadata_for_the_guest() -> None:
         stage.now("flush")
     counts = stage.counts()
     assert counts["journal_writes"] == counts["map_writes"] == 0
-    assert stage.engine.copy_counters()["soft_changes"] > 0
+    assert stage.engine.copy_counters()["lazy_changes"] > 0
     stage.crash()
     assert stage.engine.present_blocks == 0  # a crash costs reads of the base, and no more
 
@@ -264,7 +264,7 @@ def test_the_end_is_committed_and_the_base_released_at_the_cost_of_few_metadata_
     stage = prefetching()
     stage.finish_all()
     assert stage.engine.base_released and stage.engine.want & Want.BASE
-    assert stage.counts()["journal_writes"] == 1 and stage.engine.copy_counters()["soft_changes"] == 0
+    assert stage.counts()["journal_writes"] == 1 and stage.engine.copy_counters()["lazy_changes"] == 0
     stage.crash()
     assert stage.engine.base_released and stage.engine.base_remaining_bytes == 0
     stage.now("read", 0, 2048)

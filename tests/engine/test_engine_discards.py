@@ -109,7 +109,7 @@ def test_eight_are_in_flight_and_the_next_begins_when_one_has_ended() -> None:
 
 
 def test_what_is_trimmed_later_is_joined_with_what_still_waits() -> None:
-    stage = filled(16, most_discards=1)
+    stage = filled(16, discards_max=1)
     trimmed(stage, 8)
     trimmed(stage, 3, 5)
     trimmed(stage, 4)
@@ -120,7 +120,7 @@ def test_what_is_trimmed_later_is_joined_with_what_still_waits() -> None:
 
 
 def test_neighbours_that_are_in_use_are_left_alone() -> None:
-    stage = filled(8, most_discards=1)
+    stage = filled(8, discards_max=1)
     trimmed(stage, 0)
     trimmed(stage, 2, 3, 5)
     stage.finish(*stage.pending(discarding))
@@ -132,7 +132,7 @@ def test_neighbours_that_are_in_use_are_left_alone() -> None:
 
 @pytest.mark.parametrize("placement", [0, 1])
 def test_who_needs_a_slot_takes_one_that_waits_and_it_is_not_discarded_any_more(placement: int) -> None:
-    stage = filled(8, most_discards=1, placement=placement, discard_bytes=1)
+    stage = filled(8, discards_max=1, placement=placement, discard_bytes=1)
     trimmed(stage, 0, 2, 4)
     assert places(stage) == [(0, 1)]
     stage.submit("write", 2 * SECTORS_PER_CHUNK, SECTORS_PER_CHUNK)
@@ -146,7 +146,7 @@ def test_who_needs_a_slot_takes_one_that_waits_and_it_is_not_discarded_any_more(
 
 
 def test_free_slots_are_taken_first() -> None:
-    stage = filled(8, most_discards=1, discard_bytes=1)
+    stage = filled(8, discards_max=1, discard_bytes=1)
     trimmed(stage, 0, 2)
     stage.finish(*stage.pending(discarding))
     stage.submit("write", 0, 8)
@@ -196,7 +196,7 @@ def test_without_discards_slots_are_free_at_once() -> None:
 
 
 def test_slots_that_wait_are_room_for_copies_and_no_reason_to_grow() -> None:
-    stage = Stage(virtual_size_bytes=8 * CHUNK_BYTES, storage_chunks=4, discard=True, most_discards=1, discard_bytes=1, low_water_chunks=2)
+    stage = Stage(virtual_size_bytes=8 * CHUNK_BYTES, storage_chunks=4, discard=True, discards_max=1, discard_bytes=1, low_water_chunks=2)
     for chunk in range(4):
         stage.now("write", chunk * SECTORS_PER_CHUNK, 8)
     stage.now("flush")
@@ -230,7 +230,7 @@ def test_a_close_gives_back_what_was_trimmed_just_before() -> None:
 
 
 def test_a_close_begins_no_discard_before_everything_is_on_storage_and_none_after_five_seconds() -> None:
-    stage = filled(32, most_discards=1, discard_bytes=1)
+    stage = filled(32, discards_max=1, discard_bytes=1)
     trimmed(stage, *range(0, 32, 2))
     cookie = close(stage)
     (first,) = stage.pending()
@@ -249,7 +249,7 @@ def test_a_close_begins_no_discard_before_everything_is_on_storage_and_none_afte
 
 
 def test_a_disk_that_has_failed_closes_without_discards() -> None:
-    stage = filled(8, most_discards=1, discard_bytes=1)
+    stage = filled(8, discards_max=1, discard_bytes=1)
     trimmed(stage, 0, 2, 4)
     stage.player.errors_expected = True
     stage.device.fault = lambda op: -errno.EIO if op.kind == WRITE and op.durable else 0
@@ -263,7 +263,7 @@ def test_a_disk_that_has_failed_closes_without_discards() -> None:
 
 
 def test_a_crash_with_slots_that_wait_loses_nothing() -> None:
-    stage = filled(8, most_discards=1)
+    stage = filled(8, discards_max=1)
     trimmed(stage, 0, 2, 4)
     stage.now("read", SECTORS_PER_CHUNK, SECTORS_PER_BLOCK)
     stage.crash()

@@ -38,15 +38,15 @@ def put(buffer: bytearray, area: int, records: list[tuple[int, int]]) -> None:
 
 def test_an_empty_log() -> None:
     log = pending.read(fresh(), GEOMETRY, IDENTITY)
-    assert log.empty and log.open_base_hash == 5 and not log.failed_errno and not log.durability_ops and not log.acknowledged
+    assert log.empty and log.running_base_hash == 5 and not log.failed_errno and not log.durability_ops and not log.acknowledged
 
 
-def test_the_last_record_of_an_entry_counts_and_open_changes_come_after_frozen_ones() -> None:
+def test_the_last_record_of_an_entry_counts_and_running_changes_come_after_committing_ones() -> None:
     buffer = fresh()
     put(buffer, 0, [(WORD, 1), (ENTRY | 3, 9), (WORD, 3)])
     put(buffer, 1, [(WORD, 8), (WORD | 2, 4)])
     log = pending.read(buffer, GEOMETRY, IDENTITY)
-    assert dict(zip(log.open.keys.tolist(), log.open.values.tolist(), strict=True)) == {WORD: 3, ENTRY | 3: 9}
+    assert dict(zip(log.running.keys.tolist(), log.running.values.tolist(), strict=True)) == {WORD: 3, ENTRY | 3: 9}
     latest = log.latest()
     assert dict(zip(latest.keys.tolist(), latest.values.tolist(), strict=True)) == {WORD: 3, ENTRY | 3: 9, WORD | 2: 4}
     bitmap, table = empty_bitmap(GEOMETRY), empty_table(GEOMETRY)
@@ -59,12 +59,12 @@ def test_what_was_committed_leaves() -> None:
     buffer = fresh()
     put(buffer, 0, [(WORD, 1)])
     put(buffer, 1, [(WORD, 8)])
-    pending.mark_committed(buffer, open_too=False, map_hash=0)
+    pending.mark_committed(buffer, running_too=False, map_hash=0)
     log = pending.read(buffer, GEOMETRY, IDENTITY)
-    assert len(log.frozen) == 0 and len(log.open) == 1 and log.open_base_hash == 5
-    pending.mark_committed(buffer, open_too=True, map_hash=6)
+    assert len(log.committing) == 0 and len(log.running) == 1 and log.running_base_hash == 5
+    pending.mark_committed(buffer, running_too=True, map_hash=6)
     log = pending.read(buffer, GEOMETRY, IDENTITY)
-    assert log.empty and log.open_base_hash == 6
+    assert log.empty and log.running_base_hash == 6
 
 
 @pytest.mark.parametrize("field", ["uuid", "generation", "boot", "host", "place"])

@@ -462,7 +462,7 @@ class LogWriter:
         self.log(kind, index, take.value(int(items[index]) if index < len(items) else 0, how))
 
     def begin_commit(self) -> None:
-        """What was open is frozen."""
+        """What was running is committing."""
         area = int(self.header["epoch"][0]) & 1
         self.header["epoch"] = self.header["epoch"] + np.uint64(1)
         self.header["areas"]["count"][0, 1 - area] = 0
@@ -526,5 +526,5 @@ def _build_on(disk: LoadedDisk, buffer: bytearray, identity: LogIdentity) -> Non
     now = int(header["epoch"][0]) & 1
     bitmap, table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
     header["areas"]["base_hash"][0, 1 - now] = maps.map_hash(identity.uuid, bitmap, table)
-    found.frozen.apply(bitmap, table)
+    found.committing.apply(bitmap, table)
     header["areas"]["base_hash"][0, now] = maps.map_hash(identity.uuid, bitmap, table)

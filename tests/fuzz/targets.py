@@ -301,8 +301,8 @@ def target_pending(data: bytes) -> None:
     if log.failed_errno:
         assert not storage.writes and np.array_equal(disk.bitmap, before.bitmap), "R24: never applied"
     else:
-        # The frozen ones too, unless the maps were what the open ones build on already: then it is for the log to say what it was.
-        assert (log.open if log.open_base_hash == before.journal_state.map_hash else log.latest()).are_in(disk.bitmap, disk.table)
+        # The committing ones too, unless the maps were what the running ones build on already: then it is for the log to say what it was.
+        assert (log.running if log.running_base_hash == before.journal_state.map_hash else log.latest()).are_in(disk.bitmap, disk.table)
     judge_check(storage, disk)
     # Killed after that, before the superblock names another log.
     writes = storage.writes

@@ -69,7 +69,7 @@ PASSES = 20  # a rare one shows in about one of two hundred plays: one pass woul
         Bug.NO_PADDING,
         Bug.COPY_OVER_NEWER_DATA,
         Bug.COPY_BEFORE_ITS_DATA,
-        *(pytest.param(rare, marks=pytest.mark.long) for rare in (Bug.COPY_SOFT_UNDER_A_WRITE, Bug.COPY_INTO_A_DIRTY_SLOT)),
+        *(pytest.param(rare, marks=pytest.mark.long) for rare in (Bug.COPY_LAZY_UNDER_A_WRITE, Bug.COPY_INTO_A_DIRTY_SLOT)),
     ],
     ids=lambda bug: bug.name,
 )

@@ -36,21 +36,21 @@ from fvd.storage.policy import Action, GrowthPolicy
 
 BY_SCENARIO_ONLY = (
     # Random worlds would need a word that is pending by zeros, a slow copy beside it, a write, a flush and a crash.
-    Bug.ENTRY_SOFT_UNDER_A_WRITE,
+    Bug.ENTRY_LAZY_UNDER_A_WRITE,
     # Two that make something durable end in this order, and one took the other's report: not in 110,000 requests.
     Bug.DURABLE_END_WITHOUT_BARRIER,
     Bug.BARRIER_ONE_TOO_EARLY,
     Bug.FAILURE_BESIDE_US_IGNORED,
     Bug.SAMPLER_NOT_ASKED,
     Bug.COPY_NOT_LOGGED,  # copies beside what is pending, and a kill before the next commit: not in 120,000 requests
-    Bug.HARDENED_NOT_LOGGED,
+    Bug.PROMOTED_NOT_LOGGED,
     Bug.FULL_LOG_IGNORED,
     Bug.BASE_RELEASED_BEFORE_COMMIT,  # random worlds need more than 200,000 requests for a base that ends between a commit and its flush
     Bug.TRIM_SHARES_ITS_CHUNK,  # random worlds mostly find it, but one hunt of three did not
 )
 COMPILED = tuple(bug for bug in Bug if bug not in BY_SCENARIO_ONLY)
 # Found, but by some starts not within 200,000 requests of all kinds of worlds: hunted for longer, in the long run.
-RARELY = (Bug.RESERVE_FORGOTTEN_WHEN_FULL, Bug.ONE_WORD_HARDENED, "told of room in vain")
+RARELY = (Bug.RESERVE_FORGOTTEN_WHEN_FULL, Bug.ONE_WORD_PROMOTED, "told of room in vain")
 REQUESTS_MAX = 200_000
 RARELY_REQUESTS = 1_000_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
@@ -88,7 +88,7 @@ def recovery_flushes_nothing() -> Iterator[None]:
 
 
 @contextmanager
-def recovery_ignores_what_was_frozen() -> Iterator[None]:
+def recovery_ignores_what_was_committing() -> Iterator[None]:
     parts = recovery.parts_to_apply
 
     def last(*about: Any) -> Any:
@@ -151,7 +151,7 @@ HABITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 IN_PYTHON: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "stale read-only open": read_only_opens_skip_replay,
     "recovery without a flush": recovery_flushes_nothing,
-    "frozen log ignored": recovery_ignores_what_was_frozen,
+    "committing log ignored": recovery_ignores_what_was_committing,
 }
 
 

@@ -66,7 +66,7 @@ class Medium:
 COUNTERS = (
     "guest_quiet_requests guest_quiet_latency_ns guest_busy_requests guest_busy_latency_ns guest_last_ns now_ns base_reads base_read_bytes "
     "base_service_ns base_latency_ns copy_writes copy_write_bytes copy_service_ns copy_latency_ns prefetched_bytes copied_bytes zero_bytes "
-    "dropped_bytes no_slot_copies soft_changes"
+    "dropped_bytes no_slot_copies lazy_changes"
 )
 
 

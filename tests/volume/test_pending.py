@@ -301,7 +301,7 @@ def test_a_death_in_the_open_loses_nothing(path: Path, victim: tuple[Any, str], 
     shows_everything(path)
 
 
-def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
+def test_the_committing_part_comes_first(path: Path, pending_dir: Path) -> None:
     """A commit that its server's death interrupted, and what came after it."""
     make(path)
     driver = start(path)
@@ -313,15 +313,15 @@ def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
     geometry = superblock(path).geometry
     found = layout.read(memory.buffer, geometry, _identity(path))
     bitmap, table = layout_maps(path)
-    found.open.apply(bitmap, table)
-    frozen_now = int(header["epoch"][0])
-    other = 1 - frozen_now % 2
+    found.running.apply(bitmap, table)
+    epoch_now = int(header["epoch"][0])
+    other = 1 - epoch_now % 2
     header["areas"]["base_hash"][0, other] = map_hash(superblock(path).uuid, bitmap, table)
     records = np.frombuffer(memory.buffer, layout.RECORD, offset=layout.HEADER_BYTES + other * int(header["capacity"][0]) * 16)
     records[0]["key"], records[0]["value"] = 1 << 56, 1 | 1 << 16
     records[1]["key"], records[1]["value"] = 2 << 56 | 1, 9
     header["areas"]["count"][0, other] = 2
-    header["epoch"] = frozen_now + 1
+    header["epoch"] = epoch_now + 1
     del header, records
     memory.close()
     with driven(path) as driver:
@@ -331,7 +331,7 @@ def test_the_frozen_part_comes_first(path: Path, pending_dir: Path) -> None:
 
 
 def test_each_part_must_be_possible_whoever_looks(path: Path, pending_dir: Path) -> None:
-    """A frozen part that marks blocks of a chunk without a slot, and an open one that takes it back: no engine has written that."""
+    """A committing part that marks blocks of a chunk without a slot, and a running one that takes it back: no engine has written that."""
     make(path)
     driver = start(path)
     driver.pwrite(0, A)

@@ -57,7 +57,7 @@ class FakeEngine:
         self.reads: list[tuple[int, int]] = []
         names = "guest_quiet_requests guest_quiet_latency_ns guest_busy_requests guest_busy_latency_ns guest_last_ns now_ns base_reads "
         names += "base_read_bytes base_service_ns copy_writes copy_write_bytes copy_service_ns prefetched_bytes copied_bytes zero_bytes "
-        self.counters = dict.fromkeys((names + "dropped_bytes no_slot_copies soft_changes").split(), 0)
+        self.counters = dict.fromkeys((names + "dropped_bytes no_slot_copies lazy_changes").split(), 0)
 
     def prefetch_plan(self, extents: list[tuple[int, int]]) -> None:
         self.plans.append(extents)
