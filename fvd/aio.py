@@ -229,8 +229,8 @@ class AsyncServed:
 
     def events(self, history: bool = False, volume: str | None = None) -> AsyncEvents:
         """What happens to these disks from this call on. As `fvd.Served.events`."""
-        found = self._served.events(history, volume)
-        return AsyncEvents(lambda: found, found.close)
+        stream = self._served.events(history, volume)
+        return AsyncEvents(lambda: stream, stream.close)
 
     async def close(self) -> None:
         """Ends serving and closes each disk; again is fine. Raises DeviceError when a disk could not be closed cleanly."""
@@ -326,8 +326,8 @@ class AsyncDisk:
 
     def events(self, history: bool = False) -> AsyncEvents:
         """What happens to the disk from this call on, until it is closed. As `fvd.Disk.events`."""
-        found = self._disk.events(history)
-        return AsyncEvents(lambda: found, found.close)
+        stream = self._disk.events(history)
+        return AsyncEvents(lambda: stream, stream.close)
 
     async def close(self) -> None:
         """Commit everything and close the disk; writes that wait for storage end with an error; again is fine. Raises DeviceError when

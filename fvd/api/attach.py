@@ -62,24 +62,24 @@ def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TA
     """
     from fvd.api.verbs import info
 
-    found = info(volume)
-    if found.uri is None:
-        raise NotFound(f"{found.volume} is not served; {how_to_serve(found.volume)}")
-    return describe(found, iothread=iothread, target=target)
+    disk = info(volume)
+    if disk.uri is None:
+        raise NotFound(f"{disk.volume} is not served; {how_to_serve(disk.volume)}")
+    return describe(disk, iothread=iothread, target=target)
 
 
-def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
+def describe(disk: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
     """The texts for a disk whose ``uri`` is set. Raises InvalidArgument: no such target, or a path that XML cannot hold."""
-    assert found.uri is not None
+    assert disk.uri is not None
     if not _TARGET.fullmatch(target):
         raise InvalidArgument(f"{quoted(target)} is no name of a virtio disk in a virtual machine; write for example vdb")
-    uri, everywhere = reachable(found.uri)
+    uri, everywhere = reachable(disk.uri)
     export, server = parse_uri(uri)
     for text in (export, *server.values()):
         if _NOT_XML.search(text):
             raise InvalidArgument(f"{quoted(text)} contains characters that libvirt's XML cannot hold; serve the disk under another name")
-    node = node_name(found)
-    blockdev = _blockdev(node, export, server, found.read_only)
+    node = node_name(disk)
+    blockdev = _blockdev(node, export, server, disk.read_only)
     thread = f"{node}-thread"
     # An error pauses the machine (`cont` goes on) rather than reach the guest's file system: a server that is away for longer
     # than the delay, or one that was stopped while writes waited for storage.
@@ -93,15 +93,15 @@ def describe(found: Info, *, iothread: bool = False, target: str = DEFAULT_TARGE
     qmp.append({"execute": "device_add", "arguments": device})
     qemu_args += ["-device", ",".join([device["driver"], *keyval({key: value for key, value in device.items() if key != "driver"})])]
     return AttachInfo(
-        volume=found.volume,
+        volume=disk.volume,
         uri=uri,
         export=export,
-        read_only=found.read_only,
+        read_only=disk.read_only,
         qemu_args=qemu_args,
         blockdev=blockdev,
         qmp=qmp,
-        libvirt_xml=_libvirt_xml(export, server, found.read_only, iothread, target),
-        notes=_notes(found, server, iothread, target, everywhere=everywhere),
+        libvirt_xml=_libvirt_xml(export, server, disk.read_only, iothread, target),
+        notes=_notes(disk, server, iothread, target, everywhere=everywhere),
     )
 
 
@@ -136,10 +136,10 @@ def parse_uri(uri: str) -> tuple[str, dict[str, str]]:
     raise InvalidArgument(f"{quoted(uri)} is no NBD URI that fvd knows: nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT")
 
 
-def node_name(found: Info) -> str:
+def node_name(disk: Info) -> str:
     """A name for the disk inside QEMU: always the same for one disk, and another for another disk of the same name."""
-    tail = f"-{found.uuid[:8]}"
-    readable = plain_name(found.volume.rpartition("/")[2])
+    tail = f"-{disk.uuid[:8]}"
+    readable = plain_name(disk.volume.rpartition("/")[2])
     return f"fvd-{readable}"[: NODE_NAME_BYTES - len(tail)].rstrip("-._") + tail
 
 
@@ -199,25 +199,25 @@ def _quoted(text: str) -> str:
     return "'" + quoteattr(text, {"'": "&apos;", '"': "&quot;"})[1:-1] + "'"
 
 
-def _notes(found: Info, server: dict[str, str], iothread: bool, target: str, *, everywhere: bool) -> list[str]:
+def _notes(disk: Info, server: dict[str, str], iothread: bool, target: str, *, everywhere: bool) -> list[str]:
     notes = [
         "QMP: on a q35 machine device_add needs a free root port too: bus=NAME of a pcie-root-port.",
         "libvirt up to 9.0 does not know <reconnect delay>: without --validate it ignores the element.",
         f"libvirt: the name {target} must be free; --target chooses another.",
     ]
-    if found.pending_log is not None:
+    if disk.pending_log is not None:
         notes.append(
             "A server that is killed loses nothing that it had answered, as long as this host runs and serves the disk again; QEMU sends "
             "again what was not answered."
         )
-    elif not found.read_only and found.cache not in WRITE_THROUGH_CACHE_MODES:
+    elif not disk.read_only and disk.cache not in WRITE_THROUGH_CACHE_MODES:
         notes.append(
             "This server has no log of pending changes (fvd-lv info says why): if it is killed, writes that it had answered and that were "
             "not flushed may be lost, and QEMU does not send them again; serve with --cache writethrough where guests must outlive that."
         )
-    if found.base is not None and not found.base_released:
+    if disk.base is not None and not disk.base_released:
         notes.append(
-            f"While data still come from {found.base.path}, a base that does not answer for serve --base-timeout pauses the machine; cont "
+            f"While data still come from {disk.base.path}, a base that does not answer for serve --base-timeout pauses the machine; cont "
             "(virsh resume) goes on when it is back. fvd-lv prefetch start makes the disk independent of it."
         )
     if iothread:

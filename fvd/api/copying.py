@@ -164,11 +164,11 @@ def _refuse_what_cannot_copy(disk: OpenVolume, what: str) -> None:
 
 def info_of_open(disk: OpenVolume) -> dict[str, Any]:
     """What `Info` says of copies from the base, of an open disk."""
-    found = None if disk.superblock.base is None else status(disk)
+    progress = None if disk.superblock.base is None else status(disk)
     return {
-        "copy_on_read": found is not None and found["copy_on_read"],
-        "prefetch_default": found is not None and disk.superblock.prefetch,
-        "prefetch": found,
+        "copy_on_read": progress is not None and progress["copy_on_read"],
+        "prefetch_default": progress is not None and disk.superblock.prefetch,
+        "prefetch": progress,
         "base_released": _released(disk),
     }
 

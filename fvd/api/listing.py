@@ -106,11 +106,11 @@ def _served() -> list[Listed]:
     from fvd.control.paths import all_sockets
 
     paths = all_sockets()
-    found: dict[Path, Listed | None] = {}
+    answered: dict[Path, Listed | None] = {}
 
     def ask(mine: list[Path]) -> None:
         for path in mine:
-            found[path] = _ask(path)
+            answered[path] = _ask(path)
 
     deadline = time.monotonic() + LISTING_SECONDS
     lanes = [paths[at::ASKED_AT_ONCE] for at in range(min(ASKED_AT_ONCE, len(paths)))]
@@ -120,7 +120,7 @@ def _served() -> list[Listed]:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    answers = dict(found)
+    answers = dict(answered)
     late = [_unasked(path, Timeout(f"{path}: not asked within {LISTING_SECONDS:g} seconds")) for path in paths if path not in answers]
     return sorted([listed for listed in answers.values() if listed is not None] + late, key=lambda listed: listed.volume)
 
@@ -218,21 +218,21 @@ def _group(group: VolumeGroup, ours: list[LogicalVolume], volumes: list[Listed])
     from fvd.storage.overcommit import commitment
     from fvd.volume.tags import facts_of
 
-    found = commitment(group, ours)
+    promised = commitment(group, ours)
     infos = [listed.info for listed in volumes if listed.group == group.name]
     return Group(
-        group=found.group,
-        size=found.size_bytes,
-        free_bytes=found.free_bytes,
-        disks=found.disks,
-        storage_bytes=found.storage_bytes,
+        group=promised.group,
+        size=promised.size_bytes,
+        free_bytes=promised.free_bytes,
+        disks=promised.disks,
+        storage_bytes=promised.storage_bytes,
         mapped_bytes=sum(info.mapped_bytes for info in infos if info),
         unread_disks=sum(info is None for info in infos),
-        virtual_bytes=found.virtual_bytes,
-        greatest_bytes=found.most_bytes,
-        available_bytes=found.available_bytes,
-        overcommit=found.ratio,
-        max_overcommit=found.limit,
+        virtual_bytes=promised.virtual_bytes,
+        greatest_bytes=promised.most_bytes,
+        available_bytes=promised.available_bytes,
+        overcommit=promised.ratio,
+        max_overcommit=promised.limit,
         largest_step_bytes=max(
             (facts.grow_step_bytes for volume in ours if volume.group == group.name and (facts := facts_of(volume))), default=0
         ),
@@ -275,8 +275,8 @@ def _look(name: VolumeName) -> Listed | None:
     from fvd.api.verbs import info
 
     try:
-        found: Info = info(str(name))
-        return Listed(str(name), "closed" if found.uri is None else "served", found)
+        known: Info = info(str(name))
+        return Listed(str(name), "closed" if known.uri is None else "served", known)
     except NotFound:
         return None  # removed meanwhile
     except FvdError as error:

@@ -39,9 +39,9 @@ class OpenedVerbs:
         with contextlib.suppress(DeviceError):  # closed meanwhile
             short_bytes = self._disk.node.stack().short_bytes
         disk = self._disk
-        found: dict[str, Any] = self._call(lambda: info(disk, short_bytes) | copying.info_of_open(disk) | failure_details(disk))
-        failed_errno = found.get("failed_errno") or 0
-        return {**found, "uri": uri, "failed": bool(failed_errno), "failed_reason": os.strerror(failed_errno) if failed_errno else ""}
+        answer: dict[str, Any] = self._call(lambda: info(disk, short_bytes) | copying.info_of_open(disk) | failure_details(disk))
+        failed_errno = answer.get("failed_errno") or 0
+        return {**answer, "uri": uri, "failed": bool(failed_errno), "failed_reason": os.strerror(failed_errno) if failed_errno else ""}
 
     def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
         """The map, or its beginning: ``more`` says which."""
@@ -49,9 +49,9 @@ class OpenedVerbs:
 
         # The snapshot is taken between two requests; what is made of it takes no time from them.
         view = self._call(lambda: look(self._disk))
-        found = map_of(view, offset, length, limit)
+        mapped = map_of(view, offset, length, limit)
         end = view.geometry.virtual_size_bytes if length is None else offset + length
-        return map_to_json(found, more=offset + found.length < end)
+        return map_to_json(mapped, more=offset + mapped.length < end)
 
     def check(self) -> dict[str, Any]:
         from fvd.inspect.check import check
@@ -94,8 +94,8 @@ class OpenedVerbs:
         return write()
 
     def _plain(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = self._call(work)
-        return found
+        answer: dict[str, Any] = self._call(work)
+        return answer
 
 
 def storage_failure(disk: OpenVolume) -> str:

@@ -89,8 +89,8 @@ def provision(
         progress=None if progress is None else in_caller(progress),
     )
     made = whole(work)
-    found = info(str(made.name)) if made.view is None else closed_info(made.view)
-    return Provisioned(**{**vars(found), "created": made.created})
+    known = info(str(made.name)) if made.view is None else closed_info(made.view)
+    return Provisioned(**{**vars(known), "created": made.created})
 
 
 def extend(volume: str, by: int | str | None = None) -> Extended:
@@ -235,20 +235,20 @@ def map_of(view: View, offset: int, length: int | None, limit: int | None = None
     """The map of a part of a disk; with a limit, of its beginning only."""
     from fvd.inspect.map import extents
 
-    found: list[Extent] = []
+    pieces: list[Extent] = []
     for extent in extents(view, offset, length):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(pieces) >= limit:
             break
-        found.append(_extent(extent))
-    end = found[-1].start + found[-1].length if found else offset
+        pieces.append(_extent(extent))
+    end = pieces[-1].start + pieces[-1].length if pieces else offset
     geometry = view.geometry
-    return Map(str(view.name), offset, end - offset, geometry.chunk_size_bytes, geometry.data_offset_bytes, view.storage_size_bytes, found)
+    return Map(str(view.name), offset, end - offset, geometry.chunk_size_bytes, geometry.data_offset_bytes, view.storage_size_bytes, pieces)
 
 
-def map_to_json(found: Map, more: bool) -> dict[str, Any]:
+def map_to_json(part: Map, more: bool) -> dict[str, Any]:
     """Extents as rows: a large map has many."""
-    rows = [[extent.start, extent.length, extent.state, extent.storage_offset] for extent in found.extents]
-    return {**vars(found), "extents": rows, "more": more}
+    rows = [[extent.start, extent.length, extent.state, extent.storage_offset] for extent in part.extents]
+    return {**vars(part), "extents": rows, "more": more}
 
 
 def map_from_json(answer: dict[str, Any]) -> Map:
@@ -259,10 +259,10 @@ def _extent(extent: MapExtent) -> Extent:
     return Extent(extent.start, extent.length, extent.state, extent.storage_offset)
 
 
-def _joined(found: list[Extent]) -> list[Extent]:
+def _joined(pieces: list[Extent]) -> list[Extent]:
     """Extents that were cut only because an answer ended there, put together."""
     joined: list[Extent] = []
-    for extent in found:
+    for extent in pieces:
         before = joined[-1] if joined else None
         if before is not None and before.state == extent.state:
             continues = before.storage_offset is None or before.storage_offset + before.length == extent.storage_offset

@@ -119,11 +119,11 @@ def _check_maps(node: Pages, name: VolumeName, superblock: Superblock, report: C
 
 def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
     """What a server that died has left: a disk that waits for its log is not clean."""
-    found = state_of(node)
-    if report.errors or not isinstance(found, Superblock):
+    state = state_of(node)
+    if report.errors or not isinstance(state, Superblock):
         return
-    if found.log is None:
-        _tell_loss(found.loss, report)
+    if state.log is None:
+        _tell_loss(state.loss, report)
         return
     report.clean = False
     try:
@@ -146,11 +146,11 @@ def _tell_loss(loss: PossibleLoss | None, report: CheckReport) -> None:
 
 def _check_base(node: Node, report: CheckReport, marks: frozenset[str] | None, allow: Sequence[str]) -> CheckReport:
     """Whether the base of a disk that has a readable superblock can be opened."""
-    found = state_of(node)
-    if isinstance(found, Superblock) and found.base is not None:
+    state = state_of(node)
+    if isinstance(state, Superblock) and state.base is not None:
         try:
-            user = rights_for(found.base.locator, namer_of(report.volume, node, marks, found.base), allow)
-            open_base(found.base, node.identity, user=user).close()
+            user = rights_for(state.base.locator, namer_of(report.volume, node, marks, state.base), allow)
+            open_base(state.base, node.identity, user=user).close()
         except FvdError as error:
             report.errors.append(str(error))
     return report

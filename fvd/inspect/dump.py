@@ -46,18 +46,18 @@ def dump(name: str | VolumeName, *, cells: bool = True) -> dict[str, Any]:
 
 
 def _dump(volume: VolumeName, node: Node, cells: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "volume": str(volume), "storage_size": node.size_bytes()}
+    answer: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "volume": str(volume), "storage_size": node.size_bytes()}
     slots = read_superblock_slots(node)
-    found["superblocks"] = [] if slots is None else [_superblock(page, slot) for slot, page in enumerate(slots)]
+    answer["superblocks"] = [] if slots is None else [_superblock(page, slot) for slot, page in enumerate(slots)]
     try:
         superblock = read_superblock(node)
     except Corrupt as error:
-        return found | {"error": str(error)}
-    found["pending_log"] = _log(node, superblock)
+        return answer | {"error": str(error)}
+    answer["pending_log"] = _log(node, superblock)
     geometry = superblock.geometry
     try:
         ring = node.pread(geometry.journal_offset_bytes, geometry.journal_size_bytes)
-        found["journal"] = [
+        answer["journal"] = [
             {
                 "sequence": commit.sequence,
                 "parts": commit.parts,
@@ -72,40 +72,40 @@ def _dump(volume: VolumeName, node: Node, cells: bool) -> dict[str, Any]:
             for commit in iter_commits(geometry, superblock.uuid, ring)
         ]
         if cells:
-            found["bitmap_cells"] = _cells(node, superblock, MapKind.BITMAP)
-            found["table_cells"] = _cells(node, superblock, MapKind.TABLE)
+            answer["bitmap_cells"] = _cells(node, superblock, MapKind.BITMAP)
+            answer["table_cells"] = _cells(node, superblock, MapKind.TABLE)
     except DeviceError as error:
-        found["error"] = str(error)
-    return found
+        answer["error"] = str(error)
+    return answer
 
 
 def _superblock(page: bytes, slot: int) -> dict[str, Any]:
     """Every field of a slot, and whether it decodes."""
-    found: dict[str, Any] = {"slot": slot}
+    values: dict[str, Any] = {"slot": slot}
     try:
         decode(page, slot)
-        found["valid"] = True
+        values["valid"] = True
     except FvdError as error:
-        found |= {"valid": False, "problem": str(error)}
+        values |= {"valid": False, "problem": str(error)}
     if not page.startswith(MAGIC):
-        return found
+        return values
     row = np.frombuffer(page, SUPERBLOCK)[0]
     for name in SUPERBLOCK.names or ():
         value = row[name]
         if name == "uuid":
-            found[name] = uuid_text(value.tobytes())
+            values[name] = uuid_text(value.tobytes())
         elif name == "checksum" or name.endswith("_features"):
-            found[name] = f"{int(value):#x}"
+            values[name] = f"{int(value):#x}"
         elif name in ("base_locator", "log_path"):
             size = min(int(row[f"{name}_size"]), len(value.tobytes()))
-            found[name] = value.tobytes()[:size].decode(errors="replace")
+            values[name] = value.tobytes()[:size].decode(errors="replace")
         elif name in ("log_boot", "log_host"):
-            found[name] = value.tobytes().hex()
+            values[name] = value.tobytes().hex()
         elif name == "magic":
-            found[name] = value.tobytes().decode("latin-1")
+            values[name] = value.tobytes().decode("latin-1")
         elif not name.startswith("reserved"):
-            found[name] = int(value)
-    return found
+            values[name] = int(value)
+    return values
 
 
 def _log(node: Node, superblock: Superblock) -> dict[str, Any] | None:
@@ -113,20 +113,20 @@ def _log(node: Node, superblock: Superblock) -> dict[str, Any] | None:
     record = superblock.log
     if record is None:
         return None
-    found: dict[str, Any] = {"path": record.path}
+    answer: dict[str, Any] = {"path": record.path}
     if isinstance(node, Node):  # of anything else nobody knows what place it is
         left = pending.find(superblock, surviving.lasting_place(node), surviving.host_id(), surviving.boot_id())
-        found["state"] = left.kind.value
+        answer["state"] = left.kind.value
         if left.problem:
-            found["problem"] = left.problem
+            answer["problem"] = left.problem
         if left.found is not None:
             left.found.close()
     try:
         memory = surviving.find(record.path)
     except FvdError as error:
-        return found | {"valid": False, "problem": str(error)}
+        return answer | {"valid": False, "problem": str(error)}
     try:
-        return found | _log_header(bytes(memory.buffer[:HEADER_BYTES]))
+        return answer | _log_header(bytes(memory.buffer[:HEADER_BYTES]))
     finally:
         memory.close()
 
@@ -135,22 +135,22 @@ def _log_header(page: bytes) -> dict[str, Any]:
     if len(page) < HEADER_BYTES or not page.startswith(LOG_MAGIC):
         return {"valid": False}
     row = np.frombuffer(page, HEADER)[0]
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in HEADER.names or ():
         value = row[name]
         if name == "areas":
-            found[name] = [{"base_hash": f"{int(area['base_hash']):#018x}", "count": int(area["count"])} for area in value]
+            values[name] = [{"base_hash": f"{int(area['base_hash']):#018x}", "count": int(area["count"])} for area in value]
         elif name == "uuid":
-            found[name] = uuid_text(value.tobytes())
+            values[name] = uuid_text(value.tobytes())
         elif name in ("boot", "host"):
-            found[name] = value.tobytes().hex()
+            values[name] = value.tobytes().hex()
         elif name in ("log_magic", "identity"):
-            found[name] = value.tobytes().rstrip(b"\0").decode(errors="replace")
+            values[name] = value.tobytes().rstrip(b"\0").decode(errors="replace")
         elif name == "log_checksum":
-            found[name] = f"{int(value):#x}"
+            values[name] = f"{int(value):#x}"
         elif not name.endswith("reserved"):
-            found[name] = int(value)
-    return found
+            values[name] = int(value)
+    return values
 
 
 def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, 
     whole = empty_bitmap(geometry) if kind is MapKind.BITMAP else empty_table(geometry)
     if whole is None:
         return []
-    found: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     damaged = 0
     initial = 0 if kind is MapKind.BITMAP else EMPTY
     per_cell = WORDS_PER_CELL if kind is MapKind.BITMAP else ENTRIES_PER_CELL
@@ -191,10 +191,10 @@ def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, 
             }
             if problem is not None:
                 cell["problem"] = problem
-            found.append(cell)
+            listed.append(cell)
     if damaged > LISTED_PAGES:
-        found.append({"problem": f"{damaged - LISTED_PAGES} more pages have damaged cells"})
-    return found
+        listed.append({"problem": f"{damaged - LISTED_PAGES} more pages have damaged cells"})
+    return listed
 
 
 def _item(kind: MapKind, value: int) -> int | str:
