@@ -55,6 +55,8 @@ WORDS = [
     name(r"\bclass Driver\b", "DiskThread, NbdLoop, ...: what it drives"),
     name(r"\b_natural\b", "_non_negative"),
     name(r"\b_(must_ask|asked_bytes|asked_pool_at|asking|ask_rest|is_asking)\b", "requested_bytes; the state of the policy"),
+    name(r"\btake_wants\b", "pop_wants"),
+    name(r"\bmay_read\b", "admit: what decides and changes nothing"),
     name(r"\bREP_ERR_SHUTDOWN\b", "nothing: it was never sent"),
     name(r"\broom_made\b|\btells_of_room\b", "space_freed, notifies_space"),
     name(r"\bfvd\.volume\.(seams|starting|watching|offline|opening|loading)\b|\bseams\.py\b|\bsim/bench\.py\b", "the module's name now"),
