@@ -89,13 +89,13 @@ cdef class Queue:
     cdef PyObject **sources
     cdef uint32_t source_count, source_capacity
     cdef uint64_t source_inflight       # of `inflight`
-    cdef bint source_rang
+    cdef bint source_ready
     cdef int64_t next_look_ns
     cdef int watch_for(self, Source source, int fd, uint64_t key) except -1
     cdef int source_ended(self, uint32_t disk, uint64_t token, int64_t result) except -1 nogil
     cdef int start_at_source(self, uint32_t disk, const DeviceOp *op) except -1 nogil
-    cdef int64_t patience(self, int64_t timeout_ns) noexcept nogil
-    cdef int look_at_sources(self) except -1 nogil
+    cdef int64_t poll_timeout(self, int64_t timeout_ns) noexcept nogil
+    cdef int poll_sources(self) except -1 nogil
     cdef int drop_source(self, Source source) except -1
     cdef int drop_sources(self) except -1
 

@@ -407,7 +407,7 @@ cdef class Remote(Source):
                 break
         else:
             self.noted |= WATCH_LINE
-            self.queue.source_rang = True
+            self.queue.source_ready = True
         self.settle()
         if self.line == line and line.reason[0]:    # an error that libnbd survives is one that we cannot go on from
             return self.give_up(ENOTCONN, line.reason, True)
@@ -531,10 +531,10 @@ cdef class Remote(Source):
             self.opened.set()
             fvd_remote_ring(self.loop_fd)
         # The loop gives its connection up when it is told. One that does not turn any more keeps it; our server ends all the same.
-        patience = 40
-        while self.line != NULL and patience:
+        tries_left = 40
+        while self.line != NULL and tries_left:
             self.rest(0.1)
-            patience -= 1
+            tries_left -= 1
         line = self.line
         if line != NULL:
             nbd_kill_subprocess(line.handle, SIGKILL)   # nobody else closes a handle
