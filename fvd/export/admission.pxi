@@ -2,7 +2,7 @@
 # Whether there is memory for a client's next request, among all that hold some. It knows how much, not what for.
 #
 # Offers: admit
-# Needs: _server: touch; payloads: share, beyond; buffers: free_bytes_of
+# Needs: buffers: free_bytes_of; payloads: beyond, share
 
 cdef enum Admission:
     ADMITTED = 0

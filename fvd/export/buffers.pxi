@@ -6,8 +6,8 @@
 # holes in it that nothing fits into, and 8 KiB at a page's border take 12 there. So small buffers are cut from spans, each for one class,
 # whose addresses are kept and whose pages are not; large ones are mappings of their own.
 #
-# Offers: class_of, free_bytes_of, pool_warm, pool_fresh, pool_give, pool_discard, pool_trim, pool_end
-# Needs: _server: PAGE
+# Offers: class_of, free_bytes_of, pool_discard, pool_end, pool_fresh, pool_give, pool_trim, pool_warm
+# Needs: nothing
 
 cdef extern from *:
     """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Connections: what each may do, what moves it, in which lists it is, whose it is. It knows no request but as a record that refers to it.
 #
-# Offers: move_connection, note_readable, list_push, list_take, find_peer, end_if_stalled, cancel_waiting_requests, free_dead
-# Needs: _server: touch; payloads: free_record
+# Offers: cancel_waiting_requests, close_connection, end_if_stalled, find_peer, free_dead, list_push, list_take, move_connection,
+#   note_readable
+# Needs: payloads: free_record
 #
 # state       reads   answers   what moves it                                                            to
 # OPEN        yes     yes       CLIENT_ENDS: goodbye, the end of its stream, or what is no request       ENDING

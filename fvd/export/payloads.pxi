@@ -2,8 +2,8 @@
 # What requests hold: a record each, a buffer for data, and the account of both for each connection, peer and the server. It knows no
 # request's meaning.
 #
-# Offers: share, beyond, record_of, new_record, free_record, give_payload, release_payload
-# Needs: buffers: class_of, pool_warm, pool_trim, pool_fresh, pool_give
+# Offers: beyond, free_record, give_payload, new_record, record_of, release_payload, share
+# Needs: buffers: class_of, pool_fresh, pool_give, pool_trim, pool_warm
 
 cdef struct RequestRecord:          # one request of a client
     uint8_t head[36]                # the whole reply, when it carries no data

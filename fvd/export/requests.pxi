@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Requests: what NBD asks becomes a request to a backend, and what that answers becomes a reply. It knows no socket.
 #
-# Offers: begin_request, submit_write, reply_to_done
-# Needs: _server: touch; connections: list_push; payloads: record_of, new_record, free_record, give_payload, release_payload
+# Offers: begin_request, reply_to_done, submit_write
+# Needs: connections: list_push; payloads: free_record, give_payload, new_record, record_of, release_payload
 
 cdef int begin_request(NbdLoop loop, Connection *connection, const Request *request) except -1 nogil:
     cdef RequestRecord *record = new_record(loop, connection)
@@ -18,7 +18,7 @@ cdef int begin_request(NbdLoop loop, Connection *connection, const Request *requ
     if request.command == COMMAND_READ:
         if not give_payload(loop, record, length):
             return finish_request(loop, record, -ENOMEM, 0)
-        return submit(loop, record, REQUEST_READ, 0, record.payload)
+        return submit_request(loop, record, REQUEST_READ, 0, record.payload)
     if request.command == COMMAND_WRITE:
         connection.large = length >= LARGE_BYTES
         if not give_payload(loop, record, length):
@@ -27,11 +27,11 @@ cdef int begin_request(NbdLoop loop, Connection *connection, const Request *requ
         connection.filling = record
         return 0
     if request.command == COMMAND_FLUSH:
-        return submit(loop, record, REQUEST_FLUSH, 0, NULL)
+        return submit_request(loop, record, REQUEST_FLUSH, 0, NULL)
     if request.command == COMMAND_TRIM:
-        return submit(loop, record, REQUEST_TRIM, flags, NULL)
+        return submit_request(loop, record, REQUEST_TRIM, flags, NULL)
     if request.command == COMMAND_WRITE_ZEROES:
-        return submit(loop, record, REQUEST_ZERO, flags | (FLAG_NO_HOLE if request.flags & COMMAND_FLAG_NO_HOLE else 0), NULL)
+        return submit_request(loop, record, REQUEST_ZERO, flags | (FLAG_NO_HOLE if request.flags & COMMAND_FLAG_NO_HOLE else 0), NULL)
     if request.command == COMMAND_BLOCK_STATUS:
         return reply_status(loop, record)
     return finish_request(loop, record, 0, 0)      # COMMAND_CACHE is a hint that we do not take
@@ -41,10 +41,10 @@ cdef int submit_write(NbdLoop loop, Connection *connection) except -1 nogil:
     cdef RequestRecord *record = connection.filling
     connection.filling = NULL
     connection.export.written_bytes += record.request.length_bytes
-    return submit(loop, record, REQUEST_WRITE, FLAG_FUA if record.request.flags & COMMAND_FLAG_FUA else 0, record.payload)
+    return submit_request(loop, record, REQUEST_WRITE, FLAG_FUA if record.request.flags & COMMAND_FLAG_FUA else 0, record.payload)
 
 
-cdef int submit(NbdLoop loop, RequestRecord *record, uint32_t kind, uint32_t flags, uint8_t *buffer) except -1 nogil:
+cdef int submit_request(NbdLoop loop, RequestRecord *record, uint32_t kind, uint32_t flags, uint8_t *buffer) except -1 nogil:
     cdef Export *export = record.connection.export
     if not export.live or export.closing:
         return finish_request(loop, record, -ESHUTDOWN, 0)

@@ -2,7 +2,8 @@
 # Bytes of the clients' sockets: received and cut into requests, and replies sent. It knows neither backends nor what a request does.
 #
 # Offers: receive, send_all
-# Needs: connections: list_push, list_take, move_connection; payloads: free_record; admission: admit; requests: begin_request, submit_write
+# Needs: admission: admit; connections: list_push, list_take, move_connection; payloads: free_record; requests: begin_request,
+#   submit_write
 
 cdef enum Verdict:
     NEEDS_BYTES = 0
