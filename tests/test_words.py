@@ -66,6 +66,9 @@ WORDS = [
     name(r"\broom_made\b|\btells_of_room\b", "space_freed, notifies_space"),
     name(r"\bfvd\.volume\.(seams|starting|watching|offline|opening|loading)\b|\bseams\.py\b|\bsim/bench\.py\b", "the module's name now"),
     Word(r"<(u?int(8|16|32|64)_t|size_t|double|float|char|void|long|int)( ?\*+)?> (?=[\w(&*])", "<uint64_t>x: no space", CYTHON_NAMES),
+    name(r"\b(source_rang|look_at_sources|unspill)\b", "source_ready, poll_sources, drain_overflow"),
+    name(r"\b(may_read|take_wants)\b", "admit, pop_wants"),
+    name(r"\bfvd\.(disk\._load|export\._passthrough|sim\.sweep)\b|\bfvd/(disk/_load|export/_passthrough|sim/sweep)\b", "devtools"),
     # Words of daily life, and sentences that were translated.
     Word(r"\b(stood|stands?|standing) still\b", "was suspended"),
     Word(r"\bstorage has ended\b|\bwhen storage ends\b", "storage is exhausted"),
