@@ -81,7 +81,6 @@ cdef class DiskThread:
     cdef Call *inbox_first
     cdef Call *inbox_last
     cdef Call *calls            # those that the engine has; only the loop touches it
-    cdef uint32_t call_count
     cdef uint32_t unwanted      # calls that are
     cdef int wake_fd
     cdef int process            # in which it was made: a child after fork has neither its thread nor its descriptors
