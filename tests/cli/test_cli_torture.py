@@ -75,11 +75,11 @@ def test_another_server(fvd_lv: Callable[..., Done], serving: Callable[..., Abst
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--shrink"], "name it with --seed"),
+        (["--shrink"], "give its --seed"),
         (["--seed", "7", "--shrink"], "nothing to shrink"),
         (["--seed", "7", "--only", "x"], "does not name requests"),
         (["--console", "--nbd", "nbd://x"], "exclude each other"),
-        (["--gentle"], "are for --qemu"),
+        (["--gentle"], "require --qemu"),
         (["--jobs", "0"], "must be above 0"),
         (["--seed", "-1"], "a seed is between"),
         (["--script", "nothere"], "name a file, or one of"),
