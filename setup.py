@@ -132,7 +132,7 @@ def modules() -> list[Extension]:
 setup(
     ext_modules=modules(),
     cmdclass={"build_ext": BuildExtensions},
-    # Objects of one build are never taken for another's, nor a developers' build for a package's: a package takes all modules that are there.
+    # Objects of one build are never taken for another's. A package takes all modules that are there, so it has a folder of its own.
     options={
         "build": {"build_base": f"build/{'objects' if len(FOLDERS) > 1 else 'package-objects'}-{BUILD}"},
         "build_ext": {"parallel": int(os.environ.get("FVD_JOBS", "0")) or None},
