@@ -101,6 +101,10 @@ cpdef enum Bug:     # what each takes away: docs/internals/durability.md
     ONE_WORD_PROMOTED
     TRIM_SHARES_ITS_CHUNK
     FAILED_DISCARD_KEEPS_ITS_SLOT
+    ANSWERED_WHEN_STOPPED
+    HANDED_OUT_WHEN_STOPPED
+    STARVED_WRITE_NOT_TRIED
+    STARVED_WRITE_ANSWERED
 
 cdef inline bint BUG(int number) noexcept nogil:
     return HAS_BUGS and seeded_bug == number

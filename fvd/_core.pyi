@@ -92,6 +92,10 @@ class Bug(IntEnum):
     ONE_WORD_PROMOTED = 62
     TRIM_SHARES_ITS_CHUNK = 63
     FAILED_DISCARD_KEEPS_ITS_SLOT = 64
+    ANSWERED_WHEN_STOPPED = 65
+    HANDED_OUT_WHEN_STOPPED = 66
+    STARVED_WRITE_NOT_TRIED = 67
+    STARVED_WRITE_ANSWERED = 68
 
 def crc32c(data: _Raw, crc: int = 0) -> int:
     """CRC32C of bytes, continuing from `crc`: crc32c(b, crc32c(a)) == crc32c(a + b)."""

@@ -252,7 +252,10 @@ cdef class Engine:
         record = &self.pools.slabs[index >> 8][index & 255]
         ensure(record.busy and record.generation == token >> 32, "completion of an operation that is not in flight")
         if record.is_write and record.buffer != NULL:
-            if is_full(error) and hold_if_full(self, record):
+            if is_full(error) and hold_if_full(self, record):   # R40
+                if not BUG(Bug.STARVED_WRITE_ANSWERED):
+                    return 0
+                cancel_starved(self, 0, 0, 0)
                 return 0
             if self.starved.no_room:
                 handle_starved(self, record, error)
@@ -288,7 +291,8 @@ cdef class Engine:
             return 0
         if self.base.retries != NULL and now_ns - self.base.retry_ns >= RETRY_AFTER_NS:
             retry_base_reads(self)
-        if self.starved.first != NULL and now_ns - self.starved.tried_ns >= STARVED_AFTER_NS:
+        # R40
+        if self.starved.first != NULL and now_ns - self.starved.tried_ns >= STARVED_AFTER_NS and not BUG(Bug.STARVED_WRITE_NOT_TRIED):
             retry_starved(self, False)
         if change_count(&self.changes.lazy) and not self.changes.lazy_due and now_ns - self.changes.lazy_since_ns > LAZY_COMMIT_AFTER_NS:
             self.changes.lazy_due = True

@@ -42,7 +42,7 @@ cdef int handle_op(Engine e, Op *op, int32_t error) except -1 nogil:
 cdef int refuse_ops(Engine e) except -1 nogil:
     """R39: of what a stopped engine has for its devices nothing reaches them: it fails here. Those that failed may have wanted more."""
     cdef DeviceOp op
-    if e.failure.refusing:
+    if e.failure.refusing or BUG(Bug.HANDED_OUT_WHEN_STOPPED):
         return 0
     e.failure.refusing = True
     while e.op_count:

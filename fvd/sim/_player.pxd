@@ -45,6 +45,7 @@ cdef class Player:
     cdef public uint64_t failed_at  # from this moment no flush may succeed
     cdef uint64_t changes_at_failure        # pending then; there may never be more
     cdef public bint errors_expected, exhausted, fails_when_full, cancelled, has_base, promises_flush, every_write_durable
+    cdef public bint stopped        # the engine has been told to: nothing may reach the device, and every request fails (R39)
     cdef public object log          # a list that is told every event, or None
     cdef public object mapped       # called with the (first sector, sectors) of a write acknowledged as durable, or None
     cdef dict holes_active, holes_ended     # chunk -> trims and write-zeroes of it in flight; when the last one of it ended

@@ -46,6 +46,8 @@ class Player:
     """Writes may fail with ENOSPC."""
     fails_when_full: bool
     """The disk is open with on_full=error."""
+    stopped: bool
+    """The engine has been stopped: nothing may reach the device, and every request fails (R39)."""
     cancelled: bool
     """Requests may fail with ESHUTDOWN."""
     log: list[str] | None

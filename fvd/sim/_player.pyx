@@ -227,6 +227,8 @@ cdef class Player:
             self.send_some_again(False)
         self.engine.tick(self.device.now_ns)
         while attending:
+            if self.stopped and self.engine.op_count:
+                raise Violation(f"{self.engine.op_count} operations for a disk that was stopped")
             for i in range(self.engine.op_count):
                 op = self.engine.ops[i]
                 added = self.device.add(op.token, op.kind, op.target, op.offset_bytes, op.length_bytes, op.buffer, op.durable)
@@ -426,7 +428,10 @@ cdef class Player:
             or (error == -108 and self.cancelled)
             or (error == -28 and (self.exhausted or cookie >> 20 <= self.exhausted_until) and guest.growable)
             or (self.errors_expected and (error == -5 or error == self.device.fail_with))
+            or (self.stopped and error == -5)
         )
+        if self.stopped and error == 0 and guest.kind != KIND_CLOSE:
+            raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} of a disk that was stopped is answered")
         if not expected:
             raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} failed with {error}")
         if error == -28 and guest.promised and not self.errors_expected:

@@ -11,10 +11,11 @@ from fvd.sim._oracle import SECTOR_BYTES
 from fvd.sim._rng import Rng
 from fvd.sim.damage import rot
 from fvd.sim.shape import STICKY
-from fvd.sim.world import ENDING, REQUESTS, ROUNDS, World
+from fvd.sim.world import ENDING, REQUESTS, ROUNDS, TAKEN, World
 
 ROUNDS_OF_A_WORLD = 6
 UNTIL_REQUESTS = 60
+TAKEN_SHARE = 0.03  # of rounds end with a disk whose storage somebody else has taken
 
 
 @dataclass(slots=True)
@@ -89,6 +90,11 @@ def play_round(world: World, number: int, outcome: Outcome, kept: Container[int]
     world.check_lost_slots()
     if shape.settle_share and Rng(world.seed, ENDING, number).random() < shape.settle_share:
         world.settle()
+    taken = Rng(world.seed, TAKEN, number)
+    if taken.random() < TAKEN_SHARE:
+        outcome.kills += 1
+        world.stop_disk(taken)
+        return
     ending = rng.random()
     if (shape.impatient and world.engine.failed_errno) or (shape.deadly and ending < 0.35):
         ending = 0.65

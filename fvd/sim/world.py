@@ -54,7 +54,7 @@ SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, S
 WEATHER = 40
 LOG, DURABLE = 20, 21
 BOUNDS = 37
-CORNER, ENDING = 30, 31
+CORNER, ENDING, TAKEN = 30, 31, 32
 _EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
 SAMPLED = True  # whoever serves a disk through a page cache has a second open file that hears what the first is not told
@@ -509,6 +509,32 @@ class World:
         if not failed and not recover_disk(self.node(), read_only=True).journal_state.clean:
             raise Violation("a closed disk is not clean")
         self.reopen()
+
+    def stop_disk(self, rng: Rng) -> None:
+        """Its storage has become somebody else's: the engine is stopped in the midst of it all, and goes on being asked (R39)."""
+        self.say("the disk is stopped")
+        player = self.player
+        player.attended = 0
+        player.stopped = True
+        self.engine.stop()
+        player.exchange()
+        for _ in range(rng.randint(0, 20)):
+            kind = rng.choice(("read", "write", "flush", "trim", "zero"))
+            first, count = rng.choice(self.shape.areas)
+            unit = self.geometry.block_size_bytes // SECTOR_BYTES
+            first, count = (0, 0) if kind == "flush" else (first // unit * unit, min(count, unit))
+            self.submit(kind, first, count)
+            player.exchange()
+            self.step()
+        self.stop_faults()
+        player.drain()
+        if player.in_flight_count:
+            raise Violation(f"requests of a disk that was stopped never end: {sorted(set(self.in_flight.values()))}")
+        self._check_leaks()
+        if rng.random() < 0.5:
+            self.crash()
+        else:
+            self.kill()
 
     def crash_while_closing(self) -> None:
         self.begin_close()

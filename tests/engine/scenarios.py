@@ -119,6 +119,27 @@ def failed_flush_is_remembered() -> None:
     stage.now("write", 0, 8)
 
 
+def write_without_space_below_the_storage() -> None:
+    """R40: the device has no space for a guest's write, and has some two seconds later: the write ends then, by itself."""
+    stage = Stage()
+    full = True
+
+    def fault(op: Operation) -> int:
+        return -28 if full and op.kind == WRITE and op.offset_bytes >= stage.geometry.data_offset_bytes else 0
+
+    stage.device.fault = fault
+    cookie = stage.submit("write", 0, SECTORS_PER_BLOCK)
+    stage.finish_all()
+    if cookie not in stage.in_flight:
+        raise Violation("a write that finds no space below the storage is not held")
+    full = False
+    stage.device.advance(2_000_000_000)
+    stage.finish_all()
+    if cookie in stage.in_flight:
+        raise Violation("a write that waits for space below the storage of its slot is not tried again")
+    stage.settle()
+
+
 def write_into_a_chunk_being_trimmed() -> None:
     """A trim of a whole chunk waits for a write in flight; a first write to another block of it must not join the slot that goes."""
     stage = Stage()
@@ -623,6 +644,7 @@ DIRECTED = {
     Bug.CHECKPOINT_OF_PENDING_VALUES: checkpoint_during_pending_change,
     Bug.SLOT_FREED_BESIDE_ITS_TRANSFERS: slot_reuse_under_a_read,
     Bug.FAILURES_IGNORED: failed_flush_is_remembered,
+    Bug.STARVED_WRITE_NOT_TRIED: write_without_space_below_the_storage,
     Bug.TRIM_BESIDE_WRITES: trim_under_a_write,
     Bug.JOURNAL_OVER_ITS_TAIL: ring_full_behind_a_slow_checkpoint,
     Bug.ENTRY_LAZY_UNDER_A_WRITE: guest_write_beside_a_copy_in_a_pending_word,

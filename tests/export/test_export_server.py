@@ -485,7 +485,7 @@ def test_the_address_is_free_at_once_after_stop(serve: Serve, disks: Disks) -> N
 
 def test_a_connection_only_moves_towards_its_end() -> None:
     """The table that the loop uses: from each state but the last, which nothing leaves, a broken socket leads to it at once."""
-    after = {}
+    after: dict[int, set[int]] = {}
     for (state, event), to in TRANSITIONS.items():
         assert to > state, (state, event, to)
         after.setdefault(state, set()).add(to)

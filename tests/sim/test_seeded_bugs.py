@@ -46,6 +46,7 @@ BY_SCENARIO_ONLY = (
     Bug.PROMOTED_NOT_LOGGED,
     Bug.FULL_LOG_IGNORED,
     Bug.BASE_RELEASED_BEFORE_COMMIT,  # random worlds need more than 200,000 requests for a base that ends between a commit and its flush
+    Bug.STARVED_WRITE_NOT_TRIED,  # random worlds mostly find it, but one start of six did not within 200,000 requests
     Bug.TRIM_SHARES_ITS_CHUNK,  # random worlds mostly find it, but one hunt of three did not
 )
 COMPILED = tuple(bug for bug in Bug if bug not in BY_SCENARIO_ONLY)
