@@ -10,9 +10,11 @@ import threading
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from fvd._aligned cimport aligned
 from fvd.device._queue cimport EVENT_OP
+from fvd.device.clock cimport monotonic_ns
 from fvd.engine._engine cimport REQUEST_READ, REQUEST_WRITE
-from fvd.disk._disk_thread cimport DiskThread, fvd_disk_thread_buffer, fvd_disk_thread_now_ns, fvd_disk_thread_woken
+from fvd.disk._disk_thread cimport DiskThread, fvd_disk_thread_woken
 
 from fvd.errors import InvalidArgument
 
@@ -72,7 +74,7 @@ cdef class LoadThread(DiskThread):
         if times_ns is not None and len(times_ns):
             times = times_ns
             self.times_ns, self.times_capacity = &times[0], <uint64_t>times.shape[0]
-        self.buffers = <uint8_t *>fvd_disk_thread_buffer(depth * block_bytes)
+        self.buffers = <uint8_t *>aligned(depth * block_bytes)
         self.idle = <uint32_t *>calloc(depth, sizeof(uint32_t))
         self.since_ns = <uint64_t *>calloc(depth, sizeof(uint64_t))
         self.ended = threading.Event()
@@ -88,13 +90,13 @@ cdef class LoadThread(DiskThread):
             if self.ended.is_set() or not self.running:
                 self.let_go()
         if self.stop_error:
-            self.answer(-<int32_t>self.stop_error, "writing" if write else "reading", 0, 0)
+            self.check_result(-<int32_t>self.stop_error, "writing" if write else "reading", 0, 0)
         return self.finished, (self.ended_ns - self.begun_ns) / 1e9
 
     def wait_for_the_end(self):
         while not self.ended.wait(0.5):
             if self.dead:
-                raise self.gone()
+                raise self.closed_error()
 
     def begin(self, seconds):
         """In the loop's thread."""
@@ -103,7 +105,7 @@ cdef class LoadThread(DiskThread):
         for number in range(self.depth):
             self.idle[number] = number
         self.free_count = self.depth
-        self.begun_ns = fvd_disk_thread_now_ns()
+        self.begun_ns = <uint64_t>monotonic_ns()
         self.end_ns = self.begun_ns + <uint64_t>(seconds * 1e9) if seconds else 0
         self.running = True
 
@@ -161,28 +163,28 @@ cdef class LoadThread(DiskThread):
         cdef bint busy = True
         if not self.running:
             return DiskThread.turn_once(self)
-        self.engine.now_ns = fvd_disk_thread_now_ns()
+        self.engine.now_ns = <uint64_t>monotonic_ns()
         self.submit_more(self.engine.now_ns)
         self.engine.tick(self.engine.now_ns)
         while busy:
             if self.engine.want or self.has_posted:
-                self.attend()
+                self.handle_wants()
             if self.engine.op_count:
                 self.queue.start(0, self.engine.ops, self.engine.op_count)
                 self.engine.op_count = 0
             if self.engine.done_count:
-                self.engine.now_ns = fvd_disk_thread_now_ns()
+                self.engine.now_ns = <uint64_t>monotonic_ns()
                 self.take_done(self.engine.now_ns)
                 self.submit_more(self.engine.now_ns)
             busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
         if self.free_count == self.depth:
-            self.ended_ns = fvd_disk_thread_now_ns()
+            self.ended_ns = <uint64_t>monotonic_ns()
             self.running = False
             with gil:
                 self.ended.set()
             return 0
         self.queue.turn(TICK_NS, 0)
-        self.engine.now_ns = fvd_disk_thread_now_ns()
+        self.engine.now_ns = <uint64_t>monotonic_ns()
         for i in range(self.queue.event_count):
             if self.queue.events[i].kind == EVENT_OP:
                 self.engine.complete(self.queue.events[i].key, self.queue.events[i].result)

@@ -11,9 +11,6 @@ from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_STORA
 from fvd.engine._engine cimport FLAG_FUA, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done
 from fvd.export._server cimport Backend
 
-cdef extern from "<stdlib.h>":
-    void *aligned_alloc(size_t alignment, size_t size) nogil
-
 cdef enum:
     ZERO_BYTES = 32 << 20
 

@@ -5,11 +5,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from fvd._aligned cimport aligned
 from fvd.device._queue cimport EVENT_OP, EVENT_READABLE, EVENT_WRITABLE, Queue, Source, open_queue
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
-
-cdef extern from "<stdlib.h>":
-    void *aligned_alloc(size_t alignment, size_t size) nogil
 
 
 cdef class QueueDriver:
@@ -54,7 +52,7 @@ cdef class QueueDriver:
                 if ops[i].kind == OP_READ or ops[i].kind == OP_WRITE:
                     ops[i].buffer = <uint8_t *>capacity         # where it will be
                     capacity += (ops[i].length_bytes + 4095) & ~<uint64_t>4095
-            buffers = <uint8_t *>aligned_alloc(4096, capacity + 4096)
+            buffers = <uint8_t *>aligned(capacity + 4096)
             if buffers == NULL:
                 raise MemoryError
             for i in range(count):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Journal pages: laid out and sealed, judged, applied. FORMAT.md section 6. One encoder for the engine and for fvd.format.
+#
+# Offers: journal_append, journal_header_layout, journal_seal
+# Needs: _core: checksum
 
 cdef bint journal_append(JournalPages *commit, uint32_t kind, uint32_t index, uint64_t value) noexcept nogil:
     cdef uint32_t size = WORD_RECORD_BYTES if kind == KIND_BITMAP else ENTRY_RECORD_BYTES

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # The kernels of _core.pyx that are C: CRC32C by three interleaved streams, counting bits, looking through words. Chosen once, when the
 # module is imported, by what the processor has.
+#
+# Offers: ALL_ONES, fvd_count_words, fvd_crc_accelerated, fvd_crc_portable, fvd_crc_x86, fvd_highest_bit, fvd_kernels_init, fvd_lowest_bit,
+#   fvd_popcount, fvd_skip_words
+# Needs: nothing
 
 cdef extern from *:
     """

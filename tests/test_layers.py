@@ -67,7 +67,7 @@ OUTSIDE_HEADERS = {
     "process": {"pthread.h", "signal.h", "sys/wait.h"},
 }
 OUTSIDE_CIMPORTS = {
-    "clock": {"posix.time", "libc.time"},
+    "clock": {"posix.time", "libc.time", "fvd.device.clock"},
     "file": {"posix.unistd", "posix.fcntl", "posix.stat", "posix.ioctl", "posix.uio", "libc.stdio"},
     "process": {"posix.wait", "posix.signal", "libc.signal"},
 }
@@ -90,6 +90,7 @@ PATH_METHODS = words(
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "fvd._lifetime": ({"process", "file", "clock"}, "threads that signals spare, and how long they are waited for; /dev/null after a fork"),
     "fvd.counted": ({"clock"}, "how many messages of a kind there were in a minute; injected in tests"),
+    "fvd.device.clock": ({"clock"}, "the one clock of the compiled loops"),
     "fvd.device._queue": ({"file", "clock"}, "device operations: io_uring and the blocking queue; waits with a time limit"),
     "fvd.device._remote": (
         {"clock", "rng", "file", "process"},

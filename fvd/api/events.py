@@ -114,10 +114,10 @@ class EventStream(Iterator[Event]):
     after ``os.fork`` the iteration raises Forked.
     """
 
-    def __init__(self, waiting: EventQueue, bell: Bell) -> None:
+    def __init__(self, waiting: EventQueue, waker: Waker) -> None:
         self._here = Here()
         self._waiting = waiting
-        self._bell = bell
+        self._waker = waker
         self._closed = False
 
     def __next__(self) -> Event:
@@ -128,14 +128,14 @@ class EventStream(Iterator[Event]):
                 return taken[0]
             if taken is None:
                 break
-            self._bell.wait()
+            self._waker.wait()
         raise StopIteration
 
     def close(self) -> None:
         """No more events; again is fine."""
         self._closed = True
         if self._here.is_here:  # else somebody may hold the locks who is not there
-            self._bell.ring()
+            self._waker.notify()
             self._waiting.close()
 
     def __enter__(self) -> Self:
@@ -149,13 +149,13 @@ class EventStream(Iterator[Event]):
             self.close()
 
 
-class Bell:
-    """Wakes the one thread that waits for it. ``ring`` never waits."""
+class Waker:
+    """Wakes the one thread that waits for it. ``notify`` never waits."""
 
     def __init__(self) -> None:
         self._rung: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         if self._rung.empty():  # once is enough, however many events there are
             self._rung.put(None)
 
@@ -237,8 +237,8 @@ class LocalEvents(EventStream):
     """The events of disks that this process has open."""
 
     def __init__(self, hubs: list[Hub], history: bool = False) -> None:
-        bell = Bell()
-        super().__init__(Subscription(hubs, history=history, notify=bell.ring), bell)
+        waker = Waker()
+        super().__init__(Subscription(hubs, history=history, notify=waker.notify), waker)
 
 
 class Hub:
@@ -357,10 +357,10 @@ class Hub:
 
 
 class HubStream:
-    """The events of one disk as plain values, for its control socket. `bell` is rung when there are some."""
+    """The events of one disk as plain values, for its control socket. `notify` is called when there are some."""
 
-    def __init__(self, hub: Hub, bell: Callable[[], None], history: bool = False) -> None:
-        self._subscription = Subscription([hub], history=history, notify=bell)
+    def __init__(self, hub: Hub, notify: Callable[[], None], history: bool = False) -> None:
+        self._subscription = Subscription([hub], history=history, notify=notify)
         self.answer = {"volume": hub.volume, "server": hub.server, "number": self._subscription.began_at[0], **hub.sizes()}
 
     def take(self, limit: int) -> list[Any] | None:

@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fvd.api.events import Bell, EventQueue, EventStream, event_from_json
+from fvd.api.events import EventQueue, EventStream, Waker, event_from_json
 from fvd.counted import Counted
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class FollowedEvents(EventStream):
     """Events from other processes. Made by ``events``. A thread listens: nothing is missed while nobody waits for the next one."""
 
     def __init__(self, follower: Follower, names: dict[str, str]) -> None:
-        bell = Bell()
-        waiting = EventQueue(bell.ring)
-        super().__init__(waiting, bell)
+        waker = Waker()
+        waiting = EventQueue(waker.notify)
+        super().__init__(waiting, waker)
         self._follower = follower
         self._names = names
         # Without a reference to this object: dropping the last one ends the thread too.

@@ -317,10 +317,10 @@ class Serving:
             "profile_record": handler({"path": str}, verbs.profile_record),
         }
 
-    def _stream_events(self, export_name: str, arguments: dict[str, Any], bell: Callable[[], None]) -> Stream:
+    def _stream_events(self, export_name: str, arguments: dict[str, Any], notify: Callable[[], None]) -> Stream:
         from fvd.control.protocol import check_arguments
 
-        return HubStream(self._hubs[export_name], bell, **check_arguments(arguments, {"history": bool}))
+        return HubStream(self._hubs[export_name], notify, **check_arguments(arguments, {"history": bool}))
 
     def _info(self, export_name: str) -> dict[str, Any]:
         uri = next((export.uri for export in self.exports if export.name == export_name), None)

@@ -75,7 +75,7 @@ class Follower:
         self._peers: dict[Path, _Peer] = {}
         self._ignored: set[Path] = set()  # sockets of something else, until they are replaced
         self._events: deque[dict[str, Any]] = deque()
-        self._bell = Wakeup()
+        self._wakeup = Wakeup()
         self._busy = threading.Lock()  # held by the thread that is in `next`
         self._closing = False
         keep(self, lambda follower: [peer.link.fileno() for peer in list(follower._peers.values()) if peer.link is not None])
@@ -117,7 +117,7 @@ class Follower:
     def close(self) -> None:
         """Ends a `next` that is waiting; again is fine."""
         self._closing = True
-        self._bell.ring()
+        self._wakeup.notify()
         if self._busy.acquire(blocking=False):  # else whoever is in `next` cleans up when it leaves
             try:
                 self._release()
@@ -135,10 +135,10 @@ class Follower:
     # --- Waiting ---------------------------------------------------------------------------------------------------------------------
 
     def _turn(self, peers: list[_Peer], until: float | None) -> None:
-        """Waits for some of the servers, for new ones, for the bell or for a time to pass, and does what is to be done then."""
+        """Waits for some of the servers, for new ones, for a wake-up or for a time to pass, and does what is to be done then."""
         assert self._watch is not None
         poller = select.poll()
-        poller.register(self._bell.fd, select.POLLIN)
+        poller.register(self._wakeup.fd, select.POLLIN)
         poller.register(self._watch.fd, select.POLLIN)
         links = {peer.link.fileno(): peer for peer in peers if peer.link is not None}
         for fd in links:
@@ -146,7 +146,7 @@ class Follower:
         times = [when for peer in peers if (when := self._due(peer)) is not None] + ([] if until is None else [until])
         wait_ms = None if not times else max(0.0, min(times) - time.monotonic()) * 1000
         ready = {fd for fd, _ in poller.poll(wait_ms)}
-        self._bell.silence()
+        self._wakeup.clear()
         for fd, peer in links.items():
             if fd in ready:
                 self._receive(peer)

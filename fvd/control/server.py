@@ -203,7 +203,7 @@ class ControlServer:
         try:
             try:
                 self._enlist(sender, connection)
-                stream = self._stream_verbs[request.verb](request.arguments, sender.bell.ring)
+                stream = self._stream_verbs[request.verb](request.arguments, sender.wakeup.notify)
             except Exception as error:  # as in _answer
                 connection.sendall(protocol.encode_error(error))
                 return False

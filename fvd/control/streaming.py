@@ -36,10 +36,10 @@ class Stream(Protocol):
         """At most `limit` things that are there now, as plain values; never waits. None: there will be no more."""
 
     def close(self) -> None:
-        """The subscriber has gone; the bell is not rung any more afterwards."""
+        """The subscriber has gone; nobody is woken any more afterwards."""
 
 
-# Begins a stream: (arguments, bell). The bell is to be rung, from any thread, whenever there is something to take; it never blocks.
+# Begins a stream: (arguments, notify). `notify` is to be called, from any thread, whenever there is something to take; it never blocks.
 StreamVerb = Callable[[dict[str, Any], Callable[[], None]], Stream]
 
 
@@ -52,27 +52,27 @@ class Sender:
         self._stalled_seconds = stalled_seconds
         self._finishing = False
         self._finish_by = 0.0
-        self.bell = Wakeup()
+        self.wakeup = Wakeup()
 
     def finish(self) -> None:
         """Send what there is and the end; a subscriber that does not take it at once is left."""
         self._finish_by = time.monotonic() + LAST_WORDS_SECONDS
         self._finishing = True
-        self.bell.ring()
+        self.wakeup.notify()
 
     def run(self, stream: Stream) -> None:
         """Until the stream ends, the subscriber goes, or `finish`. Raises OSError when the subscriber has gone."""
-        connection, bell = self._connection, self.bell
+        connection, wakeup = self._connection, self.wakeup
         connection.setblocking(False)
         # Without POLLIN: a subscriber has nothing more to say, and one that only stopped saying it (shutdown) still listens.
         poller = select.poll()
-        poller.register(bell.fd, select.POLLIN)
+        poller.register(wakeup.fd, select.POLLIN)
         poller.register(connection, 0)
         unsent = protocol.encode_result(stream.answer)
         ended = False
         sent_at = time.monotonic()
         while True:
-            bell.silence()
+            wakeup.clear()
             if self._finishing and time.monotonic() > self._finish_by:
                 return
             if not unsent and not ended:
@@ -92,7 +92,7 @@ class Sender:
                 return
             poller.modify(connection, select.POLLOUT if unsent else 0)
             for fd, found in poller.poll(max(0.0, wait) * 1000):
-                if fd != bell.fd and found & (select.POLLHUP | select.POLLERR):
+                if fd != wakeup.fd and found & (select.POLLHUP | select.POLLERR):
                     return
 
     def _next(self, stream: Stream, silent_seconds: float) -> tuple[bytes, bool]:

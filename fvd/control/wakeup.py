@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bell that wakes a thread which waits in poll(). Knows nothing of what it is rung for."""
+"""Wakes a thread that waits in poll(). Knows nothing of what it is woken for."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from fvd._lifetime import keep
 
 
 class Wakeup:
-    """An eventfd. ``ring`` may be called from any thread and from a signal handler, and never waits.
+    """An eventfd. ``notify`` may be called from any thread and from a signal handler, and never waits.
 
-    The descriptor lives as long as the object: a late ring can never reach another file that got its number.
+    The descriptor lives as long as the object: a late call can never reach another file that got its number.
     """
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        keep(self, lambda bell: (bell.fd,))
+        keep(self, lambda wakeup: (wakeup.fd,))
 
-    def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has been rung 2**64 times: that is loud enough
+    def notify(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the counter is at its end: the descriptor is readable
             os.eventfd_write(self.fd, 1)
 
-    def silence(self) -> None:
-        """To be called before looking at what it may have been rung for."""
+    def clear(self) -> None:
+        """To be called before looking at what it may have been woken for."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
 

@@ -15,6 +15,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from fvd._core cimport BUG, Bug
+from fvd.device.clock cimport monotonic_ns
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_ZERO, TARGET_BASE, TARGET_STORAGE, DeviceOp
 
 from fvd._lifetime import keep
@@ -35,7 +36,6 @@ cdef extern from *:
     #include <sys/ioctl.h>
     #include <sys/stat.h>
     #include <sys/uio.h>
-    #include <time.h>
     #include <unistd.h>
     #include <liburing.h>
 
@@ -48,11 +48,6 @@ cdef extern from *:
         __builtin_ia32_pause();
     #endif
     }
-    static inline int64_t fvd_now_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-    }
     static inline int fvd_is_block_device(int fd) {
         struct stat status;
         return fstat(fd, &status) < 0 ? -1 : S_ISBLK(status.st_mode);
@@ -60,7 +55,6 @@ cdef extern from *:
     """
     const int ECANCELED
     const uint32_t FVD_URING_CMD_DISCARD
-    int64_t fvd_now_ns() noexcept nogil
     void fvd_relax() noexcept nogil
     int fvd_is_block_device(int fd) noexcept nogil
 
@@ -307,7 +301,7 @@ cdef class Queue:
         if self.source_count == 0:
             self.source_ready = False
             return 0
-        now_ns = fvd_now_ns()
+        now_ns = monotonic_ns()
         if not self.source_ready and now_ns < self.next_look_ns:
             return 0
         self.source_ready = False

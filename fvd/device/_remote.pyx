@@ -21,6 +21,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, strcmp, strncpy
 
 from fvd.device._queue cimport WRITABLE_SHIFT, Queue
+from fvd.device.clock cimport monotonic_ns
 from fvd.device.libnbd cimport (
     LIBNBD_AIO_DIRECTION_READ, LIBNBD_AIO_DIRECTION_WRITE, LIBNBD_ALLOW_TRANSPORT_TCP, LIBNBD_ALLOW_TRANSPORT_UNIX,
     LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_SIZE_MAXIMUM, LIBNBD_SIZE_MINIMUM, LIBNBD_STATE_ZERO, LIBNBD_STRICT_ALIGN,
@@ -47,14 +48,8 @@ cdef extern from *:
     #include <stdint.h>
     #include <sys/eventfd.h>
     #include <sys/stat.h>
-    #include <time.h>
     #include <unistd.h>
 
-    static inline int64_t fvd_remote_now_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-    }
     static inline void fvd_remote_ring(int fd) { uint64_t one = 1; if (write(fd, &one, 8) < 0) {} }
     static inline void fvd_remote_rung(int fd) { uint64_t count; if (read(fd, &count, 8) < 0) {} }
     static inline int fvd_remote_poll(int fd, int events, int timeout_ms) {
@@ -67,7 +62,6 @@ cdef extern from *:
     }
     static inline int fvd_remote_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
     """
-    int64_t fvd_remote_now_ns() noexcept nogil
     void fvd_remote_ring(int fd) noexcept nogil
     void fvd_remote_rung(int fd) noexcept nogil
     int fvd_remote_poll(int fd, int events, int timeout_ms) noexcept nogil
@@ -189,10 +183,10 @@ cdef class Remote(Source):
             raise
 
     def _wait_until_opened(self):
-        cdef int64_t until_ns = fvd_remote_now_ns() + <int64_t>((self.timeout_seconds + 0.5) * 1e9)
+        cdef int64_t until_ns = monotonic_ns() + <int64_t>((self.timeout_seconds + 0.5) * 1e9)
         while not self.opened.wait(min(SLICE_MS / 1000, self.timeout_seconds + 0.5)):
             checkpoint()
-            if fvd_remote_now_ns() > until_ns:
+            if monotonic_ns() > until_ns:
                 raise self._timeout()
 
     @property
@@ -214,7 +208,7 @@ cdef class Remote(Source):
         cdef uint64_t start = offset_bytes // line.minimum_bytes * line.minimum_bytes
         cdef uint64_t end = min(align_up(offset_bytes + length_bytes, line.minimum_bytes), line.size_bytes)
         cdef uint64_t at = start, count
-        cdef int64_t cookie, until_ns = fvd_remote_now_ns() + 3 * self.limit_ns
+        cdef int64_t cookie, until_ns = monotonic_ns() + 3 * self.limit_ns
         cdef nbd_completion_callback nobody
         nobody.callback, nobody.user_data, nobody.free = NULL, NULL, NULL
         data = PyBytes_FromStringAndSize(NULL, end - start)
@@ -324,7 +318,7 @@ cdef class Remote(Source):
         if operation == NULL:
             return self.queue.source_ended(self.disk, token, -ENOMEM)
         operation.token = token
-        operation.begun_ns = fvd_remote_now_ns()
+        operation.begun_ns = monotonic_ns()
         operation.pieces = 1
         operation.error = 0
         operation.newer, operation.older = NULL, line.newest
@@ -396,7 +390,7 @@ cdef class Remote(Source):
             if ready == 0:
                 break
             if direction & LIBNBD_AIO_DIRECTION_READ and ready & ~POLLOUT:
-                line.heard_ns = fvd_remote_now_ns()
+                line.heard_ns = monotonic_ns()
                 result = nbd_aio_notify_read(line.handle)
             elif direction & LIBNBD_AIO_DIRECTION_WRITE:
                 result = nbd_aio_notify_write(line.handle)
@@ -484,7 +478,7 @@ cdef class Remote(Source):
         with gil:
             line.watch = self.queue.watch_for(self, line.fd, WATCH_LINE)
         self.line = line
-        line.heard_ns = fvd_remote_now_ns()
+        line.heard_ns = monotonic_ns()
         return self.pump()          # what came before it was watched
 
     # --- The helper's thread ------------------------------------------------------------------------------------
@@ -606,7 +600,7 @@ cdef class Remote(Source):
     def _negotiate(self, uint64_t address):
         cdef Line *line = <Line *>address
         cdef nbd_handle *handle = line.handle
-        cdef int64_t until_ns = fvd_remote_now_ns() + 3 * self.limit_ns, size, minimum, maximum
+        cdef int64_t until_ns = monotonic_ns() + 3 * self.limit_ns, size, minimum, maximum
         cdef int result = 0
         cdef bytes uri
         cdef const char *text
@@ -646,7 +640,7 @@ cdef class Remote(Source):
                 raise self._refused(0, "the server ended the connection")
             if self.stop:
                 raise DeviceError(f"{self._whose()}closed")
-            if fvd_remote_now_ns() > until_ns:
+            if monotonic_ns() > until_ns:
                 raise self._timeout()
             with nogil:
                 result = nbd_poll(handle, SLICE_MS)
@@ -742,7 +736,7 @@ cdef class Remote(Source):
                 return 0
             if done < 0:
                 raise self._failed("a request")
-            if fvd_remote_now_ns() > until_ns:
+            if monotonic_ns() > until_ns:
                 self.put_away()
                 raise self._timeout()
             with nogil:
@@ -766,7 +760,7 @@ cdef class Remote(Source):
         if cookie < 0:
             raise self._failed("asking for holes")
         try:
-            self.wait(line, cookie, fvd_remote_now_ns() + 3 * self.limit_ns)
+            self.wait(line, cookie, monotonic_ns() + 3 * self.limit_ns)
         except DeviceError as error:
             if self.fresh == NULL:
                 raise

@@ -77,8 +77,8 @@ cdef class BlockingQueue(Queue):
         timeout_ns = self.poll_timeout(timeout_ns)
         if timeout_ns > 0:
             timeout_ms = <int>((timeout_ns + 999999) // 1000000)
-            until = fvd_now_ns() + spin_ns
-            while spin_ns > 0 and count == 0 and fvd_now_ns() < until:
+            until = monotonic_ns() + spin_ns
+            while spin_ns > 0 and count == 0 and monotonic_ns() < until:
                 count = epoll_wait(self.epoll_fd, ready, 64, 0)
         if count == 0:
             count = epoll_wait(self.epoll_fd, ready, 64, timeout_ms)

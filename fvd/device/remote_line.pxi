@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # A connection as _remote.pyx keeps it: its operations and the NBD reads that they are made of, from free lists, so that a steady state
 # allocates nothing; and the calls that libnbd makes back. No Python here.
+#
+# Offers: align_up, free_line, new_operation, new_piece, note_extents, piece_counted, piece_ended, release_piece, say_why, unlist
+# Needs: _remote: its structs
 
 cdef int piece_ended(void *user, int *error) noexcept nogil:
     """libnbd is done with a read. It holds the handle's lock here."""

@@ -268,8 +268,8 @@ cdef class UringQueue(Queue):
         if not ready and timeout_ns > 0 and spin_ns > 0:
             result = io_uring_submit_and_get_events(&self.ring)
             self.check(result)
-            until = fvd_now_ns() + spin_ns
-            while not io_uring_cq_ready(&self.ring) and fvd_now_ns() < until:
+            until = monotonic_ns() + spin_ns
+            while not io_uring_cq_ready(&self.ring) and monotonic_ns() < until:
                 if fvd_ring_flags(&self.ring) & IORING_SQ_TASKRUN:
                     io_uring_get_events(&self.ring)
                 else:
@@ -319,7 +319,7 @@ cdef class UringQueue(Queue):
     cpdef int close(self) except -1:
         """Cancel the watches and wait for the operations: an exiting ring is torn down asynchronously, and would keep the sockets bound."""
         cdef uint32_t handle
-        cdef int64_t until_ns = fvd_now_ns() + 1000000000
+        cdef int64_t until_ns = monotonic_ns() + 1000000000
         if not self.opened:
             return 0
         self.drop_sources()
@@ -327,7 +327,7 @@ cdef class UringQueue(Queue):
             for handle in range(self.watch_capacity):
                 if self.watches[handle].fd >= 0:
                     self.unwatch(handle)
-            while self.inflight or self.overflow_count or (self.polls and fvd_now_ns() < until_ns):
+            while self.inflight or self.overflow_count or (self.polls and monotonic_ns() < until_ns):
                 self.turn(100000000, 0)
                 self.event_count = 0
             self.turn(0, 0)

@@ -21,19 +21,9 @@ cdef extern from *:
     #endif
     #include <errno.h>
     #include <semaphore.h>
-    #include <stdlib.h>
     #include <sys/eventfd.h>
     #include <time.h>
     #include <unistd.h>
-    static inline uint64_t fvd_disk_thread_now_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    }
-    static inline void *fvd_disk_thread_buffer(size_t size) {
-        void *buffer = NULL;
-        return posix_memalign(&buffer, 4096, size) ? NULL : buffer;
-    }
     /* 0 or an errno; without a limit if it is negative. */
     static inline int fvd_disk_thread_wait(sem_t *semaphore, long limit_ns) {
         struct timespec until;
@@ -50,8 +40,6 @@ cdef extern from *:
     static inline void fvd_disk_thread_wake(int fd) { uint64_t one = 1; if (write(fd, &one, 8) < 0) {} }
     static inline void fvd_disk_thread_woken(int fd) { uint64_t count; if (read(fd, &count, 8) < 0) {} }
     """
-    uint64_t fvd_disk_thread_now_ns() noexcept nogil
-    void *fvd_disk_thread_buffer(size_t size) noexcept nogil
     int fvd_disk_thread_wait(sem_t *semaphore, long limit_ns) noexcept nogil
     void fvd_disk_thread_wake(int fd) noexcept nogil
     void fvd_disk_thread_woken(int fd) noexcept nogil
@@ -97,7 +85,7 @@ cdef class DiskThread:
     cdef int loop(self) except -1 nogil
     cdef int turn_once(self) except -1 nogil
     cdef int take_inbox(self) except -1 nogil
-    cdef int attend(self) except -1 with gil
+    cdef int handle_wants(self) except -1 with gil
     cdef int run_posted(self) except -1
     cdef int32_t request(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, const uint8_t *source,
                          uint8_t *target) except? 1

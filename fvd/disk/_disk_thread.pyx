@@ -20,8 +20,10 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from fvd._aligned cimport aligned
 from fvd._lifetime cimport asked_to_stop, is_work, process
 from fvd.device._queue cimport EVENT_OP, open_queue
+from fvd.device.clock cimport monotonic_ns
 from fvd.engine._engine cimport (
     FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Want,
 )
@@ -121,7 +123,7 @@ cdef class DiskThread:
         cdef uint64_t done = 0, piece
         while done < length:
             piece = min(length - done, <uint64_t>PIECE_BYTES)
-            self.answer(self.request(REQUEST_READ, 0, at + done, piece, NULL, target + done), "reading", at + done, piece)
+            self.check_result(self.request(REQUEST_READ, 0, at + done, piece, NULL, target + done), "reading", at + done, piece)
             done += piece
         return 0
 
@@ -138,7 +140,7 @@ cdef class DiskThread:
             while done < <uint64_t>view.len:
                 piece = min(<uint64_t>view.len - done, <uint64_t>PIECE_BYTES)
                 error = self.request(REQUEST_WRITE, FLAG_FUA if fua else 0, at + done, piece, <const uint8_t *> view.buf + done, NULL)
-                self.answer(error, "writing", at + done, piece)
+                self.check_result(error, "writing", at + done, piece)
                 done += piece
             return view.len
         finally:
@@ -146,7 +148,7 @@ cdef class DiskThread:
 
     def flush(self):
         """What was written before, by any thread, survives a crash when this returns. Raises DeviceError."""
-        self.answer(self.request(REQUEST_FLUSH, 0, 0, 0, NULL, NULL), "flushing", 0, 0)
+        self.check_result(self.request(REQUEST_FLUSH, 0, 0, 0, NULL, NULL), "flushing", 0, 0)
 
     def trim(self, offset_bytes, length_bytes):
         """The range is not needed any longer: it reads as its old contents or zeros. Raises InvalidArgument, ReadOnly, DeviceError."""
@@ -177,7 +179,7 @@ cdef class DiskThread:
                 future.set_exception(error)
 
         if self.dead:
-            raise self.gone()
+            raise self.closed_error()
         self.post(run)
         # The loop may have ended between the question above and the post: it empties the posted calls after setting `dead`.
         while not future.done():
@@ -185,7 +187,7 @@ cdef class DiskThread:
                 return future.result(timeout=0.5)
             except TimeoutError:
                 if self.dead and not future.done():
-                    raise self.gone() from None
+                    raise self.closed_error() from None
         return future.result()
 
     def release_base(self):
@@ -217,7 +219,7 @@ cdef class DiskThread:
                 self.thread.join()
             self.volume.close()
         if error and error != -ESHUTDOWN:
-            self.answer(error, "closing", 0, 0)
+            self.check_result(error, "closing", 0, 0)
 
     def __enter__(self):
         return self
@@ -405,13 +407,13 @@ cdef class DiskThread:
     cdef int turn_once(self) except -1 nogil:
         cdef uint32_t i
         cdef bint busy = True
-        self.engine.now_ns = fvd_disk_thread_now_ns()
+        self.engine.now_ns = <uint64_t>monotonic_ns()
         self.take_inbox()
         self.engine.tick(self.engine.now_ns)
         while busy:
             busy = False
             if self.engine.want or self.has_posted:
-                self.attend()
+                self.handle_wants()
             if self.unwanted:
                 self.end_unwanted()
             if self.engine.op_count:
@@ -423,7 +425,7 @@ cdef class DiskThread:
                 self.engine.done_count = 0
             busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
         self.queue.turn(COPYING_TICK_NS if self.has_copying else TICK_NS, 0)
-        self.engine.now_ns = fvd_disk_thread_now_ns()
+        self.engine.now_ns = <uint64_t>monotonic_ns()
         for i in range(self.queue.event_count):
             if self.queue.events[i].kind == EVENT_OP:
                 self.engine.complete(self.queue.events[i].key, self.queue.events[i].result)
@@ -458,7 +460,7 @@ cdef class DiskThread:
             call = following
         return 0
 
-    cdef int attend(self) except -1 with gil:
+    cdef int handle_wants(self) except -1 with gil:
         """What needs Python: growth, copying, and calls from other threads."""
         cdef uint32_t wants = self.engine.want
         self.engine.want = 0        # first: what is wanted meanwhile is another wish
@@ -495,7 +497,7 @@ cdef class DiskThread:
         self.check_range(at, left)
         while left > 0:
             piece = min(left, <uint64_t>PIECE_RANGE_BYTES)
-            self.answer(self.request(kind, flags, at, piece, NULL, NULL), what, at, piece)
+            self.check_result(self.request(kind, flags, at, piece, NULL, NULL), what, at, piece)
             at += piece
             left -= piece
 
@@ -504,7 +506,7 @@ cdef class DiskThread:
         if offset_bytes > size or length_bytes > size - offset_bytes:
             raise InvalidArgument(f"{self.volume.name} has {size} bytes; {length_bytes} bytes at {offset_bytes} are not in it")
 
-    def answer(self, int32_t error, what, offset_bytes, length_bytes):
+    def check_result(self, int32_t error, what, offset_bytes, length_bytes):
         """Raises what a negative errno means to a caller."""
         if error == 0:
             return
@@ -516,7 +518,7 @@ cdef class DiskThread:
         if error == -EINVAL:
             raise InvalidArgument(f"{where}: the range is not in the disk")
         if error == -ESHUTDOWN:
-            raise self.gone()
+            raise self.closed_error()
         if self.volume.stopped:
             raise DeviceError(f"{where}: {self.volume.stopped}")
         if self.engine.failed_errno:
@@ -524,7 +526,7 @@ cdef class DiskThread:
             raise DeviceError(f"{where}: a flush or journal write failed ({reason}), so nothing is promised any more; close and open it")
         raise DeviceError(f"{where}: {os.strerror(-error)}")
 
-    def gone(self):
+    def closed_error(self):
         if self.failure is not None:
             what = f"{type(self.failure).__name__}: {quoted(self.failure)}"
             return DeviceError(f"{self.volume.name}: its thread has ended with an error: {what}")
@@ -533,7 +535,7 @@ cdef class DiskThread:
 
 cdef void call_take_buffer(Call *call, const uint8_t *source) noexcept nogil:
     """Memory for its transfer, with what is to be written; none: `buffer` stays NULL."""
-    call.buffer = <uint8_t *>fvd_disk_thread_buffer(call.length_bytes)
+    call.buffer = <uint8_t *>aligned(call.length_bytes)
     if source != NULL and call.buffer != NULL:
         memcpy(call.buffer, source, call.length_bytes)
 

@@ -28,7 +28,7 @@ cpdef enum Want:            # what the engine asks of its Python side; see Engin
     BASE = 8            # the base began or ceased to fail, or is needed no longer
     ROOM = 16           # what the storage lies on has no room for a guest's write, or has some again
 
-cdef enum ExtentState:      # block status
+cpdef enum ExtentState:     # block status
     EXTENT_DATA = 0
     EXTENT_BASE = 1         # read from the base
     EXTENT_ZERO = 2         # reads as zeros, occupies nothing

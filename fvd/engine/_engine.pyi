@@ -20,6 +20,13 @@ class Want(IntEnum):
     BASE = 8
     ROOM = 16
 
+class ExtentState(IntEnum):
+    """What block status says of an extent: `modes.ExtentState` has the names that a user sees, in this order."""
+
+    EXTENT_DATA = 0
+    EXTENT_BASE = 1
+    EXTENT_ZERO = 2
+
 SEEDED_BUGS: Final[bool]
 """Whether this build contains the bugs that prove the tests; a release does not."""
 

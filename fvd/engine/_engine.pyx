@@ -23,6 +23,7 @@ from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
 from fvd.modes import CACHE_MODES, ON_FULL, WRITE_THROUGH_CACHE_MODES
 
 from fvd cimport _core
+from fvd._aligned cimport aligned
 from fvd._core cimport (
     BUG, Bug, CELL_BYTES, CELLS_PER_PAGE, EMPTY, ENTRIES_PER_CELL, ENTRY_RECORD_BYTES, HAS_BUGS, JOURNAL_FLAG_CLEAN, JOURNAL_RECORDS_BYTES,
     KIND_BITMAP, KIND_TABLE, PAGE_BYTES, WORD_RECORD_BYTES, WORDS_PER_CELL, JournalHeader, JournalPages, JournalSeal, bit_get, bits_all,

@@ -6,15 +6,6 @@
 # Needs: log: log_durability
 
 
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    #include <string.h>
-    static void *fvd_aligned(size_t size) { void *p = NULL; return posix_memalign(&p, 4096, size) ? NULL : p; }
-    """
-    void *aligned "fvd_aligned"(size_t size) nogil
-
-
 cdef int broken(const char *what) except -1 nogil:
     """An invariant of ours does not hold: stop before anything more is written. Survives python -O."""
     with gil:

@@ -17,6 +17,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from fvd.device._queue cimport EVENT_OP, EVENT_READABLE, Event, Queue, Source, open_queue
+from fvd.device.clock cimport monotonic_ns
 from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (DONE_ALL_ZERO, EXTENT_ZERO, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ,
                                  REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done, Extent)
@@ -36,16 +37,8 @@ cdef extern from *:
     #include <stdlib.h>
     #include <sys/socket.h>
     #include <sys/uio.h>
-    #include <time.h>
     #include <unistd.h>
-
-    static inline int64_t fvd_monotonic_ns(void) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-    }
     """
-    int64_t fvd_monotonic_ns() noexcept nogil
     ctypedef long ssize_t
     cdef struct iovec:
         void *iov_base
@@ -244,7 +237,7 @@ cdef class NbdLoop:
         self.scratch = <Extent *>malloc(STATUS_EXTENTS * sizeof(Extent))
         if self.scratch == NULL:
             raise MemoryError
-        self.now_ns = fvd_monotonic_ns()
+        self.now_ns = monotonic_ns()
 
     def close(self):
         """Drop every connection and wait for the device operations under way."""
@@ -391,7 +384,7 @@ cdef class NbdLoop:
         cdef uint32_t number
         cdef int64_t until_ns
         with nogil:
-            self.now_ns = fvd_monotonic_ns()            # Python may have taken its time
+            self.now_ns = monotonic_ns()            # Python may have taken its time
             until_ns = self.now_ns + at_most_ns
             for number in range(self.export_count):     # Python may have changed something in an engine
                 if self.exports[number].live:
@@ -428,7 +421,7 @@ cdef class NbdLoop:
         storage get no answer: a client that reconnects sends them again, and its guest sees no error. Clients that do not take their
         replies in time are dropped, and those whose requests wait for a base that fails: neither get they an answer."""
         cdef uint32_t i
-        cdef int64_t until = fvd_monotonic_ns() + timeout_ns
+        cdef int64_t until = monotonic_ns() + timeout_ns
         cdef Connection *connection
         for i in range(self.connection_capacity):
             connection = self.connections[i]
@@ -436,12 +429,12 @@ cdef class NbdLoop:
                 with nogil:
                     move_connection(self, connection, SERVER_ENDS)
         while count_connections(self, export):
-            if fvd_monotonic_ns() > until:
+            if monotonic_ns() > until:
                 self.drop_all(export)
                 for i in range(self.export_count):
                     if self.exports[i].live and export in (ALL, i):
                         (<Backend>self.exports[i].backend).give_up_base()
-                until = fvd_monotonic_ns() + timeout_ns
+                until = monotonic_ns() + timeout_ns
             with nogil:
                 run_turn(self, TICK_NS // 10)
             PyErr_CheckSignals()
@@ -453,7 +446,7 @@ cdef class NbdLoop:
             return 0
         it.answered = 0
         it.closing = close
-        self.now_ns = fvd_monotonic_ns()
+        self.now_ns = monotonic_ns()
         with nogil:
             touch(self, it)
             (<Backend>it.backend).submit(REQUEST_CLOSE if close else REQUEST_FLUSH, 0, 0, 0, NULL, <uint64_t>INTERNAL << 32 | export)
@@ -514,7 +507,7 @@ cdef int run_turn(NbdLoop loop, int64_t timeout_ns) except -1 nogil:
         spin_ns = loop.busy_poll_ns
     loop.queue.turn(timeout_ns, spin_ns)
     loop.turn_count += 1
-    loop.now_ns = fvd_monotonic_ns()
+    loop.now_ns = monotonic_ns()
     if loop.queue.interrupted:
         loop.attention |= ATTENTION_TICK
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from fvd.disk.view import Target, View, look
 from fvd.errors import InvalidArgument
 from fvd.format.maps import EMPTY
+from fvd.modes import ExtentState
 
-State = Literal["data", "base", "zero"]
 SCHEMA_VERSION = 1
 WINDOW_BLOCKS = 1 << 22  # bounds memory; a multiple of every possible blocks per chunk, and of 64
 
-_DATA, _BASE, _ZERO = 0, 1, 2
-_NAMES: tuple[State, State, State] = ("data", "base", "zero")
+_NAMES: tuple[ExtentState, ...] = get_args(ExtentState)
+_DATA, _BASE, _ZERO = range(len(_NAMES))
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MapExtent:
 
     start: int
     length: int
-    state: State  # data: in this disk; base: read from the base; zero: reads as zeros
+    state: ExtentState  # data: in this disk; base: read from the base; zero: reads as zeros
     storage_offset: int | None = None  # where data lies
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # The contents that a block of the simulated device may still have: what was written to it since it was last on the medium, newest first,
 # down to what the medium holds. A crash chooses one of them.
+#
+# Offers: give_versions, lose_block, put_block, settle_block
+# Needs: _device: its structs
 
 
 cdef int put_block(SimulatedDevice device, uint64_t block, const uint8_t *content, uint64_t number) except -1:

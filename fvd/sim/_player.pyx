@@ -10,6 +10,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from fvd._aligned cimport aligned
 from fvd.device.op cimport OP_FLUSH, OP_WRITE, DeviceOp
 from fvd.engine._engine cimport (
     DONE_ALL_ZERO, EXTENT_DATA, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE,
@@ -40,13 +41,6 @@ cdef enum:
     FLUSHES_MAX = 2            # a commit's and a checkpoint's
     MAP_WRITES_MAX = 4
     ZEROING_MAX = 32
-
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    static void *fvd_sim_aligned(size_t size) { void *p = NULL; return posix_memalign(&p, 4096, size) ? NULL : p; }
-    """
-    void *aligned "fvd_sim_aligned"(size_t size) nogil
 
 cdef int REQUESTS[6]
 REQUESTS[:] = [REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,7 +15,7 @@ from fvd.sim._rng import Rng
 
 SECTOR_BYTES = 512
 KIB = 1024
-EIO, ENOSPC = -5, -28
+EIO, ENOSPC = -errno.EIO, -errno.ENOSPC
 DRAWN = tuple(name for name in CATEGORIES if name != "zeroing")  # that has rng of its own: a seed keeps its world
 STICKY = ("journal", "map", "flush")  # a failure there is remembered by the engine, and ends most of a life
 SCALES = ("crowded", "tight", "tight", "scarce", "plain") * 3 + ("wide", "wide", "busy")

@@ -17,7 +17,7 @@ from fvd.disk.loading import LoadedDisk, covers_base
 from fvd.disk.pending import FoundLog
 from fvd.disk.provision import write_disk
 from fvd.disk.recovery import recover_disk
-from fvd.engine._engine import Want
+from fvd.engine._engine import ExtentState, Want
 from fvd.errors import DeviceError, NotFound
 from fvd.format import maps, pending
 from fvd.format.pending import LogIdentity
@@ -55,7 +55,6 @@ WEATHER = 40
 LOG, DURABLE = 20, 21
 BOUNDS = 37
 CORNER, ENDING, TAKEN = 30, 31, 32
-_EXTENT_BASE, _EXTENT_ZERO = 1, 2  # ExtentState
 _VAST_BYTES = 1 << 30
 SAMPLED = True  # whoever serves a disk through a page cache has a second open file that hears what the first is not told
 NAME: VolumeName = parse_name("file:/simulated")
@@ -663,11 +662,11 @@ class World:
             start = first * SECTOR_BYTES
             for length, state in self.engine.list_extents(start, count * SECTOR_BYTES):
                 part = view[at : at + length]
-                if state == _EXTENT_ZERO and part.any():
+                if state == ExtentState.EXTENT_ZERO and part.any():
                     raise Violation(f"block status calls {length} bytes at {start} zeros, and they are not")
-                if state == _EXTENT_BASE and self.device.base_closed:
+                if state == ExtentState.EXTENT_BASE and self.device.base_closed:
                     raise Violation(f"block status calls {length} bytes at {start} those of a base that is not needed")
-                if state == _EXTENT_BASE:
+                if state == ExtentState.EXTENT_BASE:
                     base = base_content(self.shape.base_bytes or 0, start, length)
                     if bytes(part) != base.ljust(length, b"\0"):
                         raise Violation(f"block status calls {length} bytes at {start} those of the base, and they are not")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def run(*words: str, suites: Path | None = None, names: list[str] | None = None)
 
 
 def made(folder: Path, **sources: str) -> list[str]:
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # of a source as long, written within the same second
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source.replace("GOAL", "1.8"))
     return list(sources)

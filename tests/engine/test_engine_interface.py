@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from errno import EINVAL, EIO, ENOSPC, EROFS, ESHUTDOWN
+
 import numpy as np
 import pytest
 
@@ -16,8 +18,6 @@ from fvd.sim._player import TRIM as REQUEST_TRIM
 from fvd.sim._player import WRITE as REQUEST_WRITE
 from fvd.sim.bytewise import Memory
 from fvd.sim.stage import SECTORS_PER_CHUNK, Stage
-
-EIO, EINVAL, ENOSPC, EROFS, ESHUTDOWN = 5, 22, 28, 30, 108
 
 
 def answer(engine: Engine, kind: int, offset: int = 0, length: int = 0, flags: int = 0) -> int:

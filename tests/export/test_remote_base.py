@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from errno import EIO
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from fvd.errors import Conflict, NotFound
 from fvd.export import _nbd as nbd
 
 READ, WRITE, FLUSH = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH
-EIO = 5
 SIZE = 32 * MIB
 BASE = random.Random(3).randbytes(SIZE // 2)
 
