@@ -216,7 +216,6 @@ def _crc32c(const uint8_t[::1] data not None, uint32_t crc=0):
 
 
 def crc32c_portable(const uint8_t[::1] data not None, uint32_t crc=0):
-    """As crc32c, without the processor's instruction: the fallback of other machines, callable everywhere for its tests."""
     cdef uint32_t result = crc
     if data.shape[0]:
         with nogil:
@@ -236,7 +235,6 @@ def _checksum(const uint8_t[::1] uuid not None, uint64_t position_bytes, const u
 
 
 def bitmap_count(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end):
-    """How many bits of [first, end) are 1."""
     cdef uint64_t result = 0
     check_range(bitmap, first, end)
     if first < end:
@@ -246,7 +244,6 @@ def bitmap_count(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t e
 
 
 def bitmap_find(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, bint value):
-    """The first bit of [first, end) that equals `value`, or `end`."""
     cdef uint64_t result = end
     check_range(bitmap, first, end)
     if first < end:
@@ -256,7 +253,6 @@ def bitmap_find(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t en
 
 
 def bitmap_find_last(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, bint value):
-    """The last bit of [first, end) that equals `value`, or `end`."""
     cdef uint64_t result = end
     check_range(bitmap, first, end)
     if first < end:
@@ -266,7 +262,6 @@ def bitmap_find_last(const uint64_t[::1] bitmap not None, uint64_t first, uint64
 
 
 def bitmap_all(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end):
-    """Whether every bit of [first, end) is 1 (an empty range: True)."""
     cdef bint result = True
     check_range(bitmap, first, end)
     if first < end:
@@ -276,7 +271,6 @@ def bitmap_all(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end
 
 
 def bitmap_none(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end):
-    """Whether every bit of [first, end) is 0 (an empty range: True)."""
     cdef bint result = True
     check_range(bitmap, first, end)
     if first < end:
@@ -286,7 +280,6 @@ def bitmap_none(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t en
 
 
 def bitmap_fill(uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, bint value):
-    """Set every bit of [first, end) to `value`."""
     check_range(bitmap, first, end)
     if first < end:
         with nogil:
@@ -326,7 +319,6 @@ cdef uint64_t find_runs(const uint64_t *words, uint64_t first, uint64_t end, uin
 
 
 def bitmap_runs(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, uint64_t limit=65536):
-    """Runs of equal bits: ``(bounds, value)``, where run i is [bounds[i], bounds[i + 1]) and has the value ``value ^ (i & 1)``."""
     cdef uint64_t count
     cdef uint64_t[::1] bounds
     check_range(bitmap, first, end)
@@ -360,7 +352,6 @@ cdef class Lookup:
         self.chunk_size_bytes = chunk_size_bytes
 
     def find(self, uint64_t offset_bytes, uint64_t length_bytes):
-        """Where the beginning of a byte range is: ``(run_bytes, present, slot)``."""
         # Keeps the GIL: giving it up costs as much as the whole lookup, and a chunk bounds the walk.
         cdef uint64_t chunk, end_bytes, end_block, run_end_block, run_end_bytes
         cdef bint present
@@ -413,7 +404,6 @@ cdef int64_t decode_cells(uint32_t kind, const uint8_t *raw, uint64_t cell_count
 
 def cells_encode(uint32_t kind, items not None, const uint8_t[::1] uuid not None, uint64_t map_offset_bytes, uint64_t first_page,
                  uint64_t page_count, uint8_t[::1] out not None):
-    """Seal pages [first_page, first_page + page_count) of a map into `out`."""
     cdef const uint64_t[::1] words
     cdef const uint32_t[::1] entries
     cdef const uint8_t *source = NULL
@@ -440,7 +430,6 @@ def cells_encode(uint32_t kind, items not None, const uint8_t[::1] uuid not None
 
 def cells_decode(uint32_t kind, const uint8_t[::1] raw not None, items_out not None, const uint8_t[::1] uuid not None,
                  uint64_t map_offset_bytes, uint64_t first_page=0):
-    """Verify the pages in `raw`, from page `first_page` of the map on, and copy their items: index of the first bad cell, or -1."""
     cdef uint64_t[::1] words
     cdef uint32_t[::1] entries
     cdef uint8_t *target = NULL
@@ -468,7 +457,6 @@ def cells_decode(uint32_t kind, const uint8_t[::1] raw not None, items_out not N
 
 
 def map_hash(const uint8_t[::1] uuid not None, const uint64_t[::1] bitmap not None, const uint32_t[::1] table):
-    """Section 7 of FORMAT.md over whole maps; `table` is None in the raw layout."""
     cdef uint64_t seed
     cdef uint64_t result = 0
     cdef uint64_t i
@@ -485,7 +473,6 @@ def map_hash(const uint8_t[::1] uuid not None, const uint64_t[::1] bitmap not No
 
 
 def table_slots(const uint32_t[::1] table not None, uint64_t limit_slots, uint64_t[::1] used_out not None):
-    """Set the bit of every slot in use: index of the first chunk with a slot used twice or not below `limit_slots`, or -1."""
     cdef uint64_t i
     cdef uint64_t entries = <uint64_t>table.shape[0]
     cdef uint32_t slot
@@ -506,7 +493,6 @@ def table_slots(const uint32_t[::1] table not None, uint64_t limit_slots, uint64
 
 def empty_chunk_with_bits(const uint64_t[::1] bitmap not None, const uint32_t[::1] table not None, uint64_t blocks_per_chunk,
                           uint64_t blocks):
-    """Index of the first EMPTY chunk that has a 1-bit below `blocks`, or -1."""
     cdef uint64_t chunk, bit = 0
     cdef uint64_t entries = <uint64_t>table.shape[0]
     cdef int64_t result = -1

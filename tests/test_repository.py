@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -68,3 +69,18 @@ def test_each_source_names_its_licence() -> None:
         pytest.skip("git tells what is a source, and this is no checkout")
     done = subprocess.run([ROOT / "scripts" / "spdx", "--missing"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), f"run scripts/spdx:\n{done.stdout}{done.stderr}"
+
+
+def test_a_compiled_interface_is_documented_once() -> None:
+    """In the stub: what stood in both places drifted apart."""
+    twice = []
+    for stub in (ROOT / "fvd").rglob("*.pyi"):
+        source = stub.with_suffix(".pyx")
+        if not source.exists():
+            continue
+        documented = {
+            node.name for node in ast.walk(ast.parse(stub.read_text())) if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+        }
+        defined = re.findall(r'^ *(?:def|cpdef [^\n(]*?) ?(\w+)\((?:[^()]|\([^()]*\))*\)[^\n]*:\n +"""', source.read_text(), re.MULTILINE)
+        twice += [f"{source.relative_to(ROOT)}: {name}" for name in defined if name in documented]
+    assert twice == []

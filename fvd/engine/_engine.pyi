@@ -31,7 +31,7 @@ SEEDED_BUGS: Final[bool]
 """Whether this build contains the bugs that prove the tests; a release does not."""
 
 def seed_bug(number: int) -> None:
-    """Switch one seeded bug on (0: none). Raises RuntimeError in a release build."""
+    """Switch one seeded bug on (of fvd._core.Bug; 0: none). Raises RuntimeError in a release build, which contains none."""
 
 class Engine:
     def __init__(

@@ -135,7 +135,6 @@ SEEDED_BUGS = bool(HAS_BUGS)
 
 
 def seed_bug(int number):
-    """Switch one seeded bug on (of fvd._core.Bug; 0: none). Raises RuntimeError in a release build, which contains none."""
     if not HAS_BUGS:
         raise RuntimeError("this build contains no seeded bugs")
     _core.seeded_bug = number

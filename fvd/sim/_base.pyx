@@ -10,7 +10,6 @@ cdef enum:
 
 
 def base_content(uint64_t base_size, uint64_t offset_bytes, uint64_t length_bytes):
-    """What a base of that size holds there: another value in every sector. Cut off anywhere."""
     room = bytearray(length_bytes)
     cdef uint8_t[::1] view = room
     if length_bytes:

@@ -104,7 +104,7 @@ class SimulatedDevice:
     base_bytes: int | None
     @property
     def image(self) -> memoryview:
-        """What reads see; writable."""
+        """What reads see, as a writable memoryview of the present size."""
 
     @property
     def volatile_blocks(self) -> int:

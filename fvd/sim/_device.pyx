@@ -49,7 +49,6 @@ cdef class Operation:
 
     @property
     def content(self):
-        """What a write writes, as bytes; the buffer of a read as it is now."""
         return (<char *>self.buffer)[: self.length_bytes] if self.buffer != NULL else b""
 
 
@@ -63,7 +62,6 @@ cdef class SimulatedDevice:
         self.spare = NULL
 
     def __init__(self, uint64_t capacity_bytes, uint32_t logical_block_bytes, Rng rng, *, base_bytes=None, regions=(0, 0, 0)):
-        """See _device.pyi."""
         cdef uint8_t[::1] view
         self.rng = rng
         self.logical_block_bytes = logical_block_bytes
@@ -107,19 +105,16 @@ cdef class SimulatedDevice:
 
     @property
     def image(self):
-        """What reads see, as a writable memoryview of the present size."""
         return memoryview(self.image_array)[: self.size_bytes]
 
     @property
     def volatile_blocks(self):
-        """How many blocks a crash now could leave with another content."""
         cdef uint64_t i, count = 0
         for i in range(self.touched_count):
             count += self.newest[self.touched[i]] != NULL
         return count
 
     def grow(self, uint64_t size_bytes, bytes filler):
-        """More storage at the end, holding what it held before."""
         if not self.size_bytes <= size_bytes <= self.capacity_bytes:
             raise ValueError(f"{size_bytes} bytes: the device has {self.size_bytes} and can have {self.capacity_bytes}")
         cdef uint64_t count = size_bytes - self.size_bytes
@@ -135,18 +130,15 @@ cdef class SimulatedDevice:
         self.used_bytes = max(self.used_bytes, size_bytes)
 
     def keep_size(self):
-        """See _device.pyi."""
         self.durable_size_bytes = self.size_bytes
 
     def set_faults(self, rates):
-        """The share of operations of each category (CATEGORIES) that fails, as a dict; what is not named does not fail."""
         cdef int i
         for i, name in enumerate(CATEGORIES):
             self.rates[i] = rates.get(name, 0.0)
         self.faulty = any(rates.values())
 
     def set_slow(self, shares):
-        """The share of events, by category of operation, that are held back for long, as a dict."""
         cdef int i
         for i, name in enumerate(CATEGORIES):
             self.slow[i] = shares.get(name, 0.0)
@@ -158,7 +150,6 @@ cdef class SimulatedDevice:
     # --- events ---------------------------------------------------------------------------------------------------
 
     def submit(self, operations):
-        """[(token, kind, target, offset_bytes, length_bytes, buffer_address, durable)], as Engine.take_operations gives them."""
         for token, kind, target, offset, length, address, durable in operations:
             self.add(token, kind, target, offset, length, <uint8_t *><uintptr_t>address, durable)
 
@@ -196,7 +187,6 @@ cdef class SimulatedDevice:
         return op
 
     def set_workers(self, uint32_t workers):
-        """See _device.pyi."""
         self.workers = workers
 
     cdef int occupy(self, Operation op) except -1:
@@ -264,7 +254,6 @@ cdef class SimulatedDevice:
             op.held_until = max(op.held_until, self.moment + self.rng.between(50, 300))
 
     def step(self):
-        """One event of one pending operation. Returns it when that completes it, else None. Something must be pending."""
         return self.event()
 
     cdef Operation event(self):
@@ -290,11 +279,9 @@ cdef class SimulatedDevice:
         return op
 
     def take_effect(self, Operation operation):
-        """Its first event. Must not have happened yet."""
         self.begin(operation)
 
     def finish(self, Operation operation):
-        """Complete an operation that has taken effect. Returns it."""
         self.end(operation)
         return operation
 
@@ -412,7 +399,6 @@ cdef class SimulatedDevice:
         return 0
 
     def ask(self):
-        """See _device.pyi."""
         error, self.report = self.report, 0
         return error
 
@@ -467,7 +453,6 @@ cdef class SimulatedDevice:
         return 0
 
     def persist(self, Operation operation, blocks=None):
-        """Blocks of a write that took effect reach the medium by themselves: all, or those with these indexes within the write."""
         cdef uint64_t first = operation.offset_bytes // self.logical_block_bytes
         cdef uint64_t count = operation.length_bytes // self.logical_block_bytes
         if operation.kind not in (OP_WRITE, OP_DISCARD, OP_ZERO) or not operation.took_effect:
@@ -530,7 +515,6 @@ cdef class SimulatedDevice:
     # --- what happens by itself -------------------------------------------------------------------------------------
 
     def set_weather(self, *, double writeback=0.0, double eviction=0.0, double landing=0.0):
-        """See _device.pyi."""
         self.writeback_share, self.eviction_share, self.landing_share = writeback, eviction, landing
         self.weather = writeback > 0 or eviction > 0 or landing > 0
 
@@ -548,7 +532,6 @@ cdef class SimulatedDevice:
         return 0
 
     def happen_at_rest(self):
-        """See _device.pyi."""
         if self.lost and self.rng.chance(self.eviction_share):
             self.evict(0.3)
         if self.landing and self.rng.chance(0.3):
@@ -588,7 +571,6 @@ cdef class SimulatedDevice:
         return 0
 
     def end_landing(self):
-        """See _device.pyi."""
         self.land(0.5)
         self.landing.clear()
 
@@ -601,13 +583,11 @@ cdef class SimulatedDevice:
         return 0
 
     def forget_cache(self):
-        """See _device.pyi."""
         self.revert_lost()
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def flush_everything(self):
-        """A flush by somebody else than the engine, from beginning to end: everything that took effect is durable."""
         cdef uint64_t i
         for i in range(self.touched_count):
             give_versions(self, self.newest[self.touched[i]])
@@ -618,7 +598,6 @@ cdef class SimulatedDevice:
         self.landing.clear()
 
     def truncate(self, uint64_t size_bytes):
-        """The storage ends here now; what lay beyond is gone."""
         cdef uint64_t i, block, kept = 0
         if size_bytes > self.size_bytes:
             raise ValueError(f"{size_bytes} bytes: the device has only {self.size_bytes}")
@@ -635,10 +614,6 @@ cdef class SimulatedDevice:
         self.size_bytes = size_bytes
 
     def volatile(self):
-        """[(offset_bytes, contents, oldest first)] of each block of which a crash now may leave any of several contents, by submission.
-
-        Writes that had not taken effect count as if they had. The device is of no use any more until `put_back`.
-        """
         cdef Operation op
         cdef Version *version
         cdef uint64_t i, block
@@ -666,7 +641,6 @@ cdef class SimulatedDevice:
         return [(offset, contents) for _, offset, contents in found]
 
     def put_back(self, image):
-        """Hold this image (of the present size), all of it on the medium, with nothing pending: for another try from one crash."""
         self.flush_everything()
         self.nothing_pending()
         self.lost.clear()
@@ -674,7 +648,6 @@ cdef class SimulatedDevice:
         memoryview(self.image_array)[: self.size_bytes] = image
 
     def crash(self):
-        """Power fails: every volatile block becomes one of its contents, by rng. Nothing is pending any more."""
         cdef Operation op
         cdef Version *version
         cdef uint64_t i, block, count
@@ -713,7 +686,6 @@ cdef class SimulatedDevice:
         self.nothing_pending()
 
     def kill(self):
-        """The process dies and the device goes on: writes under way take effect, wholly, in part or not. All stays volatile."""
         cdef Operation op
         cdef uint64_t number
         for op in self.pending:

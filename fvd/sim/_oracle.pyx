@@ -35,7 +35,6 @@ class Violation(AssertionError):
 
 
 def unstamp(word):
-    """See _oracle.pyi."""
     if word // 2**44 == 0xBA5E:
         return 0, word % 2**44 - 1
     number, place = word // 2**40, word % 2**40 - 1     # not by STAMP_SHIFT: a power of a C integer is no integer
@@ -60,7 +59,6 @@ cdef class Oracle:
         self.reads = NULL
 
     def __init__(self, uint64_t virtual_size_bytes, base_bytes=None, windows=None):
-        """See _oracle.pyi."""
         cdef uint64_t base = 0 if base_bytes is None else min(base_bytes, virtual_size_bytes)
         cdef uint64_t i, index, sector
         cdef int64_t[::1] view
@@ -324,7 +322,6 @@ cdef class Oracle:
         self.read_dropped(began)
 
     def doubt(self):
-        """See _oracle.pyi."""
         cdef uint64_t i
         cdef uint32_t j
         cdef History *history
@@ -358,7 +355,6 @@ cdef class Oracle:
         return False
 
     def outlive_kill(self, *, bint sent_again):
-        """See _oracle.pyi."""
         cdef uint32_t i
         cdef uint64_t now = self.tick_()
         self.read_count = 0
@@ -369,7 +365,6 @@ cdef class Oracle:
                     self.writes[i].ended = now
 
     def survive_kill(self):
-        """See _oracle.pyi."""
         cdef uint64_t i
         cdef uint32_t j
         cdef uint64_t now = self.tick_()

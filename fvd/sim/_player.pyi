@@ -98,7 +98,7 @@ class Player:
         """Events until nothing is pending. Raises Violation if that never comes."""
 
     def read_now(self, first_sector: int, sectors: int) -> bytearray:
-        """Reads, without asking the oracle, while nothing else is under way."""
+        """Reads, without asking the oracle and without copying, while nothing else is under way. Raises Violation when that fails."""
 
     def aim(
         self,

@@ -88,14 +88,12 @@ cdef class Player:
 
     @property
     def in_flight(self):
-        """{cookie: kind} of the requests that have not ended."""
         cdef uint32_t i
         return {self.guests[i].cookie: KINDS[self.guests[i].kind] for i in range(self.room) if self.guests[i].active}
 
     # --- requests and events ----------------------------------------------------------------------------------------
 
     def submit(self, str kind, uint64_t first_sector=0, uint64_t sectors=0, *, bint fua=False, bint no_hole=False, uint64_t skew_bytes=0):
-        """Hand one request to the engine. Returns its cookie; it is in `in_flight` until it has ended."""
         return self.send(KINDS.index(kind), first_sector, sectors, fua, no_hole, skew_bytes)
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,
@@ -280,7 +278,6 @@ cdef class Player:
         self.promises = False
 
     def unanswered(self):
-        """See _player.pyi."""
         cdef uint32_t i
         cdef Guest *guest
         found = list(self.to_send_again)
@@ -291,7 +288,6 @@ cdef class Player:
         return found
 
     def send_again(self, requests):
-        """See _player.pyi."""
         self.to_send_again = list(requests)
 
     cdef int send_some_again(self, bint every) except -1:
@@ -302,11 +298,9 @@ cdef class Player:
         return 0
 
     def exchange(self):
-        """Take what the engine wants done, and what it has done, without an event of the device."""
         self.pump()
 
     def step(self):
-        """One event of the device. False when nothing is pending."""
         return self.turn()
 
     cdef bint turn(self) except -1:
@@ -371,7 +365,6 @@ cdef class Player:
         return 0
 
     def deliver(self, Operation operation):
-        """Hand a completed operation of the device to the engine, and take what comes of it."""
         self.take(operation)
 
     cdef int take(self, Operation op) except -1:
@@ -506,13 +499,11 @@ cdef class Player:
         return 0
 
     def end_exhaustion(self):
-        """See _player.pyi."""
         if self.exhausted:
             self.exhausted = False
             self.exhausted_until = self.serial
 
     def abandon(self):
-        """The disk is gone: nothing in flight will end."""
         cdef uint32_t i
         self.to_verify = []
         self.to_send_again = []
@@ -521,7 +512,6 @@ cdef class Player:
                 self.forget(&self.guests[i])
 
     def drain(self):
-        """Events until nothing is pending. Raises Violation if that never comes."""
         cdef uint64_t count = 0
         while self.turn():
             count += 1
@@ -529,7 +519,6 @@ cdef class Player:
                 raise Violation(f"the device is never idle: {self.device.pending[:4]}")
 
     def read_now(self, uint64_t first_sector, uint64_t sectors):
-        """Reads, without asking the oracle and without copying, while nothing else is under way. Raises Violation when that fails."""
         cdef Operation op
         cdef uint64_t count = 0
         cdef bint copying = self.engine.copies.on_read
@@ -572,7 +561,6 @@ cdef class Player:
 
     def aim(self, *, weights, areas, uint64_t largest_sectors, uint32_t depth, uint64_t unit_sectors, double skew_share, double side_share,
             uint32_t least_depth=1, double verify_share=0.0):
-        """What random requests look like from now on; see _player.pyi."""
         cdef int i
         self.weight_sum = 0
         for i, name in enumerate(KINDS):
@@ -592,7 +580,6 @@ cdef class Player:
         self.side_share = side_share
 
     def play(self, uint64_t requests, *, uint64_t seed, uint64_t stream, skip=None, on_side=None, awaited=None):
-        """Submit and move in random order. Returns how many requests were submitted; see _player.pyi."""
         cdef uint64_t i, sent = 0
         cdef uint32_t target
         cdef int wanted = -1 if awaited is None else awaited
