@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from real_devices import GIB, MIB, Group, Server, fvd_lv, load_module, run, settle
 
@@ -23,9 +24,16 @@ SECRET = b"another tenant's secret. " * 2621 + bytes(11)  # 64 KiB
 assert len(SECRET) == 65536
 
 
-def read_all(volume: str, length: int) -> bytes:
+def not_zero(volume: str, length: int) -> dict[int, int]:
+    """Every byte that is not zero, by its offset. In pieces: the guest's kernel ends a process of some 60,000 pages where its host's
+    vm.max_map_count is the kernel's own (seen on Debian 13's User-Mode Linux)."""
+    piece = 8 * MIB
+    shown: dict[int, int] = {}
     with fvd.open(volume, read_only=True) as disk:
-        return b"".join(disk.pread(offset, min(8 * MIB, length - offset)) for offset in range(0, length, 8 * MIB))
+        for start in range(0, length, piece):
+            data = np.frombuffer(disk.pread(start, min(piece, length - start)), np.uint8)
+            shown |= {start + int(offset): int(data[offset]) for offset in np.flatnonzero(data)[:1000]}
+    return shown
 
 
 # --- A life ----------------------------------------------------------------------------------------------------------------------
@@ -109,16 +117,12 @@ def test_a_reused_volume_shows_nothing_of_another_tenants(make_group: Callable[.
         fvd.open(volume)
     for layout in ("raw", "compact"):
         assert fvd.provision(volume, "96M", layout=layout, **SMALL).created
-        assert not any(read_all(volume, 96 * MIB))
+        assert not_zero(volume, 96 * MIB) == {}
         with fvd.open(volume) as disk:
             # One byte of a block: what lies beside it in the block must not show either.
             for offset in range(0, 50 * MIB, 5 * MIB):
                 disk.pwrite(offset, b"\1")
-        found = bytearray(read_all(volume, 96 * MIB))
-        for offset in range(0, 50 * MIB, 5 * MIB):
-            assert found[offset] == 1
-            found[offset] = 0
-        assert not any(found)
+        assert not_zero(volume, 96 * MIB) == dict.fromkeys(range(0, 50 * MIB, 5 * MIB), 1)
         assert fvd.remove(volume)
 
 
@@ -148,7 +152,7 @@ def test_foreign_contents_are_refused(group: Group) -> None:
     with pytest.raises(fvd.NotFound):
         fvd.remove(volume)
     assert fvd.provision(volume, "1G", force=True, **SMALL).created
-    assert not any(read_all(volume, 64 * MIB))
+    assert not_zero(volume, 64 * MIB) == {}
 
 
 def test_other_kinds_of_volumes_are_refused(group: Group) -> None:
