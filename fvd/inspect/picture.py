@@ -78,7 +78,7 @@ def _used_before(slots: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]) -
 def _chart(view: View, chunks: npt.NDArray[np.int64], slots: npt.NDArray[np.int64], columns: int, ascii_only: bool) -> list[str]:
     geometry = view.geometry
     fine_rows, fine_columns = (ROWS, columns) if ascii_only else (ROWS * 4, columns * 2)
-    last = max(int(slots.max()) + 1 if slots.size else 1, geometry.slots_in(view.storage_size_bytes), 1)
+    last = max(int(np.max(slots)) + 1 if slots.size else 1, geometry.slots_in(view.storage_size_bytes), 1)
     dots = np.zeros((fine_rows, fine_columns), np.bool_)
     dots[chunks * fine_rows // geometry.chunks, slots * fine_columns // last] = True
     if ascii_only:

@@ -63,6 +63,8 @@ def held(folder: Path) -> list[str]:
             where = str(fd.readlink())
         except OSError:
             continue
+        if "/test-logs/" in where:
+            continue  # what pytest says goes there
         if str(folder) in where or "fvd" in where or where.startswith(("anon_inode:", "socket:")):
             found.append(where)
     return found

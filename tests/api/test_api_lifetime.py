@@ -192,9 +192,10 @@ def test_work_stops_at_its_next_checkpoint_and_is_undone_whole() -> None:
 
     def work() -> None:
         os.kill(os.getpid(), signal.SIGALRM)
-        time.sleep(0.05)
         try:
-            checkpoint()
+            for _ in range(10_000):  # until the other thread has seen it
+                checkpoint()
+                time.sleep(0.001)
             trace.append("went on")
         finally:
             checkpoint()

@@ -49,7 +49,7 @@ class Sysfs:
         values = list(os.stat_result(range(10)))
         values[0] = mode
         values[2] = device
-        return stack_of(os.stat_result(values, {"st_rdev": device, "st_dev": device}), str(self.path))
+        return stack_of(os.stat_result(values, {"st_rdev": device}), str(self.path))
 
 
 @pytest.fixture
