@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.machinery
 import importlib.util
 import itertools
@@ -151,3 +152,13 @@ def test_what_was_asked_for_must_be_there() -> None:
     assert done.returncode == 2 and "no part is called no such *" in done.stderr
     listed = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout
     assert "checked engine" in listed and "release alone" in listed and "build fuzz" in listed
+
+
+def test_a_quick_run_has_the_folders_and_nothing_slow(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "ROOT", ROOT)
+    parts = {part.name: part for part in script.quick_parts([])}
+    assert {"release engine", "release volume", "release cli", "release export"} <= parts.keys()
+    assert not [name for name in parts if "/" in name or fnmatch.fnmatch(name, "*lvm*") or name in script.GUESTS]
+    for part in parts.values():
+        marked = part.words[part.words.index("-m", 2) + 1]
+        assert "not slow" in marked and "not long" in marked and "not alone" in marked
