@@ -48,7 +48,7 @@ lint: setup ## ruff (rules and format), mypy --strict, cython-lint
 # Builds, linters and folders of tests run beside each other (scripts/run-tests): each is told whole when it ends, and ended after a limit.
 RUN_TESTS = @$(PY) scripts/run-tests --jobs $(JOBS)
 PYTEST_WORDS = $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
-test: setup ## everything: both builds, the linters, all tests, real LVM included (47 minutes on 2 processors)
+test: setup ## everything: both builds, the linters, all tests, real LVM included (half an hour on 2 processors)
 	$(RUN_TESTS) $(PYTEST_WORDS)
 
 test-long: setup ## the same with all that is left out of it, in both builds, and longer plays (an hour and more); before an issue is resolved
