@@ -144,7 +144,7 @@ def target_journal(data: bytes) -> None:
         (table, good_map(good, MapKind.TABLE), dirty_table, maps.ENTRIES_PER_CELL * maps.CELLS_PER_PAGE),
     ):
         if now is not None:
-            assert all(dirty[i // per_page] for i in np.flatnonzero(now != before))
+            assert all(dirty[int(i) // per_page] for i in np.flatnonzero(now != before))
     assert journal.replay(geometry, good.uuid, ring, bitmap.copy(), None if table is None else table.copy())[0] == state
 
 
