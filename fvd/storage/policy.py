@@ -327,16 +327,12 @@ class GrowthPolicy:
         self._reading = False  # the size is being read
         self._read_again = False
         self._mark_bytes = low_water_bytes  # at the last look
+        self._seen_at = 0.0  # and when that was
 
     @property
     def extending(self) -> bool:
         """Whether a step is under way (it may hang)."""
         return isinstance(self._state, Stepping)
-
-    @property
-    def querying_group(self) -> bool:
-        """Whether the group was asked what it has left, and has not answered."""
-        return isinstance(self._query, Querying)
 
     @property
     def full(self) -> bool:
@@ -349,7 +345,7 @@ class GrowthPolicy:
         geometry = self._geometry
         below = max(0, self.free_bytes - max(geometry.grow_step_bytes // LOOKS_PER_STEP, geometry.chunk_size_bytes))
         # While a step runs or rests nothing else can begin; its end looks again.
-        something_can_begin = isinstance(self._state, Idle) and not self.querying_group
+        something_can_begin = isinstance(self._state, Idle) and not self._query_alarm(self._seen_at)
         return max(below, self._mark_bytes) if something_can_begin else below
 
     def write_rate(self, now: float) -> float:
@@ -381,7 +377,8 @@ class GrowthPolicy:
         if free_bytes >= self._mark_bytes or self.full:
             self._low_reported = False
             self._end_backoff()
-            return self._begin_requested(now)
+            # The query keeps its alarm: with less free than the mark nobody may begin before it has ended.
+            return self._begin_requested(now) or self._query_alarm(now)
         if isinstance(self._state, Stepping):
             return []
         if isinstance(self._state, Backoff):
@@ -392,8 +389,8 @@ class GrowthPolicy:
         if self._must_query(now):
             query = self._query = Querying(now)
             return [QueryGroup(), WakeAt(query.ends_at)]
-        if isinstance(self._query, Querying) and now < self._query.ends_at:
-            return [WakeAt(self._query.ends_at)]  # again: a step that somebody asked for meanwhile has set the alarm to a time of its own
+        if alarm := self._query_alarm(now):
+            return alarm  # again: a step that somebody asked for meanwhile has set the alarm to a time of its own
         return self._begin_needed(now)
 
     def extend(self, now: float, by_bytes: int) -> list[Action]:
@@ -579,8 +576,13 @@ class GrowthPolicy:
             actions.append(self._event("group_full", message=f"{name} has no room for another growth step"))
         return actions
 
+    def _query_alarm(self, now: float) -> list[Action]:
+        """While an answer is awaited: when that is to end."""
+        return [WakeAt(self._query.ends_at)] if isinstance(self._query, Querying) and now < self._query.ends_at else []
+
     def _see(self, now: float, free_bytes: int) -> None:
         """Takes in what is free now."""
+        self._seen_at = now
         self.free_bytes = free_bytes
         self._rate.look(now, free_bytes)
         self._mark_bytes = self.low_water_at(now)
@@ -597,9 +599,7 @@ class GrowthPolicy:
     def _must_query(self, now: float) -> bool:
         """A step that a group refused is not simply tried again where somebody tells of space: lvextend opens the physical volumes for
         writing even when it fails, which is a change that udev tells every other disk of the group that rests."""
-        if isinstance(self._query, Querying) and now < self._query.ends_at:
-            return False
-        if not self._notifies_space or not self._group_refused or self._begun_at is None:
+        if self._query_alarm(now) or not self._notifies_space or not self._group_refused or self._begun_at is None:
             return False
         return now < self._begun_at + FORCED_TRY_SECONDS
 

@@ -376,6 +376,17 @@ def test_a_failure_after_a_step_beside_a_question_has_its_start_told() -> None:
     assert "extend_started" not in kinds(growth.tick(rests_until + 301.0, 0))
 
 
+def test_a_question_that_hangs_keeps_its_alarm_while_there_is_enough() -> None:
+    """Else nobody wakes when there is too little again: the mark is not looked at while the answer is awaited."""
+    growth = refused()
+    growth.tick(1.0, 0)
+    enough = growth.low_water_at(2.0)
+    assert only(growth.on_free_bytes(2.0, enough), WakeAt) == WakeAt(301.0)
+    assert growth.look_below_bytes < enough  # nothing can begin
+    assert "Start" not in kinds(growth.tick(301.0, enough))
+    assert growth.look_below_bytes >= growth.low_water_at(301.0)
+
+
 def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
     growth = refused()
     assert "Start" in kinds(growth.extend(0.5, STEP))
