@@ -569,7 +569,9 @@ class World:
             self.place.end_life(power=True)
         self.device.kill()
         self.player.abandon()
-        if not self._die_while_opening():
+        lives, refused = self._die_while_opening()
+        whole = whole and not refused
+        if not lives:
             self.oracle.outlive_kill(sent_again=self.shape.resends) if whole else self.oracle.survive_kill()
             self.log_memory = None
             self.say("power fails")
@@ -594,8 +596,10 @@ class World:
             self.oracle.adopt_after_kill(shown)
         self._check_extents(shown)
 
-    def _die_while_opening(self) -> bool:
-        """Some who open the disk are killed at it, after any of their operations. False: power fails there."""
+    def _die_while_opening(self) -> tuple[bool, bool]:
+        """Some who open the disk are killed at it, after any of their operations. Whether power is on afterwards; and whether one was
+        refused: it was told of what was lost since anybody had asked, and the next one finds what is left."""
+        refused = False
         for _ in range(self.rng.randint(0, self.shape.deaths) if self.shape.deaths else 0):
             # Recovery goes on from commits that nobody has looked at.
             self.device.inspect = self.device.announce = self.device.conclude = None
@@ -606,12 +610,13 @@ class World:
                 self.say("the next one is killed while it opens the disk")
             except DeviceError as error:
                 self.say(f"refused: {error}")
+                refused = True
             finally:
                 self._watch_metadata()
             if self.rng.random() < 0.2:
-                return False
+                return False, refused
             self.device.kill()
-        return True
+        return True, refused
 
     def _judge_as_read(self, shown: bytearray) -> None:
         """Everything acknowledged is seen, as by a read that begins now."""

@@ -21,6 +21,7 @@ TOO_STRICT = {
     16000001974: "an older value, brought back by a failed write of another part of its block",
     16000108649: "a slot that a later write took, while an earlier one waited for memory",
     18000101153: "what the page cache lost, brought back by a write of another part of its block that had read it",
+    21000000082: "one who opened the disk was told of a failure, and killed",
     466448788406: "slots that a request asks for bit by bit",
 }
 
