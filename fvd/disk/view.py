@@ -6,6 +6,8 @@ Never modifies anything. Of an open volume the snapshot must be taken in the thr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from fvd.disk.opening import OpenVolume, loss_after, recover
 from fvd.format.geometry import Geometry
 from fvd.format.maps import EMPTY, Bitmap, Table
 from fvd.format.superblock import PossibleLoss, Superblock
+from fvd.storage.interfaces import Attached
 from fvd.storage.provider import provider_for
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.superblocks import Pages
@@ -81,14 +84,20 @@ def look(target: Target) -> View:
             loss=target.loss,
         )
     name = parse_name(target)
-    provider = provider_for(name)
+    with open_to_look(name) as (_, node):
+        return view_of(name, node)
+
+
+@contextmanager
+def open_to_look(name: VolumeName) -> Iterator[tuple[Attached, Node]]:
+    """A closed volume, attached, claimed as a reader and open; afterwards it is left as it was. Raises NotFound, InUse, DeviceError."""
     with (
-        provider.attach(name, looking=True) as place,
+        provider_for(name).attach(name, looking=True) as place,
         claim(place.path, Ownership.READER) as held,
         open_node(place.path, read_only=True) as node,
     ):
         held.check_covers(node)
-        return view_of(name, node)
+        yield place, node
 
 
 def view_of(name: VolumeName, node: Pages) -> View:

@@ -11,18 +11,16 @@ from dataclasses import dataclass, field
 
 from fvd.base.base import open_base
 from fvd.base.rights import namer_of, rights_for
-from fvd.device.claim import Ownership, claim
-from fvd.device.node import Node, aligned_buffer, open_node
+from fvd.device.node import Node, aligned_buffer
 from fvd.disk.loading import READ_BYTES, check_metadata_fits, check_slots_fit, covers_base
 from fvd.disk.opening import OpenVolume, loss_after, recover
 from fvd.disk.pending import LOSSES, Left
-from fvd.disk.view import Target, View, look
+from fvd.disk.view import Target, View, look, open_to_look
 from fvd.errors import Corrupt, DeviceError, FvdError, NotFound, Unsupported
 from fvd.format.geometry import PAGE_BYTES
 from fvd.format.journal import replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
 from fvd.format.superblock import PossibleLoss, Superblock, decode
-from fvd.storage.provider import provider_for
 from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.superblocks import Pages, read_superblock, read_superblock_slots, state_of
@@ -54,13 +52,7 @@ def check(target: Target, *, progress: Progress | None = None, base_allow: Seque
     if isinstance(target, OpenVolume):
         return _check_open(target)
     name = parse_name(target)
-    provider = provider_for(name)
-    with (
-        provider.attach(name, looking=True) as place,
-        claim(place.path, Ownership.READER) as held,
-        open_node(place.path, read_only=True) as node,
-    ):
-        held.check_covers(node)
+    with open_to_look(name) as (place, node):
         report = check_node(node, name, progress=progress)
         _check_log(node, name, report)
         return report if report.base_released else _check_base(node, report, place.base_marks, base_allow)
