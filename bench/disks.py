@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks over a slow base, served side by side: an fvd disk, and a qcow2 overlay in qemu-storage-daemon. Both answer the same questions.
 
-The base is nbdkit's pattern plugin, which holds no zeros and takes no room, behind its delay and rate filters. Each disk lies on a loop
+The base is nbdkit's pattern plugin, which holds no zeros and takes no space, behind its delay and rate filters. Each disk lies on a loop
 device over tmpfs. Knows nothing of what guests do to the disks.
 """
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 READ_DELAY = "5ms"
 RATE_BYTES = 50_000_000  # a second
 BURST_SECONDS = 0.1  # what the base's rate limit lets through at once after a rest: small, so that it is no part of the result
-ROOM_BYTES = 64 * MIB  # for metadata, besides the disk's own size
+METADATA_BYTES = 64 * MIB  # of a device, besides the disk's own size
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ class QemuDisk(Disk):
 @contextlib.contextmanager
 def fvd_disk(folder: Path, base: Path, size_bytes: int, copy_on_read: bool) -> Iterator[FvdDisk]:
     path = folder / "disk.sock"
-    with loop_device(size_bytes + ROOM_BYTES) as device:
+    with loop_device(size_bytes + METADATA_BYTES) as device:
         fvd.provision(device, size=size_bytes, base=f"nbd+unix:///?socket={base}", copy_on_read=copy_on_read, force=True)
         with server([sys.executable, "-m", "fvd.cli", "serve", device, "--socket", str(path)], path) as process:
             yield FvdDisk(path, process.pid, device)
@@ -130,7 +130,7 @@ def fvd_disk(folder: Path, base: Path, size_bytes: int, copy_on_read: bool) -> I
 def qemu_disk(folder: Path, base: Path, size_bytes: int, copy_on_read: bool) -> Iterator[QemuDisk]:
     need("qemu-storage-daemon", "qemu-img")
     path, monitor = folder / "qemu.sock", folder / "qmp.sock"
-    with loop_device(size_bytes + ROOM_BYTES) as device:
+    with loop_device(size_bytes + METADATA_BYTES) as device:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", device, str(size_bytes)], check=True)
         command = ["qemu-storage-daemon"]
         nodes = [

@@ -24,8 +24,8 @@ from machine import CannotMeasure, loop_device, need, output, server
 from uml_guest import NODE, nbd_node
 
 MIB = 1 << 20
-ROOM_BYTES = 64 * MIB  # for a format's metadata; XFS needs more
-XFS_ROOM_BYTES = 512 * MIB
+METADATA_BYTES = 64 * MIB  # of a format; XFS needs more
+XFS_METADATA_BYTES = 512 * MIB
 Ranges = list[tuple[int, int]]  # (offset, length) on the device
 
 
@@ -51,11 +51,11 @@ def fvd_name(placement: str) -> str:
 @contextlib.contextmanager
 def fvd_disk(folder: Path, size_bytes: int, placement: Placement) -> Iterator[FormatDisk]:
     path = folder / "disk.sock"
-    with loop_device(size_bytes + ROOM_BYTES) as device:
+    with loop_device(size_bytes + METADATA_BYTES) as device:
         fvd.provision(device, size=size_bytes, placement=placement, force=True)
         begin = fvd.info(device).metadata_size
         with server([sys.executable, "-m", "fvd.cli", "serve", device, "--socket", str(path)], path):
-            yield FormatDisk(device, [nbd_node(path)], lambda: [(begin, size_bytes + ROOM_BYTES - begin)])
+            yield FormatDisk(device, [nbd_node(path)], lambda: [(begin, size_bytes + METADATA_BYTES - begin)])
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def qemu_raw_disk(_: Path, size_bytes: int) -> Iterator[FormatDisk]:
 @contextlib.contextmanager
 def qcow2_disk(_: Path, size_bytes: int, options: str = "") -> Iterator[FormatDisk]:
     need("qemu-img")
-    with loop_device(size_bytes + ROOM_BYTES) as device:
+    with loop_device(size_bytes + METADATA_BYTES) as device:
         words = ["-o", options] if options else []
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, device, str(size_bytes)], check=True)
         yield FormatDisk(device, qemu_nodes("qcow2", "host_device", device), lambda: mapped("qcow2", device))
@@ -94,7 +94,7 @@ def qed_disk(folder: Path, size_bytes: int) -> Iterator[FormatDisk]:
     need("qemu-img", "mkfs.xfs", "mount", "umount", "filefrag")
     place = folder / "xfs"
     place.mkdir(exist_ok=True)
-    with loop_device(size_bytes + XFS_ROOM_BYTES) as device:
+    with loop_device(size_bytes + XFS_METADATA_BYTES) as device:
         output("mkfs.xfs", "-q", "-f", device)
         done = subprocess.run(["mount", device, place], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -87,9 +87,9 @@ def need_memory(size_bytes: int) -> None:
     """Raises CannotMeasure unless files in memory may take so much."""
     if not os.access(MEMORY, os.W_OK):
         raise CannotMeasure(f"{MEMORY} is not there")
-    room = os.statvfs(MEMORY)
+    memory = os.statvfs(MEMORY)
     available = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line) << 10
-    free = min(room.f_bavail * room.f_frsize, available)
+    free = min(memory.f_bavail * memory.f_frsize, available)
     if free < size_bytes:
         raise CannotMeasure(f"needs {size_bytes >> 20} MiB of memory, of which {free >> 20} are free")
 

@@ -38,7 +38,7 @@ static int poll_fd, is_write;
 static uint64_t blocks, rng = 0x9E3779B97F4A7C15ULL;
 static uint8_t data[BLOCK_BYTES];
 static uint64_t *took_ns;
-static size_t took_count, took_room;
+static size_t took_count, took_capacity;
 
 static uint64_t now_ns(void) {
     struct timespec now;
@@ -128,7 +128,7 @@ static void receive(struct connection *one, size_t depth) {
         memcpy(&reply, one->in + at * size, sizeof reply);
         uint64_t cookie = be64toh(reply.cookie);
         if (be32toh(reply.magic) != SIMPLE_MAGIC || reply.error || cookie >= depth) errno = EIO, die("reply");
-        if (took_count < took_room) took_ns[took_count++] = now - one->began_ns[cookie];
+        if (took_count < took_capacity) took_ns[took_count++] = now - one->began_ns[cookie];
         one->idle[one->idle_count++] = cookie;
     }
     one->in_bytes -= done * size;
@@ -153,8 +153,8 @@ int main(int argc, char **argv) {
     is_write = !strcmp(argv[2], "randwrite");
     blocks = size_bytes / BLOCK_BYTES;
     poll_fd = epoll_create1(EPOLL_CLOEXEC);
-    took_room = seconds * PER_SECOND_MAX;
-    took_ns = calloc(took_room + 1, sizeof *took_ns);
+    took_capacity = seconds * PER_SECOND_MAX;
+    took_ns = calloc(took_capacity + 1, sizeof *took_ns);
     if (!all || !depth || !blocks || poll_fd < 0 || !took_ns) die("start");
     for (size_t at = 0; at < BLOCK_BYTES; at += 8) {
         uint64_t word = draw();

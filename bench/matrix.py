@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from loads import KIB, MIB, each_once, fill, for_seconds, lightly, over_nbd, run_fio, seen_by, spread_offsets, trace
 from machine import CannotMeasure, loop_device, need, offloads_zeros
-from peers import ROOM_BYTES, MakeDevice, Peer, Served, all_peers
+from peers import METADATA_BYTES, MakeDevice, Peer, Served, all_peers
 from suite import Plan, Plot, Row, Series, missing, ratio, row
 
 TITLE = "peers x workloads over NBD, and in process against fio: operations, CPU per request, latencies"
@@ -252,7 +252,7 @@ def measure_in_process(disk_bytes: int, rounds: int, seconds: float, tuned: bool
     import fvd
 
     samples = []
-    with loop_device(disk_bytes + ROOM_BYTES) as device:
+    with loop_device(disk_bytes + METADATA_BYTES) as device:
         fvd.provision(device, size=disk_bytes, force=True)
         filled = in_process(device, "write", block_bytes=MIB, depth=8, requests=disk_bytes // MIB)
         names = [IN_PROCESS, FIO] + ([FIO_TUNED] if tuned else [])

@@ -29,7 +29,7 @@ from suite import Plan, Plot, Row, missing, ratio, row
 TITLE = "where a request's microseconds go, in process and over NBD"
 
 MIB = 1 << 20
-ROOM_BYTES = 64 * MIB
+METADATA_BYTES = 64 * MIB
 BLOCK_BYTES = 4096
 DEPTH = 32
 FVD, PASS, ANSWER, QEMU, PROCESS = "fvd", "pass-through", "answer-only", "qemu raw", "fvd in process"
@@ -86,7 +86,7 @@ def provision(device: str, disk_bytes: int) -> None:
 @contextlib.contextmanager
 def running(kind: str, folder: Path, disk_bytes: int) -> Iterator[Running]:
     socket = folder / f"{kind.replace(' ', '-')}.sock"
-    with loop_device(disk_bytes + ROOM_BYTES) as device:
+    with loop_device(disk_bytes + METADATA_BYTES) as device:
         plain = [sys.executable, str(Path(__file__).with_name("passthrough.py")), "serve", device, "--socket", str(socket)]
         commands = {
             FVD: [sys.executable, "-m", "fvd.cli", "serve", device, "--socket", str(socket)],
@@ -176,7 +176,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             samples_it = not why_no_perf and (kind != ANSWER or plan.mode == "full")
             runs[kind] = partial(over_nbd, served, seconds=seconds, disk_bytes=disk_bytes, samples=samples_it, counts=counts)
         if IN_PROCESS.exists():
-            device = stack.enter_context(loop_device(disk_bytes + ROOM_BYTES))
+            device = stack.enter_context(loop_device(disk_bytes + METADATA_BYTES))
             provision(device, disk_bytes)
             in_process(device, "write", seconds, False)  # so that all is mapped, as far as it comes
             runs[PROCESS] = partial(in_process, device, seconds=seconds, has_perf=not why_no_perf)

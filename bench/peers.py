@@ -27,7 +27,7 @@ MakeDevice = Callable[[int], AbstractContextManager[str]]
 Family = Literal["fvd", "limit", "qemu", "nbdkit", "file system"]
 
 MIB = 1 << 20
-ROOM_BYTES = 64 * MIB  # of a device, for metadata, besides the disk's own size
+METADATA_BYTES = 64 * MIB  # of a device, besides the disk's own size
 FILE_SYSTEM_BYTES = 400 * MIB  # mkfs.xfs makes nothing smaller than 300 MB
 
 
@@ -86,9 +86,9 @@ def run(*command: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_device(place: Place, room_bytes: int = ROOM_BYTES) -> Iterator[str]:
-    """`room_bytes`: for metadata; none for what is served as it is."""
-    with place.make_device(place.disk_bytes + room_bytes) as device:
+def disk_device(place: Place, metadata_bytes: int = METADATA_BYTES) -> Iterator[str]:
+    """`metadata_bytes`: for metadata; none for what is served as it is."""
+    with place.make_device(place.disk_bytes + metadata_bytes) as device:
         yield device
 
 
@@ -96,7 +96,7 @@ def disk_device(place: Place, room_bytes: int = ROOM_BYTES) -> Iterator[str]:
 def mounted(place: Place, kind: Literal["ext4", "xfs"]) -> Iterator[tuple[str, Path]]:
     """A file system on a loop device: the device, and a folder in the file system."""
     need(f"mkfs.{kind}")
-    with loop_device(max(place.disk_bytes + place.disk_bytes // 8 + 2 * ROOM_BYTES, FILE_SYSTEM_BYTES)) as device:
+    with loop_device(max(place.disk_bytes + place.disk_bytes // 8 + 2 * METADATA_BYTES, FILE_SYSTEM_BYTES)) as device:
         run(f"mkfs.{kind}", "-q", device)
         folder = place.folder / "mounted"
         folder.mkdir()

@@ -245,7 +245,7 @@ def one_bar(axes: Axes, position: float, thickness: float, values: list[float], 
 
 
 def stands(plot: Plot, series: Sequence[Series]) -> bool:
-    """Whether upright bars have room: for their values above and the categories below."""
+    """Whether upright bars are wide enough: for their values above and the categories below."""
     categories = [str(x) for x in plot["x"]]
     if len(categories) * len(series) > UPRIGHT_MAX or len(categories) > 6 or len(series) > 6:
         return False
@@ -283,8 +283,8 @@ def standing_bars(plot: Plot, series: list[Series]) -> Figure:
     axes = page.axes(left=52, bottom=26)
     if logarithmic:
         axes.set_yscale("log")
-    room = 16 / PLOT_HEIGHT  # for the figure above the highest bar
-    axes.set_ylim(low, high * (high / low) ** room if logarithmic else high + (high - low) * room)
+    margin = 16 / PLOT_HEIGHT  # for the figure above the highest bar
+    axes.set_ylim(low, high * (high / low) ** margin if logarithmic else high + (high - low) * margin)
     scale(axes.yaxis, low, high, logarithmic)
     axes.grid(axis="y", color=GRID, alpha=0.22, linewidth=0.8)
     thickness = min(0.8 / len(series), 0.3)

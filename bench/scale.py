@@ -34,7 +34,7 @@ OPEN_GOAL_MS = 50
 LONG_OPEN_BYTES = 10 * TIB
 REQUESTS_DEPTH = 32
 TOTAL_DEPTH = 64  # of all disks together
-DISK_ROOM_BYTES = 32 * MIB  # for the metadata of one of many disks
+DISK_METADATA_BYTES = 32 * MIB  # of one of many disks
 QCOW2_BYTES = TIB
 MEMORY_PER_TIB_BYTES = 7 * MIB  # of maps: in a file, and as much again in the process that has the disk open
 
@@ -169,7 +169,7 @@ def measure_disks(plan: Plan) -> list[dict[str, Any]]:
     total_bytes = plan.of(256 * MIB, GIB, 4 * GIB)
     patterns: tuple[Pattern, ...] = plan.of(("randread",), ("randread", "randwrite"), ("randread", "randwrite"))
     seconds = plan.of(0.5, 0.8, plan.seconds)
-    need_memory(len(numbers) * total_bytes + sum(numbers) * DISK_ROOM_BYTES)
+    need_memory(len(numbers) * total_bytes + sum(numbers) * DISK_METADATA_BYTES)
     return many_disks(numbers, total_bytes, patterns, plan.rounds, seconds, plan.of((), ("randwrite",), ()))
 
 

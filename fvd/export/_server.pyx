@@ -365,11 +365,11 @@ cdef class NbdLoop:
     def peer_connections(self):
         """How many connections each peer has: by (kind, value)."""
         cdef Peer *peer = self.peers
-        found = {}
+        connections = {}
         while peer != NULL:
-            found[peer.kind, peer.value] = peer.connections
+            connections[peer.kind, peer.value] = peer.connections
             peer = peer.next
-        return found
+        return connections
 
     def take_endings(self):
         """On how many clients the loop has hung up since the last call: (sent no request, half a request, took no replies)."""
@@ -407,14 +407,14 @@ cdef class NbdLoop:
         """(export number, Want bits) of every export that wants something it has not said before."""
         cdef uint32_t i, wants
         cdef Export *export
-        found = []
+        wanting = []
         for i in range(self.export_count):
             export = self.exports[i]
             wants = (<Backend>export.backend).wants() if export.live else 0
             if wants & ~export.reported:
-                found.append((i, wants))
+                wanting.append((i, wants))
             export.reported = wants
-        return found
+        return wanting
 
     def drain(self, int64_t timeout_ns, int64_t export=ALL):
         """Read nothing more from the clients (of one export, or all), answer what is under way, hang up. Writes that wait for

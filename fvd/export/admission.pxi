@@ -17,7 +17,7 @@ cdef bint admit(NbdLoop loop, Connection *connection) except -1 nogil:
     1. What is within a connection's share is always taken: nobody is shut out.
     2. What all have beyond their shares stays within common_cap.
     3. Of that, a peer gets at most as much as it leaves, and a connection of it at most as much as it leaves of that. There, who holds
-       nothing goes on for longer than who holds something, and is asked for no more room for a large request than for a small one. So
+       nothing goes on for longer than who holds something, and a large request needs no more free space than a small one. So
        deep queues of one leave enough for the next, however slowly they are emptied, and small requests do not keep out large ones.
 
     Writes that wait for storage have caps of their own: those of a full disk must not stop the reads and flushes behind them. Where they

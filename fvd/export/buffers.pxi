@@ -62,7 +62,7 @@ cdef enum:
 cdef struct Cut:                    # the spans of one class
     uint8_t *fresh                  # what of the last span was never used ...
     uint32_t fresh_count            # ... and how many buffers that is
-    uint8_t **cold                  # buffers without pages; there is room for all that were ever cut
+    uint8_t **cold                  # buffers without pages; its capacity is all that were ever cut
     uint32_t cold_count
     uint32_t cut_count
 

@@ -123,8 +123,8 @@ def check_given(given: Given) -> None:
 
 
 def _listen_tcp(listen: Tcp) -> socket.socket:
-    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _name, address = found[0]
+    addresses = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _name, address = addresses[0]
     listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -152,7 +152,7 @@ def _listen_unix(listen: Unix) -> tuple[socket.socket, BoundName]:
             _remove_dead(folder, path, private)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                # What ss(8) shows of it from now on ends in its name, if there is room for that.
+                # What ss(8) shows of it from now on ends in its name, if that fits.
                 address = f"/proc/self/fd/{private}/"
                 new = path.name if len(os.fsencode(address + path.name)) <= _SOCKET_PATH_BYTES else "new"
                 listener.bind(address + new)

@@ -64,7 +64,7 @@ class Disks:
         return fd
 
     def engine(self, virtual_bytes: int, chunks: int, **options: Any) -> tuple[Engine, int]:
-        """An empty disk with room for so many chunks of 1 MiB, and the descriptor of its storage."""
+        """An empty disk on storage of so many slots of 1 MiB, and the descriptor of its storage."""
         geometry = Geometry(virtual_bytes, 64 << 10, MIB, 16 * MIB, grow_step_bytes=MIB)
         size = geometry.data_offset_bytes + chunks * MIB
         storage = self.file(size, "engine")

@@ -260,7 +260,7 @@ def test_prefetching_waits_for_the_base(tmp_path: Path, base: Nbdkit) -> None:
 
 
 def test_copies_stop_where_storage_ends(tmp_path: Path, base: Nbdkit) -> None:
-    """A file system with room for some chunks: copies leave the guest its share, and what is mapped goes on."""
+    """A file system with free space for some chunks: copies leave the guest its share, and what is mapped goes on."""
     with mounted("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=9m") as folder:
         volume = provision(folder, base.uri, grow_step=2 * MIB)
         with guest(volume, tmp_path, prefetch=fvd.PrefetchOptions(delay_s=0), on_full="error") as one:

@@ -129,7 +129,7 @@ def test_so_many_options_are_enough(serve: Serve) -> None:
     assert client.ended()
 
 
-# --- Shares: what one holds leaves room for the next ---------------------------------------------------------------------------
+# --- Shares: what one holds leaves memory to the next ---------------------------------------------------------------------------
 
 
 def filled(running: Running) -> None:
@@ -141,7 +141,7 @@ def filled(running: Running) -> None:
     assert now >= 100 * MIB
 
 
-def test_deep_queues_of_some_leave_room_for_a_large_request(serve: Serve) -> None:
+def test_deep_queues_of_some_leave_memory_to_a_large_request(serve: Serve) -> None:
     """All of one user. None of the four takes a reply: what they hold they hold."""
     running = serve(limits=Limits(connections=64))
     for _ in range(4):

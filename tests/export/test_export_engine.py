@@ -31,7 +31,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 class Full(Running):
-    """A disk of 64 MiB on storage with room for two chunks of 1 MiB, both taken."""
+    """A disk of 64 MiB on storage of two slots of 1 MiB, both taken."""
 
     engine: Engine
     storage: int
