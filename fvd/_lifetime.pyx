@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from _thread import start_new_thread
 
@@ -67,6 +68,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     LOOK_MS = 100           # a signal that another thread has received wakes nobody here
+    FORK_MS = 200           # a fork waits so long at most for what is just being opened: that may be a device that hangs
     FINALIZER_MS = 10000    # a collected handle is waited for so long: what it waits for may be held by whoever collects it
 
 log = logging.getLogger(__name__)
@@ -379,6 +381,38 @@ def never_wait():
 
 # --- Forks ------------------------------------------------------------------------------------------------------------------------
 
+cdef class BetweenForks:
+    """While one thread opens a descriptor and tells of it (`keep`), no other forks: a child would hold what nobody there knows of. Not
+    longer than FORK_MS: the child of a program whose device hangs is worth more than one descriptor."""
+
+    cdef int opening, forking   # changed with the interpreter's lock held, and nowhere in between
+
+    def __enter__(self):
+        cdef int left = FORK_MS
+        while self.forking and left > 0:
+            time.sleep(0.001)
+            left -= 1
+        self.opening += 1
+
+    def __exit__(self, *_):
+        self.opening -= 1
+
+    def before(self):
+        cdef int left = FORK_MS
+        self.forking += 1
+        while self.opening and left > 0:
+            time.sleep(0.001)
+            left -= 1
+
+    def after(self):
+        self.forking -= 1
+
+    def in_child(self):
+        self.opening = self.forking = 0
+
+
+between_forks = BetweenForks()
+
 _kept = {}          # by the id of what was opened: a weak reference to it, and how it tells its descriptors
 
 
@@ -435,3 +469,4 @@ def _let_go(fd, null):
 if fvd_watch_forks() != 0:
     raise MemoryError("no room to watch for forks")
 os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=between_forks.before, after_in_parent=between_forks.after, after_in_child=between_forks.in_child)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.control import protocol
 from fvd.control.paths import short_address
 from fvd.control.protocol import Request, ServerGone
@@ -34,8 +34,11 @@ class ControlClient:
 
     def connect(self) -> None:
         """Does nothing when connected. Raises ServerGone, PermissionDenied, Timeout."""
-        if self._socket is not None:
-            return
+        if self._socket is None:
+            with between_forks:
+                self._connect()
+
+    def _connect(self) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(CONNECT_TIMEOUT_SECONDS)
         try:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.control import protocol
 from fvd.control.paths import all_sockets, find_sockets, short_address, socket_name
 from fvd.control.protocol import Request
@@ -187,6 +187,10 @@ class Follower:
             self._connect(peer)
 
     def _connect(self, peer: _Peer) -> bool:
+        with between_forks:
+            return self._connect_now(peer)
+
+    def _connect_now(self, peer: _Peer) -> bool:
         peer.retry_at = None
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.control import protocol
 from fvd.control.paths import LOCK_SUFFIX, SUFFIX, make_runtime_dir, open_runtime_dir, socket_name
 from fvd.control.protocol import Request
@@ -141,18 +142,23 @@ class ControlServer:
 
     def _accept_all(self) -> None:
         assert self._listener is not None
+        poller = select.poll()
+        poller.register(self._listener, select.POLLIN)
         while True:
+            poller.poll()
             try:
-                connection, _ = self._listener.accept()
-            except OSError:
+                with between_forks:
+                    connection, _ = self._listener.accept()
+                    with self._lock:
+                        refused = self._closing or len(self._connections) >= CONNECTIONS_MAX
+                        if not refused:
+                            self._connections.add(connection)
+            except OSError as error:
                 if self._closing:
                     return
-                self._closed.wait(0.1)  # out of descriptors, say: it passes
+                if not isinstance(error, BlockingIOError):  # which is: the client has gone again
+                    self._closed.wait(0.1)  # out of descriptors, say: it passes
                 continue
-            with self._lock:
-                refused = self._closing or len(self._connections) >= CONNECTIONS_MAX
-                if not refused:
-                    self._connections.add(connection)
             if refused:
                 connection.close()
             else:
@@ -270,7 +276,7 @@ def _refuse_live(folder: int, path: Path, volume: str) -> None:
 
 def _listen(folder: int, name: str) -> socket.socket:
     """Bound under another name, given its mode, then moved into place: never seen with the wrong mode, a stale one is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     fresh = f"{name.removesuffix(SUFFIX)}.{os.getpid()}.new"
     try:
         _unlink(folder, fresh)

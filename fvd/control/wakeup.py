@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 
 
 class Wakeup:
@@ -16,8 +16,9 @@ class Wakeup:
     """
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        keep(self, lambda wakeup: (wakeup.fd,))
+        with between_forks:
+            self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            keep(self, lambda wakeup: (wakeup.fd,))
 
     def notify(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the counter is at its end: the descriptor is readable

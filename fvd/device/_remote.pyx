@@ -34,7 +34,7 @@ from fvd.device.libnbd cimport (
 )
 from fvd.device.op cimport OP_READ, DeviceOp
 
-from fvd._lifetime import checkpoint, keep
+from fvd._lifetime import between_forks, checkpoint, keep
 from fvd.counted import Counted
 from fvd.errors import DeviceError, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
 
@@ -164,9 +164,10 @@ cdef class Remote(Source):
         if self.was_open or self.closed:
             raise RuntimeError("a remote base is opened once")
         self.was_open = True
-        self.loop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.helper_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        keep(self, _descriptors)
+        with between_forks:
+            self.loop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self.helper_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            keep(self, _descriptors)
         self.opened = threading.Event()
         self.wanted = True
         # A daemon: a name server that does not answer must not keep the process. It starts the server's process, which asks the kernel to

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from fvd._lifetime import Descriptors, checkpoint
+from fvd._lifetime import Descriptors, between_forks, checkpoint
 from fvd.device.folders import open_path
 from fvd.device.holders import Holder, has_identity, holders_of, kernel_is_at_work, list_folder, read_text
 from fvd.device.node import Identity, Node, check_kind, identity_of, typed_error, typed_errors
@@ -126,7 +126,8 @@ def _claim_now(name: str, ownership: Ownership, opened: int | None = None) -> Cl
             check_kind(name, Path(name).stat())  # before the open, which does things to a pipe or a tape
     fds = Descriptors()
     try:
-        fds.append(_open(name, ownership) if opened is None else fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 0))
+        with between_forks:
+            fds.append(_open(name, ownership) if opened is None else fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 0))
         status = os.fstat(fds[0])
         check_kind(name, status)
         identity = identity_of(status)
@@ -136,9 +137,11 @@ def _claim_now(name: str, ownership: Ownership, opened: int | None = None) -> Cl
             if ownership is Ownership.BASE:
                 _refuse_writable_mount(name, status.st_rdev)
             else:
-                fds += _take_device(name, fds[0], ownership, status.st_rdev)
+                with between_forks:
+                    fds += _take_device(name, fds[0], ownership, status.st_rdev)
             descriptor = fds[-1]
-            fds += _lock_loop_backing(name, ownership, status.st_rdev)
+            with between_forks:
+                fds += _lock_loop_backing(name, ownership, status.st_rdev)
         else:
             _refuse_file_users(name, ownership, identity)
     except BaseException:

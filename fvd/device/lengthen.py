@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.device.node import Node, descriptor_size_bytes, typed_errors
 from fvd.device.stack import free_bytes_of
 from fvd.errors import DeviceError
@@ -17,7 +17,7 @@ class Lengthener:
 
     def __init__(self, node: Node) -> None:
         self.path = node.path
-        with typed_errors("duplicating the descriptor of", node.path):
+        with typed_errors("duplicating the descriptor of", node.path), between_forks:
             self._fd = os.dup(node.fd)  # R35: the same open file, and no child inherits it
         self._lock = threading.Lock()  # guards the two below; never held across a system call that can block
         self._busy = 0

@@ -21,7 +21,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.device.failures import reported
 from fvd.device.folders import Place, open_path
 from fvd.device.stack import Stack, free_bytes_of, stack_of
@@ -284,7 +284,11 @@ def open_node(path: str | os.PathLike[str], *, read_only: bool = False, direct: 
     same file, opened for the same access, whose open file is used instead of a new one: its locks then last as long as any transfer (R35).
     Raises NotFound, PermissionDenied, Unsupported (a directory, a pipe...), DeviceError.
     """
-    name = os.fspath(path)
+    with between_forks:
+        return _open_node(os.fspath(path), read_only, direct, sharing)
+
+
+def _open_node(name: str, read_only: bool, direct: bool, sharing: int | None) -> Node:
     access = os.O_RDONLY if read_only else os.O_RDWR
     with typed_errors("opening", name):
         # Before the open: opening a pipe would wait for its other end.

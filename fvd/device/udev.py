@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.errors import DeviceError, Timeout
 
 log = logging.getLogger(__name__)
@@ -98,16 +98,17 @@ class BlockWatch:
     def start(self) -> bool:
         """False: nobody tells of events here (not permitted)."""
         monitors = {}
-        for source in ("kernel", "udev") if self._number >= 0 else ("udev",):
-            if source == "udev" and not udev_is_running():
-                continue
-            with contextlib.suppress(OSError):
-                monitors[source] = _monitor(source)
-        if not monitors:
-            return False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._monitors = list(monitors.values())
-        keep(self, lambda watch: (watch._wake, *(monitor.fileno() for monitor in watch._monitors)))
+        with between_forks:
+            for source in ("kernel", "udev") if self._number >= 0 else ("udev",):
+                if source == "udev" and not udev_is_running():
+                    continue
+                with contextlib.suppress(OSError):
+                    monitors[source] = _monitor(source)
+            if not monitors:
+                return False
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+            self._monitors = list(monitors.values())
+            keep(self, lambda watch: (watch._wake, *(monitor.fileno() for monitor in watch._monitors)))
         self._thread = threading.Thread(target=self._run, args=(monitors,), name="fvd-udev", daemon=True)
         self._thread.start()
         return True

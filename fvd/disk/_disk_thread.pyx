@@ -28,7 +28,7 @@ from fvd.engine._engine cimport (
     FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Want,
 )
 
-from fvd._lifetime import Interrupted, keep, never_wait
+from fvd._lifetime import Interrupted, between_forks, keep, never_wait
 from fvd.errors import DeviceError, Forked, InvalidArgument, NoSpace, OutOfMemory, ReadOnly, quoted
 
 cdef extern from "<errno.h>" nogil:
@@ -80,8 +80,9 @@ cdef class DiskThread:
 
     def start(self):
         """Starts the thread. Raises what opening its queue raises. Called once, by `drive`."""
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        keep(self, _descriptors)
+        with between_forks:
+            self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            keep(self, _descriptors)
         # A daemon: a caller that forgot to close must still be able to end its process. The journal makes up for it.
         self.thread = threading.Thread(target=self._run, name=f"fvd {self.volume.name}", daemon=True)
         self.thread.start()

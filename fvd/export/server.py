@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from fvd._lifetime import keep, never_wait
+from fvd._lifetime import between_forks, keep, never_wait
 from fvd.counted import Counted, say_due
 from fvd.device._queue import Source
 from fvd.engine._engine import Engine
@@ -149,13 +149,15 @@ class NbdServer:
         self._turned_away = 0
         self._owner_uid = 0
         self._listeners: dict[int, socket.socket] = {}
+        self._arriving: socket.socket | None = None  # accepted last
         self._bound: BoundName | None = None  # of our Unix socket
         keep(self, NbdServer._descriptors)
 
     def _descriptors(self) -> list[int]:
         """For a child after fork."""
         handshakes = [client.socket.fileno() for client in list(self._clients.values())]
-        return [self._wake, *self._listeners, *handshakes, *self._loop.descriptors()]
+        arriving = [] if self._arriving is None else [self._arriving.fileno()]  # -1 once it belongs to the loop or is closed
+        return [self._wake, *self._listeners, *arriving, *handshakes, *self._loop.descriptors()]
 
     # --- Exports ------------------------------------------------------------------------------------------------
 
@@ -384,7 +386,7 @@ class NbdServer:
         self._listeners = {listener.fileno(): listener for listener in listeners}
         for fd in self._listeners:
             self._loop.watch(fd)
-        with self._lock:
+        with self._lock, between_forks:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._serving = threading.get_ident()
         self._loop.watch(self._wake)
@@ -484,7 +486,9 @@ class NbdServer:
         self._accept_later.discard(listener.fileno())
         for _ in range(_ACCEPTS_PER_STEP):
             try:
-                client, _address = listener.accept()
+                with between_forks:
+                    client, _address = listener.accept()
+                    self._arriving = client
             except BlockingIOError:
                 return
             except OSError as error:

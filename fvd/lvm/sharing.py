@@ -14,7 +14,7 @@ import os
 import struct
 from pathlib import Path
 
-from fvd._lifetime import keep
+from fvd._lifetime import between_forks, keep
 from fvd.errors import PermissionDenied
 
 # Below /run, which is root's: in /run/lock anybody may make a folder, and hold its locks for ever.
@@ -31,6 +31,11 @@ class Share:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         keep(self, lambda share: (share._fd,))
+
+    def arrive(self) -> None:
+        """Waits while somebody arrives or switches the volume off."""
+        fcntl.fcntl(self._fd, _F_OFD_SETLKW, _lock(fcntl.F_WRLCK, _ARRIVING))
+        fcntl.fcntl(self._fd, _F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
 
     def arrived(self) -> None:
         """The volume is right and can be used: the next one may come."""
@@ -78,18 +83,18 @@ def take(group: str, name: str, folder: Path | None = None) -> Share:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # No name contains a colon: the pair is unique. Lock files stay: removing one would split its users.
-        fd = os.open(folder / f"{group}:{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
+        with between_forks:
+            share = Share(os.open(folder / f"{group}:{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PermissionDenied(f"{folder} may not be written by you; logical volumes need root") from error
         raise
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLKW, _lock(fcntl.F_WRLCK, _ARRIVING))
-        fcntl.fcntl(fd, _F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
+        share.arrive()
     except BaseException:
-        os.close(fd)
+        share.close()
         raise
-    return Share(fd)
+    return share
 
 
 def _lock(kind: int, byte: int = _USING) -> bytes:

@@ -7,6 +7,9 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -173,8 +176,8 @@ def test_a_child_can_open_disks_of_its_own(volume: str, tmp_path: Path, quiet: N
 
 
 def test_a_child_of_a_server(volume: str, tmp_path: Path, quiet: None) -> None:
-    socket = tmp_path / "vm.sock"
-    served = fvd.serve(volume, socket=socket)
+    listening = tmp_path / "vm.sock"
+    served = fvd.serve(volume, socket=listening)
     followed = fvd.events(volume)
 
     def work() -> Any:
@@ -187,11 +190,40 @@ def test_a_child_of_a_server(volume: str, tmp_path: Path, quiet: None) -> None:
         found, still = child.said
         assert set(found.values()) == {"Forked"}, found
         assert still == []
-        assert socket.exists() and fvd.info(volume).uri == served.uri
+        assert listening.exists() and fvd.info(volume).uri == served.uri
         followed.close()
         served.close()
-        with fvd.serve(volume, socket=socket):
+        with fvd.serve(volume, socket=listening):
             pass
+
+
+@pytest.mark.parametrize("what", ["an eventfd", "a connection"])
+def test_a_fork_waits_for_what_is_just_being_opened(
+    what: str, volume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """Another thread has a new descriptor that nothing knows of yet: seen as an eventfd that stayed open in a child."""
+    opened = threading.Event()
+
+    def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def opens(*arguments: Any) -> Any:
+            made = call(*arguments)
+            opened.set()
+            time.sleep(0.05)
+            return made
+
+        return opens
+
+    with fvd.serve(volume, socket=tmp_path / "vm.sock"):
+        if what == "an eventfd":
+            monkeypatch.setattr(os, "eventfd", slowly(os.eventfd))
+        else:
+            monkeypatch.setattr(socket.socket, "accept", slowly(socket.socket.accept))
+        follower = threading.Thread(target=lambda: fvd.events(volume).close())
+        follower.start()
+        assert opened.wait(5)
+        with Child(lambda: held(tmp_path)) as child:
+            assert child.said == []
+        follower.join()
 
 
 def test_a_child_of_a_program_with_asyncio(volume: str, quiet: None) -> None:
