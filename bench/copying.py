@@ -26,7 +26,7 @@ from suite import Plan, Plot, Row, row
 
 TITLE = "A slow base: what do copy-on-read, prefetching and a profile bring, and what does the guest feel of it?"
 MIB = 1 << 20
-GUEST = Path(__file__).resolve().parent / "guest.py"
+GUEST = Path(__file__).resolve().parent / "nbd_guest.py"
 READS = 3000
 OWN_BYTES = 64 * MIB
 TURN_SECONDS_PER_SECOND = 2.5  # a turn is as much longer than what other benchmarks do in one run: 10 s instead of 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest does to a disk, over one NBD connection: `guest.py start|alternate SOCKET ...`. Prints JSON lines.
+"""What a guest does to a disk, over one NBD connection: `nbd_guest.py start|alternate SOCKET ...`. Prints JSON lines.
 
 A program of its own, for it needs libnbd's Python bindings, which a distribution installs for its own Python only. `start` replays a
 trace; `alternate` is busy and idle by turns. Knows nothing of who serves the disk; whoever starts it reads the lines as they come.
