@@ -326,11 +326,11 @@ def bitmap_runs(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t en
         raise ValueError("limit must be at least 1")
     if first == end:
         return np.array([first], np.uint64), False
-    found = np.empty(min(limit, end - first) + 1, np.uint64)
-    bounds = found
+    edges = np.empty(min(limit, end - first) + 1, np.uint64)
+    bounds = edges
     with nogil:
         count = find_runs(&bitmap[0], first, end, limit, &bounds[0])
-    return found[:count + 1].copy(), bool(bit_get(&bitmap[0], first))
+    return edges[:count + 1].copy(), bool(bit_get(&bitmap[0], first))
 
 
 cdef class Lookup:

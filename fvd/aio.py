@@ -389,14 +389,14 @@ class AsyncEvents(AsyncIterator[Event]):
         if self._over:
             raise StopAsyncIteration
         self._pump.start()
-        found = await self._pump.queue.get()
-        if isinstance(found, Event):
+        item = await self._pump.queue.get()
+        if isinstance(item, Event):
             self._pump.room.release()
-            return found
+            return item
         self._over = True
         self._pump.queue.put_nowait(None)  # for whoever else waits here
-        if found is not None:
-            raise found
+        if item is not None:
+            raise item
         raise StopAsyncIteration
 
     async def aclose(self) -> None:

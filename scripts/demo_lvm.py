@@ -113,9 +113,9 @@ def check_spare(group: str, spare: str) -> None:
     """An empty block device that nobody uses; and no other disk of fvd in the group, which would wait in a full group too."""
     if not Path(spare).is_block_device():
         refuse(f"SPARE={spare} is not a block device")
-    found = subprocess.run(["blkid", "--probe", spare], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if found.returncode != 2 or found.stdout:
-        refuse(f"SPARE={spare} is not empty, so it is not touched. blkid --probe says: {(found.stdout or found.stderr).strip()}")
+    probed = subprocess.run(["blkid", "--probe", spare], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if probed.returncode != 2 or probed.stdout:
+        refuse(f"SPARE={spare} is not empty, so it is not touched. blkid --probe says: {(probed.stdout or probed.stderr).strip()}")
     try:
         descriptor = os.open(spare, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         length = os.lseek(descriptor, 0, os.SEEK_END)
@@ -132,8 +132,8 @@ def check_spare(group: str, spare: str) -> None:
 def rows(command: str, fields: str, *more: str) -> list[dict[str, str]]:
     """What lvs or vgs report, sizes in bytes."""
     report = answer(command, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, *more)["report"]
-    found: list[dict[str, str]] = report[0][command.removesuffix("s")]
-    return found
+    reported: list[dict[str, str]] = report[0][command.removesuffix("s")]
+    return reported
 
 
 def is_device(path: str, number: int) -> bool:
@@ -211,10 +211,10 @@ class Made:
         if self.spare is not None and self.spare_was_used:
             # An interrupted vgextend may have got half-way. The device was empty: what is on it is from here.
             number = Path(self.spare).stat().st_rdev
-            found = [row["vg_name"] for row in rows("pvs", "pv_name,vg_name") if is_device(row["pv_name"], number)]
-            if found == [self.group]:
+            groups = [row["vg_name"] for row in rows("pvs", "pv_name,vg_name") if is_device(row["pv_name"], number)]
+            if groups == [self.group]:
                 run("vgreduce", self.group, self.spare)
-            if found in ([self.group], [""]):
+            if groups in ([self.group], [""]):
                 run("pvremove", self.spare)
             self.spare_was_used = False
 
@@ -233,12 +233,12 @@ class Events:
     def wait(self, kind: str, number: int = 1) -> dict[str, Any]:
         """The event of this kind, the number-th since the beginning."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while len(found := self.all(kind)) < number:
+        while len(events := self.all(kind)) < number:
             if time.monotonic() > deadline:
                 run("cat", str(self.FILE), str(LOG))
                 holds(False, f"fvd-lv events told of {kind}")
             time.sleep(0.1)
-        return found[number - 1]
+        return events[number - 1]
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         lines = self.FILE.read_text().rpartition("\n")[0].splitlines()

@@ -120,8 +120,8 @@ def answer(*command: str) -> Any:
 
 
 def info(volume: str) -> dict[str, Any]:
-    found: dict[str, Any] = answer("fvd-lv", "info", volume, "--output", "json")
-    return found
+    facts: dict[str, Any] = answer("fvd-lv", "info", volume, "--output", "json")
+    return facts
 
 
 # --- The client: every 4 KiB page that it writes says where it belongs -----------------------------------------------------------

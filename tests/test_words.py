@@ -69,6 +69,12 @@ WORDS = [
     name(r"\b(source_rang|look_at_sources|unspill)\b", "source_ready, poll_sources, drain_overflow"),
     name(r"\b(may_read|take_wants)\b", "admit, pop_wants"),
     name(r"\bfvd\.(disk\._load|export\._passthrough|sim\.sweep)\b|\bfvd/(disk/_load|export/_passthrough|sim/sweep)\b", "devtools"),
+    Word(
+        r"(?<![.\w])found\b(?= ?(:=|[-+|]?=[ \[(]))|\bfor found in\b",
+        "what it is: errors, paths, holders",
+        re.compile(r"^(fvd|devtools|scripts)/"),
+        False,
+    ),
     # Words of daily life, and sentences that were translated.
     Word(r"\b(stood|stands?|standing) still\b", "was suspended"),
     Word(r"\bstorage has ended\b|\bwhen storage ends\b", "storage is exhausted"),

@@ -103,12 +103,12 @@ def find_profile(disk: OpenVolume, options: PrefetchOptions) -> FoundProfile | N
     return None if disk.copying is None else disk.copying.find_profile(_for_volume(options))
 
 
-def start(disk: OpenVolume, options: PrefetchOptions, found: FoundProfile | None) -> dict[str, Any]:
+def start(disk: OpenVolume, options: PrefetchOptions, profile: FoundProfile | None) -> dict[str, Any]:
     """Raises InvalidArgument (no base), ReadOnly. A disk that has everything stays as it is."""
     if not _released(disk):
         _refuse_what_cannot_copy(disk, "prefetch")
         assert disk.copying is not None
-        disk.copying.start(_for_volume(options), found)
+        disk.copying.start(_for_volume(options), profile)
     return status(disk)
 
 

@@ -66,9 +66,9 @@ def _listen(follower: Follower, waiting: EventQueue) -> None:
     failure = None
     notes = Counted(log)
     try:
-        while (found := follower.next()) is not None:
+        while (line := follower.next()) is not None:
             try:
-                event = event_from_json(found)
+                event = event_from_json(line)
             except TypeError as error:  # a part that every event has is missing
                 notes.warning("event", f"an event that cannot be understood was passed over: {error}")
                 continue

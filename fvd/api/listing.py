@@ -52,7 +52,7 @@ def list_groups(*groups: str) -> list[Group]:
 def look_around(*places: str, every_group: bool = False) -> Listing:
     """Both at once. ``every_group``: all volume groups too, where there is LVM and one may ask it."""
     served = _served()
-    found = list(served)
+    all_listed = list(served)
     groups: list[Group] = []
     named = _named_groups(places)
     if named or every_group:
@@ -64,8 +64,8 @@ def look_around(*places: str, every_group: bool = False) -> Listing:
             volumes = []
         # A served logical volume gets what only its group knows.
         known = {listed.volume: listed for listed in volumes}
-        found = [known.pop(listed.volume, listed) for listed in found] + list(known.values())
-    seen = {listed.volume for listed in found}
+        all_listed = [known.pop(listed.volume, listed) for listed in all_listed] + list(known.values())
+    seen = {listed.volume for listed in all_listed}
     for folder in places:
         if folder in named:
             continue
@@ -74,8 +74,8 @@ def look_around(*places: str, every_group: bool = False) -> Listing:
                 seen.add(str(name))
                 listed = _look(name)
                 if listed is not None:
-                    found.append(listed)
-    return Listing(found, groups)
+                    all_listed.append(listed)
+    return Listing(all_listed, groups)
 
 
 def _named_groups(places: tuple[str, ...]) -> list[str]:

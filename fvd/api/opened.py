@@ -77,8 +77,8 @@ class OpenedVerbs:
     def prefetch_start(self, delay_s: float = 0.0, rate_bytes: int = 0, profile: str | None = None) -> dict[str, Any]:
         options = copying.checked_options(PrefetchOptions(delay_s, rate_bytes, profile))
         # A profile may be large, and its file system slow: guests do not wait for it.
-        found = copying.find_profile(self._disk, options)
-        return self._plain(lambda: copying.start(self._disk, options, found))
+        recorded = copying.find_profile(self._disk, options)
+        return self._plain(lambda: copying.start(self._disk, options, recorded))
 
     def prefetch_stop(self) -> dict[str, Any]:
         return self._plain(lambda: copying.stop(self._disk))

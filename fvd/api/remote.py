@@ -66,5 +66,5 @@ def _is_its_device(name: VolumeName) -> bool:
 
     if name.kind is not VolumeKind.LVM:
         return True
-    found = dm.logical_volume_of(dm.number_of(name.path))
-    return found is None or found == (name.group, name.lv)
+    logical_volume = dm.logical_volume_of(dm.number_of(name.path))
+    return logical_volume is None or logical_volume == (name.group, name.lv)

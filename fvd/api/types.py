@@ -228,10 +228,10 @@ def from_json(kind: type[T], answer: dict[str, Any]) -> T:
 
 def info_from_json(answer: dict[str, Any]) -> Info:
     """An Info with its base, how far that has been copied, and what may be lost."""
-    found: Info = from_json(Info, answer)
+    info: Info = from_json(Info, answer)
     base, prefetch, loss = answer.get("base"), answer.get("prefetch"), answer.get("possible_loss")
     return replace(
-        found,
+        info,
         base=None if base is None else from_json(Base, base),
         prefetch=None if prefetch is None else from_json(PrefetchStatus, prefetch),
         possible_loss=None if loss is None else from_json(PossibleLoss, loss),

@@ -90,22 +90,22 @@ def examine_base(
     Raises NotFound, InUse (mounted writable, or open for writing), InvalidArgument (empty, the volume itself, or not what its format says),
     Unsupported (an fvd disk; an image that needs other files; a program or driver that is missing), PermissionDenied, Timeout, DeviceError.
     """
-    locator, found = parse_locator(name, parse_format(base_format))
+    locator, image_format = parse_locator(name, parse_format(base_format))
     user = rights_for(locator, ROOT, allow)
     with ExitStack() as resources:
         if locator.startswith("/"):
             node = _open_local(locator, resources, user, timeout_seconds)
-            found = _examine_contents(node, found, volume)
-            base = _use(node, found, resources, timeout_seconds, user)
-        elif found is None:
+            image_format = _examine_contents(node, image_format, volume)
+            base = _use(node, image_format, resources, timeout_seconds, user)
+        elif image_format is None:
             raise InvalidArgument(f"the base {locator} needs its format")
         else:
-            base = _ask_server(locator, found, resources, timeout_seconds)
+            base = _ask_server(locator, image_format, resources, timeout_seconds)
         with base:
             size_bytes = base.size_bytes()
     if size_bytes == 0:
         raise InvalidArgument(f"the base {locator} is empty; leave it out, or name an image")
-    return BaseReference(locator, size_bytes, found)
+    return BaseReference(locator, size_bytes, image_format)
 
 
 def open_base(reference: BaseReference, volume: Identity, timeout_seconds: float = TIMEOUT_SECONDS, user: User | None = None) -> OpenBase:
@@ -141,7 +141,7 @@ def _examine_contents(node: Node, stated: BaseFormat | None, volume: Identity | 
         raise Unsupported(f"the base {path} is an fvd disk; serve it read-only (fvd-lv serve) and name its NBD URI as the base")
     if stated is BaseFormat.RAW:
         return stated
-    seen = " and ".join(sorted(found.name.lower() for found in contents.marks))
+    seen = " and ".join(sorted(mark.name.lower() for mark in contents.marks))
     if stated is not None:
         if stated not in contents.marks:
             name = stated.name.lower()

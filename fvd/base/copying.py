@@ -122,7 +122,7 @@ class _Run:
     """Prefetching from one start to its end."""
 
     options: PrefetchOptions
-    found: FoundProfile
+    profile: FoundProfile
     steering: Steering
     begin_ns: int  # the end of the start delay
     counters: dict[str, int]  # at the last step
@@ -182,35 +182,35 @@ class Copying:
         except (FvdError, OSError) as error:
             return FoundProfile(refused=str(error))
 
-    def start(self, options: PrefetchOptions, found: FoundProfile | None = None) -> None:
+    def start(self, options: PrefetchOptions, profile: FoundProfile | None = None) -> None:
         """Begins to prefetch after the delay; while it runs already, begins again with these options. Where it was, the bitmap says.
 
-        `found`: what `find_profile` found; None: it is called here, which reads a file. That is quick for the usual profile (a
+        `profile`: what `find_profile` found; None: it is called here, which reads a file. That is quick for the usual profile (a
         millisecond for each thousand lines); for larger ones look in another thread. Raises InvalidArgument.
         """
         _check(options, self._name)
         remaining = self._engine.base_remaining_bytes
         if self._released or not remaining:
             return
-        found = self.find_profile(options) if found is None else found
-        if found.refused:
-            log.warning("%s: prefetching goes without its profile: %s", self._name, found.refused)
+        profile = self.find_profile(options) if profile is None else profile
+        if profile.refused:
+            log.warning("%s: prefetching goes without its profile: %s", self._name, profile.refused)
         counters = self._engine.copy_counters()
         self._run = _Run(
             options,
-            found,
+            profile,
             Steering(self._random),
             self._clock_ns() + round(options.delay_s * SECOND_NS),
             counters,
             prefetched_before_bytes=counters["prefetched_bytes"],
             percent_told=self._percent(remaining) // PROGRESS_PERCENT * PROGRESS_PERCENT,
-            profile_bytes=self._block_bytes * self._count_blocks(found.extents),
+            profile_bytes=self._block_bytes * self._count_blocks(profile.extents),
             pass_remaining_bytes=remaining,
         )
         self._set(0, options.rate_bytes, self._idle_ns)
-        self._engine.prefetch_plan([*self._clipped(found.extents), (0, self._base_bytes)])
+        self._engine.prefetch_plan([*self._clipped(profile.extents), (0, self._base_bytes)])
         begins = f", beginning in {options.delay_s:g} s" if options.delay_s else ""
-        without = f"; without its profile: {found.refused}" if found.refused else ""
+        without = f"; without its profile: {profile.refused}" if profile.refused else ""
         self._tell("prefetch_started", f"{self._name}: prefetching the {format_size(remaining)} that are still its base's{begins}{without}")
 
     def stop(self) -> None:
@@ -266,7 +266,7 @@ class Copying:
             "limit_bytes_per_second": (run.options.rate_bytes or None) if run is not None else None,
             "eta_seconds": run.speed.eta_seconds(remaining) if run is not None and moving else None,
             "resume_seconds": None if resume_ns is None else max(0.0, (resume_ns - now) / SECOND_NS),
-            "profile": run.found.path if run is not None else None,
+            "profile": run.profile.path if run is not None else None,
             "profile_remaining_bytes": min(remaining, profile_bytes),
             "released": self._released,
         }

@@ -67,10 +67,10 @@ class Contents:
     @property
     def marks(self) -> set[BaseFormat]:
         """The image formats whose marks are there; none: what it holds could only be raw."""
-        found = {whose for offset, magic, whose in _MAGICS if self._head[offset:].startswith(magic)}
+        formats = {whose for offset, magic, whose in _MAGICS if self._head[offset:].startswith(magic)}
         if self._tail.startswith(_VPC_FOOTER):
-            found.add(BaseFormat.VPC)
-        return found
+            formats.add(BaseFormat.VPC)
+        return formats
 
     def refuse_others(self, base_format: BaseFormat) -> None:
         """Raises Unsupported when the header of an image of this format says that it is a part of something larger."""
@@ -146,23 +146,23 @@ def check_image(locator: str, base_format: BaseFormat, handle: Handle | None = N
     name = locator if handle is None else handle.path
     answer = _run([_program("qemu-img"), "info", "--output=json", f"--format={driver}", "--", name], locator, timeout_seconds, handle)
     try:
-        found = json.loads(answer)
-        _judge(found, locator, name, driver)
+        report = json.loads(answer)
+        _judge(report, locator, name, driver)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unsupported(f"qemu-img answered in a form that fvd does not know ({quoted(error)}); QEMU 5.2 or later is needed") from error
 
 
-def _judge(found: dict[str, Any], locator: str, name: str, driver: str) -> None:
-    specific = (found.get("format-specific") or {}).get("data") or {}
-    if found["format"] != driver:
-        raise Conflict(f"the base {locator} is {found['format']}, not {driver}")
-    if any(name.endswith("backing-filename") for name in found):
+def _judge(report: dict[str, Any], locator: str, name: str, driver: str) -> None:
+    specific = (report.get("format-specific") or {}).get("data") or {}
+    if report["format"] != driver:
+        raise Conflict(f"the base {locator} is {report['format']}, not {driver}")
+    if any(name.endswith("backing-filename") for name in report):
         raise _refusal(locator, "has a backing file")
     if specific.get("data-file"):
         raise _refusal(locator, "keeps its data in another file")
     if any(extent["filename"] != name for extent in specific.get("extents") or ()):
         raise _refusal(locator, "keeps its data in other files")
-    if found.get("encrypted"):
+    if report.get("encrypted"):
         raise Unsupported(
             f"the base {locator} is encrypted, and fvd has no key for it; serve it yourself, and name its NBD URI as the base"
         )
@@ -181,10 +181,10 @@ def _driver(base_format: BaseFormat) -> str:
 
 
 def _program(name: str, package: str = "qemu-utils") -> str:
-    found = shutil.which(name, path=_PROGRAM_PATH)
-    if found is None:
+    path = shutil.which(name, path=_PROGRAM_PATH)
+    if path is None:
         raise Unsupported(f"{name} is not installed, and a base of this kind is read with it; install it (Debian: apt install {package})")
-    return found
+    return path
 
 
 def _run(command: list[str], locator: str, timeout_seconds: float, handle: Handle | None) -> bytes:

@@ -37,9 +37,9 @@ def parse_locator(name: str | os.PathLike[str], stated: BaseFormat | None) -> tu
         check_locator(path, BaseFormat.RAW if stated is None else stated)
         return path, stated
     if scheme in NBD_SCHEMES:
-        found = BaseFormat.NBD if stated is None else stated
+        base_format = BaseFormat.NBD if stated is None else stated
     elif stated is BaseFormat.RAW:
-        found = BaseFormat.REMOTE_RAW
+        base_format = BaseFormat.REMOTE_RAW
     elif stated is None:
         # An unknown scheme is the nearer fault; a file of that name is ./NAME.
         check_locator(text, BaseFormat.REMOTE_RAW)
@@ -47,6 +47,6 @@ def parse_locator(name: str | os.PathLike[str], stated: BaseFormat | None) -> tu
             f"the base {text} needs its format (--base-format raw, or qcow2, ...): nothing is concluded from its contents"
         )
     else:
-        found = stated
-    check_locator(text, found)
-    return text, found
+        base_format = stated
+    check_locator(text, base_format)
+    return text, base_format

@@ -20,13 +20,13 @@ EXAMPLES = """\
 The disk must be served (fvd-lv serve, or systemctl start fvd@NAME). --output json holds every form, whatever --format says."""
 
 FORMATS: dict[str, tuple[str, Callable[[fvd.AttachInfo], str]]] = {
-    "qemu": ("QEMU, when it starts", lambda found: found.shell_line()),
+    "qemu": ("QEMU, when it starts", lambda attachment: attachment.shell_line()),
     "qmp": (
         "QEMU, while it runs (QMP, after qmp_capabilities)",
-        lambda found: "\n".join(json.dumps(command, ensure_ascii=False) for command in found.qmp),
+        lambda attachment: "\n".join(json.dumps(command, ensure_ascii=False) for command in attachment.qmp),
     ),
-    "libvirt": ("libvirt", lambda found: found.libvirt_xml),
-    "uri": ("other NBD clients", lambda found: found.uri),
+    "libvirt": ("libvirt", lambda attachment: attachment.libvirt_xml),
+    "uri": ("other NBD clients", lambda attachment: attachment.uri),
 }
 
 
@@ -39,11 +39,11 @@ def register(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = fvd.attach_info(arguments.volume, iothread=arguments.iothread, target=arguments.target)
+    attachment = fvd.attach_info(arguments.volume, iothread=arguments.iothread, target=arguments.target)
     if arguments.format == "all":
-        parts = [f"# {title}\n{write(found)}" for title, write in FORMATS.values()]
-        text = "\n\n".join([*parts, "\n".join(f"# Note: {note}" for note in found.notes)])
+        parts = [f"# {title}\n{write(attachment)}" for title, write in FORMATS.values()]
+        text = "\n\n".join([*parts, "\n".join(f"# Note: {note}" for note in attachment.notes)])
     else:
-        text = FORMATS[arguments.format][1](found)
-    Output(arguments.output).result(asdict(found), text)
+        text = FORMATS[arguments.format][1](attachment)
+    Output(arguments.output).result(asdict(attachment), text)
     return 0

@@ -22,7 +22,7 @@ def register(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = fvd.dump(arguments.volume)
+    contents = fvd.dump(arguments.volume)
     output = Output(arguments.output)
-    output.result(found, [] if output.is_json else json.dumps(found, indent=2))
+    output.result(contents, [] if output.is_json else json.dumps(contents, indent=2))
     return 0

@@ -27,10 +27,10 @@ def error_line(error: BaseException, volume: str | None) -> str:
 
 def error_object(error: BaseException, volume: str | None) -> dict[str, Any]:
     """The ``error`` of a JSON answer."""
-    found: dict[str, Any] = {"kind": kind_of(error), "message": describe(error), "exit_code": exit_code_of(error)}
+    described: dict[str, Any] = {"kind": kind_of(error), "message": describe(error), "exit_code": exit_code_of(error)}
     if volume:
-        found["volume"] = volume
-    return found
+        described["volume"] = volume
+    return described
 
 
 def describe(error: BaseException) -> str:

@@ -37,95 +37,95 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def look(volume: str) -> Answer:
-    found = fvd.info(volume)
-    return asdict(found), [found.volume, *describe_info(found)], 0
+    info = fvd.info(volume)
+    return asdict(info), [info.volume, *describe_info(info)], 0
 
 
-def describe_info(found: Info) -> list[str]:
+def describe_info(info: Info) -> list[str]:
     """The lines under a volume's name."""
     rows = [
-        ("virtual size", f"{format_size(found.virtual_size)} ({found.virtual_size} bytes)"),
-        ("mapped", f"{format_size(found.mapped_bytes)}, {share(found.mapped_bytes, found.virtual_size)} of the virtual size"),
-        ("storage", f"{format_size(found.storage_size)}, {describe_growth(found)}"),
-        ("metadata", format_size(found.metadata_size)),
-        ("layout", f"{found.layout}, blocks of {format_size(found.block_size)} in chunks of {format_size(found.chunk_size)}"),
-        ("journal", format_size(found.journal_size)),
-        ("base", f"{found.base.path} ({format_size(found.base.size)}, {found.base.format})" if found.base else "none"),
-        *(("" if number else "copies", line) for number, line in enumerate(describe_copies(found))),
-        ("state", describe_state(found)),
-        *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(found))),
-        *(("note", line) for line in found.notices),
-        *(("failed", line) for line in describe_failure(found)),
-        *([("full", "what the storage lies on has no room; make some there, and what waits goes on")] if found.no_room_below else []),
-        ("uuid", found.uuid),
-        ("created", moment(found.created_seconds)),
-        *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(found))),
-        *(("growth reserve" if number == 0 else "", line) for number, line in enumerate(describe_reserve(found))),
+        ("virtual size", f"{format_size(info.virtual_size)} ({info.virtual_size} bytes)"),
+        ("mapped", f"{format_size(info.mapped_bytes)}, {share(info.mapped_bytes, info.virtual_size)} of the virtual size"),
+        ("storage", f"{format_size(info.storage_size)}, {describe_growth(info)}"),
+        ("metadata", format_size(info.metadata_size)),
+        ("layout", f"{info.layout}, blocks of {format_size(info.block_size)} in chunks of {format_size(info.chunk_size)}"),
+        ("journal", format_size(info.journal_size)),
+        ("base", f"{info.base.path} ({format_size(info.base.size)}, {info.base.format})" if info.base else "none"),
+        *(("" if number else "copies", line) for number, line in enumerate(describe_copies(info))),
+        ("state", describe_state(info)),
+        *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(info))),
+        *(("note", line) for line in info.notices),
+        *(("failed", line) for line in describe_failure(info)),
+        *([("full", "what the storage lies on has no room; make some there, and what waits goes on")] if info.no_room_below else []),
+        ("uuid", info.uuid),
+        ("created", moment(info.created_seconds)),
+        *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(info))),
+        *(("growth reserve" if number == 0 else "", line) for number, line in enumerate(describe_reserve(info))),
     ]
     return [f"  {label:<16}{text}" for label, text in rows]
 
 
-def describe_growth(found: Info) -> str:
-    most = format_size(found.max_storage_size)
-    if found.storage_size >= found.max_storage_size:
+def describe_growth(info: Info) -> str:
+    most = format_size(info.max_storage_size)
+    if info.storage_size >= info.max_storage_size:
         return "as large as it can get"
-    if not found.can_grow:
+    if not info.can_grow:
         return f"fixed size; the disk could use {most}"
-    return f"grows by {format_size(found.grow_step)} to at most {most} ({found.max_storage_size} bytes)"
+    return f"grows by {format_size(info.grow_step)} to at most {most} ({info.max_storage_size} bytes)"
 
 
-def describe_state(found: Info) -> str:
-    if found.uri:
-        return f"served at {found.uri}"
-    if found.pending_changes:
+def describe_state(info: Info) -> str:
+    if info.uri:
+        return f"served at {info.uri}"
+    if info.pending_changes:
         return (
-            f"not clean: its last server died; the next open commits what it had acknowledged ({found.pending_changes} changes of the maps "
+            f"not clean: its last server died; the next open commits what it had acknowledged ({info.pending_changes} changes of the maps "
             "are in its log)"
         )
-    if found.left_open:
+    if info.left_open:
         return "not clean: its last server did not close it"
-    return "clean" if found.clean else "not clean: the next open replays its journal"
+    return "clean" if info.clean else "not clean: the next open replays its journal"
 
 
-def describe_loss(found: Info) -> list[str]:
+def describe_loss(info: Info) -> list[str]:
     """That acknowledged writes may be gone, and what to do."""
-    loss = found.possible_loss
+    loss = info.possible_loss
     if loss is None:
         return []
-    if found.left_open:
+    if info.left_open:
         return [loss.message, "serve the disk, check the guest's data, then acknowledge"]
     since = moment(loss.seconds)
-    return [f"since {since}: {loss.message}", f"check the guest's data, then run fvd-lv acknowledge {found.volume}"]
+    return [f"since {since}: {loss.message}", f"check the guest's data, then run fvd-lv acknowledge {info.volume}"]
 
 
-def describe_failure(found: Info) -> list[str]:
+def describe_failure(info: Info) -> list[str]:
     """What an administrator must know of a disk that promises nothing any more."""
-    if found.stopped:
-        return [found.stopped]
-    if not found.failed:
+    if info.stopped:
+        return [info.stopped]
+    if not info.failed:
         return []
     when = ""
-    if found.failed_seconds is not None:
-        when = f" at {moment(found.failed_seconds, 'milliseconds')}"
-    whose = f", of {found.failed_source}" if found.failed_source not in ("", found.volume) else ""
-    return [f"a flush{whose}{when}: {found.failed_reason}; close the disk, repair the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
+    if info.failed_seconds is not None:
+        when = f" at {moment(info.failed_seconds, 'milliseconds')}"
+    whose = f", of {info.failed_source}" if info.failed_source not in ("", info.volume) else ""
+    return [f"a flush{whose}{when}: {info.failed_reason}; close the disk, repair the storage, open it again (fvd-lv(1), STORAGE ERRORS)"]
 
 
-def describe_copies(found: Info) -> list[str]:
+def describe_copies(info: Info) -> list[str]:
     """How the disk is becoming independent of its base."""
-    if found.base is None:
+    if info.base is None:
         return []
-    if found.base_released:
+    if info.base_released:
         return ["base: released; all of its data are in the disk"]
-    copy_on_read = f"copy-on-read {'on' if found.copy_on_read else 'off'}"
-    if found.prefetch is None:
-        return [f"{copy_on_read}, prefetching {'on' if found.prefetch_default else 'off'}, unless serve says otherwise"]
-    return [copy_on_read, f"prefetching: {progress_text(found.prefetch)}"]
+    copy_on_read = f"copy-on-read {'on' if info.copy_on_read else 'off'}"
+    if info.prefetch is None:
+        return [f"{copy_on_read}, prefetching {'on' if info.prefetch_default else 'off'}, unless serve says otherwise"]
+    return [copy_on_read, f"prefetching: {progress_text(info.prefetch)}"]
 
 
-def describe_steps(found: Info) -> list[str]:
+def describe_steps(info: Info) -> list[str]:
     """What growth has done since the disk was opened."""
-    growth = found.growth
+    growth = info.growth
     if growth is None:
         return []
     lines = []
@@ -147,14 +147,14 @@ def describe_steps(found: Info) -> list[str]:
     return lines
 
 
-def describe_reserve(found: Info) -> list[str]:
+def describe_reserve(info: Info) -> list[str]:
     """How long allocating writes can continue, at given rates, while storage is being added."""
-    if found.low_water_bytes == 0:
+    if info.low_water_bytes == 0:
         return ["not needed: every chunk has a slot"]
     lines = [
-        f"{format_size(found.free_bytes)} free now; a growth step begins when {format_size(found.low_water_bytes)} are left, "
+        f"{format_size(info.free_bytes)} free now; a growth step begins when {format_size(info.low_water_bytes)} are left, "
         "and no write waits if the step ends within"
     ]
     for rate in WRITE_RATES_BYTES:
-        lines.append(f"  {found.low_water_bytes / rate:.1f} s, at {format_size(rate)}/s of allocating writes")
+        lines.append(f"  {info.low_water_bytes / rate:.1f} s, at {format_size(rate)}/s of allocating writes")
     return lines

@@ -42,20 +42,20 @@ def register(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     everywhere = not arguments.places and not arguments.served
-    found = look_around(*([] if arguments.served else arguments.places or ["."]), every_group=everywhere)
-    if arguments.places and all(any(group.group == place for group in found.groups) for place in arguments.places):
+    listing = look_around(*([] if arguments.served else arguments.places or ["."]), every_group=everywhere)
+    if arguments.places and all(any(group.group == place for group in listing.groups) for place in arguments.places):
         # A group was asked for: disks that are served from elsewhere do not belong to the answer.
-        found = Listing([listed for listed in found.volumes if listed.group in arguments.places], found.groups)
-    payload = {"volumes": [asdict(listed) for listed in found.volumes], "groups": [asdict(group) for group in found.groups]}
-    Output(arguments.output).result(payload, [*describe(found.volumes), *describe_groups(found.groups, terminal_width())])
+        listing = Listing([listed for listed in listing.volumes if listed.group in arguments.places], listing.groups)
+    payload = {"volumes": [asdict(listed) for listed in listing.volumes], "groups": [asdict(group) for group in listing.groups]}
+    Output(arguments.output).result(payload, [*describe(listing.volumes), *describe_groups(listing.groups, terminal_width())])
     return 0
 
 
-def describe(found: list[Listed]) -> list[str]:
-    if not found:
+def describe(volumes: list[Listed]) -> list[str]:
+    if not volumes:
         return ["no disks here; fvd-lv list FOLDER or VG looks elsewhere, fvd-lv provision makes one"]
     rows = [("VOLUME", "VIRTUAL", "MAPPED", "STORAGE", "FREE", "AT MOST", "STATE")]
-    for listed in found:
+    for listed in volumes:
         disk = listed.info
         storage, most = listed.storage_size, listed.greatest_size  # of the logical volume, where it is one
         if disk is None:

@@ -40,41 +40,43 @@ def register(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = fvd.map(arguments.volume, offset=arguments.offset, length=arguments.length)
+    mapping = fvd.map(arguments.volume, offset=arguments.offset, length=arguments.length)
     output = Output(arguments.output)
     picture = arguments.picture == "always" or (arguments.picture == "auto" and is_terminal())
-    lines = [] if output.is_json else draw(found, terminal_width()) if picture else table(found)
-    output.result(asdict(found), lines)
+    lines = [] if output.is_json else draw(mapping, terminal_width()) if picture else table(mapping)
+    output.result(asdict(mapping), lines)
     return 0
 
 
-def table(found: Map) -> list[str]:
+def table(mapping: Map) -> list[str]:
     rows = [("start", "length", "state", "storage offset")]
     rows += [
         (str(extent.start), str(extent.length), extent.state, "-" if extent.storage_offset is None else str(extent.storage_offset))
-        for extent in found.extents[:LINES_MAX]
+        for extent in mapping.extents[:LINES_MAX]
     ]
-    left_out = len(found.extents) - LINES_MAX
+    left_out = len(mapping.extents) - LINES_MAX
     return columns(rows, right=(0, 1, 3)) + ([f"... and {left_out} more; --output json has them all"] if left_out > 0 else [])
 
 
-def draw(found: Map, width: int) -> list[str]:
+def draw(mapping: Map, width: int) -> list[str]:
     """Two strips: the virtual disk, shaded by how much of each part is in it; the storage, numbered by what part of the disk lies there."""
     cells = max(20, min(100, width - 4))
     data = [
-        (extent.start - found.offset, extent.length, extent.storage_offset) for extent in found.extents if extent.storage_offset is not None
+        (extent.start - mapping.offset, extent.length, extent.storage_offset)
+        for extent in mapping.extents
+        if extent.storage_offset is not None
     ]
     mapped = sum(length for _, length, _ in data)
-    disk = fill(((start, length) for start, length, _ in data), found.length, cells)
+    disk = fill(((start, length) for start, length, _ in data), mapping.length, cells)
     lines = [
-        f"{found.volume}",
-        f"  virtual disk, {format_size(found.length)} from {format_size(found.offset)}: {format_size(mapped)} mapped "
-        f"({share(mapped, found.length)}); one mark is {format_size(found.length // cells)}",
+        f"{mapping.volume}",
+        f"  virtual disk, {format_size(mapping.length)} from {format_size(mapping.offset)}: {format_size(mapped)} mapped "
+        f"({share(mapped, mapping.length)}); one mark is {format_size(mapping.length // cells)}",
         "  " + "".join(shade(part) for part in disk),
         "  " + ruler(cells),
         f"  {SHADES[0]} nothing   {SHADES[1]} up to a third   {SHADES[2]} up to two thirds   {SHADES[3]} more   {SHADES[4]} all",
-        f"  storage, {format_size(found.storage_size)}; one mark is {format_size(found.storage_size // cells)}",
-        "  " + "".join(storage_marks(data, found.length, found.data_offset, found.storage_size, cells)),
+        f"  storage, {format_size(mapping.storage_size)}; one mark is {format_size(mapping.storage_size // cells)}",
+        "  " + "".join(storage_marks(data, mapping.length, mapping.data_offset, mapping.storage_size, cells)),
         "  M metadata   0-9 the tenth of the virtual disk that lies there   + several of them   · free",
     ]
     return lines

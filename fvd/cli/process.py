@@ -83,12 +83,12 @@ class _Raw(io.FileIO):
             raise OutputFailed(f"standard output cannot be written: {os.strerror(error.errno or 0)}") from error
 
 
-def _stdout(found: TextIO | None) -> TextIO:
+def _stdout(inherited: TextIO | None) -> TextIO:
     raw = _Raw(1, "w", closefd=False)
     # A name that the terminal's encoding lacks is shown somehow, rather than ending the command.
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
-        encoding=found.encoding if found is not None else "utf-8",
+        encoding=inherited.encoding if inherited is not None else "utf-8",
         errors="backslashreplace",
         line_buffering=raw.isatty(),
     )

@@ -62,11 +62,11 @@ def draw(profile: fvd.Profile, width: int) -> list[str]:
 
 def merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """In order of place, overlaps counted once."""
-    found: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     for offset, length in sorted(extents):
-        if found and offset <= sum(found[-1]):
-            start = found[-1][0]
-            found[-1] = (start, max(sum(found[-1]), offset + length) - start)
+        if runs and offset <= sum(runs[-1]):
+            start = runs[-1][0]
+            runs[-1] = (start, max(sum(runs[-1]), offset + length) - start)
         else:
-            found.append((offset, length))
-    return found
+            runs.append((offset, length))
+    return runs

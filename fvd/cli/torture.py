@@ -19,7 +19,7 @@ from fvd.cli.output import Output, say, terminal_width
 from fvd.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fvd.sim.torture import Found, Kind, Tally
+    from fvd.sim.torture import FailedWorld, Kind, Tally
 
 EXIT_FOUND = 1
 EXIT_NOTHING = 1  # was played, so that nothing is known
@@ -134,10 +134,10 @@ def _many(arguments: argparse.Namespace, output: Output) -> int:
 
 def _report(tally: Tally, kind: Kind) -> list[str]:
     lines = []
-    for found in tally.found:
-        lines += [f"seed {found.seed}: {found.error}", f"  again: {_again(found, kind)}"]
+    for failure in tally.found:
+        lines += [f"seed {failure.seed}: {failure.error}", f"  again: {_again(failure, kind)}"]
         if kind == "worlds":
-            lines.append(f"  smaller: {_again(found, kind, '--shrink')}")
+            lines.append(f"  smaller: {_again(failure, kind, '--shrink')}")
     last = tally.first_seed + max(0, tally.worlds - 1)
     lines.append(
         f"seeds {tally.first_seed} to {last}: {tally.worlds} worlds, {tally.requests} requests, {tally.crashes} crashes, "
@@ -150,12 +150,12 @@ def _report(tally: Tally, kind: Kind) -> list[str]:
     return lines
 
 
-def _again(found: Found, kind: Kind, *more: str) -> str:
+def _again(failure: FailedWorld, kind: Kind, *more: str) -> str:
     words = [
         PROGRAM,
         "torture",
         "--seed",
-        str(found.seed),
+        str(failure.seed),
         *(["--worlds", "1"] if not more else []),
         *([f"--{kind}"] if kind != "worlds" else []),
         *more,

@@ -45,10 +45,10 @@ class ServerGone(FvdError):
 
 
 def _known_errors(base: type[FvdError]) -> dict[str, type[FvdError]]:
-    found = {base.kind: base}
+    errors = {base.kind: base}
     for sub in base.__subclasses__():
-        found |= _known_errors(sub)
-    return found
+        errors |= _known_errors(sub)
+    return errors
 
 
 def error_from(kind: str, message: str) -> FvdError:

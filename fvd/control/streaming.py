@@ -91,8 +91,8 @@ class Sender:
             if unsent and wait <= 0:
                 return
             poller.modify(connection, select.POLLOUT if unsent else 0)
-            for fd, found in poller.poll(max(0.0, wait) * 1000):
-                if fd != wakeup.fd and found & (select.POLLHUP | select.POLLERR):
+            for fd, happened in poller.poll(max(0.0, wait) * 1000):
+                if fd != wakeup.fd and happened & (select.POLLHUP | select.POLLERR):
                     return
 
     def _next(self, stream: Stream, silent_seconds: float) -> tuple[bytes, bool]:

@@ -51,17 +51,17 @@ class SocketWatch:
 
     def changed(self) -> set[Path]:
         """What has appeared since the last time: sockets, and folders that may hold some."""
-        found = set()
+        folders = set()
         for event in self._inotify.read():
             if event.mask & inotify.Q_OVERFLOW:
-                found |= set(self._folders.values())
+                folders |= set(self._folders.values())
             elif event.mask & inotify.IGNORED:
                 folder = self._folders.pop(event.watch, None)  # removed; its parent may be all there is to watch now
                 if folder is not None:
-                    found.add(folder)
+                    folders.add(folder)
             elif (folder := self._folders.get(event.watch)) is not None and _matters(folder / event.name, event.mask):
-                found.add(folder / event.name)
-        return found
+                folders.add(folder / event.name)
+        return folders
 
     def close(self) -> None:
         self._inotify.close()
@@ -69,15 +69,15 @@ class SocketWatch:
 
 def _to_watch() -> set[Path]:
     """The folders of sockets, and where one that is not there yet will appear."""
-    found = set()
+    folders = set()
     for folder in search_dirs():
         existing = folder
         while not existing.is_dir() and existing != existing.parent:
             existing = existing.parent
-        found.add(existing)
+        folders.add(existing)
     if os.getuid() == 0 and not os.environ.get("FVD_RUNTIME_DIR"):  # root sees every user's: search_dirs
-        found |= {Path("/run/user"), Path("/tmp"), *Path("/run/user").glob("*")}
-    return found
+        folders |= {Path("/run/user"), Path("/tmp"), *Path("/run/user").glob("*")}
+    return folders
 
 
 def _matters(path: Path, mask: int) -> bool:

@@ -101,17 +101,17 @@ def _descriptors(Remote remote):
     cdef (Line *)[3] lines
     cdef int i
     lines[0], lines[1], lines[2] = remote.line, remote.fresh, remote.dying
-    found = [remote.loop_fd, remote.helper_fd]
+    fds = [remote.loop_fd, remote.helper_fd]
     for i in range(3):
         line = lines[i]
         while line != NULL:
             # libnbd closes its socket whenever it likes: the number counts as long as it is the same socket as ours.
             if line.fd >= 0:
                 if fvd_remote_same_file(line.fd, line.socket_fd):
-                    found.append(line.socket_fd)
-                found.append(line.fd)
+                    fds.append(line.socket_fd)
+                fds.append(line.fd)
             line = line.next
-    return found
+    return fds
 
 
 cdef class Remote(Source):
@@ -769,7 +769,7 @@ cdef class Remote(Source):
             return []
         if self.extents.no_memory:
             raise MemoryError
-        found = [
+        runs = [
             (self.extents.entries[i], (self.extents.entries[i + 1] & LIBNBD_STATE_ZERO) != 0) for i in range(0, self.extents.count - 1, 2)
         ]
-        return [extent for extent in found if extent[0]]
+        return [run for run in runs if run[0]]

@@ -91,12 +91,12 @@ def open_as(path: str, user: User, timeout_seconds: float) -> int:
         except (OSError, ValueError) as error:
             raise DeviceError(f"{path}: no process can be started to open it as user {user}") from error
         childs.close()
-        found: list[int] = []
+        received: list[int] = []
         try:
             ours.settimeout(timeout_seconds)
             # Not recv_fds, which forgets its flags.
             answer, rights, _, _ = ours.recvmsg(_ANSWER_BYTES, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC)
-            found = [fd for level, kind, data in rights if (level, kind) == _RIGHTS for (fd,) in _FD.iter_unpack(data)]
+            received = [fd for level, kind, data in rights if (level, kind) == _RIGHTS for (fd,) in _FD.iter_unpack(data)]
         except TimeoutError as error:
             raise Timeout(
                 f"{path}: opening it as user {user} has not ended within {timeout_seconds:g} s; is its file system there?"
@@ -106,8 +106,8 @@ def open_as(path: str, user: User, timeout_seconds: float) -> int:
             child.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1)
-    if len(found) == 1:
-        return found[0]
+    if len(received) == 1:
+        return received[0]
     raise _failure(path, user, answer)
 
 

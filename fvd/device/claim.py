@@ -255,32 +255,32 @@ def _refusal(name: str, users: list[str]) -> str:
 def _locked(name: str, fd: int, *, writers: bool = False) -> InUse:
     """Why the lock on the open file `fd` was refused. `writers`: it was not, but a program of QEMU's writes to a base."""
     seen = holders_of(identity_of(os.fstat(fd)), {fd})
-    lockers = [holder for holder in seen.found if holder.locks and (holder.writes or not writers)]
+    lockers = [holder for holder in seen.holders if holder.locks and (holder.writes or not writers)]
     living = [holder for holder in lockers if not holder.ending]
     if living and writers:
         who = ", ".join(_titles(living))
         return InUse(f"{name} is in use: another program writes to it, and a base must not change: {who}; end it first")
     if living:
         return InUse(_refusal(name, _titles(living)))
-    return _leaving(name, fd, lockers, seen.found, seen.complete)
+    return _leaving(name, fd, lockers, seen.holders, seen.complete)
 
 
 def _held(name: str, fd: int, number: int) -> InUse:
     """Why O_EXCL was refused, when we hold the lock and no mount or mapping holds the device."""
     seen = holders_of(("block", number, 0), {fd})
-    living = [holder for holder in seen.found if not holder.ending]
+    living = [holder for holder in seen.holders if not holder.ending]
     # O_EXCL cannot be seen. Whoever only reads is rather udev, which looks at each device that a writer has closed, or had it taken away by
     # a kill: it is blocked as long as the device is, and is gone in a moment otherwise.
     owners = [holder for holder in living if holder.ours or holder.writes or holder.locks]
     if owners:
         return InUse(_refusal(name, _titles(owners)))
     readers = [holder for holder in living if not holder.stuck]
-    return _leaving(name, fd, [holder for holder in seen.found if holder.ending], seen.found, seen.complete and not readers)
+    return _leaving(name, fd, [holder for holder in seen.holders if holder.ending], seen.holders, seen.complete and not readers)
 
 
-def _leaving(name: str, fd: int, ending: list[Holder], found: list[Holder], complete: bool) -> _Leaving:
+def _leaving(name: str, fd: int, ending: list[Holder], holders: list[Holder], complete: bool) -> _Leaving:
     """`complete`: nobody lives who could be the holder, so that what is under way on the device may be what holds it."""
-    message = _refusal(name, _titles(found))
+    message = _refusal(name, _titles(holders))
     if ending:
         who = ", ".join(holder.title for holder in ending)
         return _Leaving(message, f"{who}, which is ending, to let go of it", True)
@@ -294,26 +294,26 @@ def _titles(holders: list[Holder]) -> list[str]:
 
 def _holders(number: int) -> list[str]:
     """What the kernel holds of a block device, its partitions included: mounts, swap, devices built on it."""
-    found = []
+    holders = []
     for device in _with_partitions(number):
-        found += [f"mounted on {where}" for where, _ in _mounts(device)]
+        holders += [f"mounted on {where}" for where, _ in _mounts(device)]
         if any(has_identity(path, ("block", device, 0)) for path in _swap_paths()):
-            found.append("swap")
+            holders.append("swap")
         for holder in sorted(list_folder(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/holders"))):
             title = read_text(holder / "dm" / "name").strip()
-            found.append(f"held by {holder.name}{f' ({title})' if title else ''}")
-    return found
+            holders.append(f"held by {holder.name}{f' ({title})' if title else ''}")
+    return holders
 
 
 def _with_partitions(number: int) -> list[int]:
     folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    found = [number]
+    numbers = [number]
     for part in list_folder(folder):
         if (part / "partition").exists():
             major, _, minor = read_text(part / "dev").strip().partition(":")
             if major.isdigit() and minor.isdigit():
-                found.append(os.makedev(int(major), int(minor)))
-    return found
+                numbers.append(os.makedev(int(major), int(minor)))
+    return numbers
 
 
 def _mounts(number: int) -> Iterator[tuple[str, bool]]:
@@ -333,12 +333,12 @@ def _swap_paths() -> list[str]:
 
 def _loops_over(identity: Identity) -> list[str]:
     """Loop devices whose file is `identity`."""
-    found = []
+    loops = []
     for folder in Path("/sys/block").glob("loop*"):
         backing = _loop_backing(folder)
         if backing is not None and has_identity(backing, identity):
-            found.append(f"/dev/{folder.name}")
-    return found
+            loops.append(f"/dev/{folder.name}")
+    return loops
 
 
 def loop_backing(number: int) -> str | None:

@@ -141,10 +141,10 @@ class Place:
         """Takes the name away, durably; absent is fine. `only`: if it is the name of this open or known file. False: it is another's,
         and stays. Raises OSError."""
         wanted = self.name if name is None else name
-        found = self.status(wanted)
-        if found is None:
+        status = self.status(wanted)
+        if status is None:
             return True
-        if only is not None and not os.path.samestat(found, os.fstat(only) if isinstance(only, int) else only):
+        if only is not None and not os.path.samestat(status, os.fstat(only) if isinstance(only, int) else only):
             return False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(wanted, dir_fd=self.folder)
@@ -160,8 +160,8 @@ class Place:
             os.close(fd)
 
     def _check_is(self, fd: int, name: str) -> None:
-        found = self.status(name)
-        if found is None or not os.path.samestat(found, os.fstat(fd)):
+        status = self.status(name)
+        if status is None or not os.path.samestat(status, os.fstat(fd)):
             raise Conflict(f"{self.path}: somebody else changes what is made there; keep others out of that folder, and try again")
 
 
@@ -207,13 +207,13 @@ def _walk(path: str) -> Place:
             led = tuple(more for more in ahead if isinstance(more, _Led))
             is_last = len(led) == len(ahead)
             try:
-                found = _look(part, folder, is_last)
+                fd = _look(part, folder, is_last)
             except FileNotFoundError:
                 if is_last:
                     return Place(path, folder, part, led)
                 raise
             try:
-                status = os.fstat(found)
+                status = os.fstat(fd)
                 if stat.S_ISLNK(status.st_mode):
                     links += 1
                     if links > _LINKS_MAX:
@@ -225,7 +225,7 @@ def _walk(path: str) -> Place:
                             return Place(path, folder, part, tuple(more for more in ahead if isinstance(more, _Led)), by_kernel=True)
                         beyond = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
                     else:
-                        text = os.readlink("", dir_fd=found)
+                        text = os.readlink("", dir_fd=fd)
                         ahead += reversed(_parts(text))
                         beyond = os.open("/", _LOOK | os.O_DIRECTORY) if text.startswith("/") else os.dup(folder)
                     os.close(folder)
@@ -233,9 +233,9 @@ def _walk(path: str) -> Place:
                 elif is_last:
                     return Place(path, folder, part, led)
                 else:
-                    folder, found = found, folder
+                    folder, fd = fd, folder
             finally:
-                os.close(found)
+                os.close(fd)
         return Place(path, folder, ".")
     except BaseException:
         os.close(folder)

@@ -40,13 +40,13 @@ class Holder:
 class Holders:
     """What could be seen."""
 
-    found: list[Holder]
+    holders: list[Holder]
     complete: bool  # every process here could be looked into: whoever is not among them is none
 
 
 def holders_of(identity: Identity, ours: set[int]) -> Holders:
     """The processes that have `identity` open, but for our own descriptors `ours`."""
-    found: dict[str, Holder] = {}
+    by_title: dict[str, Holder] = {}
     complete = os.geteuid() == 0  # a hidden /proc (hidepid) looks complete to others
     for process in sorted(list_folder(Path("/proc"))):
         if not process.name.isdigit():
@@ -58,11 +58,11 @@ def holders_of(identity: Identity, ours: set[int]) -> Holders:
             if (mine and int(entry.name) in ours) or not has_identity(str(entry), identity):
                 continue
             holder = _holder(process, entry, mine)
-            known = found.get(holder.title, holder)
-            found[holder.title] = Holder(
+            known = by_title.get(holder.title, holder)
+            by_title[holder.title] = Holder(
                 holder.title, mine, holder.ending, known.locks or holder.locks, known.writes or holder.writes, holder.stuck
             )
-    return Holders(list(found.values()), complete)
+    return Holders(list(by_title.values()), complete)
 
 
 def kernel_is_at_work(fd: int) -> bool:

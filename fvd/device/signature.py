@@ -43,13 +43,13 @@ def find_signatures(target: Node | str | os.PathLike[str], *, timeout_seconds: f
     if not answer.strip():
         return []
     try:
-        found = [
+        signatures = [
             Signature(str(row["type"]), int(str(row["offset"]), 0), row.get("label"), row.get("uuid"))
             for row in json.loads(answer)["signatures"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise Unsupported(f"wipefs answered in a form that fvd does not know ({error}); util-linux 2.33 or later is needed") from error
-    return sorted(found, key=lambda signature: signature.offset_bytes)
+    return sorted(signatures, key=lambda signature: signature.offset_bytes)
 
 
 def wipe_signatures(target: Node | str | os.PathLike[str], *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Signature]:

@@ -57,9 +57,9 @@ def stack_of(status: os.stat_result, sysfs: str = "/sys", room_bytes: int | None
     return Stack(frozenset(devices), may_fill, short_bytes)
 
 
-def free_bytes_of(found: os.statvfs_result) -> int:
+def free_bytes_of(file_system: os.statvfs_result) -> int:
     """What a file system has left for us."""
-    return found.f_bavail * found.f_frsize
+    return file_system.f_bavail * file_system.f_frsize
 
 
 def _short(status: os.stat_result, room_bytes: int) -> int:

@@ -154,10 +154,10 @@ def lasting_place(node: Node) -> str:
 
 def _candidates(uid: int) -> list[Path]:
     """Where a user's may be, best first. /dev/shm is last: systemd empties it of a user's files when the last unit of theirs stops."""
-    found = [Path("/run/fvd")] if uid == 0 else [Path(f"/run/user/{uid}/fvd")]
+    folders = [Path("/run/fvd")] if uid == 0 else [Path(f"/run/user/{uid}/fvd")]
     if uid == os.getuid() and uid != 0 and (session := os.environ.get("XDG_RUNTIME_DIR")):
-        found.insert(0, Path(session) / "fvd")
-    return [folder / _SUBFOLDER for folder in (*found, Path(f"/dev/shm/fvd-{uid}"))]
+        folders.insert(0, Path(session) / "fvd")
+    return [folder / _SUBFOLDER for folder in (*folders, Path(f"/dev/shm/fvd-{uid}"))]
 
 
 def _named() -> Path | None:

@@ -79,8 +79,8 @@ def known_content(path: str) -> str | None:
 
     with contextlib.suppress(OSError, pyudev.DeviceNotFoundError):
         device = pyudev.Devices.from_device_number(pyudev.Context(), "block", Path(path).stat().st_rdev)
-        found = device.properties.get("ID_FS_TYPE") or device.properties.get("ID_PART_TABLE_TYPE")
-        return None if found is None else str(found)
+        content = device.properties.get("ID_FS_TYPE") or device.properties.get("ID_PART_TABLE_TYPE")
+        return None if content is None else str(content)
     return None
 
 

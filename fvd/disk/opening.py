@@ -348,7 +348,7 @@ def recover(node: Node, volume: str, *, read_only: bool, discard_pending: bool, 
     try:
         if left.kind is not pending.Left.MISSING:
             try:
-                disk = recover_disk(node, read_only=read_only, found=left.found)
+                disk = recover_disk(node, read_only=read_only, pending_log=left.pending_log)
                 if words := pending.MEANINGS.get(left.kind):
                     notices.append(f"{volume}: {words.format(path=left.path)}")
                 return disk, left
@@ -359,8 +359,8 @@ def recover(node: Node, volume: str, *, read_only: bool, discard_pending: bool, 
         notices.append(f"{volume}: {pending.LOSSES[LossReason.LOG_MISSING]} ({left.problem})")
         return recover_disk(node, read_only=read_only), left
     finally:
-        if left.found is not None:
-            left.found.close()
+        if left.pending_log is not None:
+            left.pending_log.close()
 
 
 def loss_after(left: pending.Leftover, superblock: Superblock) -> PossibleLoss | None:
@@ -368,13 +368,13 @@ def loss_after(left: pending.Leftover, superblock: Superblock) -> PossibleLoss |
     reason = None
     if left.kind is pending.Left.MISSING:
         reason = LossReason.LOG_MISSING
-    elif left.found is not None and left.found.log.failed_errno:
+    elif left.pending_log is not None and left.pending_log.log.failed_errno:
         reason = LossReason.FLUSH_FAILED
-    elif left.found is not None and left.found.log.durability_ops:
+    elif left.pending_log is not None and left.pending_log.log.durability_ops:
         reason = LossReason.FLUSH_UNHEARD
     if reason is not None:
         return PossibleLoss(int(time.time()), reason)
-    return None if left.found is not None and left.found.log.acknowledged else superblock.loss
+    return None if left.pending_log is not None and left.pending_log.log.acknowledged else superblock.loss
 
 
 def begin_generation(node: Node, disk: LoadedDisk, loss: PossibleLoss | None, notices: list[str]) -> tuple[Superblock, pending.OpenLog]:

@@ -70,7 +70,7 @@ class Leftover:
     """What the open before has left of a log, and why it cannot be used if it cannot."""
 
     kind: Left
-    found: FoundLog | None = None
+    pending_log: FoundLog | None = None
     problem: str = ""
     path: str = ""
 

@@ -182,8 +182,8 @@ def _check_size(volume: VolumeName, virtual_size_bytes: int, reference: BaseRefe
 def _build(superblock: Superblock, plan: Plan, wanted: _Wanted, *, replaces: bool, progress: Progress | None) -> Provisioned:
     building = provider_for(wanted.volume).build(wanted.volume, plan)
     try:
-        if (found := _found_in(building, wanted)) is not None:
-            return found
+        if (disk := _found_in(building, wanted)) is not None:
+            return disk
         _make_ready(building, plan, wanted)
         view = _write_and_read_back(building.node, superblock, wanted, progress)
         building.publish(replace=replaces)
@@ -299,11 +299,11 @@ def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Tabl
 # --- What is there already ---------------------------------------------------------------------------------------------------------
 
 
-def _same_disk(wanted: _Wanted, found: Superblock, size_bytes: int) -> Provisioned:
-    differing = differences(found, wanted.geometry, wanted.base, wanted.features)
+def _same_disk(wanted: _Wanted, superblock: Superblock, size_bytes: int) -> Provisioned:
+    differing = differences(superblock, wanted.geometry, wanted.base, wanted.features)
     if differing:
         raise Conflict(f"{wanted.volume} is an fvd disk with other parameters: {'; '.join(differing)}. {_what_to_do(differing)}")
-    return Provisioned(wanted.volume, found, False, size_bytes)
+    return Provisioned(wanted.volume, superblock, False, size_bytes)
 
 
 def _what_to_do(differing: list[str]) -> str:
@@ -316,9 +316,9 @@ def _what_to_do(differing: list[str]) -> str:
     return "It was left as it is, and keeps these; leave the options out, or use another name"
 
 
-def differences(found: Superblock, geometry: Geometry, base: BaseReference | None, features: int = 0) -> list[str]:
+def differences(superblock: Superblock, geometry: Geometry, base: BaseReference | None, features: int = 0) -> list[str]:
     """What a disk has and what was asked for, where they differ: ``block_size is 65536, asked for 4096``. `features`: compatible ones."""
-    there, asked = found.geometry, geometry
+    there, asked = superblock.geometry, geometry
     pairs: list[tuple[str, object, object]] = [
         ("virtual_size", there.virtual_size_bytes, asked.virtual_size_bytes),
         ("block_size", there.block_size_bytes, asked.block_size_bytes),
@@ -327,14 +327,14 @@ def differences(found: Superblock, geometry: Geometry, base: BaseReference | Non
         ("grow_step", there.grow_step_bytes, asked.grow_step_bytes),
         ("layout", there.layout.name.lower(), asked.layout.name.lower()),
         ("placement", there.placement.name.lower(), asked.placement.name.lower()),
-        ("base", found.base and found.base.locator, base and base.locator),
+        ("base", superblock.base and superblock.base.locator, base and base.locator),
     ]
-    if found.base and base:
+    if superblock.base and base:
         pairs += [
-            ("base_size", found.base.size_bytes, base.size_bytes),
-            ("base_format", found.base.format.name.lower(), base.format.name.lower()),
-            ("copy_on_read", _on_or_off(found.copy_on_read), _on_or_off(features & COPY_ON_READ)),
-            ("prefetch", _on_or_off(found.prefetch), _on_or_off(features & PREFETCH)),
+            ("base_size", superblock.base.size_bytes, base.size_bytes),
+            ("base_format", superblock.base.format.name.lower(), base.format.name.lower()),
+            ("copy_on_read", _on_or_off(superblock.copy_on_read), _on_or_off(features & COPY_ON_READ)),
+            ("prefetch", _on_or_off(superblock.prefetch), _on_or_off(features & PREFETCH)),
         ]
     return [f"{name} is {have or 'none'}, asked for {want or 'none'}" for name, have, want in pairs if have != want]
 
@@ -343,14 +343,14 @@ def _on_or_off(feature: int) -> str:
     return "on" if feature else "off"
 
 
-def _refuse_contents(node: Node, volume: VolumeName, found: FvdError, force: bool) -> None:
+def _refuse_contents(node: Node, volume: VolumeName, error: FvdError, force: bool) -> None:
     """Raises unless what the volume holds may be overwritten: nothing at all, or anything with `force`."""
     if force:
         return
-    if not isinstance(found, NotFound):
+    if not isinstance(error, NotFound):
         raise Corrupt(
-            f"{volume} holds a damaged fvd disk ({found}); fvd-lv check says more. If nobody needs anything of it, --force overwrites it"
-        ) from found
+            f"{volume} holds a damaged fvd disk ({error}); fvd-lv check says more. If nobody needs anything of it, --force overwrites it"
+        ) from error
     if not node.is_block and (node.size_bytes() == 0 or holds_remains(node)):
         return
     signatures = find_signatures(node)

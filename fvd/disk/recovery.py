@@ -37,25 +37,25 @@ class RecoverablePages(Pages, Protocol):
     def forget_cache(self) -> None: ...
 
 
-def recover_disk(node: RecoverablePages, *, read_only: bool, found: FoundLog | None = None) -> LoadedDisk:
-    """The disk as an open may use it. `found`: what its dead server left. Read-only it writes nothing: all is done in memory.
+def recover_disk(node: RecoverablePages, *, read_only: bool, pending_log: FoundLog | None = None) -> LoadedDisk:
+    """The disk as an open may use it. `pending_log`: what its dead server left. Read-only it writes nothing: all is done in memory.
 
     Raises as `load_disk`; NotBelieved: the log does not build on this disk; DeviceError: a flush has failed, and the log says so
     from now on.
     """
     disk = load_disk(node)
-    ended = found is None and disk.superblock.log is None  # as far as anybody knows, with a close
-    if found is not None and found.log.failed_errno:
-        found = None  # R24: never applied
+    ended = pending_log is None and disk.superblock.log is None  # as far as anybody knows, with a close
+    if pending_log is not None and pending_log.log.failed_errno:
+        pending_log = None  # R24: never applied
     if read_only:
-        return disk if found is None else _in_memory(disk, found)
+        return disk if pending_log is None else _in_memory(disk, pending_log)
     if disk.journal_state.clean and node.direct and ended:
         return disk
     try:
         make_durable(node)
     except FvdError:
-        if found is not None:
-            found.mark_failed(errno.EIO, time.monotonic_ns())
+        if pending_log is not None:
+            pending_log.mark_failed(errno.EIO, time.monotonic_ns())
         raise
     if not node.direct:
         # After a write-back that failed the kernel keeps pages that never reached the device, and calls them clean. A disk that was only
@@ -63,7 +63,7 @@ def recover_disk(node: RecoverablePages, *, read_only: bool, found: FoundLog | N
         node.forget_cache()
     # Read anew, direct or not: a write that the dead process was told had failed may land late, but not after this flush.
     disk = load_disk(node)
-    return disk if found is None or found.log.empty else _commit_log(node, disk, found)
+    return disk if pending_log is None or pending_log.log.empty else _commit_log(node, disk, pending_log)
 
 
 def make_durable(node: Pages) -> None:
@@ -72,11 +72,11 @@ def make_durable(node: Pages) -> None:
     node.flush()
 
 
-def _in_memory(disk: LoadedDisk, found: FoundLog) -> LoadedDisk:
-    if found.log.empty:
+def _in_memory(disk: LoadedDisk, pending_log: FoundLog) -> LoadedDisk:
+    if pending_log.log.empty:
         return disk
     with _disbelief():
-        parts = parts_to_apply(found.log, disk.geometry, disk.superblock.uuid, disk.bitmap, disk.table)
+        parts = parts_to_apply(pending_log.log, disk.geometry, disk.superblock.uuid, disk.bitmap, disk.table)
         for part in parts:
             # Judged one by one, as an open for writing does: what that one refuses is not shown here either.
             disk.used_slots = apply_in_memory([part], disk.geometry, disk.bitmap, disk.table, disk.superblock.base is not None)
@@ -93,12 +93,12 @@ def _disbelief() -> Iterator[None]:
         raise NotBelieved(str(error)) from error
 
 
-def _commit_log(node: RecoverablePages, disk: LoadedDisk, found: FoundLog) -> LoadedDisk:
+def _commit_log(node: RecoverablePages, disk: LoadedDisk, pending_log: FoundLog) -> LoadedDisk:
     """R23: the committing part first, then the running one, each durable before the next and all before the first answer: so nothing that a
     part frees is used again before that is durable. Killed in between, the next open goes on: a part that is in the maps is recognised."""
     superblock, geometry = disk.superblock, disk.geometry
     with _disbelief():
-        parts = parts_to_apply(found.log, geometry, superblock.uuid, disk.bitmap, disk.table)
+        parts = parts_to_apply(pending_log.log, geometry, superblock.uuid, disk.bitmap, disk.table)
         trial_bitmap, trial_table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
         for part in parts:
             # Judged before anything is written: what these maps would be must be possible.
@@ -108,15 +108,15 @@ def _commit_log(node: RecoverablePages, disk: LoadedDisk, found: FoundLog) -> Lo
         wanted_bitmap, wanted_table = disk.bitmap.copy(), None if disk.table is None else disk.table.copy()
         part.apply(wanted_bitmap, wanted_table)
         wanted = map_hash(superblock.uuid, wanted_bitmap, wanted_table)
-        _commit(node, disk, part, found)
+        _commit(node, disk, part, pending_log)
         disk = load_disk(node)
         if disk.journal_state.map_hash != wanted:
             raise Corrupt("the log of pending changes was committed, and the disk does not show it")
-        log_format.mark_committed(found.memory.buffer, running_too=part is parts[-1], map_hash=wanted)
+        log_format.mark_committed(pending_log.memory.buffer, running_too=part is parts[-1], map_hash=wanted)
     return disk
 
 
-def _commit(node: RecoverablePages, disk: LoadedDisk, changes: Changes, found: FoundLog) -> None:
+def _commit(node: RecoverablePages, disk: LoadedDisk, changes: Changes, pending_log: FoundLog) -> None:
     """One flush and one commit by an engine that does nothing else. Takes the disk's arrays."""
     engine = engine_on(disk)
     with _disbelief():
@@ -128,7 +128,7 @@ def _commit(node: RecoverablePages, disk: LoadedDisk, changes: Changes, found: F
             break
         run_operations(node, engine, operations)
     if engine.take_done() != [(1, 0)]:
-        found.mark_failed(engine.failed_errno or errno.EIO, time.monotonic_ns())
+        pending_log.mark_failed(engine.failed_errno or errno.EIO, time.monotonic_ns())
         raise DeviceError("the log of pending changes could not be committed: a flush or a journal write failed; open the disk again")
 
 

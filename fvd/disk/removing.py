@@ -36,10 +36,10 @@ def remove(name: str | VolumeName, *, wipe: bool = False, progress: Progress | N
     with provider.attach(volume) as place:
         with claim(place.path, Ownership.WRITER) as held, open_node(place.path, sharing=held.descriptor) as node:
             held.check_covers(node)
-            found = state_of(node)
-            if isinstance(found, Unsupported):
-                raise found
-            if isinstance(found, NotFound) and not holds_remains(node) and not (place.ours and is_blank(node)):
+            state = state_of(node)
+            if isinstance(state, Unsupported):
+                raise state
+            if isinstance(state, NotFound) and not holds_remains(node) and not (place.ours and is_blank(node)):
                 if provider.fixed_size and is_blank(node):
                     return False
                 raise Conflict(f"{volume} is not an fvd disk, so it is not removed")
@@ -48,13 +48,13 @@ def remove(name: str | VolumeName, *, wipe: bool = False, progress: Progress | N
             if wiped:
                 place.begin_wipe()
             wipe_superblocks(node)
-            if isinstance(found, Superblock):
+            if isinstance(state, Superblock):
                 # After that, durably: a disk that is still there is never without the log that it names.
-                pending.remove_others(found, node, None)
+                pending.remove_others(state, node, None)
             if wiped:
                 # A file by the page cache: its last block need not be whole.
                 with open_node(place.path, direct=node.is_block, sharing=held.descriptor) as storage:
                     zero(storage)
             place.retire(held.identity)
         place.reclaim()
-    return isinstance(found, Superblock) or wiped or not provider.fixed_size
+    return isinstance(state, Superblock) or wiped or not provider.fixed_size

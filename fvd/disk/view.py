@@ -109,8 +109,8 @@ def view_of(name: VolumeName, node: Pages) -> View:
         disk, left = recover(node, str(name), read_only=True, discard_pending=False, notices=notices)
         loss = loss_after(left, disk.superblock)
         left_open = left.kind is not pending.Left.NOTHING
-        if left.found is not None and not left.found.log.failed_errno:
-            pending_changes = len(left.found.log.latest())
+        if left.pending_log is not None and not left.pending_log.log.failed_errno:
+            pending_changes = len(left.pending_log.log.latest())
     else:
         # Of a logical volume that is not active only its bytes are known, not what device it would be.
         disk = load_disk(node)

@@ -670,14 +670,14 @@ cdef class Engine:
         cdef uint64_t at = offset_bytes
         cdef uint64_t stop = min(offset_bytes + length_bytes, self.disk.virtual_size)
         cdef int count, i
-        found = []
+        runs = []
         while at < stop:
             count = self.extents(at, stop - at, out, 256)
             for i in range(count):
                 at += out[i].length_bytes
-                if found and found[len(found) - 1][1] == out[i].state:
-                    length, _ = found.pop()
-                    found.append((length + out[i].length_bytes, out[i].state))
+                if runs and runs[len(runs) - 1][1] == out[i].state:
+                    length, _ = runs.pop()
+                    runs.append((length + out[i].length_bytes, out[i].state))
                 else:
-                    found.append((out[i].length_bytes, out[i].state))
-        return found
+                    runs.append((out[i].length_bytes, out[i].state))
+        return runs

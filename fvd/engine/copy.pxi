@@ -267,14 +267,14 @@ cdef int split_by_cookie(RequestList *where, RequestList *cancelled, uint64_t ma
 cdef inline Copy *copy_find(Engine e, uint64_t chunk, uint64_t block, uint64_t *limit) noexcept nogil:
     """The copy that holds a block; else NULL, and `limit` is lowered to where the next copy of the chunk begins."""
     cdef Copy *c = e.copies.buckets[chunk & (COPY_BUCKETS - 1)]
-    cdef Copy *found = NULL
+    cdef Copy *copy = NULL
     while c != NULL:
         if c.first_block <= block < c.end_block:
-            found = c
+            copy = c
         elif block < c.first_block < limit[0]:
             limit[0] = c.first_block
         c = c.next
-    return found
+    return copy
 
 
 cdef inline bint slot_for_copy(Engine e, uint64_t chunk) noexcept nogil:

@@ -66,8 +66,8 @@ _NBD_OPTIONS = frozenset({"socket", "tls-certificates", "tls-psk-file", "tls-use
 
 def scheme_of(locator: str) -> str | None:
     """What stands before a colon, as QEMU would see it: None for a path. ``a/b:c`` is a path, ``b:c`` is not."""
-    found = _SCHEME.match(locator)
-    return found.group(1) if found else None
+    match = _SCHEME.match(locator)
+    return match.group(1) if match else None
 
 
 def check_locator(locator: str, base_format: BaseFormat) -> None:
@@ -142,17 +142,17 @@ def _check_qemu(locator: str, scheme: str) -> None:
 
 def _uri(locator: str) -> tuple[str, str]:
     """Authority and query."""
-    found = _URI.fullmatch(locator)
-    if not found:
+    match = _URI.fullmatch(locator)
+    if not match:
         raise InvalidArgument(f"the base {quoted(locator)} is no URI of the kind SCHEME://HOST/NAME; other characters are written as %XX")
-    authority = found["authority"]
+    authority = match["authority"]
     user = authority.rpartition("@")[0]
     # A superblock is read by everybody who may see the disk, and a program's arguments by everybody on the host.
     if ":" in user or "%" in user:
         raise InvalidArgument(
             f"the base {_without_secret(locator)} has a password in its name; keep it where the server's client looks for it"
         )
-    return authority, found["query"] or ""
+    return authority, match["query"] or ""
 
 
 def _without_secret(locator: str) -> str:

@@ -84,8 +84,8 @@ def check_items(geometry: Geometry, kind: MapKind, items: Bitmap | Table | None)
     """Raises InvalidArgument unless `items` has the shape and type of this map of this disk."""
     count, dtype = (geometry.bitmap_words, np.dtype(np.uint64)) if kind == MapKind.BITMAP else (geometry.table_entries, np.dtype(np.uint32))
     if items is None or items.shape != (count,) or items.dtype != dtype:
-        found = "nothing" if items is None else f"{items.shape} of {items.dtype}"
-        raise InvalidArgument(f"a {MapKind(kind).name.lower()} of this disk is {count} items of {dtype}, not {found}")
+        given = "nothing" if items is None else f"{items.shape} of {items.dtype}"
+        raise InvalidArgument(f"a {MapKind(kind).name.lower()} of this disk is {count} items of {dtype}, not {given}")
 
 
 def encode_pages(geometry: Geometry, kind: MapKind, items: Bitmap | Table, uuid: bytes, first_page: int, page_count: int) -> Bytes:

@@ -337,7 +337,7 @@ def _interpret_base(row: np.void) -> BaseReference | None:
 
 def choose(page0: bytes, page1: bytes) -> Superblock:
     """The superblock in force, from the pages of both slots. Raises NotFound (no fvd disk), Unsupported or Corrupt."""
-    found: Superblock | None = None
+    newest: Superblock | None = None
     newest_unsupported: tuple[int, Unsupported] | None = None
     damaged: Corrupt | None = None
     missing: NotFound | None = None
@@ -353,11 +353,11 @@ def choose(page0: bytes, page1: bytes) -> Superblock:
         except NotFound as error:
             missing = error
         else:
-            if found is None or superblock.generation > found.generation:
-                found = superblock
+            if newest is None or superblock.generation > newest.generation:
+                newest = superblock
     # An intact superblock of a newer program is in force: falling back to an older generation would undo what that program did.
-    if newest_unsupported is not None and (found is None or newest_unsupported[0] > found.generation):
+    if newest_unsupported is not None and (newest is None or newest_unsupported[0] > newest.generation):
         raise newest_unsupported[1]
-    if found is not None:
-        return found
+    if newest is not None:
+        return newest
     raise damaged or missing or NotFound("no fvd superblock")

@@ -123,8 +123,8 @@ def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
     except FvdError as error:
         report.errors.append(str(error))
         return
-    if left.found is not None and not left.found.log.failed_errno:
-        changes = len(left.found.log.latest())
+    if left.pending_log is not None and not left.pending_log.log.failed_errno:
+        changes = len(left.pending_log.log.latest())
         if changes:
             report.warnings.append(f"its server died: {changes} changes of the maps are in the log {left.path}; the next open commits them")
     if left.kind is not Left.MISSING:

@@ -119,8 +119,8 @@ def _log(node: Node, superblock: Superblock) -> dict[str, Any] | None:
         answer["state"] = left.kind.value
         if left.problem:
             answer["problem"] = left.problem
-        if left.found is not None:
-            left.found.close()
+        if left.pending_log is not None:
+            left.pending_log.close()
     try:
         memory = surviving.find(record.path)
     except FvdError as error:

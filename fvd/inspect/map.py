@@ -67,7 +67,7 @@ def map_volume(target: Target, offset_bytes: int = 0, length_bytes: int | None =
     """The map as plain values with stable keys. Of an open volume: call it in its loop's thread. Raises as `look` and `extents`."""
     view = look(target)
     geometry = view.geometry
-    found = [
+    reported = [
         {"start": extent.start, "length": extent.length, "state": extent.state, "storage_offset": extent.storage_offset}
         for extent in extents(view, offset_bytes, length_bytes)
     ]
@@ -79,7 +79,7 @@ def map_volume(target: Target, offset_bytes: int = 0, length_bytes: int | None =
         "chunk_size": geometry.chunk_size_bytes,
         "data_offset": geometry.data_offset_bytes,
         "storage_size": view.storage_size_bytes,
-        "extents": found,
+        "extents": reported,
     }
 
 

@@ -87,33 +87,33 @@ class Lvm:
         """One volume; None: neither it nor perhaps its group exists. Waits while another command changes the group."""
         try:
             # Selected, not named: that it is absent is an answer then, not a failure.
-            found = self._volumes([group], _named(name))
+            volumes = self._volumes([group], _named(name))
         except NotFound:
             return None
-        return found[0] if found else None
+        return volumes[0] if volumes else None
 
     def _volumes(self, groups: Sequence[str], select: str) -> list[LogicalVolume]:
-        found = parse_volumes(self._report("lvs", VOLUME_FIELDS, groups, select=select))
-        learnt = [self._learns(group) for group in sorted({volume.group for volume in found if volume.group_state.partial})]
+        volumes = parse_volumes(self._report("lvs", VOLUME_FIELDS, groups, select=select))
+        learnt = [self._learns(group) for group in sorted({volume.group for volume in volumes if volume.group_state.partial})]
         if any(learnt):
-            found = parse_volumes(self._report("lvs", VOLUME_FIELDS, groups, select=select))
-        return found
+            volumes = parse_volumes(self._report("lvs", VOLUME_FIELDS, groups, select=select))
+        return volumes
 
     def groups(self, *groups: str) -> list[VolumeGroup]:
         """These groups (none named: all), each with all its devices, wherever they are by now. Raises NotFound."""
         for last in (*[False] * (_LOOKS - 1), True):
             try:
-                found = parse_groups(self._report("vgs", GROUP_FIELDS, groups))
+                reported = parse_groups(self._report("vgs", GROUP_FIELDS, groups))
             except NotFound:
                 # Perhaps for it is not on the devices where it was.
                 forgotten = [_devices_of.pop(group, ()) for group in groups]
                 if last or not any(forgotten):
                     raise
                 continue
-            learnt = [_learned(group) for group in found]
+            learnt = [_learned(group) for group in reported]
             if last or not groups or not any(learnt):
                 break
-        return [_with_duplicates(group) for group in found]
+        return [_with_duplicates(group) for group in reported]
 
     def _learns(self, group: str) -> bool:
         """Looks at a group some of whose devices were not in the list. Whether the list has changed."""
@@ -177,11 +177,11 @@ class Lvm:
             return bool(_LOADED.search(done.stderr) and _SUSPENDED.search(done.stderr))
         if done.killed or done.crashed:
             raise failure(done)
-        found = self._look(group, name)
-        if isinstance(found, LogicalVolume) and found.size_bytes >= size_bytes:
+        state = self._look(group, name)
+        if isinstance(state, LogicalVolume) and state.size_bytes >= size_bytes:
             return False  # so it was before, or the command failed after it had committed
-        wanted_bytes = size_bytes - found.size_bytes if isinstance(found, LogicalVolume) else 0
-        raise self._why(done, [group], wanted_bytes, missing=found is None)
+        wanted_bytes = size_bytes - state.size_bytes if isinstance(state, LogicalVolume) else 0
+        raise self._why(done, [group], wanted_bytes, missing=state is None)
 
     def activate(self, volume: LogicalVolume) -> None:
         """Its device is there afterwards, for this host only. Fine if it is active."""
@@ -226,11 +226,11 @@ class Lvm:
         done = self._tried(words, ["--select", select, volume.full_name], [volume.group])
         if done.exit_code == 0:
             return
-        found = self._look(volume.group, volume.name)
+        state = self._look(volume.group, volume.name)
         gives_up = words[0] == "lvremove" or words[1:3] == ["--activate", "n"]
-        if gives_up and isinstance(found, LogicalVolume) and found.open and not done.killed:
+        if gives_up and isinstance(state, LogicalVolume) and state.open and not done.killed:
             raise failure(done, failures.IN_USE)
-        raise self._why(done, [volume.group], missing=found is None)
+        raise self._why(done, [volume.group], missing=state is None)
 
     def drop_loaded_table(self, device_name: str) -> None:
         """The device keeps the table it has: one that was loaded and not yet used is forgotten. Its extents may be another's."""
@@ -255,10 +255,10 @@ class Lvm:
         """After a failure, of which this must not hide the reason. None: it is not there; an error: lvm does not say."""
         try:
             done = self._once([*_reporting("lvs", VOLUME_FIELDS, select=_named(name)), group], {}, [group])
-            found = parse_volumes(done.stdout)
+            volumes = parse_volumes(done.stdout)
         except FvdError as error:
             return error
-        return failure(done) if done.exit_code else found[0] if found else None
+        return failure(done) if done.exit_code else volumes[0] if volumes else None
 
     def _why(self, done: Finished, groups: Sequence[str], wanted_bytes: int = 0, *, missing: bool = False) -> FvdError:
         """The error of a failed command on these groups: by what is reported of them where that tells it, otherwise by its words.

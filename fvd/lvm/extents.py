@@ -31,7 +31,7 @@ def parse_pieces(segments: str, physical: str) -> dict[str, list[Piece]]:
     """By the volume's UUID: its pieces in order. A volume that is not linear throughout is left out. Raises Unsupported."""
     try:
         starts = {row["pv_name"]: int(row["pe_start"]) for part in json.loads(physical)["report"] for row in part["pv"]}
-        found: dict[str, list[Piece]] = {}
+        by_uuid: dict[str, list[Piece]] = {}
         others = set()
         for row in (row for part in json.loads(segments)["report"] for row in part.get("seg", [])):
             match = _RANGE.fullmatch(row["seg_pe_ranges"])
@@ -39,10 +39,12 @@ def parse_pieces(segments: str, physical: str) -> dict[str, list[Piece]]:
                 others.add(row["lv_uuid"])
                 continue
             offset = starts[match["device"]] + int(match["first"]) * int(row["vg_extent_size"])
-            found.setdefault(row["lv_uuid"], []).append(Piece(int(row["seg_start"]), int(row["seg_size"]), match["device"], offset))
+            by_uuid.setdefault(row["lv_uuid"], []).append(Piece(int(row["seg_start"]), int(row["seg_size"]), match["device"], offset))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unsupported(f"lvm2 answered in a form that fvd does not know ({quoted(error)}); lvm2 2.03.12 or later is needed") from error
-    return {uuid: pieces for uuid, pieces in ((uuid, _in_order(pieces)) for uuid, pieces in found.items() if uuid not in others) if pieces}
+    return {
+        uuid: pieces for uuid, pieces in ((uuid, _in_order(pieces)) for uuid, pieces in by_uuid.items() if uuid not in others) if pieces
+    }
 
 
 def _in_order(pieces: list[Piece]) -> list[Piece]:

@@ -31,25 +31,25 @@ def labelled() -> list[Labelled] | None:
 
     if not Path(_UDEV_CONTROL).exists():
         return None
-    found = []
+    devices = []
     with contextlib.suppress(OSError):
         for device in pyudev.Context().list_devices(subsystem="block", ID_FS_TYPE="LVM2_member"):
             path, uuid = device.device_node, device.properties.get("ID_FS_UUID")
             if path and uuid and not dm.is_lvm_device(int(device.device_number)):
-                found.append(Labelled(str(path), str(uuid)))
-    return sorted(found, key=lambda each: each.path)
+                devices.append(Labelled(str(path), str(uuid)))
+    return sorted(devices, key=lambda each: each.path)
 
 
 def in_use(group: str) -> dict[tuple[int, int], str]:
     """The devices on which the active volumes of a group lie now, by the kernel's tables: paths, by major and minor number."""
-    found: dict[tuple[int, int], str] = {}
+    paths: dict[tuple[int, int], str] = {}
     for folder in Path("/sys/block").glob("dm-*"):
         if _text(folder / "dm" / "uuid").startswith(_LVM_DEVICE) and dm.split_name(_text(folder / "dm" / "name"))[0] == group:
             for slave in _listed(folder / "slaves"):
                 major, _, minor = _text(slave / "dev").partition(":")
                 if major.isdigit() and minor.isdigit() and not _text(slave / "dm" / "uuid").startswith(_LVM_DEVICE):
-                    found[int(major), int(minor)] = f"/dev/{slave.name.replace('!', '/')}"
-    return found
+                    paths[int(major), int(minor)] = f"/dev/{slave.name.replace('!', '/')}"
+    return paths
 
 
 def _text(path: Path) -> str:

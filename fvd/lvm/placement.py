@@ -51,14 +51,14 @@ class Placement:
         table = dm.table(self._number)
         if table is None:
             return None
-        found = list(stretches(table, sectors))
-        end = found[-1].end if found else 0
+        pieces = list(stretches(table, sectors))
+        end = pieces[-1].end if pieces else 0
         if end < self._known_sectors:
             return f"it ends at {end * _SECTOR_BYTES} bytes, and had {self._known_sectors * _SECTOR_BYTES}"
-        for start, stop, before, now in _beside(self._known, found):
+        for start, stop, before, now in _beside(self._known, pieces):
             if before.at(start) != now.at(start) and not before.is_moving and not now.is_moving:
                 return f"bytes {start * _SECTOR_BYTES} to {stop * _SECTOR_BYTES} of it lie elsewhere than they did"
-        self._known, self._known_sectors = found, min(sectors, end)
+        self._known, self._known_sectors = pieces, min(sectors, end)
         return None
 
 

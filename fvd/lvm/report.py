@@ -132,12 +132,12 @@ def parse_volumes(answer: str) -> list[LogicalVolume]:
 
 def parse_groups(answer: str) -> list[VolumeGroup]:
     """The rows of `vgs -o GROUP_FIELDS`. Raises Unsupported."""
-    found: dict[str, VolumeGroup] = {}
+    by_uuid: dict[str, VolumeGroup] = {}
     for row in _rows(answer, "vg"):
         group = _checked(_group, row)
-        before = found.get(group.uuid)
-        found[group.uuid] = group if before is None else replace(group, physical=(*before.physical, *group.physical))
-    return list(found.values())
+        before = by_uuid.get(group.uuid)
+        by_uuid[group.uuid] = group if before is None else replace(group, physical=(*before.physical, *group.physical))
+    return list(by_uuid.values())
 
 
 def parse_access(answer: str) -> dict[str, Access]:

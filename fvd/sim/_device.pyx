@@ -624,7 +624,7 @@ cdef class SimulatedDevice:
                 self.catch_up(op, 1.0)
         self.nothing_pending()
         self.revert_lost()
-        found = []
+        histories = []
         for i in range(self.touched_count):
             block = self.touched[i]
             version = self.newest[block]
@@ -636,9 +636,9 @@ cdef class SimulatedDevice:
                 contents.append((<char *>(version + 1))[: self.logical_block_bytes])
                 version = version.older
             contents.reverse()
-            found.append((number, block * self.logical_block_bytes, contents))
-        found.sort(key=lambda item: item[:2])
-        return [(offset, contents) for _, offset, contents in found]
+            histories.append((number, block * self.logical_block_bytes, contents))
+        histories.sort(key=lambda item: item[:2])
+        return [(offset, contents) for _, offset, contents in histories]
 
     def put_back(self, image):
         self.flush_everything()

@@ -396,7 +396,7 @@ cdef class Oracle:
         cdef Entry *entry
         cdef Entry *only
         cdef Write *write
-        cdef uint32_t j, found
+        cdef uint32_t j, shown
         now = self.tick_()
         self.read_dropped(began)
         for i in range(sectors):
@@ -414,15 +414,15 @@ cdef class Oracle:
                 if (write.succeeded and write.ended < began and not write.advisory and write.began > floor
                         and (write.durable or not write.doubted)):
                     floor = write.began
-            found = 0
+            shown = 0
             only = NULL
             for j in range(history.count):
                 entry = &history.entries[j]
                 if (self.writes[entry.write].ended >= floor and entry.outdated >= began
                         and self.shows(entry.write, index, sector, value)):
-                    found += 1
+                    shown += 1
                     only = entry
-            if found == 0:
+            if shown == 0:
                 if self.loose_sectors and self.unsettled_near(sector):
                     continue
                 raise self.violation(index, value, floor, "a read showed")
@@ -437,12 +437,12 @@ cdef class Oracle:
                 entry = &history.entries[j]
                 if self.writes[entry.write].ended >= began:
                     continue
-                if entry == only if found == 1 else self.shows(entry.write, index, sector, value):
+                if entry == only if shown == 1 else self.shows(entry.write, index, sector, value):
                     continue
                 if entry.outdated == OPEN:
                     entry.outdated = now
                 # What had been acknowledged when it was seen to come last is what a later flush makes durable.
-                if (found == 1 and entry.replaced == OPEN and self.writes[only.write].succeeded
+                if (shown == 1 and entry.replaced == OPEN and self.writes[only.write].succeeded
                         and self.writes[only.write].ended < began):
                     entry.replaced = now
         return 0

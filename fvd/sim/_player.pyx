@@ -280,12 +280,12 @@ cdef class Player:
     def unanswered(self):
         cdef uint32_t i
         cdef Guest *guest
-        found = list(self.to_send_again)
+        requests = list(self.to_send_again)
         for i in range(self.room):
             guest = &self.guests[i]
             if guest.active and guest.kind != KIND_CLOSE:
-                found.append((guest.kind, guest.first_sector, guest.sectors, bool(guest.fua), bool(guest.no_hole), guest.write))
-        return found
+                requests.append((guest.kind, guest.first_sector, guest.sectors, bool(guest.fua), bool(guest.no_hole), guest.write))
+        return requests
 
     def send_again(self, requests):
         self.to_send_again = list(requests)

@@ -179,15 +179,15 @@ class Console:
         """The pending operations that words mean. Raises BadCommand when one of them means none."""
         if not words:
             raise BadCommand(f"{verb} what? 'pending' lists what there is; see 'help {verb}'")
-        found: dict[Tracked, None] = {}
+        chosen: dict[Tracked, None] = {}
         for word in words:
             pending = [tracked for tracked in self._select(word) if not tracked.completed]
             if not pending:
                 request = self.bench.requests.get(word)
                 why = f": it is {request.state}" if request and request.state != "waiting" else ""
                 raise BadCommand(f"{word} has no pending operation{why}")
-            found |= dict.fromkeys(pending)
-        return list(found)
+            chosen |= dict.fromkeys(pending)
+        return list(chosen)
 
     @_command("process WHAT...", changes=True)
     def _process(self, words: list[str]) -> list[str]:
@@ -637,38 +637,38 @@ class Console:
         if words and words[0].endswith(":"):
             words = words[1:]
         if not words:
-            found = [f"{name} " for name in COMMANDS]
+            candidates = [f"{name} " for name in COMMANDS]
         elif words[0] == "disk":
             name = words[-1].removesuffix("=")
             if before.endswith("="):
-                found = [f"{value} " for value in OPTIONS[name].values] if name in OPTIONS else []
+                candidates = [f"{value} " for value in OPTIONS[name].values] if name in OPTIONS else []
             else:
-                found = [f"{option}=" for option in OPTIONS]
+                candidates = [f"{option}=" for option in OPTIONS]
         else:
-            found = [f"{word} " for word in self._words_after(words)]
-        return sorted(word for word in found if word.startswith(text))
+            candidates = [f"{word} " for word in self._words_after(words)]
+        return sorted(word for word in candidates if word.startswith(text))
 
     def _words_after(self, words: list[str]) -> Iterable[str]:
         command = COMMANDS.get(words[0])
         if command is None:
             return []
         arguments = command.usage.partition(" ")[2]
-        found = set(re.findall(r"[a-z][a-z-]+|EIO|ENOSPC", arguments))
+        candidates = set(re.findall(r"[a-z][a-z-]+|EIO|ENOSPC", arguments))
         if "WHAT" in arguments:
             pending = self.bench.pending
-            found |= {"all", *(str(tracked.operation.number) for tracked in pending), *(tracked.category for tracked in pending)}
+            candidates |= {"all", *(str(tracked.operation.number) for tracked in pending), *(tracked.category for tracked in pending)}
             kept = self.bench.operations.values() if words[0] in ("persist", "crash") else pending
-            found |= {request.name for tracked in kept for request in tracked.serves}
+            candidates |= {request.name for tracked in kept for request in tracked.serves}
         if "EXPECTATION" in arguments and len(words) == 1:
-            found |= EXPECTATIONS
+            candidates |= EXPECTATIONS
         elif "EXPECTATION" in arguments:
             kinds = {"statistics": {*self.bench.numbers()}, "error": {*COMMANDS}, "sectors": {"zeros", "base", *self.bench.requests}}
-            found |= kinds.get(words[1], {*self.bench.requests})
+            candidates |= kinds.get(words[1], {*self.bench.requests})
         if "COMMAND" in arguments:
-            found |= {*COMMANDS}
+            candidates |= {*COMMANDS}
         if "SCRIPT" in arguments:
-            found |= {*shipped_scripts()}
-        return found
+            candidates |= {*shipped_scripts()}
+        return candidates
 
 
 for _kind, _usage in REQUESTS.items():
@@ -705,18 +705,18 @@ def _number(text: str, command: str) -> int:
 
 def _numbers(spans: Iterable[str], count: int) -> list[int]:
     """Blocks 0-3 7, below `count`."""
-    found: list[int] = []
+    numbers: list[int] = []
     for span in spans:
         first, _, last = span.partition("-")
-        found += range(int(first), int(last or first) + 1)
-        if not found or found[-1] >= count:
+        numbers += range(int(first), int(last or first) + 1)
+        if not numbers or numbers[-1] >= count:
             raise BadCommand(f"blocks {span}: the write has blocks 0 to {count - 1}")
-    return found
+    return numbers
 
 
-def _expect_number(what: str, wanted: int, found: int, which: Sequence[str]) -> None:
-    if wanted != found:
-        raise Unexpected(f"{what}: {found}, not {wanted}{f' ({chr(44).join(which)})' if which else ''}")
+def _expect_number(what: str, wanted: int, count: int, which: Sequence[str]) -> None:
+    if wanted != count:
+        raise Unexpected(f"{what}: {count}, not {wanted}{f' ({chr(44).join(which)})' if which else ''}")
 
 
 # --- scripts ------------------------------------------------------------------------------------------------------------

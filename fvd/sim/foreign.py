@@ -164,9 +164,9 @@ class _Judge:
 
     def _values(self, first_sector: int, data: bytes | bytearray) -> bytes:
         """As the oracle knows it."""
-        found = self._identities(data)
-        part = slice(first_sector, first_sector + len(found))
-        values = np.where(found == 0, found, np.where(found == self._first[part], self._base[part], found ^ self._key))
+        identities = self._identities(data)
+        part = slice(first_sector, first_sector + len(identities))
+        values = np.where(identities == 0, identities, np.where(identities == self._first[part], self._base[part], identities ^ self._key))
         return np.repeat(values, _WORDS).tobytes()
 
     def begin(self, request: Request) -> tuple[int, bytes]:

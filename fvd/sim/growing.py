@@ -281,7 +281,7 @@ class Place:
         self.room_bytes = shape.free_steps * geometry.grow_step_bytes
         self.stubborn = rng.random() < 0.3  # what it has left is of no use
         self.healed = False
-        self.found: list[str] = []
+        self.violations: list[str] = []
         self._player: Player | None = None
         self.low_water_bytes = check_low_water(
             geometry, shape.low_water_chunks * geometry.chunk_size_bytes or default_low_water_bytes(geometry)
@@ -297,7 +297,7 @@ class Place:
 
     def find(self, what: str) -> None:
         """Raised as soon as the allocator, which takes any exception of its storage for a failure, has no part in it."""
-        self.found.append(what)
+        self.violations.append(what)
 
     def moment(self) -> float:
         """Seconds, mostly few of them."""
@@ -378,8 +378,8 @@ class Place:
         self.raise_found()
 
     def raise_found(self) -> None:
-        if self.found:
-            raise Violation("; ".join(self.found))
+        if self.violations:
+            raise Violation("; ".join(self.violations))
 
     # --- what others do -----------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def shrink(
     try:
         run(seed, events=events, outcome=outcome)
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
     else:
         raise InvalidArgument(f"the world of seed {seed} finds nothing, so there is nothing to shrink")
     rounds = tuple(outcome.played)
@@ -61,14 +61,14 @@ def shrink(
     total = len(kept)
 
     def fails(some_rounds: tuple[int, ...], some: list[Item]) -> bool:
-        nonlocal runs, found, events
+        nonlocal runs, reason, events
         for order in (events, *range(1, orders)):
             runs += 1
             if progress is not None:
                 progress(total - len(kept), total)
             error = failure(seed, some_rounds, some, order)
             if error is not None:
-                found, events = error, order
+                reason, events = error, order
                 return True
         return False
 
@@ -89,7 +89,7 @@ def shrink(
         if size == 1 and len(kept) == before:
             break
         size = max(1, size // 2)
-    return Shrunk(seed, tuple(kept), rounds, events, found, runs)
+    return Shrunk(seed, tuple(kept), rounds, events, reason, runs)
 
 
 def _parts(items: list[Item], size: int) -> Iterator[frozenset[Item]]:

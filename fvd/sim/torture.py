@@ -26,7 +26,7 @@ STALL_SECONDS = 300.0  # a world takes milliseconds; what takes this long never 
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FailedWorld:
     """A world that failed."""
 
     seed: int
@@ -42,7 +42,7 @@ class Tally(Counts):
     worlds: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    found: list[Found] = field(default_factory=list)
+    found: list[FailedWorld] = field(default_factory=list)
 
     @property
     def requests_per_cpu_second(self) -> float:
@@ -53,7 +53,7 @@ Progress = Callable[[Tally], None]
 Kind = Literal["worlds", "bytes", "combinations"]
 
 
-def play_one(seed: int, *, kind: Kind = "worlds") -> tuple[Outcome, Found | None]:
+def play_one(seed: int, *, kind: Kind = "worlds") -> tuple[Outcome, FailedWorld | None]:
     """One world; a failure is returned, not raised."""
     outcome = Outcome()
     try:
@@ -64,11 +64,11 @@ def play_one(seed: int, *, kind: Kind = "worlds") -> tuple[Outcome, Found | None
         else:
             run(seed, outcome=outcome)
     except Exception as error:
-        return outcome, Found(seed, f"{type(error).__name__}: {error}", outcome.requests)
+        return outcome, FailedWorld(seed, f"{type(error).__name__}: {error}", outcome.requests)
     return outcome, None
 
 
-def _play_batch(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, Found | None]], float]:
+def _play_batch(seeds: range, kind: Kind) -> tuple[list[tuple[Outcome, FailedWorld | None]], float]:
     began = time.process_time()
     played = []
     for seed in seeds:
@@ -111,7 +111,7 @@ def torture(
         _interrupts() as interrupted,
         ProcessPoolExecutor(jobs, mp_context=get_context("forkserver"), initializer=_prepare) as pool,
     ):
-        running: dict[Future[tuple[list[tuple[Outcome, Found | None]], float]], range] = {}
+        running: dict[Future[tuple[list[tuple[Outcome, FailedWorld | None]], float]], range] = {}
         try:
             while not enough():
                 while len(running) < jobs * 2 and (seeds := next(batches, None)) is not None:
@@ -126,25 +126,25 @@ def torture(
                     heard = time.monotonic()
                 elif time.monotonic() - heard > STALL_SECONDS:
                     seeds = next(iter(running.values()))
-                    tally.found.append(Found(seeds.start, f"one of the seeds {seeds.start} to {seeds.stop - 1} does not end"))
+                    tally.found.append(FailedWorld(seeds.start, f"one of the seeds {seeds.start} to {seeds.stop - 1} does not end"))
                     _end(pool)
                     break
                 for future in done:
                     outcomes, cpu_seconds = future.result()
                     del running[future]
                     tally.cpu_seconds += cpu_seconds
-                    for outcome, found in outcomes:
+                    for outcome, failed in outcomes:
                         tally.worlds += 1
                         tally.add(outcome)
-                        if found is not None:
-                            tally.found.append(found)
+                        if failed is not None:
+                            tally.found.append(failed)
                 if progress is not None:
                     progress(tally)
         except BrokenProcessPool:
             tally.found += _who_died(sorted(running.values(), key=lambda seeds: seeds.start), kind)
         finally:
             pool.shutdown(cancel_futures=True)  # those that run end in seconds, and an exit that does not wait trips over the pool's pipes
-    tally.found.sort(key=lambda found: found.seed)
+    tally.found.sort(key=lambda failed: failed.seed)
     tally.seconds = time.monotonic() - began
     return tally
 
@@ -183,7 +183,7 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _who_died(lost: list[range], kind: Kind) -> list[Found]:
+def _who_died(lost: list[range], kind: Kind) -> list[FailedWorld]:
     """Plays each world of the batches that were under way in a process of its own: the one that dies again is found."""
     for seeds in lost:
         for seed in seeds:
@@ -191,6 +191,6 @@ def _who_died(lost: list[range], kind: Kind) -> list[Found]:
                 try:
                     pool.submit(_play_batch, range(seed, seed + 1), kind).result()
                 except BrokenProcessPool:
-                    return [Found(seed, "the world ended its process")]
+                    return [FailedWorld(seed, "the world ended its process")]
     where = f"{lost[0].start} to {lost[-1].stop - 1}" if lost else "?"
-    return [Found(lost[0].start if lost else 0, f"a process died while it played one of the seeds {where}; none does so again alone")]
+    return [FailedWorld(lost[0].start if lost else 0, f"a process died while it played one of the seeds {where}; none does so again alone")]

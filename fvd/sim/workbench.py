@@ -421,16 +421,16 @@ class Workbench:
         keys = np.where(words[:, 0] == 0, 0, words[:, 0].view(np.int64) - sectors)
         keys[(words != words[:, :1]).any(axis=1)] = _TORN
         starts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(keys)]
-        found: list[tuple[int, int, str]] = []
+        runs: list[tuple[int, int, str]] = []
         for start, end in itertools.pairwise(starts):
             at = first_sector + start
             piece = data[start * SECTOR_BYTES : (start + 1) * SECTOR_BYTES]
             name = self.name(int(words[start, 0]), at) if keys[start] != _TORN else self._name_of_mixture(bytes(piece), at)
-            if found and found[-1][2] == name:
-                found[-1] = (found[-1][0], found[-1][1] + end - start, name)
+            if runs and runs[-1][2] == name:
+                runs[-1] = (runs[-1][0], runs[-1][1] + end - start, name)
             else:
-                found.append((at, end - start, name))
-        return found
+                runs.append((at, end - start, name))
+        return runs
 
     def _name_of_mixture(self, data: bytes, sector: int) -> str:
         base_bytes = self.stage.shape.base_bytes
@@ -465,13 +465,13 @@ class Workbench:
             at += length
             # A block is what its beginning is: a base may end inside it, and the last one may be short.
             blocks += "#b."[state] * (-(-at // geometry.block_size_bytes) - len(blocks))
-        found = {}
+        places = {}
         for chunk in range(geometry.chunks):
             own = blocks[chunk * geometry.blocks_per_chunk : (chunk + 1) * geometry.blocks_per_chunk]
             slot = chunk if table is None else int(table[chunk])
             if ("#" in own) if table is None else (slot != maps.EMPTY):
-                found[chunk] = (str(slot), own)
-        return found
+                places[chunk] = (str(slot), own)
+        return places
 
 
 def words_of(data: bytes | bytearray) -> np.ndarray[Any, np.dtype[np.uint64]]:

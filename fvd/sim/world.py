@@ -157,7 +157,7 @@ class World:
 
     def make_engine(self, *, read_only: bool = False) -> Any:
         """An engine on what the storage holds now, recovered as an open does. Raises FvdError."""
-        disk: LoadedDisk = recover_disk(self.node(), read_only=read_only, found=self.found_log())
+        disk: LoadedDisk = recover_disk(self.node(), read_only=read_only, pending_log=self.found_log())
         if not read_only and not disk.journal_state.clean and self.device.volatile_blocks:
             raise Violation("a writable open goes on from what a crash may still take back (R13)")
         # A base that is not needed is not opened.
@@ -605,7 +605,7 @@ class World:
             self.device.inspect = self.device.announce = self.device.conclude = None
             try:
                 budget = Budget(self.rng.randint(1, 8))
-                recover_disk(VolatileNode(self.device, budget, direct=self.node().direct), read_only=False, found=self.found_log())
+                recover_disk(VolatileNode(self.device, budget, direct=self.node().direct), read_only=False, pending_log=self.found_log())
             except PowerFailure:
                 self.say("the next one is killed while it opens the disk")
             except DeviceError as error:

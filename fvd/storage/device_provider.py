@@ -61,7 +61,7 @@ def _refuse_other_kinds(name: VolumeName) -> None:
     """One disk, one name: a logical volume knows how to grow, and its device does not."""
     if names.leads_to_file(name.path):
         raise InvalidArgument(f"{name} is a regular file; name it file:{name.path}")
-    found = names.identity(name.path)
-    volume = dm.logical_volume_of(found[1]) if found is not None and found[0] == "block" else None
+    identity = names.identity(name.path)
+    volume = dm.logical_volume_of(identity[1]) if identity is not None and identity[0] == "block" else None
     if volume is not None:
         raise InvalidArgument(f"{name} is a logical volume; name it {volume[0]}/{volume[1]}")

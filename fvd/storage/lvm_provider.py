@@ -258,8 +258,8 @@ class BuiltVolume:
         if self.contents is not Contents.NOBODYS:
             self._lvm.stay_inactive(self._volume)
         self._lvm.retag(self._volume, remove=remove, add=[tag for tag in add if tag not in self._volume.tags])
-        found = self._lvm.find(self._name.group, self._name.lv)
-        if found is None or found.uuid != self._volume.uuid or not tags.is_disk(found):
+        volume = self._lvm.find(self._name.group, self._name.lv)
+        if volume is None or volume.uuid != self._volume.uuid or not tags.is_disk(volume):
             raise Conflict(f"{self._name} was renamed or removed by somebody else meanwhile; run the command again")
         self._published = True
 

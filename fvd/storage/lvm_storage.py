@@ -176,10 +176,10 @@ class LvmStorage:
                     raise
 
     def _settle(self, *, refresh: bool = False) -> None:
-        found = settle(self._lvm, self._group, self._name, self._number, refresh=refresh)
-        if found.uuid != self._uuid:
+        volume = settle(self._lvm, self._group, self._name, self._number, refresh=refresh)
+        if volume.uuid != self._uuid:
             raise DeviceError(f"{self._group}/{self._name} is another volume now; the one that is open cannot grow")
-        self._committed_bytes = max(self._committed_bytes, found.size_bytes)
+        self._committed_bytes = max(self._committed_bytes, volume.size_bytes)
 
     def _take_rest(self, size_bytes: int, refusal: NoSpace) -> None:
         """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile.
@@ -218,32 +218,32 @@ def settle(lvm: Lvm, group: str, name: str, number: int, *, refresh: bool = Fals
     `lvs` waits for the group's lock, which a living command holds from before it loads a table until the device goes on: what it reports
     has been abandoned. The loaded table is dropped first: any other command would use it, for libdm loads none over it.
     """
-    found = lvm.find(group, name)
-    if found is None:
+    volume = lvm.find(group, name)
+    if volume is None:
         raise NotFound(f"logical volume {group}/{name} is gone, though its device is open")
-    if found.device_number is not None and found.device_number != (os.major(number), os.minor(number)):
+    if volume.device_number is not None and volume.device_number != (os.major(number), os.minor(number)):
         raise DeviceError(
             f"{group}/{name} is not the device that is open under its name (renamed, or a stale node); look at ls -l /dev/{group}"
         )
     state, device = dm.state(number), dm.device_name(number)
     # Both: what `lvs` saw under the lock, and what is still so. A command that has begun since is alive.
-    abandoned = found.suspended or found.inactive_table
+    abandoned = volume.suspended or volume.inactive_table
     if abandoned and state is not None and device is not None and not state.at_rest:
         lvm.drop_loaded_table(device)
-        if found.suspended and state.suspended:
+        if volume.suspended and state.suspended:
             lvm.resume(device)
         refresh = True
-    if refresh or dm.size_bytes(number) != found.size_bytes:
-        lvm.refresh(found)
+    if refresh or dm.size_bytes(number) != volume.size_bytes:
+        lvm.refresh(volume)
         state = dm.state(number)
-        uuid, found = found.uuid, lvm.find(group, name)
+        uuid, volume = volume.uuid, lvm.find(group, name)
         if (
-            found is None
-            or found.uuid != uuid
-            or dm.size_bytes(number) != found.size_bytes
-            or (found.suspended and state is not None and state.suspended)
+            volume is None
+            or volume.uuid != uuid
+            or dm.size_bytes(number) != volume.size_bytes
+            or (volume.suspended and state is not None and state.suspended)
         ):
             raise DeviceError(
                 f"{group}/{name} cannot be brought into the state that its metadata has; look at dmsetup info and lvchange --refresh"
             )
-    return found
+    return volume

@@ -33,11 +33,11 @@ class Facts:
 
 def facts_of(volume: LogicalVolume) -> Facts | None:
     """None: the tags do not say."""
-    found: dict[str, int] = {}
+    facts: dict[str, int] = {}
     for tag in volume.tags:
         if match := _FACT_TAG.fullmatch(tag):
-            found[match[1]] = max(int(match[2]), found.get(match[1], 0))  # of two that contradict each other, the one that promises more
-    return Facts(found["virtual"], found["most"], found["step"]) if {"virtual", "most", "step"} <= found.keys() else None
+            facts[match[1]] = max(int(match[2]), facts.get(match[1], 0))  # of two that contradict each other, the one that promises more
+    return Facts(facts["virtual"], facts["most"], facts["step"]) if {"virtual", "most", "step"} <= facts.keys() else None
 
 
 def fact_tags(volume: LogicalVolume) -> list[str]:

@@ -17,7 +17,7 @@ from fvd_commands import COMMAND, Done, Server
 
 from fvd.cli.main import main
 from fvd.sim import torture as torture_module
-from fvd.sim.torture import Found, Tally
+from fvd.sim.torture import FailedWorld, Tally
 
 pytestmark = pytest.mark.release_only
 
@@ -45,7 +45,7 @@ def test_one_world_again(fvd_lv: Callable[..., Done]) -> None:
 
 
 def test_a_failure_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = Tally(first_seed=40, worlds=3, found=[Found(42, "Violation: sector 1: a read showed zeros")])
+    tally = Tally(first_seed=40, worlds=3, found=[FailedWorld(42, "Violation: sector 1: a read showed zeros")])
     monkeypatch.setattr(torture_module, "torture", lambda *_, **__: tally)
     assert main(["torture"]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -82,9 +82,9 @@ def test_what_lands_before_the_flush_is_seen_after_it(monkeypatch: pytest.Monkey
 
 
 def test_what_was_read_before_the_flush_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def believing(node: recovery.RecoverablePages, *, read_only: bool, found: FoundLog | None) -> LoadedDisk:
+    def believing(node: recovery.RecoverablePages, *, read_only: bool, pending_log: FoundLog | None) -> LoadedDisk:
         before = load_disk(node)
-        recovery.recover_disk(node, read_only=read_only, found=found)
+        recovery.recover_disk(node, read_only=read_only, pending_log=pending_log)
         return before
 
     monkeypatch.setattr(world, "recover_disk", believing)

@@ -288,10 +288,10 @@ def target_pending(data: bytes) -> None:
     looked: LoadedDisk | None = None
     kept = bytes(hostile.buffer)
     with contextlib.suppress(NotBelieved):
-        looked = recover_disk(storage, read_only=True, found=found())
+        looked = recover_disk(storage, read_only=True, pending_log=found())
     assert not storage.writes and kept == hostile.buffer, "a read-only open writes nothing"
     try:
-        disk = recover_disk(storage, read_only=False, found=found())
+        disk = recover_disk(storage, read_only=False, pending_log=found())
     except NotBelieved:
         assert looked is None and not storage.writes, "what is not believed is not written"
         return
@@ -306,7 +306,7 @@ def target_pending(data: bytes) -> None:
     judge_check(storage, disk)
     # Killed after that, before the superblock names another log.
     writes = storage.writes
-    again = recover_disk(storage, read_only=False, found=found())
+    again = recover_disk(storage, read_only=False, pending_log=found())
     assert storage.writes == writes and again.journal_state.map_hash == disk.journal_state.map_hash
     use(storage, again)
 

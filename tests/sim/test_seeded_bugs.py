@@ -65,8 +65,8 @@ FINDINGS = (Violation, FvdError, RuntimeError, AssertionError)
 
 @contextmanager
 def read_only_opens_skip_replay() -> Iterator[None]:
-    def stale(node: RecoverablePages, *, read_only: bool, found: FoundLog | None = None) -> LoadedDisk:
-        disk = recover_disk(node, read_only=read_only, found=found)
+    def stale(node: RecoverablePages, *, read_only: bool, pending_log: FoundLog | None = None) -> LoadedDisk:
+        disk = recover_disk(node, read_only=read_only, pending_log=pending_log)
         if read_only and not disk.journal_state.clean:
             geometry = disk.geometry
             disk.bitmap, disk.table = empty_bitmap(geometry), empty_table(geometry)
