@@ -298,7 +298,7 @@ static double cpu_seconds(void) {
 }
 
 static void make_order(struct disk *disk) {
-    disk->order = room(disk->positions, sizeof *disk->order);
+    disk->order = zeroed(disk->positions, sizeof *disk->order);
     for (uint64_t at = 0; at < disk->positions; at++) {
         uint64_t other = options.sequential ? at : draw() % (at + 1);
         disk->order[at] = disk->order[other], disk->order[other] = at;
@@ -388,8 +388,8 @@ static void read_options(int argc, char **words) {
 int main(int argc, char **words) {
     read_options(argc, words);
     rng = options.seed * 0x9E3779B97F4A7C15ull | 1;
-    disk_count = argc - optind, disks = room(disk_count, sizeof *disks);
-    ready = room(disk_count * options.queues, sizeof *ready);
+    disk_count = argc - optind, disks = zeroed(disk_count, sizeof *disks);
+    ready = zeroed(disk_count * options.queues, sizeof *ready);
     poll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (poll_fd < 0) die("epoll_create1");
     for (unsigned at = 0; at < disk_count; at++) begin(&disks[at], words[optind + at]);

@@ -16,9 +16,9 @@ enum { WORDS = SECTOR_BYTES / 8 };
 static uint8_t *whole;      /* one request's bytes, in the order of the disk */
 
 static void make_content(struct disk *disk, const struct options *options) {
-    disk->content = room(disk->positions, sizeof *disk->content), disk->is_busy = room(disk->positions, 1);
+    disk->content = zeroed(disk->positions, sizeof *disk->content), disk->is_busy = zeroed(disk->positions, 1);
     disk->generation = FIRST_GENERATION;
-    if (!whole) whole = room(1, options->request_bytes);
+    if (!whole) whole = zeroed(1, options->request_bytes);
     FILE *file = options->state_path ? fopen(options->state_path, "rb") : NULL;
     if (!file) return;
     if (fread(disk->content, sizeof *disk->content, disk->positions, file) != disk->positions) die(options->state_path);

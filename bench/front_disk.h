@@ -71,7 +71,7 @@ static void die(const char *what) {
     exit(1);
 }
 
-static void *room(size_t count, size_t size) {
+static void *zeroed(size_t count, size_t size) {
     void *found = calloc(count ? count : 1, size);
     if (!found) die("memory");
     return found;
@@ -107,14 +107,14 @@ static void lay_out(struct disk *disk, struct queue *queue, const struct options
 
 static void make_disk(struct disk *disk, const char *path, const struct options *options) {
     disk->path = path, disk->channel = disk->inflight_fd = -1;
-    disk->queues = room(options->queues, sizeof *disk->queues);
+    disk->queues = zeroed(options->queues, sizeof *disk->queues);
     for (unsigned at = 0; at < options->queues; at++) {
         struct queue *queue = &disk->queues[at];
         queue->disk = disk, queue->index = at;
         queue->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), queue->call_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
         if (queue->kick_fd < 0 || queue->call_fd < 0) die("eventfd");
-        queue->requests = room(options->depth, sizeof *queue->requests);
-        queue->idle = room(options->depth, sizeof *queue->idle);
+        queue->requests = zeroed(options->depth, sizeof *queue->requests);
+        queue->idle = zeroed(options->depth, sizeof *queue->idle);
         while (queue->idle_count < options->depth) {
             queue->idle[queue->idle_count] = &queue->requests[queue->idle_count];
             queue->idle_count++;

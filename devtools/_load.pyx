@@ -56,7 +56,7 @@ cdef class LoadThread(DiskThread):
         """Keeps `depth` reads or writes of `block_bytes` in flight, at random blocks of a range or in sequence.
 
         Ends after `requests` or `seconds`, whichever is first. `times_ns`: a writable buffer of uint32, filled with how long each request
-        took, in the order in which they ended, as far as there is room. Returns (requests, seconds). Raises what `pread`, `pwrite` raise.
+        took, in the order in which they ended, as far as there is space. Returns (requests, seconds). Raises what `pread`, `pwrite` raise.
         """
         cdef uint32_t[::1] times
         if self.running:

@@ -51,8 +51,8 @@ cdef inline uint64_t records_capacity(uint64_t position, uint64_t ring_pages) no
     return (ring_pages - position) * PAGE_BYTES - JOURNAL_HEADER_BYTES if BUG(Bug.RECORDS_BEYOND_THE_PAGE) else JOURNAL_RECORDS_BYTES
 
 
-cdef inline bint records_fit(const JournalHeader *header, uint64_t room_bytes) noexcept nogil:
-    return <uint64_t>header.word_count * WORD_RECORD_BYTES + <uint64_t>header.entry_count * ENTRY_RECORD_BYTES <= room_bytes
+cdef inline bint records_fit(const JournalHeader *header, uint64_t capacity_bytes) noexcept nogil:
+    return <uint64_t>header.word_count * WORD_RECORD_BYTES + <uint64_t>header.entry_count * ENTRY_RECORD_BYTES <= capacity_bytes
 
 
 cdef bint journal_page_valid(const uint8_t *page, uint32_t uuid_crc, uint64_t journal_offset_bytes, uint64_t position,
@@ -74,11 +74,11 @@ cdef inline uint32_t record_index(const uint8_t *record) noexcept nogil:
     return index
 
 
-cdef bint journal_page_in_range(const uint8_t *page, uint64_t room_bytes, uint64_t words, uint64_t entries) noexcept nogil:
+cdef bint journal_page_in_range(const uint8_t *page, uint64_t capacity_bytes, uint64_t words, uint64_t entries) noexcept nogil:
     cdef const JournalHeader *header = <const JournalHeader *>page
     cdef const uint8_t *record = page + JOURNAL_HEADER_BYTES
     cdef uint32_t _i
-    if not records_fit(header, room_bytes):
+    if not records_fit(header, capacity_bytes):
         return False
     for _i in range(header.word_count):
         if record_index(record) >= words:
@@ -166,9 +166,9 @@ def journal_parts(uint64_t words, uint64_t entries):
     cdef uint64_t per_page_words = JOURNAL_RECORDS_BYTES / WORD_RECORD_BYTES
     cdef uint64_t per_page_entries = JOURNAL_RECORDS_BYTES / ENTRY_RECORD_BYTES
     cdef uint64_t parts = (words + per_page_words - 1) / per_page_words
-    cdef uint64_t room = (parts * per_page_words - words) * WORD_RECORD_BYTES / ENTRY_RECORD_BYTES
-    if entries > room:
-        parts += (entries - room + per_page_entries - 1) / per_page_entries
+    cdef uint64_t capacity = (parts * per_page_words - words) * WORD_RECORD_BYTES / ENTRY_RECORD_BYTES
+    if entries > capacity:
+        parts += (entries - capacity + per_page_entries - 1) / per_page_entries
     return parts if parts else 1
 
 

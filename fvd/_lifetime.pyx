@@ -443,7 +443,7 @@ def _in_child():
         return
     try:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:             # no descriptor is left: the first makes room
+    except OSError:             # no descriptor is left: the first gives up its own
         null = -1
     for reference, descriptors in kept:
         thing = reference()
@@ -467,6 +467,6 @@ def _let_go(fd, null):
 
 
 if fvd_watch_forks() != 0:
-    raise MemoryError("no room to watch for forks")
+    raise MemoryError("no memory to watch for forks")
 os.register_at_fork(after_in_child=_in_child)
 os.register_at_fork(before=between_forks.before, after_in_parent=between_forks.after, after_in_child=between_forks.in_child)

@@ -7,7 +7,7 @@
         async with served.events() as events:
             async for event in events:
                 if event.kind == "group_low":
-                    await make_room()
+                    await free_space()
 
 Each verb runs in a thread, as `asyncio.to_thread` runs it. Cancelling the task that awaits one asks the verb to stop where it can be
 undone or left, and CancelledError is raised when it has ended: nothing of it comes later. A write has then been written or not, a disk that
@@ -391,7 +391,7 @@ class AsyncEvents(AsyncIterator[Event]):
         self._pump.start()
         item = await self._pump.queue.get()
         if isinstance(item, Event):
-            self._pump.room.release()
+            self._pump.capacity.release()
             return item
         self._over = True
         self._pump.queue.put_nowait(None)  # for whoever else waits here
@@ -435,7 +435,7 @@ class _Pump:
         self._source: EventStream | None = None
         self._closed = False
         self._failure: Exception | None = None
-        self.room = threading.Semaphore(QUEUE_EVENTS)  # the thread stops reading when so many wait in the queue
+        self.capacity = threading.Semaphore(QUEUE_EVENTS)  # the thread stops reading when so many wait in the queue
 
     def start(self) -> None:
         """In the event loop; again is fine."""
@@ -464,7 +464,7 @@ class _Pump:
             source = self._source
         if source is not None:
             source.close()
-        self.room.release()
+        self.capacity.release()
 
     def _run(self) -> None:
         try:
@@ -486,7 +486,7 @@ class _Pump:
 
     def _pass_on(self, source: EventStream) -> None:
         for event in source:
-            self.room.acquire()
+            self.capacity.acquire()
             if self._closed:
                 return
             if not self._in_loop(self.queue.put_nowait, event):

@@ -63,7 +63,7 @@ PIECE = 64 * KIB
 FILE_SYSTEM_SIZE = 256 * MIB
 LARGEST_STEP, SMALLEST_STEP = 5 * GIB, 640 * MIB
 SECONDS_FOR_A_STEP = 12.8
-# The first storage, one step under the load, a quarter of one by hand, and room for a second step that a slow machine may ask for.
+# The first storage, one step under the load, a quarter of one by hand, and space for a second step that a slow machine may ask for.
 STEPS_NEEDED = 3.25
 SPARE_MIN = 1 * GIB
 BEYOND_FULL = 256  # chunks: what waits in a full group
@@ -85,7 +85,7 @@ def refuse(reason: str) -> None:
 
 
 def check_group(group: str, spare: str | None) -> int:
-    """The growth step for which the group has room. Ends with a word on what is missing; changes nothing."""
+    """The growth step for which the group has space. Ends with a word on what is missing; changes nothing."""
     if os.geteuid() != 0:
         what = f"VG={group}" + (f" SPARE={spare}" if spare else "")
         refuse(f"a logical volume needs root. Type: sudo make demo {what}\nWithout root: make demo (a file), make demo-lvm (a guest)")
@@ -205,7 +205,7 @@ class Made:
             raise
 
     def give_back_group(self) -> None:
-        """The room that was taken, and the spare device; in this order, for the room may be on it."""
+        """The volume that takes up space, and the spare device; in this order, for the volume may be on it."""
         if self.rest in self.names():
             run("lvremove", "--yes", f"{self.group}/{self.rest}")
         if self.spare is not None and self.spare_was_used:
@@ -420,14 +420,14 @@ def full_group(made: Made, step: int, events: Events, uri: str, places: list[int
         say(f"Another volume takes what {group} has free, but for half a growth step.")
         untouched = ("--activate", "n", "--zero", "n", "--wipesignatures", "n")
         run("lvcreate", "--yes", *untouched, "--size", f"{rest}b", "--name", made.rest, group)
-    room = (info(volume)["free_bytes"] + made.free()) // CHUNK
+    free_chunks = (info(volume)["free_bytes"] + made.free()) // CHUNK
     load = Client(uri, places, PIECE)
-    say(f"{room + BEYOND_FULL} allocating writes, where there is space for {room}")
+    say(f"{free_chunks + BEYOND_FULL} allocating writes, where there is space for {free_chunks}")
     failed: list[Exception] = []
 
     def write() -> None:
         try:
-            load.write(room + BEYOND_FULL)
+            load.write(free_chunks + BEYOND_FULL)
         except Exception as error:
             failed.append(error)
 

@@ -41,6 +41,7 @@ FOR_TESTS = {
     "outage": "of the oracle over a real server: what tests do to that one",
     "shutting_down": "as above",
     "send_next": "as above",
+    "free_depth": "as above",
     "SECTORS_PER_BLOCK": "of the stage that tests of the engine play on",
     "SECTORS_PER_CHUNK": "as above",
 }

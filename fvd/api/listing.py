@@ -236,7 +236,7 @@ def _group(group: VolumeGroup, ours: list[LogicalVolume], volumes: list[Listed])
         largest_step_bytes=max(
             (facts.grow_step_bytes for volume in ours if volume.group == group.name and (facts := facts_of(volume))), default=0
         ),
-        unusable_bytes=group.free_bytes - group.room_bytes(),
+        unusable_bytes=group.free_bytes - group.obtainable_bytes(),
     )
 
 

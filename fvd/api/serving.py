@@ -175,7 +175,7 @@ class Serving:
             self._begin(export_name)
 
     def _begin(self, export_name: str) -> bool:
-        """In the serving thread, once for each disk: an engine may want room before ``open`` comes to it. False: it was done before."""
+        """In the serving thread, once for each disk: an engine may want space before ``open`` comes to it. False: it was done before."""
         if export_name in self._begun:
             return False
         assert self._server is not None
@@ -202,8 +202,8 @@ class Serving:
                 disk.engine.want &= ~Want.GROWTH
             elif not self._begin(export_name):
                 disk.allocator.on_want(disk.engine)
-        if wants & Want.ROOM:
-            disk.engine.want &= ~Want.ROOM
+        if wants & Want.STORAGE_BELOW:
+            disk.engine.want &= ~Want.STORAGE_BELOW
             if disk.allocator is not None:
                 self._begin(export_name)
                 disk.allocator.on_space(disk.engine)

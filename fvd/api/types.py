@@ -108,7 +108,7 @@ class Info:
     failed_reason: str = ""  # its text
     failed_seconds: float | None = None  # when: Unix time
     failed_source: str = ""  # whose: this volume, or another on the same device; a path: a flush beside a disk
-    no_room_below: bool = False  # what the storage lies on (a file system, a pool) had no room for the last write that needed some
+    no_room_below: bool = False  # what the storage lies on (a file system, a pool) had no space for the last write that needed some
     stopped: str = ""  # why it has stopped for good: somebody else has changed what it lies on; empty: it has not
     growth: dict[str, Any] | None = None  # steps so far, how long they took, the last failure
     statistics: dict[str, int] | None = None  # since it was opened

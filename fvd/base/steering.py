@@ -412,7 +412,7 @@ class Steering:
             self._label = self._slots
         slots, widest = max(1, self._slots), max(1, self._label)
         if sample.no_slot_copies:
-            self._pause(now, "full", "full", "the storage has no room left for copies; the guest's writes have the rest")
+            self._pause(now, "full", "full", "the storage has no space left for copies; the guest's writes have the rest")
             return
         reads = EndedCopies(sample.base_reads, sample.base_read_bytes, sample.base_service_ns, sample.base_latency_ns, sample.zero_bytes)
         writes = EndedCopies(sample.copy_writes, sample.copy_write_bytes, sample.copy_service_ns, sample.copy_latency_ns, 0)

@@ -56,7 +56,7 @@ def describe_info(info: Info) -> list[str]:
         *(("possible loss" if number == 0 else "", line) for number, line in enumerate(describe_loss(info))),
         *(("note", line) for line in info.notices),
         *(("failed", line) for line in describe_failure(info)),
-        *([("full", "what the storage lies on has no room; make some there, and what waits goes on")] if info.no_room_below else []),
+        *([("full", "what the storage lies on has no space; free some there, and what waits goes on")] if info.no_room_below else []),
         ("uuid", info.uuid),
         ("created", moment(info.created_seconds)),
         *(("growth so far" if number == 0 else "", line) for number, line in enumerate(describe_steps(info))),

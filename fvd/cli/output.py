@@ -73,10 +73,10 @@ def share(part: int, whole: int) -> str:
     return "< 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
 
 
-def drawn_bar(ratio: float, room: int) -> str:
+def drawn_bar(ratio: float, width: int) -> str:
     """``[####....]`` with so many marks; full only when nothing is left."""
-    filled = int(ratio * room)
-    return f"[{'#' * filled}{'.' * (room - filled)}]"
+    filled = int(ratio * width)
+    return f"[{'#' * filled}{'.' * (width - filled)}]"
 
 
 def duration(seconds: float) -> str:

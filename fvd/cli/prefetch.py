@@ -151,8 +151,8 @@ def describe_status(status: fvd.PrefetchStatus, width: int) -> list[str]:
     if status.base_bytes == 0:
         return lines
     tail = f" {share(status.copied_bytes, status.base_bytes)}"
-    room = max(8, min(60, width - len(tail) - 5))
-    lines.append(f"  {drawn_bar(_ratio(status), room)}{tail}")
+    bar_width = max(8, min(60, width - len(tail) - 5))
+    lines.append(f"  {drawn_bar(_ratio(status), bar_width)}{tail}")
     copied = f"{format_size(status.copied_bytes)} of {format_size(status.base_bytes)} no longer come from the base"
     lines.append(f"  {'; '.join([copied, *_rate_texts(status)])}")
     if status.profile is not None:
@@ -183,10 +183,10 @@ def status_line(status: fvd.PrefetchStatus, width: int) -> str:
     ratio = _ratio(status)
     texts = _rate_texts(status) if status.state == "running" else [state_text(status)]
     tail = "  ".join([f" {100 * ratio:3.0f} %", *texts])
-    room = width - len(tail) - 3
-    if room < 8:
+    bar_width = width - len(tail) - 3
+    if bar_width < 8:
         return tail.strip()[: max(0, width - 1)]
-    return drawn_bar(ratio, min(60, room)) + tail
+    return drawn_bar(ratio, min(60, bar_width)) + tail
 
 
 def _rate_texts(status: fvd.PrefetchStatus) -> list[str]:

@@ -46,7 +46,7 @@ def bar(label: str, done_bytes: int, total_bytes: int, seconds: float, width: in
     ratio = min(1.0, done_bytes / total_bytes) if total_bytes else 1.0
     left = f", {seconds / ratio - seconds:.0f} s left" if ratio > 0 else ""
     tail = f" {100 * ratio:3.0f} %  {format_size(done_bytes)} of {format_size(total_bytes)}{left}"
-    room = width - len(label) - len(tail) - 5
-    if room < 8:
+    bar_width = width - len(label) - len(tail) - 5
+    if bar_width < 8:
         return f"{label} {100 * ratio:3.0f} %"[: max(0, width - 1)]
-    return f"{label} {drawn_bar(ratio, room)}{tail}"
+    return f"{label} {drawn_bar(ratio, bar_width)}{tail}"

@@ -29,7 +29,7 @@ class Lengthener:
         with self, typed_errors("asking the size of", self.path):
             return descriptor_size_bytes(self._fd)
 
-    def room_bytes(self) -> int:
+    def free_bytes(self) -> int:
         """What the file system that holds the file has left for us. Raises DeviceError."""
         with self, typed_errors("asking the free space of", self.path):
             return free_bytes_of(os.fstatvfs(self._fd))

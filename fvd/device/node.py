@@ -64,7 +64,7 @@ def typed_error(error: OSError, what: str, path: str) -> FvdError:
     if number == errno.EROFS:
         return PermissionDenied(f"{what} {path} failed: it lies on read-only storage; open it read-only")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return NoSpace(f"{what} {path} failed: {reason}; make room and try again")
+        return NoSpace(f"{what} {path} failed: {reason}; free some space and try again")
     if number in (errno.EMFILE, errno.ENFILE):
         return Unsupported(f"{what} {path} failed: {reason}; raise the limit on open files (ulimit -n)")
     if number in (errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR):
@@ -231,7 +231,7 @@ class Node:
         """What it lies on now. Asks sysfs; raises DeviceError when it has been closed."""
         with typed_errors("looking at", self.path):
             fd = self._open_fd()
-            return stack_of(os.fstat(fd), room_bytes=None if self.is_block else free_bytes_of(os.fstatvfs(fd)))
+            return stack_of(os.fstat(fd), free_bytes=None if self.is_block else free_bytes_of(os.fstatvfs(fd)))
 
     def block_bytes_now(self) -> int:
         """What direct transfers must be multiples of now: a device that grew may have come to lie on one with larger blocks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies below a file or block device, as sysfs tells: whose failed flush is also its own, and whether it may run out of room.
+"""What lies below a file or block device, as sysfs tells: whose failed flush is also its own, and whether it may run out of space.
 
 Knows no disk format. What sysfs does not tell (the devices of a btrfs, a network's storage) is not known here.
 """
@@ -21,17 +21,17 @@ class Stack:
     """What a node lies on."""
 
     devices: frozenset[int]  # device numbers, its own and its file system's too; file systems without a device have a number as well
-    may_fill: bool  # a write to it may find no room: it takes its blocks from something that it shares
+    may_fill: bool  # a write to it may find no space: it takes its blocks from something that it shares
     short_bytes: int = 0  # of what a file in it has no blocks for yet: what its file system could not give it now
 
 
-def stack_of(status: os.stat_result, sysfs: str = "/sys", room_bytes: int | None = None) -> Stack:
-    """Of a regular file or block device, from its stat result. `room_bytes`: what a file's file system has left, if that is known. Never
+def stack_of(status: os.stat_result, sysfs: str = "/sys", free_bytes: int | None = None) -> Stack:
+    """Of a regular file or block device, from its stat result. `free_bytes`: what a file's file system has left, if that is known. Never
     raises: what cannot be read is left out."""
     is_block = stat.S_ISBLK(status.st_mode)
     # A regular file's blocks are its file system's until it writes them: sparse, or shared, or on a file system that never overwrites.
     may_fill = not is_block
-    short_bytes = 0 if is_block or room_bytes is None else _short(status, room_bytes)
+    short_bytes = 0 if is_block or free_bytes is None else _short(status, free_bytes)
     devices: set[int] = set()
     waiting = [status.st_rdev if is_block else status.st_dev]
     while waiting:
@@ -62,8 +62,8 @@ def free_bytes_of(file_system: os.statvfs_result) -> int:
     return file_system.f_bavail * file_system.f_frsize
 
 
-def _short(status: os.stat_result, room_bytes: int) -> int:
-    return max(0, status.st_size - status.st_blocks * 512 - room_bytes)
+def _short(status: os.stat_result, free_bytes: int) -> int:
+    return max(0, status.st_size - status.st_blocks * 512 - free_bytes)
 
 
 def _numbers(path: Path) -> list[int]:

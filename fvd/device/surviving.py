@@ -61,7 +61,7 @@ def _link(path: str) -> str:
 def make(name: str, size_bytes: int) -> SurvivingMemory:
     """New memory of this size, zeroed, in place of what had the name: allocated, so that a write never meets a full tmpfs (SIGBUS).
 
-    Raises Unsupported: there is no such memory here, or no room in it.
+    Raises Unsupported: there is no such memory here, or no space in it.
     """
     path = _first_memory_folder() / name
     try:

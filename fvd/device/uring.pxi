@@ -26,7 +26,7 @@ cdef class UringQueue(Queue):
     cdef Pending *pending
     cdef uint32_t pending_capacity
     cdef uint32_t first_free
-    cdef io_uring_sqe *overflow         # prepared entries that the submission queue had no room for, in order
+    cdef io_uring_sqe *overflow         # prepared entries that the submission queue could not take, in order
     cdef uint32_t overflow_capacity
     cdef uint32_t overflow_count
     cdef uint32_t polls                 # poll requests in the kernel
@@ -73,14 +73,14 @@ cdef class UringQueue(Queue):
         return 0
 
     cdef io_uring_sqe *entry(self, uint64_t owner, uint64_t number) except NULL nogil:
-        """Room for one request; filled in before the next call. The caller's io_uring_prep_* leaves user_data alone."""
+        """An entry for one request; filled in before the next call. The caller's io_uring_prep_* leaves user_data alone."""
         cdef io_uring_sqe *sqe = NULL
         cdef io_uring_sqe *grown
         cdef uint32_t capacity = max(64, 2 * self.overflow_capacity)
         if self.overflow_count == 0:
             sqe = io_uring_get_sqe(&self.ring)
             if sqe == NULL:
-                io_uring_submit(&self.ring)     # a refusal shows as no room
+                io_uring_submit(&self.ring)     # a refusal shows as no entry
                 sqe = io_uring_get_sqe(&self.ring)
         if sqe == NULL:
             if self.overflow_count == self.overflow_capacity:

@@ -467,7 +467,7 @@ cdef class DiskThread:
         self.engine.want = 0        # first: what is wanted meanwhile is another wish
         if wants & Want.GROWTH and self.volume.allocator is not None:
             self.volume.allocator.on_want(self.engine)
-        if wants & Want.ROOM and self.volume.allocator is not None:
+        if wants & Want.STORAGE_BELOW and self.volume.allocator is not None:
             self.volume.allocator.on_space(self.engine)
         if wants & Want.EVENT and self.volume.failing is not None and self.volume.failing.noticed() and self.on_failure is not None:
             self.on_failure()
@@ -513,7 +513,7 @@ cdef class DiskThread:
             return
         where = f"{self.volume.name}: {what}{f' {length_bytes} bytes at {offset_bytes}' if length_bytes else ''} failed"
         if error == -ENOSPC:
-            raise NoSpace(f"{where}: the storage is full; add storage or make room, and try again")
+            raise NoSpace(f"{where}: the storage is full; add storage or free some space, and try again")
         if error == -EROFS:
             raise ReadOnly(f"{where}: the disk is open read-only")
         if error == -EINVAL:

@@ -216,7 +216,7 @@ def _make_ready(building: Building, plan: Plan, wanted: _Wanted) -> None:
     if base is not None and names.identity(base.locator) == node.identity:
         raise InvalidArgument(f"{base.locator} cannot be its own base")
     building.ensure_size(plan.size_bytes)
-    _check_room(node, wanted.volume, wanted.geometry)
+    _check_space(node, wanted.volume, wanted.geometry)
     if wanted.force or building.contents is Contents.NOBODYS:
         wipe_signatures(node)
 
@@ -267,7 +267,7 @@ def write_disk(
     if zeros is not None and geometry.layout is Layout.RAW:
         bitmap = empty_bitmap(geometry) if punch is None else punch_places(geometry, zeros, punch)
     table = empty_table(geometry)
-    # In a new file this also takes the room: a journal that hits a full file system later would fail the disk, not one write.
+    # In a new file this also takes the space: a journal that hits a full file system later would fail the disk, not one write.
     node.zero(geometry.journal_offset_bytes, geometry.journal_size_bytes)
     _write_maps(node, superblock, bitmap, table, progress)
     page = first_page(geometry, superblock.uuid, map_hash(superblock.uuid, bitmap, table))
@@ -371,7 +371,7 @@ def _refuse_contents(node: Node, volume: VolumeName, error: FvdError, force: boo
         raise Conflict(f"{volume} holds data of an unknown kind at its beginning; if nobody needs that, --force overwrites it")
 
 
-def _check_room(node: Node, volume: VolumeName, geometry: Geometry) -> None:
+def _check_space(node: Node, volume: VolumeName, geometry: Geometry) -> None:
     size_bytes, least_bytes = node.size_bytes(), least_size_bytes(geometry)
     if size_bytes < least_bytes:
         kind = "the raw layout needs all of" if geometry.layout is Layout.RAW else "metadata and the first chunk need"

@@ -44,7 +44,7 @@ class Regrown:
             if not self._may_fill and node.stack().may_fill:
                 self._may_fill = True
                 engine.expect_enospc()  # R29
-                log.warning("%s: since it grew a part of it lies on storage that may run out of room", self._name)
+                log.warning("%s: since it grew a part of it lies on storage that may run out of space", self._name)
         except FvdError:
             log.debug("%s: what its device is now could not be asked", self._name, exc_info=True)
         return True

@@ -43,7 +43,7 @@ class View:
     loss: PossibleLoss | None = None  # acknowledged writes may be gone
     left_open: bool = False  # closed, but its last server did not close it: it died, or has it open on another host
     pending_changes: int = 0  # left open: entries of the maps in its log, of which the next open commits what is in no commit yet
-    short_bytes: int = 0  # of its storage: what finds no room in the file system that it lies on
+    short_bytes: int = 0  # of its storage: what finds no space in the file system that it lies on
     notices: tuple[str, ...] = ()  # what there is to say about how it was left: lines for the user
 
     @property

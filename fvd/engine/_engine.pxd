@@ -26,7 +26,7 @@ cpdef enum Want:            # what the engine asks of its Python side; see Engin
     EVENT = 2           # something to report (sticky error)
     STEER = 4           # a quarter of a second has passed, and there is a plan to prefetch
     BASE = 8            # the base began or ceased to fail, or is needed no longer
-    ROOM = 16           # what the storage lies on has no room for a guest's write, or has some again
+    STORAGE_BELOW = 16  # what the storage lies on has no space for a guest's write, or has some again
 
 cpdef enum ExtentState:     # block status
     EXTENT_DATA = 0
@@ -99,7 +99,7 @@ cdef struct Op:                 # one device operation handed out
     uint8_t watched             # a Drain counts it
     uint8_t busy                # handed out and not completed
     uint8_t durable             # a durability operation: a flush or a durable write
-    uint8_t starved             # a guest's write that found no room below the storage: StarvedState
+    uint8_t starved             # a guest's write that found no space below the storage: StarvedState
 
 cdef struct Drain:              # waits for the storage operations that were in flight in a range when it began
     uint64_t first_byte
@@ -126,7 +126,7 @@ cdef struct Job:                # a run of blocks being allocated, read-modified
     uint8_t *data
     uint8_t *bounce             # owned; NULL when the guest's own buffer is written
     uint64_t bounce_bytes
-    uint64_t reserved_bytes     # journal room kept for its changes
+    uint64_t reserved_bytes     # journal space kept for its changes
     uint32_t pending
     int32_t error
     uint8_t kind                # JobKind
@@ -270,8 +270,8 @@ cdef struct Slots:
     bint exhausted
     Drain *retired              # of no chunk any more, and not free yet
 
-cdef struct Starved:            # writes that found no room below the storage
-    bint no_room                # the last guest's write that needed some found none
+cdef struct Starved:            # writes that found no space below the storage
+    bint below_full             # the last guest's write that needed some found none
     bint giving_up
     Op *first                   # they wait, oldest first (linked by `newer`)
     Op *last

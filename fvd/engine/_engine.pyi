@@ -18,7 +18,7 @@ class Want(IntEnum):
     EVENT = 2
     STEER = 4
     BASE = 8
-    ROOM = 16
+    STORAGE_BELOW = 16
 
 class ExtentState(IntEnum):
     """What block status says of an extent: `modes.ExtentState` has the names that a user sees, in this order."""
@@ -83,7 +83,7 @@ class Engine:
         `first_discard_bytes` before the first has ended; `request_window`: operations and jobs
         that one request has under way at most. Defaults: docs/internals/engine.md.
         `commit_limit_bytes`: so many bytes of records at most in one commit, where a quarter of the journal would hold more.
-        `durable_writes`: whether a guest's durable write may be one operation; False where the storage may run out of room (R29).
+        `durable_writes`: whether a guest's durable write may be one operation; False where the storage may run out of space (R29).
         Raises InvalidArgument, or Corrupt when the storage is too small for what the maps name.
         """
 
@@ -137,7 +137,7 @@ class Engine:
         """What its operations on the storage are multiples of."""
 
     def expect_enospc(self) -> None:
-        """The storage may run out of room from here on: `durable_writes` is False."""
+        """The storage may run out of space from here on: `durable_writes` is False."""
 
     @property
     def capacity_slots(self) -> int: ...
@@ -238,11 +238,11 @@ class Engine:
 
     @property
     def waits_for_clock(self) -> bool:
-        """Whether a base read, or a write that found no room below the storage, waits for the time of its next attempt."""
+        """Whether a base read, or a write that found no space below the storage, waits for the time of its next attempt."""
 
     @property
-    def no_room(self) -> bool:
-        """What the storage lies on (a file system, a pool) had no room for the last guest's write that needed some."""
+    def storage_below_full(self) -> bool:
+        """What the storage lies on (a file system, a pool) had no space for the last guest's write that needed some."""
 
     @property
     def starved_count(self) -> int:

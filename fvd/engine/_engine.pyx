@@ -5,7 +5,7 @@
 One disk, one engine, one thread, no locks. A batch of requests and completions goes in, a batch of device operations and finished requests
 comes out; the device, the clock and growth are whoever drives it. It may not know files, sockets, time or threads, and in steady state
 makes no Python object. Its parts: memory.pxi (pools), changes.pxi (the maps and what differs from storage), log.pxi (the log of what is
-pending), slots.pxi (which slot a chunk gets), starved.pxi (no room below the storage), request.pxi (requests, reads), write.pxi (writes,
+pending), slots.pxi (which slot a chunk gets), starved.pxi (no space below the storage), request.pxi (requests, reads), write.pxi (writes,
 trim, drains), copy.pxi (copies from the base, lazy changes), prefetch.pxi (what to copy next), commit.pxi (flush, journal, checkpoint,
 failure, close), results.pxi (who hears how an operation ended), extents.pxi (block status), lifetime.pxi (beginning and end).
 """
@@ -109,7 +109,7 @@ cdef enum:
 cdef uint64_t COMMIT_AFTER_NS = 5000000000ULL       # pending changes are committed after this long at the latest
 cdef uint64_t LAZY_COMMIT_AFTER_NS = 30000000000ULL  # those that a crash may take back
 cdef uint64_t RETRY_AFTER_NS = 250000000ULL
-cdef uint64_t STARVED_AFTER_NS = 1000000000ULL      # one write so often asks whether there is room below the storage
+cdef uint64_t STARVED_AFTER_NS = 1000000000ULL      # one write so often asks whether there is space below the storage
 cdef uint64_t STEER_AFTER_NS = 200000000ULL         # loops tick every 250 ms: not each second tick
 cdef uint64_t SLOW_DISCARD_NS = 10000000ULL         # longer than a read should wait for one
 cdef uint64_t CLOSE_DISCARDS_NS = 5000000000ULL      # a close begins no discard after this long, and
@@ -257,7 +257,7 @@ cdef class Engine:
                     return 0
                 cancel_starved(self, 0, 0, 0)
                 return 0
-            if self.starved.no_room:
+            if self.starved.below_full:
                 handle_starved(self, record, error)
         if record.listed:
             op_unlist(self, record)
@@ -390,8 +390,8 @@ cdef class Engine:
         return self.failure.stopped
 
     @property
-    def no_room(self):
-        return self.starved.no_room
+    def storage_below_full(self):
+        return self.starved.below_full
 
     @property
     def starved_count(self):

@@ -127,7 +127,7 @@ cdef uint32_t journal_records(Engine e) except 0 nogil:
 
 
 cdef int journal_commit(Engine e) except -1 nogil:
-    """Write the committing changes, or wait for the checkpoint that makes room."""
+    """Write the committing changes, or wait for the checkpoint that frees space."""
     cdef uint32_t pages = journal_records(e)
     cdef uint64_t at = e.journal.next_sequence % e.disk.journal_pages
     cdef uint64_t sequence = e.journal.next_sequence

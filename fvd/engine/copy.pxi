@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copies from the base, and the changes that a crash may take back (docs/base.md). A copy reads whole blocks of the base into a buffer
 # of its own, answers the guest reads that wait for them, and then saves what is still absent. It never waits for a lock, a slot or
-# journal room.
+# journal space.
 #
 # Offers: base_release, cancel_base_waiters, copy_begin, copy_end, copy_find, copy_map, copy_save, handle_base_result, handle_copy_read,
 #   lazy_commit_wanted, lower_base_absent, promote_all, promote_entries_of, promote_entry, promote_for_write, read_through_copy,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Guests' writes for which there is no room below the storage: in the file system of a file or of a loop device's file, in a pool. With
+# Guests' writes for which there is no space below the storage: in the file system of a file or of a loop device's file, in a pool. With
 # on_full="wait" they wait here, as those that find no slot do elsewhere: the operation stays under way for everything that looks for it.
 #
 # Offers: cancel_starved, handle_starved, hold_if_full, is_full, retry_starved, starved_bytes
@@ -18,12 +18,12 @@ cdef inline Request *starved_request(Op *op) noexcept nogil:
 
 
 cdef bint hold_if_full(Engine e, Op *op) noexcept nogil:
-    """A guest's write has found no room. True: it is held, and tried again."""
+    """A guest's write has found no space. True: it is held, and tried again."""
     if starved_request(op) == NULL:
         return False
-    if not e.starved.no_room:
-        e.starved.no_room = True
-        e.want |= Want.ROOM
+    if not e.starved.below_full:
+        e.starved.below_full = True
+        e.want |= Want.STORAGE_BELOW
     if e.mode.fail_when_full or op.durable or e.starved.giving_up or e.failure.error_number or e.close.request != NULL:
         return False
     if op.starved == 0:
@@ -40,19 +40,19 @@ cdef bint hold_if_full(Engine e, Op *op) noexcept nogil:
 
 
 cdef int handle_starved(Engine e, Op *op, int32_t error) except -1 nogil:
-    """While there is no room a write of data ends otherwise."""
+    """While there is no space a write of data ends otherwise."""
     cdef bint tried = op.starved != 0
     if tried:
         op.starved = 0
         e.starved.count -= 1
-    # An overwrite needs no room, and shows nothing.
+    # An overwrite needs no space, and shows nothing.
     if error or starved_request(op) == NULL or not (tried or op.purpose == PURPOSE_JOB):
         return 0
     if e.starved.first != NULL:
         retry_starved(e, True)
     if e.starved.count == 0:
-        e.starved.no_room = False
-        e.want |= Want.ROOM
+        e.starved.below_full = False
+        e.want |= Want.STORAGE_BELOW
     return 0
 
 

@@ -265,7 +265,7 @@ def replay(
         last = int(header["previous"])
         header = _complete_commit(headers, last, newest_first)
     commits = _walk(headers, last, header)
-    # A writer keeps its numbers within one lap of the tail: what claims more would leave the next one no room, not even to say so.
+    # A writer keeps its numbers within one lap of the tail: what claims more would leave the next one no space, not even to say so.
     if newest_first + newest_parts - commits[0][0] > len(headers):
         raise Corrupt(f"journal: sequence {highest} is more than a ring of {len(headers)} pages past the tail {commits[0][0]}")
 

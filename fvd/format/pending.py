@@ -144,7 +144,7 @@ def capacity_for(geometry: Geometry) -> int:
 
 
 def capacity_min(geometry: Geometry) -> int:
-    """The records that an area must have at least, so that the changes of one whole chunk always find room in an empty one."""
+    """The records that an area must have at least, so that the changes of one whole chunk always fit into an empty one."""
     return 16 * (geometry.blocks_per_chunk // 64 + 3)
 
 

@@ -74,7 +74,7 @@ def _sizes(view: View, short_bytes: int) -> dict[str, Any]:
     else:
         slots_bytes = geometry.slots_in(view.storage_size_bytes) * geometry.chunk_size_bytes
         mapped_bytes = view.mapped_chunks * geometry.chunk_size_bytes
-        # Storage that its file system has no room for is not free, whatever its size says.
+        # Storage that its file system has no space for is not free, whatever its size says.
         free_bytes = max(0, slots_bytes - mapped_bytes - max(short_bytes, view.short_bytes))
     return {
         "virtual_size": geometry.virtual_size_bytes,
@@ -141,10 +141,10 @@ def _open_info(volume: OpenVolume, low_water_bytes: int) -> dict[str, Any]:
         "failed_errno": volume.engine.failed_errno,
         "stopped": volume.stopped,
         "waiting_writes": volume.engine.waiting_writes + volume.engine.starved_count,
-        "no_room_below": volume.engine.no_room,
+        "no_room_below": volume.engine.storage_below_full,
         "statistics": volume.engine.statistics(),
     }
-    if volume.engine.no_room:
+    if volume.engine.storage_below_full:
         answer["free_bytes"] = 0
     if volume.allocator is not None:
         answer["growth"] = volume.allocator.figures()

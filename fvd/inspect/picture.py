@@ -48,10 +48,10 @@ def _bar(view: View, slots: npt.NDArray[np.int64], columns: int, ascii_only: boo
     total = max(geometry.max_storage_size_bytes, view.storage_size_bytes)
     cell_bytes = total / columns
     edges = np.clip((np.arange(columns + 1) * cell_bytes - geometry.data_offset_bytes) / geometry.chunk_size_bytes, 0, geometry.chunks)
-    room, used = np.diff(edges), np.diff(_used_before(slots, edges))
+    slot_counts, used = np.diff(edges), np.diff(_used_before(slots, edges))
     marks = []
     for cell in range(columns):
-        part = used[cell] / room[cell] if room[cell] > 0 else 0.0
+        part = used[cell] / slot_counts[cell] if slot_counts[cell] > 0 else 0.0
         if part > 0:
             marks.append(shades[4] if part > 0.999 else shades[1 + min(2, int(part * 3))])
         elif cell * cell_bytes < geometry.data_offset_bytes:

@@ -146,15 +146,15 @@ class Target:
 
 def table(number: int) -> tuple[Target, ...] | None:
     """The table that a device uses now, in order, also while it is suspended; None: it is none of device-mapper's, or may not be asked."""
-    room = _TABLE_BYTES
-    while room <= _TABLE_BYTES_MAX:
-        answer = _ask(number, _DM_TABLE_STATUS, _STATUS_TABLE_FLAG, room)
+    capacity_bytes = _TABLE_BYTES
+    while capacity_bytes <= _TABLE_BYTES_MAX:
+        answer = _ask(number, _DM_TABLE_STATUS, _STATUS_TABLE_FLAG, capacity_bytes)
         if answer is None:
             return None
         header = _DM_IOCTL.unpack_from(answer)
         if not header[7] & _BUFFER_FULL_FLAG:
             return tuple(_targets(answer, header[4], header[5]))
-        room *= 2
+        capacity_bytes *= 2
     return None
 
 
@@ -167,11 +167,13 @@ def _targets(answer: bytes, data_at: int, count: int) -> Iterator[Target]:
         at = data_at + following
 
 
-def _ask(number: int, command: int, flags: int, room: int) -> bytes | None:
-    """What device-mapper answers about a device; `room`: for what follows the header."""
+def _ask(number: int, command: int, flags: int, capacity_bytes: int) -> bytes | None:
+    """What device-mapper answers about a device; `capacity_bytes`: for what follows the header."""
     size = _DM_IOCTL.size
     flags |= _PERSISTENT_DEV_FLAG | _SKIP_BDGET_FLAG
-    request = bytearray(_DM_IOCTL.pack(4, 0, 0, size + room, size, 0, 0, flags, 0, 0, number, b"", b"", b"") + bytes(room))
+    request = bytearray(
+        _DM_IOCTL.pack(4, 0, 0, size + capacity_bytes, size, 0, 0, flags, 0, 0, number, b"", b"", b"") + bytes(capacity_bytes)
+    )
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

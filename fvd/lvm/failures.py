@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, NoSpace, NotFound, PermissionDenied, Unsupported
 from fvd.lvm.runner import Finished
 
-# What lvm says when there is no more room, in the versions from 2.02 to 2.03.
+# What lvm says when there is no more space, in the versions from 2.02 to 2.03.
 _NO_SPACE = re.compile(r"insufficient (free space|suitable|allocatable)|free extents|not enough free|no free extents", re.IGNORECASE)
 _NOT_FOUND = re.compile(
     r"failed to find logical volume|volume group \"?\S*\"? not found|not found in volume group|one or more specified logical", re.IGNORECASE

@@ -84,7 +84,7 @@ class VolumeGroup:
     name: str
     uuid: str
     size_bytes: int
-    free_bytes: int  # that no volume has; what can be had of it is less, perhaps: `room_bytes`
+    free_bytes: int  # that no volume has; what can be had of it is less, perhaps: `obtainable_bytes`
     extent_bytes: int
     tags: frozenset[str]
     state: GroupState
@@ -101,7 +101,7 @@ class VolumeGroup:
             return []
         return [each for each in self.physical if each.allocatable]
 
-    def room_bytes(self, stripes: int = 1, among: Sequence[PhysicalVolume] | None = None) -> int:
+    def obtainable_bytes(self, stripes: int = 1, among: Sequence[PhysicalVolume] | None = None) -> int:
         """What a volume of so many stripes can get: each takes as much, from a device of its own. `among`: of these devices."""
         extents = [each.free_bytes // self.extent_bytes for each in (self.usable() if among is None else among)]
         if stripes <= 1:

@@ -10,12 +10,12 @@ cdef enum:
 
 
 def base_content(uint64_t base_size, uint64_t offset_bytes, uint64_t length_bytes):
-    room = bytearray(length_bytes)
-    cdef uint8_t[::1] view = room
+    data = bytearray(length_bytes)
+    cdef uint8_t[::1] view = data
     if length_bytes:
         fill_from_base(&view[0], offset_bytes, length_bytes)
     del view
-    return bytes(room[: max(0, <object>base_size - offset_bytes)])
+    return bytes(data[: max(0, <object>base_size - offset_bytes)])
 
 
 cdef void fill_from_base(uint8_t *out, uint64_t offset_bytes, uint64_t length_bytes) noexcept nogil:

@@ -22,7 +22,7 @@ cdef struct Entry:              # a write in one sector's history
 cdef struct History:
     Entry *entries              # entry 0 is what the sector held when everything was last settled
     uint32_t count
-    uint32_t room
+    uint32_t capacity
     uint32_t prune_at
 
 cdef struct Window:             # sectors [first, first + count) of the disk are numbers [start, start + count) here

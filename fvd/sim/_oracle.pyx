@@ -197,16 +197,16 @@ cdef class Oracle:
             self.touched[self.touched_count] = index
             self.touched_count += 1
             history.entries = <Entry *>larger(NULL, 4 * sizeof(Entry))
-            history.room = 4
+            history.capacity = 4
             history.prune_at = PRUNE_AT
             history.entries[0].write = 0
             history.entries[0].outdated = history.entries[0].replaced = OPEN
             history.count = 1
         if history.count >= history.prune_at:
             self.prune(history)
-        if history.count == history.room:
-            history.entries = <Entry *>larger(history.entries, history.room * 2 * sizeof(Entry))
-            history.room *= 2
+        if history.count == history.capacity:
+            history.entries = <Entry *>larger(history.entries, history.capacity * 2 * sizeof(Entry))
+            history.capacity *= 2
         entry = &history.entries[history.count]
         entry.write = write
         entry.outdated = entry.replaced = OPEN
@@ -300,11 +300,11 @@ cdef class Oracle:
     def stamp(self, uint32_t number, uint64_t first_sector, uint64_t sectors):
         if not 0 < number < self.write_count:
             raise ValueError(f"there is no write {number}")
-        room = bytearray(sectors * SECTOR)
-        cdef uint8_t[::1] view = room
+        data = bytearray(sectors * SECTOR)
+        cdef uint8_t[::1] view = data
         if sectors:
             self.fill(number, first_sector, sectors, &view[0])
-        return bytes(room)
+        return bytes(data)
 
     def end_write(self, uint32_t number, bint succeeded, bint durable):
         self.end(number, succeeded, durable)

@@ -24,7 +24,7 @@ cdef struct Guest:              # a request in flight
     uint64_t first_sector
     uint64_t sectors
     uint64_t began
-    uint8_t *room               # to be freed
+    uint8_t *allocation         # to be freed
     uint8_t *buffer
     uint32_t write              # the oracle's number; 0: none
     uint8_t kind
@@ -32,7 +32,7 @@ cdef struct Guest:              # a request in flight
     uint8_t no_hole
     uint8_t alone               # nothing else was in flight when it was submitted
     uint8_t growable            # it was submitted when the storage had not its greatest size, as the engine knows it
-    uint8_t promised            # the guest's reserve had room for it
+    uint8_t promised            # the guest's reserve had a slot for it
     uint32_t chunks             # slots that it may take: 0 of what takes none
     uint8_t active
 
@@ -73,7 +73,7 @@ cdef class Player:
     cdef uint32_t area_count
     cdef Rng request_rng
     cdef Guest *guests
-    cdef uint32_t room, free_hint
+    cdef uint32_t capacity, free_hint
     cdef uint64_t serial, exhausted_until
 
     cdef uint64_t send(self, int kind, uint64_t first_sector, uint64_t sectors, bint fua, bint no_hole, uint64_t skew,

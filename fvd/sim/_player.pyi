@@ -89,7 +89,7 @@ class Player:
         """Hand a completed operation of the device to the engine, and take what comes of it."""
 
     def end_exhaustion(self) -> None:
-        """From now on there is room: only writes that were submitted before may still fail with ENOSPC."""
+        """From now on there is space: only writes that were submitted before may still fail with ENOSPC."""
 
     def abandon(self) -> None:
         """The disk is gone: nothing in flight will end."""

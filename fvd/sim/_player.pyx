@@ -67,8 +67,8 @@ cdef class Player:
         self.promises_flush = cache_mode != "unsafe"
         self.every_write_durable = cache_mode in WRITE_THROUGH_CACHE_MODES
         self.failed_at = self.changes_at_failure = self.due_ns = NEVER
-        self.room = 64
-        self.guests = <Guest *>calloc(self.room, sizeof(Guest))
+        self.capacity = 64
+        self.guests = <Guest *>calloc(self.capacity, sizeof(Guest))
         if self.guests == NULL:
             raise MemoryError("player")
         self.depth = self.least_depth = 1
@@ -82,14 +82,14 @@ cdef class Player:
     def __dealloc__(self):
         cdef uint32_t i
         if self.guests != NULL:
-            for i in range(self.room):
-                free(self.guests[i].room)
+            for i in range(self.capacity):
+                free(self.guests[i].allocation)
         free(self.guests)
 
     @property
     def in_flight(self):
         cdef uint32_t i
-        return {self.guests[i].cookie: KINDS[self.guests[i].kind] for i in range(self.room) if self.guests[i].active}
+        return {self.guests[i].cookie: KINDS[self.guests[i].kind] for i in range(self.capacity) if self.guests[i].active}
 
     # --- requests and events ----------------------------------------------------------------------------------------
 
@@ -118,10 +118,10 @@ cdef class Player:
         if sectors and (kind == KIND_WRITE or kind == KIND_ZERO):
             self.promise(guest)
         if kind == KIND_READ or kind == KIND_WRITE:
-            guest.room = <uint8_t *>aligned(sectors * SECTOR + skew + 1)
-            if guest.room == NULL:
+            guest.allocation = <uint8_t *>aligned(sectors * SECTOR + skew + 1)
+            if guest.allocation == NULL:
                 raise MemoryError("player")
-            guest.buffer = guest.room + skew
+            guest.buffer = guest.allocation + skew
         guest.active = 1
         self.in_flight_count += 1
         self.reads_in_flight += kind == KIND_READ
@@ -140,18 +140,18 @@ cdef class Player:
     cdef uint32_t free_place(self) except? 0xFFFFFFFF:
         """Where a request can be remembered: after the last one that was, or from the start again; there are more when all are taken."""
         cdef uint32_t slot = self.free_hint
-        while slot < self.room and self.guests[slot].active:
+        while slot < self.capacity and self.guests[slot].active:
             slot += 1
-        if slot == self.room:
+        if slot == self.capacity:
             slot = 0
-            while slot < self.room and self.guests[slot].active:
+            while slot < self.capacity and self.guests[slot].active:
                 slot += 1
-        if slot == self.room:
-            self.guests = <Guest *>realloc(self.guests, self.room * 2 * sizeof(Guest))
+        if slot == self.capacity:
+            self.guests = <Guest *>realloc(self.guests, self.capacity * 2 * sizeof(Guest))
             if self.guests == NULL:
                 raise MemoryError("player")
-            memset(self.guests + self.room, 0, self.room * sizeof(Guest))
-            self.room *= 2
+            memset(self.guests + self.capacity, 0, self.capacity * sizeof(Guest))
+            self.capacity *= 2
         self.free_hint = slot + 1
         return slot
 
@@ -161,7 +161,7 @@ cdef class Player:
         guest.chunks = <uint32_t>((end - 1) // self.chunk_sectors - guest.first_sector // self.chunk_sectors + 1)
         # One that asks for slots bit by bit (R34) may find that a later one has been quicker.
         guest.promised = guest.chunks <= self.reserve_left and (guest.chunks == 1 or 2 * guest.chunks <= self.engine.mode.window)
-        # One that the reserve had no room for may be quicker than those before it: they may wait for memory before they take a slot.
+        # One that the reserve had no slot for may be quicker than those before it: they may wait for memory before they take a slot.
         if guest.chunks > self.reserve_left:
             self.promises_end()
         self.promises |= guest.promised
@@ -273,7 +273,7 @@ cdef class Player:
     cdef void promises_end(self) noexcept nogil:
         cdef uint32_t i
         if self.promises:
-            for i in range(self.room):
+            for i in range(self.capacity):
                 self.guests[i].promised = 0
         self.promises = False
 
@@ -281,7 +281,7 @@ cdef class Player:
         cdef uint32_t i
         cdef Guest *guest
         requests = list(self.to_send_again)
-        for i in range(self.room):
+        for i in range(self.capacity):
             guest = &self.guests[i]
             if guest.active and guest.kind != KIND_CLOSE:
                 requests.append((guest.kind, guest.first_sector, guest.sectors, bool(guest.fua), bool(guest.no_hole), guest.write))
@@ -391,8 +391,8 @@ cdef class Player:
         return self.pump()
 
     cdef int forget(self, Guest *guest) except -1:
-        free(guest.room)
-        guest.room = NULL
+        free(guest.allocation)
+        guest.allocation = NULL
         guest.active = 0
         self.in_flight_count -= 1
         self.chunks_in_flight -= guest.chunks
@@ -403,7 +403,7 @@ cdef class Player:
         cdef uint32_t slot = cookie & 0xFFFFF
         cdef Guest *guest
         cdef bint expected, durable
-        if slot >= self.room or not self.guests[slot].active or self.guests[slot].cookie != cookie:
+        if slot >= self.capacity or not self.guests[slot].active or self.guests[slot].cookie != cookie:
             raise Violation(f"request {cookie >> 20} ended twice, or was never submitted")
         guest = &self.guests[slot]
         self.free_hint = min(self.free_hint, slot)
@@ -507,7 +507,7 @@ cdef class Player:
         cdef uint32_t i
         self.to_verify = []
         self.to_send_again = []
-        for i in range(self.room):
+        for i in range(self.capacity):
             if self.guests[i].active:
                 self.forget(&self.guests[i])
 
@@ -523,7 +523,7 @@ cdef class Player:
         cdef uint64_t count = 0
         cdef bint copying = self.engine.copies.on_read
         cdef uint32_t slots = self.engine.prefetch.depth
-        room = bytearray(sectors * SECTOR)
+        data = bytearray(sectors * SECTOR)
         cdef uint8_t *buffer = <uint8_t *>aligned(sectors * SECTOR)
         if buffer == NULL:
             raise MemoryError("player")
@@ -550,12 +550,12 @@ cdef class Player:
             self.engine.done_count = 0
             if error:
                 raise Violation(f"a read of a disk at rest failed with {error}")
-            memcpy(<char *>room, buffer, sectors * SECTOR)
+            memcpy(<char *>data, buffer, sectors * SECTOR)
         finally:
             free(buffer)
             self.engine.copies.on_read = copying
             self.engine.prefetch.depth = slots
-        return room
+        return data
 
     # --- random play --------------------------------------------------------------------------------------------------
 

@@ -79,11 +79,11 @@ cdef class Rng:
         return items[self.below(len(items))]
 
     def randbytes(self, int count):
-        cdef bytearray room = bytearray((count // 8 + 1) * 8)
-        cdef uint8_t[::1] view = room
+        cdef bytearray data = bytearray((count // 8 + 1) * 8)
+        cdef uint8_t[::1] view = data
         cdef uint64_t value
         cdef int i
         for i in range(count // 8 + 1):
             value = self.raw()
             memcpy(&view[i * 8], &value, 8)
-        return bytes(room[:count])
+        return bytes(data[:count])

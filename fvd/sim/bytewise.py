@@ -28,8 +28,8 @@ class Memory:
     """A page-aligned buffer (but for `skew_bytes`) with an address."""
 
     def __init__(self, size_bytes: int, content: bytes | None = None, skew_bytes: int = 0) -> None:
-        self._room = bytearray(size_bytes + skew_bytes + _PAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
+        self._memory = bytearray(size_bytes + skew_bytes + _PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.address = start + -start % _PAGE + skew_bytes
         self.size_bytes = size_bytes
         if content is not None:

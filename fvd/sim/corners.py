@@ -17,7 +17,7 @@ def draw_corner(rng: Rng) -> Shape | None:
     """The shape of one of them, or None: another world. From rng of its own: the others keep their worlds."""
     if rng.random() >= CORNER_SHARE:
         return None
-    twice = (_two_blocks, _little_room, _two_words)  # short ones
+    twice = (_two_blocks, _little_journal, _two_words)  # short ones
     return rng.choice((*twice, *twice, _full_ring, _zeros_by_their_bits, _far_apart))(rng)
 
 
@@ -36,7 +36,7 @@ def _two_blocks(rng: Rng) -> Shape:
     return shape
 
 
-def _little_room(rng: Rng) -> Shape:
+def _little_journal(rng: Rng) -> Shape:
     """Commits are small and slow, so that first writes wait for journal space; some of them fail."""
     shape = _compact(rng, 16 * KIB, 64 * KIB, chunks=rng.randint(20, 60))
     shape.commit_limit_bytes = rng.choice((40, 60, 150))

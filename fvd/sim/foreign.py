@@ -325,7 +325,7 @@ class ForeignPlayer:
         self._judge = _Judge(self._seed, bytes(self._image))
 
     @property
-    def room(self) -> int:
+    def free_depth(self) -> int:
         """So many more can be sent before an answer must come."""
         return max(0, self._depth - len(self.in_flight))
 

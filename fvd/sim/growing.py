@@ -24,10 +24,10 @@ from fvd.storage.interfaces import Pool
 from fvd.storage.policy import GrowthEvent, check_low_water, default_low_water_bytes, limit_size_bytes
 
 UNIT_BYTES = 4096
-# How long a write may have to wait once there is room, from the last step that brought some: the rest of a second, and a step of one. A
-# group that is full is asked again after 8 s at the latest when it tells of room.
+# How long a write may have to wait once there is space, from the last step that brought some: the rest of a second, and a step of one. A
+# group that is full is asked again after 8 s at the latest when it tells of free space.
 WAIT_SECONDS_MAX, ASK_SECONDS_MAX = 6.0, 14.0
-REST_SECONDS_MAX = 45.0  # while none waits, or after another failure where the group tells of room: the rest is at most 30 s
+REST_SECONDS_MAX = 45.0  # while none waits, or after another failure where the group tells of free space: the rest is at most 30 s
 PLENTY_BYTES = 1 << 40
 
 
@@ -44,7 +44,7 @@ class SimulatedStorage:
         self.target: int | None = None  # of the step that is under way
         self.helpless = False  # the last step did not bring what it was to bring, as far as can be seen
         self.began_ns = 0
-        self.refused = False  # the last step found no room
+        self.refused = False  # the last step found no space
         self.told = True  # the allocator knows how the last step has ended
         self._reached: int | None = None  # the target of the last step, when it has ended
         self._seconds = 0.001  # of the next step where each takes longer than the one before
@@ -88,7 +88,7 @@ class SimulatedStorage:
                 return None
             if pick < place.trouble * 0.3:
                 raise Timeout("the group does not say what it has left")
-            return Pool("vg0" if self.notifies_space else "the file system", place.room_bytes)
+            return Pool("vg0" if self.notifies_space else "the file system", place.free_bytes)
 
         if pick > 1.0 - place.trouble * 0.1:
             return None, end
@@ -112,9 +112,9 @@ class SimulatedStorage:
             reached = have
             if have < target:
                 error = Unsupported("nobody here can enlarge it")
-        elif reached - have > place.room_bytes:
-            left_bytes = place.room_bytes if place.stubborn else 0
-            reached = have + (place.room_bytes - left_bytes) // UNIT_BYTES * UNIT_BYTES
+        elif reached - have > place.free_bytes:
+            left_bytes = place.free_bytes if place.stubborn else 0
+            reached = have + (place.free_bytes - left_bytes) // UNIT_BYTES * UNIT_BYTES
             error = NoSpace("there is no more")
         if self.can_grow and rng.random() < place.trouble:
             failure: FvdError = rng.choice((NoSpace("full"), Timeout("no answer"), DeviceError("it broke"), DeviceError("it broke too")))
@@ -189,8 +189,8 @@ class WatchedEngine:
         self._engine.wake_below_bytes = size_bytes
 
     @property
-    def no_room(self) -> bool:
-        return bool(self._engine.no_room)
+    def storage_below_full(self) -> bool:
+        return bool(self._engine.storage_below_full)
 
     @property
     def starved_count(self) -> int:
@@ -236,7 +236,7 @@ class EventJudge:
         if size != self._engine.storage_size_bytes:
             return f"tells another size than the engine has ({self._engine.storage_size_bytes})"
         if not 0 <= event.free_bytes <= geometry.slots_in(size) * geometry.chunk_size_bytes:
-            return "tells of room that cannot be"
+            return "tells of free space that cannot be"
         if event.seconds < 0 or event.target_bytes < 0 or (event.group_free_bytes or 0) < 0:
             return "has a negative figure"
         if event.kind == "extend_started":
@@ -278,7 +278,7 @@ class Place:
         self.device, self.geometry, self.shape, self.rng, self.filler, self.say = device, geometry, shape, rng, filler, say
         self.agenda = Agenda(lambda: device.now_ns, self._changed)
         self.workers = Workers(self.agenda)
-        self.room_bytes = shape.free_steps * geometry.grow_step_bytes
+        self.free_bytes = shape.free_steps * geometry.grow_step_bytes
         self.stubborn = rng.random() < 0.3  # what it has left is of no use
         self.healed = False
         self.violations: list[str] = []
@@ -308,7 +308,7 @@ class Place:
         size_bytes = min(size_bytes, self.device.capacity_bytes)
         if size_bytes <= self.device.size_bytes:
             return
-        self.room_bytes = max(0, self.room_bytes - (size_bytes - self.device.size_bytes))
+        self.free_bytes = max(0, self.free_bytes - (size_bytes - self.device.size_bytes))
         self.device.grow(size_bytes, self.filler)
         if self.shape.place != "file":
             self.device.keep_size()
@@ -367,7 +367,7 @@ class Place:
         """What was repaired so that all could end breaks again."""
         if self.healed:
             self.healed = False
-            self.room_bytes = self.shape.free_steps * self.geometry.grow_step_bytes
+            self.free_bytes = self.shape.free_steps * self.geometry.grow_step_bytes
 
     def attend(self) -> None:
         """One thing that the engine wants, or that is due."""
@@ -388,13 +388,13 @@ class Place:
         pick = rng.random()
         step = self.geometry.grow_step_bytes
         if pick < 0.3:
-            self.room_bytes += rng.randint(0, 4 * step) // UNIT_BYTES * UNIT_BYTES
+            self.free_bytes += rng.randint(0, 4 * step) // UNIT_BYTES * UNIT_BYTES
             self.stubborn = self.stubborn and rng.random() < 0.5
-            self.say(f"there is room for {self.room_bytes} bytes")
+            self.say(f"there is space for {self.free_bytes} bytes")
             if self.shape.place == "group" and rng.random() < 0.9:
                 self.allocator.on_space_freed()
         elif pick < 0.4:
-            self.room_bytes = rng.randint(0, self.room_bytes // UNIT_BYTES) * UNIT_BYTES
+            self.free_bytes = rng.randint(0, self.free_bytes // UNIT_BYTES) * UNIT_BYTES
         elif pick < 0.55:
             self.enlarge(self.device.size_bytes + rng.choice((UNIT_BYTES, step // 2 // UNIT_BYTES * UNIT_BYTES, step)))
             if rng.random() < 0.7:
@@ -408,12 +408,12 @@ class Place:
         self.raise_found()
 
     def heal(self) -> None:
-        """From now on there is room, and every step ends and works."""
+        """From now on there is space, and every step ends and works."""
         if self.healed:
             return
-        self.say("there is room, and steps work")
+        self.say("there is space, and steps work")
         self.healed, self.stubborn = True, False
-        self.room_bytes = PLENTY_BYTES
+        self.free_bytes = PLENTY_BYTES
         if self.shape.place == "fixed":
             self.enlarge(self.geometry.max_storage_size_bytes)
         self.workers.hurry(self.rng.random)
@@ -422,17 +422,17 @@ class Place:
         self.progress_ns, self.progress_size = self.now_ns, self.engine.storage_size_bytes
 
     def go_on(self, longest_seconds: float) -> None:
-        """Time passes until something is to be done about growth. Raises Violation if that has been too long since there is room."""
+        """Time passes until something is to be done about growth. Raises Violation if that has been too long since there is space."""
         self.heal()
         size = self.engine.storage_size_bytes
         if size != self.progress_size:
             self.progress_ns, self.progress_size = self.now_ns, size
         next_ns = self.agenda.next_ns
         if next_ns == NEVER:
-            raise Violation(f"{self.engine.waiting_writes} writes wait for room, and nobody does anything about it")
+            raise Violation(f"{self.engine.waiting_writes} writes wait for space, and nobody does anything about it")
         seconds = (max(next_ns, self.now_ns) - self.progress_ns) / SECOND_NS
         if seconds > longest_seconds:
-            raise Violation(f"{self.engine.waiting_writes} writes wait for room, and after {seconds:.1f} s nobody has used what there is")
+            raise Violation(f"{self.engine.waiting_writes} writes wait for space, and after {seconds:.1f} s nobody has used what there is")
         if next_ns > self.now_ns:
             self.device.advance(next_ns - self.now_ns)
 

@@ -30,13 +30,13 @@ class Growth:
     """How a world's storage grows where the allocator grows it."""
 
     place: Literal["file", "group", "fixed"]
-    """A file, that says nothing; a group, that tells of room; a device, that only others can enlarge."""
+    """A file, that says nothing; a group, that tells of free space; a device, that only others can enlarge."""
     pace: Literal["fast", "slow", "slower"]
     """How long a step takes; with `slower` each longer than the one before."""
     trouble: float
     """Share of steps that fail, hang, stop half-way or say what is not so."""
     free_steps: int
-    """What there is room for at first, in grow steps."""
+    """What there is space for at first, in grow steps."""
     timeout_seconds: float
     """After this a step counts as slow."""
     low_water_chunks: int
@@ -140,11 +140,11 @@ class Shape:
     log: bool = True
     """Changes that are pending are in a log that outlives the process."""
     short_log: bool = False
-    """It has as little room as a log may have."""
+    """It is as small as a log may be."""
     advice: Mapping[str, float] = field(default_factory=dict)
     """Share of operations that fail, by category, and no guest may notice: discards."""
     commit_limit_bytes: int | None = None
-    """What one commit may hold, where the journal would hold more: else only the largest loads wait for room."""
+    """What one commit may hold, where the journal would hold more: else only the largest loads wait for space."""
     settle_share: float = 0.0
     """Of rounds after which everything under way ends before the round's own end comes."""
     rot: bool = False
@@ -181,7 +181,7 @@ def draw(rng: Rng) -> Shape:
     if scale in ("tight", "scarce", "wide"):
         block, chunk = min(block, 4 * KIB if scale == "tight" else 64 * KIB), 64 * KIB
     elif scale == "broad":
-        # Enough to change at once that commits take several pages, the journal runs out of room, and a map has several pages.
+        # Enough to change at once that commits take several pages, the journal runs out of space, and a map has several pages.
         block, chunk = min(block, 64 * KIB), 64 * KIB
         virtual = rng.randint(80_000, 140_000) * SECTOR_BYTES
     elif scale == "coarse":
@@ -234,7 +234,7 @@ def draw_copying(shape: Shape, rng: Rng) -> None:
         shape.slow = dict(shape.slow) | {"base": rng.choice((0.2, 0.8, 0.95))}
     if not small or (shape.base_bytes is not None and rng.random() < 0.2):
         return
-    # A larger disk, mostly read, with room for what is copied: else everything has been copied or written before anything can happen to it.
+    # A larger disk, mostly read, with space for copies: else everything has been copied or written before anything can happen to it.
     geometry = shape.geometry
     sectors = rng.randint(2000, 12000)
     block = rng.choice((4, 4, 8, 16, 64)) * KIB

@@ -422,7 +422,7 @@ class World:
                 self._check_slots()
 
     def _settle_growth(self, place: Place) -> None:
-        """There is room, and time: in the end nobody wants more storage than there is."""
+        """There is space, and time: in the end nobody wants more storage than there is."""
         place.heal()
         while not place.satisfied:
             place.go_on(REST_SECONDS_MAX)

@@ -42,7 +42,7 @@ class GrowingEngine(Protocol):
     wake_below_bytes: int  # Want.GROWTH is set when fewer bytes than this are in free slots
 
     @property
-    def no_room(self) -> bool:
+    def storage_below_full(self) -> bool:
         """What the storage lies on had none for the last guest's write that needed some."""
 
     @property
@@ -145,17 +145,17 @@ class Allocator:
                 work()
 
     def on_want(self, engine: GrowingEngine) -> None:
-        """The engine wants room: takes the wish back and begins a step, unless one runs or rests after a failure."""
+        """The engine wants space: takes the wish back and begins a step, unless one runs or rests after a failure."""
         engine.want &= ~Want.GROWTH
         # Before `attach` the result of a step would have nowhere to go, and no other would ever begin. `attach` looks for itself.
         if not self._closed and self._post is not None:
             self._do(self._policy.on_free_bytes(self._clock(), self._free_bytes()))
 
     def on_space(self, engine: GrowingEngine) -> None:
-        """What the storage lies on has no room for a guest's write, or has some again."""
+        """What the storage lies on has no space for a guest's write, or has some again."""
         if not self._closed:
             self._policy.free_bytes = self._free_bytes()
-            self._do(self._policy.on_space_below(self._clock(), engine.no_room, engine.starved_count > 0))
+            self._do(self._policy.on_space_below(self._clock(), engine.storage_below_full, engine.starved_count > 0))
 
     # --- From any thread -------------------------------------------------------------------------------------------------------------
 
@@ -176,11 +176,11 @@ class Allocator:
         return future
 
     def poke(self) -> None:
-        """Somebody says that something has changed outside (room was made, storage was added): look now instead of resting."""
+        """Somebody says that something has changed outside (space was freed, storage was added): look now instead of resting."""
         self._in_loop(lambda: self._do(self._policy.poke(self._clock(), self._free_bytes())))
 
     def on_space_freed(self) -> None:
-        """The storage's group has changed, and may have room: a step that rests after a failure is tried, at most once a second."""
+        """The storage's group has changed, and may have space: a step that rests after a failure is tried, at most once a second."""
         self._in_loop(lambda: self._do(self._policy.on_space_freed(self._clock(), self._free_bytes())))
 
     def resized(self) -> None:

@@ -110,7 +110,7 @@ class LvmStorage:
             self.last_suspend_seconds = gauge.seconds
 
     def pool(self) -> Pool:
-        return Pool(self._group, self._room_bytes(self._lvm.group(self._group)))
+        return Pool(self._group, self._obtainable_bytes(self._lvm.group(self._group)))
 
     def close(self) -> None:
         self._closed.set()
@@ -160,9 +160,9 @@ class LvmStorage:
         block_bytes = dm.logical_block_bytes(self._number)
         return [each for each in group.usable() if dm.logical_block_bytes(os.makedev(*each.number)) <= block_bytes]
 
-    def _room_bytes(self, group: VolumeGroup) -> int:
+    def _obtainable_bytes(self, group: VolumeGroup) -> int:
         """What this volume can get, which may be less than what the group has."""
-        return group.room_bytes(dm.stripes(self._number), self._fitting(group))
+        return group.obtainable_bytes(dm.stripes(self._number), self._fitting(group))
 
     def _mend(self, *, refresh: bool = False) -> None:
         """Until the device goes on: while it is suspended nothing is more urgent. Raises what kept the rest from being put right."""
@@ -182,21 +182,21 @@ class LvmStorage:
         self._committed_bytes = max(self._committed_bytes, volume.size_bytes)
 
     def _take_rest(self, size_bytes: int, refusal: NoSpace) -> None:
-        """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has made room meanwhile.
+        """Less than was asked for, but all there is. Always raises NoSpace, unless somebody has freed space meanwhile.
 
         What is free may be of no use to this volume: on a physical volume that may not be allocated from, or where only one of two stripes
-        finds room. What can be had is known by that, as a rule; and what is refused all the same is halved, down to an extent.
+        finds space. What can be had is known by that, as a rule; and what is refused all the same is halved, down to an extent.
         """
         group = self._lvm.whole(self._group)
         have, unit_bytes = self._committed_bytes, group.extent_bytes * dm.stripes(self._number)
-        room_bytes = self._room_bytes(group)
-        piece_bytes = min(room_bytes, -(-(size_bytes - have) // unit_bytes) * unit_bytes) // unit_bytes * unit_bytes
+        obtainable_bytes = self._obtainable_bytes(group)
+        piece_bytes = min(obtainable_bytes, -(-(size_bytes - have) // unit_bytes) * unit_bytes) // unit_bytes * unit_bytes
         while piece_bytes and self._committed_bytes < size_bytes:
             try:
                 self._extend(min(size_bytes, self._committed_bytes + piece_bytes), group)
             except NoSpace as error:
                 refusal = error
-            left_bytes = max(0, room_bytes - (self._committed_bytes - have))
+            left_bytes = max(0, obtainable_bytes - (self._committed_bytes - have))
             piece_bytes = min(piece_bytes // 2, left_bytes) // unit_bytes * unit_bytes
         if self._committed_bytes < size_bytes:
             grown_bytes = self._committed_bytes - have
@@ -206,7 +206,7 @@ class LvmStorage:
                 f"volume group {self._group} is full{unused}: {format_size(size_bytes - have)} more were wanted for {self._name}, and "
                 f"{format_size(grown_bytes)} could be had; writes go on by themselves when it has more. {refusal}"
             )
-            full.left_bytes = max(0, room_bytes - grown_bytes)
+            full.left_bytes = max(0, obtainable_bytes - grown_bytes)
             raise full
 
 

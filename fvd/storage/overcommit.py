@@ -49,7 +49,7 @@ def commitment(group: VolumeGroup, volumes: Iterable[LogicalVolume]) -> Commitme
     return Commitment(
         group=group.name,
         size_bytes=group.size_bytes,
-        free_bytes=group.room_bytes(),
+        free_bytes=group.obtainable_bytes(),
         disks=len(ours),
         storage_bytes=sum(volume.size_bytes for volume in ours),
         virtual_bytes=sum(fact.virtual_size_bytes for _, fact in facts if fact),

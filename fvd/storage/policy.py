@@ -18,8 +18,8 @@ from fvd.units import format_size
 
 EXTEND_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 1.0  # while writes wait
-RETRY_SECONDS_MAX = 30.0  # while the reserve still holds, or whoever makes room says so
-QUERY_SECONDS_MAX = 8.0  # between two questions about a full group whose changes are told and bring no room
+RETRY_SECONDS_MAX = 30.0  # while the reserve still holds, or whoever frees space says so
+QUERY_SECONDS_MAX = 8.0  # between two questions about a full group whose changes are told and bring no space
 FORCED_TRY_SECONDS = 300.0  # what a group shows as free may become usable without becoming more (pvchange --allocatable)
 
 FIRST_STEP_SECONDS = 1.5  # what a step is taken to need before one was seen; users of others report 0.8 to 6 s
@@ -28,7 +28,7 @@ MARK_STEPS_MAX = 8  # one hang on a fast disk must not take a whole group for it
 RECENT_STEPS = 8  # whose longest counts: a step that was slow once is forgotten
 LOOKS_PER_STEP = 16  # how often the rate is looked at while a grow step is filled
 RATE_WINDOW_SECONDS = 0.25  # shorter ones would take a queue that is let go at once for a rate
-RATE_SHORT_WINDOW_SECONDS = 0.05  # but where room runs out there is no more to be seen
+RATE_SHORT_WINDOW_SECONDS = 0.05  # but where space runs out there is no more to be seen
 RATE_HALF_LIFE_SECONDS = 600.0  # one burst does not keep an idle disk's mark high for ever
 GROUP_LOW_STEPS = 4
 STORAGE_FULL_SECONDS = 300.0  # a device that is full by turns is told of as often as this
@@ -120,7 +120,7 @@ class ReadSize:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Ask what the group has left, then call `on_query_answered`: a step was refused for want of room, and only room is worth another."""
+    """Ask what the group has left, then call `on_query_answered`: a step was refused for want of space, and only space is worth another."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ class _Ended:
 
 
 class WriteRate:
-    """How fast first writes take room, learned from what is free at each look: the fastest window, halved with each half-life.
+    """How fast first writes take space, learned from what is free at each look: the fastest window, halved with each half-life.
 
-    Only while there is room: writes that wait say how fast storage grows, and not how fast they would be.
+    Only while there is space: writes that wait say how fast storage grows, and not how fast they would be.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class WriteRate:
         self._fastest_at = 0.0
 
     def look(self, now: float, free_bytes: int) -> None:
-        """`free_bytes` are free now. Room that was freed meanwhile is no writing."""
+        """`free_bytes` are free now. Space that was freed meanwhile is no writing."""
         if self._window_began is None:
             if free_bytes:
                 self._window_began, self._free_bytes, self._taken_bytes = now, free_bytes, 0
@@ -291,7 +291,7 @@ class GrowthPolicy:
         group_low_bytes: int | None = None,
         extend_timeout_seconds: float = EXTEND_TIMEOUT_SECONDS,
     ) -> None:
-        """`notifies_space`: `on_space_freed` comes when there may be room again, so failures need not be repeated every second. `adaptive`:
+        """`notifies_space`: `on_space_freed` comes when there may be space again, so failures need no retry every second. `adaptive`:
         the mark may rise above `low_water_bytes`. `group_low_bytes`: below this the group is reported as low (default: 4 grow steps)."""
         self._geometry = geometry
         self._can_grow = can_grow
@@ -312,7 +312,7 @@ class GrowthPolicy:
         self._group_low_bytes = GROUP_LOW_STEPS * geometry.grow_step_bytes if group_low_bytes is None else group_low_bytes
         self._group_low_reported = False
         self._group_full_reported = False
-        self._group_refused = False  # the last step found no room
+        self._group_refused = False  # the last step found no space
         self._refused_with_bytes: int | None = None  # what the group had left then, which may be of no use; None: not known
         self._query: Unasked | Querying | Known = Unasked()
         self._query_rest_seconds = RETRY_SECONDS  # at least so long from one query to the next
@@ -449,15 +449,15 @@ class GrowthPolicy:
         """The storage has gone."""
         return [self._event("storage_error", message=message)]
 
-    def on_space_below(self, now: float, no_room: bool, waits: bool) -> list[Action]:
-        """What the storage lies on has no room for a guest's write, though the storage is there; or it has some again."""
-        if not no_room or (self._storage_full_at is not None and now < self._storage_full_at + STORAGE_FULL_SECONDS):
+    def on_space_below(self, now: float, storage_below_full: bool, waits: bool) -> list[Action]:
+        """What the storage lies on has no space for a guest's write, though the storage is there; or it has some again."""
+        if not storage_below_full or (self._storage_full_at is not None and now < self._storage_full_at + STORAGE_FULL_SECONDS):
             return []
         self._storage_full_at = now
         what = "wait, and go on by themselves when there is some" if waits else "fail"
         message = (
-            f"what the storage lies on (a file system, a pool) has no room left, though {format_size(self.free_bytes)} of the storage are "
-            f"taken by no chunk: writes that need room there {what}. Make room there"
+            f"what the storage lies on (a file system, a pool) has no space left, though {format_size(self.free_bytes)} of the storage are "
+            f"taken by no chunk: writes that need space there {what}. Free some space there"
         )
         return [replace(self._event("storage_full", message=message), free_bytes=0)]
 
@@ -573,7 +573,7 @@ class GrowthPolicy:
             self._group_low_reported = low
         if full and not self._group_full_reported:
             self._group_full_reported = True
-            actions.append(self._event("group_full", message=f"{name} has no room for another growth step"))
+            actions.append(self._event("group_full", message=f"{name} has no space for another growth step"))
         return actions
 
     def _query_alarm(self, now: float) -> list[Action]:

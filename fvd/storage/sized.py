@@ -62,7 +62,7 @@ class Ends:
 
 
 class FileStorage:
-    """A sparse file in place of a logical volume: it grows by the same steps, and takes room on its file system only where written."""
+    """A sparse file in place of a logical volume: it grows by the same steps, and takes space on its file system only where written."""
 
     can_grow = True
     notifies_space = False
@@ -83,20 +83,20 @@ class FileStorage:
         self._ends.check()
         if size_bytes <= have:
             return
-        # Room that the file system does not have would be found missing only by the guest's writes, as I/O errors: take what is
+        # Space that the file system does not have would be found missing only by the guest's writes, as I/O errors: take what is
         # there, and let the writes wait for the rest. A sparse file reserves nothing, so this bounds the damage and is no promise.
-        room = self._file.room_bytes()
-        target = min(size_bytes, have + room // _FILE_UNIT_BYTES * _FILE_UNIT_BYTES)
+        free_bytes = self._file.free_bytes()
+        target = min(size_bytes, have + free_bytes // _FILE_UNIT_BYTES * _FILE_UNIT_BYTES)
         if target > have:
             self._file.lengthen(target)
         if target < size_bytes:
             raise NoSpace(
-                f"{self._file.path}: its file system has {format_size(room)} left, and {format_size(size_bytes - have)} more were wanted; "
-                "make room there and writes go on by themselves"
+                f"{self._file.path}: its file system has {format_size(free_bytes)} left, and "
+                f"{format_size(size_bytes - have)} more were wanted; free some space there and writes go on by themselves"
             )
 
     def pool(self) -> Pool | None:
-        return Pool(f"the file system of {self._file.path}", self._file.room_bytes())
+        return Pool(f"the file system of {self._file.path}", self._file.free_bytes())
 
     def close(self) -> None:
         self._file.close()

@@ -107,7 +107,7 @@ def test_writes_that_wait_hold_up_neither_reads_nor_growth(volume: str, monkeypa
 
     def refuse(self: FileStorage, size_bytes: int) -> None:
         if not full.is_set():
-            raise NoSpace("no room in this test")
+            raise NoSpace("no space in this test")
         grow(self, size_bytes)
 
     monkeypatch.setattr(FileStorage, "grow_to", refuse)

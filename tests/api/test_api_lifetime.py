@@ -374,17 +374,17 @@ def test_a_command_of_lvm_ends_by_itself_unless_one_asks_twice() -> None:
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Storage that does not grow before this is set."""
-    room = threading.Event()
+    freed = threading.Event()
     grow = FileStorage.grow_to
 
     def refuse(self: FileStorage, size_bytes: int) -> None:
-        if not room.is_set():
-            raise NoSpace("no room in this test")
+        if not freed.is_set():
+            raise NoSpace("no space in this test")
         grow(self, size_bytes)
 
     monkeypatch.setattr(FileStorage, "grow_to", refuse)
     logging.getLogger("fvd.api").disabled = True
-    yield room
+    yield freed
     logging.getLogger("fvd.api").disabled = False
 
 

@@ -37,10 +37,10 @@ def forge(path: Path, **fields: int | bytes) -> None:
             row["generation"] = 4 - slot
             for name, value in fields.items():
                 if isinstance(value, bytes):
-                    room = SUPERBLOCK[name].itemsize
-                    row[name] = np.void(value[:room].ljust(room, b"\0"))
+                    capacity = SUPERBLOCK[name].itemsize
+                    row[name] = np.void(value[:capacity].ljust(capacity, b"\0"))
                     if f"{name}_size" in (SUPERBLOCK.names or ()) and f"{name}_size" not in fields:
-                        row[f"{name}_size"] = min(room, len(value))
+                        row[f"{name}_size"] = min(capacity, len(value))
                 else:
                     row[name] = value & (256 ** SUPERBLOCK[name].itemsize - 1)
             if int(row["generation"]) % 2 != slot and "generation" in fields:

@@ -212,7 +212,7 @@ def test_who_does_not_read_for_long_is_hung_up_on(volume: Path) -> None:
     served.server.close()
 
 
-def test_streams_leave_room_for_verbs(served: Served) -> None:
+def test_streams_leave_places_for_verbs(served: Served) -> None:
     with ExitStack() as held:
         for _ in range(STREAMS_MAX):
             _, lines = held.enter_context(subscriber(served))

@@ -155,7 +155,7 @@ def test_table_slots(entries: list[int], limit: int) -> None:
     assert int(used[0]) == sum(1 << slot for slot in seen)
 
 
-def test_table_slots_needs_room() -> None:
+def test_table_slots_needs_capacity() -> None:
     with pytest.raises(ValueError):
         _core.table_slots(np.zeros(1, np.uint32), 65, np.zeros(1, np.uint64))
 

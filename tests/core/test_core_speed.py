@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that the design counts on, with room for a noisy machine: the report of each failure is its measured figure."""
+"""Figures that the design counts on, with a margin for a noisy machine: the report of each failure is its measured figure."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_only_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not (tmp_path / "pending").exists() and surviving.kept("a") == []
 
 
-def test_no_room(pending_dir: Path) -> None:
+def test_no_space(pending_dir: Path) -> None:
     with pytest.raises(Unsupported, match="bytes of memory could be had"):
         surviving.make("a.1", 1 << 50)
     assert not list(pending_dir.iterdir())

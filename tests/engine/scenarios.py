@@ -454,7 +454,7 @@ def durable_write_on_storage_that_may_be_full() -> None:
     full.result = stage.device.fail_with = -28
     stage.finish(full)
     if stage.engine.failed_errno:
-        raise Violation("a write that found no room counts as a failed flush")
+        raise Violation("a write that found no space counts as a failed flush")
     stage.player.errors_expected = False
     stage.now("write", 8, 8, fua=True)
     stage.now("flush")
@@ -490,13 +490,13 @@ def copies_that_a_commit_takes_along() -> None:
 
 
 def more_changes_than_the_log_takes() -> None:
-    """R25: while a commit's flush does not end there are more first writes than the log of pending changes has room for."""
+    """R25: while a commit's flush does not end there are more first writes than the log of pending changes has space for."""
     stage = Stage(virtual_size_bytes=8 << 20, short_log=True)
     for number in range(100):
         stage.submit("write", number * SECTORS_PER_BLOCK, 8)
         stage.finish_all(but=lambda op: op.kind == FLUSH)
     if not stage.in_flight:
-        raise Violation("the log of pending changes took more than it has room for")
+        raise Violation("the log of pending changes took more than it has space for")
     stage.finish_all()
     stage.settle()
     stage.kill()

@@ -287,7 +287,7 @@ def test_prefetching_comes_back_to_what_a_guests_copy_gave_up() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1600, 800])
-def test_copies_take_no_more_journal_room_than_a_commit_has(at_once: int) -> None:
+def test_copies_take_no_more_journal_space_than_a_commit_has(at_once: int) -> None:
     size = 1600 << 16
     stage = Stage(base_bytes=size, virtual_size_bytes=size, block_size_bytes=4096, chunk_size_bytes=65536, storage_chunks=1600)
     stage.now("write", 8, 8)

@@ -195,7 +195,7 @@ def test_without_discards_slots_are_free_at_once() -> None:
     assert stage.pending() == [] and stage.engine.free_slots == 4 and stage.counts()["discards"] == 0
 
 
-def test_slots_that_wait_are_room_for_copies_and_no_reason_to_grow() -> None:
+def test_slots_that_wait_are_space_for_copies_and_no_reason_to_grow() -> None:
     stage = Stage(virtual_size_bytes=8 * CHUNK_BYTES, storage_chunks=4, discard=True, discards_max=1, discard_bytes=1, low_water_chunks=2)
     for chunk in range(4):
         stage.now("write", chunk * SECTORS_PER_CHUNK, 8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests' writes for which what the storage lies on has no room: with on_full="wait" they wait and go on, at whatever moment."""
+"""Guests' writes for which what the storage lies on has no space: with on_full="wait" they wait and go on, at whatever moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECOND = 1_000_000_000
 
 
 def starve(it: Workbench, error: int = -errno.ENOSPC) -> None:
-    """Everything that is under way now finds no room."""
+    """Everything that is under way now finds no space."""
     for _ in range(len(it.operations)):
         it.complete(0, error)
     it.take()
@@ -31,7 +31,7 @@ def test_a_write_waits_and_goes_on(error: int) -> None:
     engine.advance_clock(SECOND)
     engine.want = 0
     starve(it, -error)
-    assert engine.no_room and engine.starved_count == 3 and engine.want & Want.ROOM and not it.answered
+    assert engine.storage_below_full and engine.starved_count == 3 and engine.want & Want.STORAGE_BELOW and not it.answered
     engine.want = 0
     engine.advance_clock(2 * SECOND - 1)
     it.take()
@@ -44,11 +44,17 @@ def test_a_write_waits_and_goes_on(error: int) -> None:
     it.take()
     it.complete(0)
     it.take()
-    assert len(it.operations) == 2 and it.answered == [(2, 0)] and engine.no_room, "there is room: the others follow"
+    assert len(it.operations) == 2 and it.answered == [(2, 0)] and engine.storage_below_full, "there is space: the others follow"
     while it.operations:
         it.complete(0)
         it.take()
-    assert not it.open and not engine.no_room and engine.starved_count == 0 and engine.want & Want.ROOM and engine.leaks() == {}
+    assert (
+        not it.open
+        and not engine.storage_below_full
+        and engine.starved_count == 0
+        and engine.want & Want.STORAGE_BELOW
+        and engine.leaks() == {}
+    )
 
 
 def test_it_fails_where_that_was_asked_for() -> None:
@@ -56,12 +62,12 @@ def test_it_fails_where_that_was_asked_for() -> None:
     it.submit(WRITE, 0, 64 * KIB)
     it.take()
     starve(it)
-    assert it.answered == [(1, -errno.ENOSPC)] and it.engine.no_room and it.engine.want & Want.ROOM
+    assert it.answered == [(1, -errno.ENOSPC)] and it.engine.storage_below_full and it.engine.want & Want.STORAGE_BELOW
     it.submit(WRITE, 0, 64 * KIB)
     it.take()
     it.complete(0)
     it.take()
-    assert not it.engine.no_room
+    assert not it.engine.storage_below_full
 
 
 def test_reads_and_overwrites_go_on() -> None:
@@ -77,7 +83,7 @@ def test_reads_and_overwrites_go_on() -> None:
         it.take()
         it.complete(0)
         it.take()
-    assert [error for _, error in it.answered] == [0, 0, 0] and it.engine.no_room and it.engine.starved_count == 1
+    assert [error for _, error in it.answered] == [0, 0, 0] and it.engine.storage_below_full and it.engine.starved_count == 1
 
 
 @pytest.mark.parametrize(("how", "error"), [("close", errno.ESHUTDOWN), ("cancel", errno.ENOSPC), ("stop", errno.EIO), ("fail", errno.EIO)])
@@ -140,5 +146,5 @@ def test_nothing_is_forgotten(seed: int) -> None:
         if not it.open and not it.operations:
             break
     failed = [(cookie, error) for cookie, error in it.answered if error]
-    assert not it.open and engine.leaks() == {} and not engine.no_room
+    assert not it.open and engine.leaks() == {} and not engine.storage_below_full
     assert not engine.failed_errno and not failed

@@ -266,7 +266,7 @@ def test_copies_stop_where_storage_ends(tmp_path: Path, base: Nbdkit) -> None:
         with guest(volume, tmp_path, prefetch=fvd.PrefetchOptions(delay_s=0), on_full="error") as one:
             until(lambda: one.served.prefetch_status().state == "full", 30)
             status = one.served.prefetch_status()
-            assert not status.released and status.remaining_bytes > 4 * MIB and "no room" in status.reason
+            assert not status.released and status.remaining_bytes > 4 * MIB and "no space" in status.reason
             for number in range(10):
                 one.write(MINE + 4 * KIB * number, b"f" * 4 * KIB)  # its chunk is there
                 one.flush()

@@ -73,7 +73,7 @@ def qemu_rounds(
                 else:
                     server.kill()
                 between()
-                for _ in range(min(20, player.room)):  # while nobody is there: they wait in QEMU
+                for _ in range(min(20, player.free_depth)):  # while nobody is there: they wait in QEMU
                     player.send_next()
                 server.start()
                 player.play(50)

@@ -293,7 +293,7 @@ def spoil(data: bytes, regions: int) -> tuple[Good, Storage]:
 
 
 def _add_record(take: Take, page: bytearray, how: int) -> None:
-    """One more record at the end of a journal page, if it has room."""
+    """One more record at the end of a journal page, if it has space."""
     words, entries = int.from_bytes(page[44:46], "little"), int.from_bytes(page[46:48], "little")
     record, count_at = (WORD_RECORD, 44) if how & 1 and not entries else (ENTRY_RECORD, 46)
     at = words * WORD_RECORD.itemsize + entries * ENTRY_RECORD.itemsize
@@ -356,7 +356,7 @@ def decode_map(good: Good, storage: Storage, kind: MapKind, target: Any = None) 
 class Cliff:
     """Arrays that end where memory ends: an index past them, by one or by 2^32, ends the process, in every build."""
 
-    ROOM_BYTES = 1 << 20
+    MEMORY_BYTES = 1 << 20
     BEYOND_BYTES = 1 << 36  # the farthest that an index of 32 bits leads, and more
 
     def __init__(self) -> None:
@@ -365,16 +365,16 @@ class Cliff:
         library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
         no_access, reserve = 0, 0x4000
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve
-        address = library.mmap(None, self.ROOM_BYTES + self.BEYOND_BYTES, no_access, flags, -1, 0)
+        address = library.mmap(None, self.MEMORY_BYTES + self.BEYOND_BYTES, no_access, flags, -1, 0)
         if address in (None, ctypes.c_void_p(-1).value):
             raise OSError(ctypes.get_errno(), "no address space for a cliff")
-        if library.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(self.ROOM_BYTES), mmap.PROT_READ | mmap.PROT_WRITE):
+        if library.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(self.MEMORY_BYTES), mmap.PROT_READ | mmap.PROT_WRITE):
             raise OSError(ctypes.get_errno(), "mprotect")
-        self._room = (ctypes.c_char * self.ROOM_BYTES).from_address(address)
+        self._memory = (ctypes.c_char * self.MEMORY_BYTES).from_address(address)
 
     def array(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A copy of an array at the edge. It lives until the next one."""
-        found: npt.NDArray[Any] = np.frombuffer(memoryview(self._room), like.dtype, like.size, self.ROOM_BYTES - like.nbytes)
+        found: npt.NDArray[Any] = np.frombuffer(memoryview(self._memory), like.dtype, like.size, self.MEMORY_BYTES - like.nbytes)
         found[:] = like
         return found
 

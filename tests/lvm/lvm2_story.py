@@ -66,8 +66,8 @@ class Found(dict[str, LogicalVolume]):
 
 def figures(lvm: Lvm) -> str:
     group = lvm.group("vg0")
-    room = "all" if group.room_bytes() == group.free_bytes else str(group.room_bytes())
-    return f"free, {room} to be had, {len(group.physical)} devices"
+    obtainable = "all" if group.obtainable_bytes() == group.free_bytes else str(group.obtainable_bytes())
+    return f"free, {obtainable} to be had, {len(group.physical)} devices"
 
 
 def volumes_come_and_grow(ask: Ask, do: Do, devices: Sequence[str], found: Found) -> None:
@@ -124,7 +124,7 @@ def devices_refuse_and_vanish(ask: Ask, do: Do, devices: Sequence[str], found: F
     ask("a device was added", figures, "free, all to be had, 2 devices")
     do("lvcreate", "--quiet", "--yes", "--stripes", "2", "--size", "64m", "--name", "striped", "vg0")
     do("lvcreate", "--quiet", "--yes", "--extents", "100%PVS", "--name", "full", "vg0", third)
-    ask("a stripe has no room", lambda lvm: lvm.extend("vg0", "striped", 256 * MIB), "NoSpace: lvextend: Insufficient suitable ")
+    ask("a stripe has no space", lambda lvm: lvm.extend("vg0", "striped", 256 * MIB), "NoSpace: lvextend: Insufficient suitable ")
     do("lvchange", "--quiet", "--activate", "n", "vg0/striped", "vg0/full")
     do("hide", third)
     ask("a device is missing: found", found.finds("vm1"), "vg0/vm1 128 closed")

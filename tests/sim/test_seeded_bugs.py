@@ -51,7 +51,7 @@ BY_SCENARIO_ONLY = (
 )
 COMPILED = tuple(bug for bug in Bug if bug not in BY_SCENARIO_ONLY)
 # Found, but by some starts not within 200,000 requests of all kinds of worlds: hunted for longer, in the long run.
-RARELY = (Bug.RESERVE_FORGOTTEN_WHEN_FULL, Bug.ONE_WORD_PROMOTED, "told of room in vain")
+RARELY = (Bug.RESERVE_FORGOTTEN_WHEN_FULL, Bug.ONE_WORD_PROMOTED, "told of space in vain")
 REQUESTS_MAX = 200_000
 RARELY_REQUESTS = 1_000_000
 STARTS = int(os.environ.get("FVD_SIM_STARTS", "6"))  # each bug is looked for from so many fresh seeds
@@ -144,7 +144,7 @@ def a_pause_of_prefetching_has_no_end() -> Iterator[None]:
 
 # Habits of what surrounds the engine (docs/growth.md, docs/base.md), by what they would be without.
 HABITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "told of room in vain": told_of_space_in_vain,
+    "told of space in vain": told_of_space_in_vain,
     "woken too late": woken_too_late,
     "an error counts for more than the size": an_error_counts_for_more_than_the_size,
     "a pause of prefetching has no end": a_pause_of_prefetching_has_no_end,

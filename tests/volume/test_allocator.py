@@ -30,7 +30,7 @@ class FakeEngine:
         self.size = STEP
         self.used = 0
         self.want = 0
-        self.no_room = False
+        self.storage_below_full = False
         self.starved_count = 0
         self.exhausted = False
         self.wake_below_bytes = 0
@@ -195,7 +195,7 @@ def test_another_step_at_once_when_one_is_not_enough() -> None:
     assert world.storage.asked == [2 * STEP, 3 * STEP, 4 * STEP]
 
 
-def test_writes_that_wait_go_on_when_there_is_room_again() -> None:
+def test_writes_that_wait_go_on_when_there_is_space_again() -> None:
     world = World()
     world.storage.failure = NoSpace("the group is full")
     world.fill(0)
@@ -356,7 +356,7 @@ def test_figures() -> None:
 # --- The mark ----------------------------------------------------------------------------------------------------
 
 
-def test_the_engine_is_told_when_to_want_room() -> None:
+def test_the_engine_is_told_when_to_want_space() -> None:
     world = World()
     assert world.engine.wake_below_bytes == 57 * MIB  # of 61 that are free: the rate is looked at each sixteenth of a step
     asked = 0
@@ -366,7 +366,7 @@ def test_the_engine_is_told_when_to_want_room() -> None:
         if world.engine.want:
             asked += 1
             world.allocator.on_want(world.engine)
-            assert world.engine.free_slots * MIB >= world.engine.wake_below_bytes  # never asked again for the same room
+            assert world.engine.free_slots * MIB >= world.engine.wake_below_bytes  # never asked again for the same space
     assert world.engine.free_slots == 31 and asked <= 8
 
 
@@ -389,7 +389,7 @@ def test_growth_begins_earlier_where_it_is_slow() -> None:
     assert world.allocator.figures()["write_bytes_per_second"] == pytest.approx(10 * MIB, rel=0.1)
 
 
-def test_a_real_engine_wants_room_below_the_mark_that_it_was_given(tmp_path: Path) -> None:
+def test_a_real_engine_wants_space_below_the_mark_that_it_was_given(tmp_path: Path) -> None:
     make(tmp_path / "disk")
     with open_volume(f"file:{tmp_path / 'disk'}") as opened:
         engine = opened.engine
@@ -471,7 +471,7 @@ def test_the_group_is_asked_after_a_failure_too() -> None:
 # --- What the outside tells --------------------------------------------------------------------------------------
 
 
-def test_a_full_group_is_asked_until_it_has_room() -> None:
+def test_a_full_group_is_asked_until_it_has_space() -> None:
     world = World(notifies_space=True)
     world.storage.failure, world.storage.free = NoSpace("full"), 0
     world.fill(0)
@@ -571,7 +571,7 @@ def test_a_device_that_has_gone() -> None:
 def test_what_is_asked_before_attach_is_done_with_it() -> None:
     world = World(attached=False)
     future = world.allocator.extend_now()
-    world.fill(0)  # an engine may want room before its driver has come to `attach`
+    world.fill(0)  # an engine may want space before its driver has come to `attach`
     world.storage.size = STEP + MIB
     world.allocator.resized()
     world.allocator.removed("gone")

@@ -252,7 +252,7 @@ def test_close_ends_waiting_writes(full: str) -> None:
         assert again.volume.was_clean
 
 
-def test_a_file_system_without_room(tmp_path: Path) -> None:
+def test_a_file_system_without_space(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=24m") as folder:
         path = folder / "disk"
         make(path)

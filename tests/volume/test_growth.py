@@ -84,12 +84,12 @@ def test_descriptors_are_given_back(file: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
-def test_a_file_system_without_room(tmp_path: Path) -> None:
+def test_a_file_system_without_space(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=8m") as folder:
         file = sparse(folder / "file", MIB)
         with open_node(file) as node:
             storage = FileStorage(node)
-            with pytest.raises(NoSpace, match="make room"):
+            with pytest.raises(NoSpace, match="free some space"):
                 storage.grow_to(20 * MIB)
             assert 8 * MIB <= storage.size_bytes() <= 9 * MIB  # what was to be had
             node.pwrite(0, b"x" * node.size_bytes() if node.size_bytes() < 8 * MIB else b"x" * (8 * MIB - 64 * 1024))

@@ -193,7 +193,7 @@ def test_two_devices_that_say_they_are_the_same(machine: Machine, udev: Udev, na
     Lvm.forget()
     group = Lvm().group(udev.group)
     assert machine.lists[-1] == ([first] if used else ["/dev/clone", first])
-    assert (group.room_bytes() > 0) == used and group.free_bytes == 48 * MIB
+    assert (group.obtainable_bytes() > 0) == used and group.free_bytes == 48 * MIB
 
 
 # --- What can be had -----------------------------------------------------------------------------------------------------------------
@@ -217,15 +217,15 @@ def of(*free_mib: int, **changes: object) -> VolumeGroup:
     ],
 )
 def test_what_a_striped_volume_can_get(free_mib: tuple[int, ...], stripes: int, available_mib: int) -> None:
-    assert of(*free_mib).room_bytes(stripes) == available_mib * MIB
+    assert of(*free_mib).obtainable_bytes(stripes) == available_mib * MIB
 
 
 def test_what_cannot_be_had() -> None:
-    assert of(64, allocatable=False).room_bytes() == 0
-    assert of(64, duplicate=True).room_bytes() == 0
+    assert of(64, allocatable=False).obtainable_bytes() == 0
+    assert of(64, duplicate=True).obtainable_bytes() == 0
     group = of(64, 64)
     lost = replace(group, physical=(group.physical[0], replace(PHYSICAL, missing=True)))
-    assert lost.room_bytes() == 0 and lost.missing and not group.missing
+    assert lost.obtainable_bytes() == 0 and lost.missing and not group.missing
 
 
 def test_a_row_for_each_device() -> None:

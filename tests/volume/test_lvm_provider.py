@@ -567,7 +567,7 @@ def test_groups_that_must_not_be_used(machine: Machine, name: str, state: dict[s
     assert {words[0] for words in machine.commands} <= {"lvs", "vgs"}
 
 
-def test_a_group_or_room_that_is_not_there(machine: Machine, name: str) -> None:
+def test_a_group_or_space_that_is_not_there(machine: Machine, name: str) -> None:
     with pytest.raises(NotFound, match="no volume group"):
         make("fvd-no-such-group/vm1")
     with pytest.raises(NoSpace, match="vgextend"):

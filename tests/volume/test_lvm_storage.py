@@ -79,7 +79,7 @@ def test_how_long_the_device_stood_still_is_told(machine: Machine, name: str, mo
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_who_tells_of_room(machine: Machine, name: str, running: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_tells_of_space(machine: Machine, name: str, running: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fvd.storage.lvm_provider.udev_is_running", lambda: running)
     with storage_of(name) as storage:
         assert storage.notifies_space == running
@@ -94,7 +94,7 @@ def test_the_rest_of_a_group_is_taken(machine: Machine, name: str) -> None:
             storage.grow_to(80 * MIB)
 
 
-def test_room_that_somebody_makes_between_two_looks_is_used(machine: Machine, name: str) -> None:
+def test_space_that_somebody_makes_between_two_looks_is_used(machine: Machine, name: str) -> None:
     group = machine.groups[name.partition("/")[0]]
 
     def more(words: list[str]) -> None:
@@ -108,14 +108,14 @@ def test_room_that_somebody_makes_between_two_looks_is_used(machine: Machine, na
 
 
 def test_extents_that_are_of_no_use(machine: Machine, name: str) -> None:
-    """A physical volume that may not be allocated from: free, and yet no room."""
+    """A physical volume that may not be allocated from: free, and yet no space."""
     instead_of_lvextend(machine, lambda: (5, "", "  Insufficient suitable allocatable extents for logical volume vm1: 4 more required\n"))
     with storage_of(name) as storage:
         machine.commands.clear()
         with pytest.raises(NoSpace, match=r"is full \(48.0 MiB are free.*0 B could be had.*Insufficient suitable.*vgextend") as refused:
             storage.grow_to(32 * MIB)
         assert refused.value.left_bytes == 48 * MIB
-        # What was wanted, twice, for somebody may have made room; then half of it, down to an extent.
+        # What was wanted, twice, for somebody may have freed space; then half of it, down to an extent.
         assert [words[words.index("--size") + 1] for words in machine.used("lvextend")] == [f"{mib * MIB}b" for mib in (32, 32, 24, 20)]
 
 
@@ -375,7 +375,7 @@ def test_writes_wait_for_a_full_group_and_go_on_when_it_grows(machine: Machine, 
         assert driver.volume.allocator is not None
 
         def ensure_size() -> None:
-            # A write may also wait for a step that has room.
+            # A write may also wait for a step that has space.
             while "group_full" not in events or not driver.call(lambda: driver.volume.engine.waiting_writes):
                 time.sleep(0.01)
             machine.groups[volume.group].size = 128 * MIB

@@ -246,7 +246,7 @@ def test_a_step_that_hangs_and_has_worked_all_the_same() -> None:
     growth.tick(10.0, 0)
     assert growth.on_size_read(2 * STEP) == [UseSize(2 * STEP)]
     assert kinds(growth.on_step_ended(20.0, 2 * STEP, Timeout("killed"), 64 * MIB)) == ["extend_done"]
-    # And where the room that the look brought has been taken meanwhile, its end begins the next one: nobody else would.
+    # And where the space that the look brought has been taken meanwhile, its end begins the next one: nobody else would.
     growth = policy(extend_timeout_seconds=10.0, adaptive=False)
     growth.on_free_bytes(0.0, 0)
     growth.tick(10.0, 0)
@@ -280,7 +280,7 @@ def test_fixed_storage_announces_no_step() -> None:
     assert kinds(growth.on_free_bytes(0.0, 0)) == ["low_water", "Start", "WakeAt"]
 
 
-# --- Where others tell of room -----------------------------------------------------------------------------------
+# --- Where others tell of free space -----------------------------------------------------------------------------------
 
 
 def refused(free_bytes: int | None = 0) -> GrowthPolicy:
@@ -308,14 +308,14 @@ def test_a_full_group_is_asked_and_not_tried() -> None:
     assert rests == [2, 4, 8, 16, 30, 30]
 
 
-def test_a_group_that_has_room_again_is_tried() -> None:
+def test_a_group_that_has_space_again_is_tried() -> None:
     growth = refused()
     assert growth.on_space_freed(5.0, 0) == [QueryGroup(), WakeAt(305.0)]
     assert "Start" in kinds(growth.on_query_answered(5.1, "vg0", 1, 0))
 
 
 def test_extents_that_were_of_no_use_are_not_tried_for_ever() -> None:
-    """A physical volume that may not be allocated from: free, and no room. More than that is, and a real try now and then."""
+    """A physical volume that may not be allocated from: free, and no space. More than that is, and a real try now and then."""
     growth = refused(free_bytes=100)
     growth.tick(1.0, 0)
     assert "Start" not in kinds(growth.on_query_answered(1.0, "vg0", 100, 0))
@@ -331,13 +331,13 @@ def test_a_group_that_cannot_be_asked_is_tried() -> None:
     assert "Start" in kinds(growth.on_query_answered(1.1, None, None, 0))
 
 
-def test_room_that_was_freed_in_the_disk_meanwhile_needs_no_step() -> None:
+def test_space_that_was_freed_in_the_disk_meanwhile_needs_no_step() -> None:
     growth = refused()
     growth.tick(1.0, 0)
     assert "Start" not in kinds(growth.on_query_answered(1.1, "vg0", 10 * STEP, STEP))
 
 
-def test_room_that_was_made_before_the_group_was_asked() -> None:
+def test_space_that_was_made_before_the_group_was_asked() -> None:
     """vgextend between the refusal and the look after it: what that look shows is no measure of what was refused."""
     growth = refused()
     growth.on_group_report("vg0", 10 * STEP)
@@ -395,7 +395,7 @@ def test_somebody_who_asks_by_hand_is_not_kept_waiting() -> None:
     assert only(growth.on_query_answered(0.8, "vg0", 0, 0), WakeAt)
 
 
-def test_changes_without_room_are_asked_about_less_and_less_often() -> None:
+def test_changes_without_space_are_asked_about_less_and_less_often() -> None:
     """As many as they like: a hundred disks that wait must not ask a hundred times a second."""
     growth = refused()
     now, asked = 1.0, []
@@ -421,7 +421,7 @@ def test_other_failures_are_tried_again_by_the_clock_alone() -> None:
     assert rests == [1, 2, 4, 8, 16, 30, 30]
 
 
-def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> None:
+def test_space_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> None:
     growth = policy(notifies_space=True)
     for now in (0.0, 400.0, 800.0):
         growth.tick(now, 0)
@@ -431,7 +431,7 @@ def test_room_that_was_made_while_a_step_ran_may_have_come_too_late_for_it() -> 
     assert only(growth.on_step_ended(1201.0, STEP, NoSpace("full"), 0), WakeAt) == WakeAt(1202.0)
 
 
-def test_room_that_was_made_means_nothing_where_none_is_needed() -> None:
+def test_space_that_was_made_means_nothing_where_none_is_needed() -> None:
     growth = policy(notifies_space=True)
     assert growth.on_space_freed(0.0, STEP) == []
     growth.on_free_bytes(0.0, 0)
@@ -487,7 +487,7 @@ def test_a_group_that_refused_a_step_is_full_whatever_it_shows() -> None:
     growth = policy(group_low_bytes=0, adaptive=False)
     for now in (0.0, 1.0, 2.0):
         growth.tick(now, 0)
-        growth.on_step_ended(now, STEP, NoSpace("no room on two devices at once"), 0)
+        growth.on_step_ended(now, STEP, NoSpace("no space on two devices at once"), 0)
         assert kinds(growth.on_group_report("vg0", 9 * STEP)) == (["group_full"] if now == 0.0 else [])  # said once
     growth.tick(3.0, 0)
     growth.on_step_ended(3.0, STEP + MIB, NoSpace("the last bit"), 0)
@@ -497,7 +497,7 @@ def test_a_group_that_refused_a_step_is_full_whatever_it_shows() -> None:
     assert growth.on_group_report("vg0", STEP) == []
     growth.on_free_bytes(5.0, 0)
     growth.on_step_ended(5.0, 2 * STEP, NoSpace("full"), 0)
-    assert kinds(growth.on_group_report(None, None)) == ["group_full"]  # there had been room
+    assert kinds(growth.on_group_report(None, None)) == ["group_full"]  # there had been space
 
 
 def test_other_failures_say_nothing_about_the_group() -> None:
@@ -634,7 +634,7 @@ def test_writes_that_wait_do_not_make_the_rate_seem_slow() -> None:
     assert rate.at(5.51) == pytest.approx(100 * MIB, rel=0.01)  # 7 MiB in 10 ms are no measure
 
 
-def test_room_that_is_added_or_freed_is_no_writing() -> None:
+def test_space_that_is_added_or_freed_is_no_writing() -> None:
     rate = WriteRate()
     rate.look(0.0, 10 * MIB)
     rate.added(64 * MIB)

@@ -265,7 +265,7 @@ def test_nothing_left_or_released_is_not_started(disk: Disk) -> None:
 
 
 def test_what_a_pass_left_is_gone_through_again(disk: Disk) -> None:
-    """Copies give up where a slot or room is missing: the plan ends, and something is left."""
+    """Copies give up where a slot or space is missing: the plan ends, and something is left."""
     disk.copying.start(PrefetchOptions(delay_s=0))
     disk.run(2)
     disk.engine.gives_up = True
@@ -420,7 +420,7 @@ def test_full(disk: Disk) -> None:
     disk.run(2)
     disk.engine.counters["no_slot_copies"] += 1
     disk.run(0.25)
-    assert disk.state() == "full" and "room" in disk.status["reason"] and 0 < disk.status["resume_seconds"] <= 1.5
+    assert disk.state() == "full" and "space" in disk.status["reason"] and 0 < disk.status["resume_seconds"] <= 1.5
     assert disk.engine.prefetch_depth == 0
     disk.run(3)
     assert disk.state() == "running"

@@ -61,7 +61,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_new_file(path: Path) -> None:
     made = provision(f"file:{path}", virtual_size_bytes=100 * GIB)
     assert made.created and made.storage_size_bytes == path.stat().st_size == 5 * GIB
-    # Metadata has its room for good, data takes it as it comes.
+    # Metadata has its space for good, data takes it as it comes.
     assert 17 * MIB <= path.stat().st_blocks * 512 < 20 * MIB
     assert path.stat().st_mode & 0o777 == 0o600
     with open_node(path, read_only=True) as node:
@@ -429,7 +429,7 @@ def test_holes_of_the_base_are_zeros_of_the_disk(path: Path, tmp_path: Path, lay
     assert dump(f"file:{path}")["superblocks"][0]["valid"]
     described = info(made.view)["base"] if made.view else {}
     assert described["released"] is False
-    assert path.stat().st_blocks * 512 < 3 * MIB, "zeros take no room"
+    assert path.stat().st_blocks * 512 < 3 * MIB, "zeros take no space"
 
 
 @pytest.mark.parametrize("layout", Layout)

@@ -32,7 +32,7 @@ def test_what_cannot_go_on_stops_before_it_is_used(tmp_path: Path, monkeypatch: 
         driver.close()
 
 
-def test_storage_that_may_run_out_of_room_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_storage_that_may_run_out_of_space_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Then a durable write is a write and a flush (R29)."""
     path = tmp_path / "disk.img"
     make(path)
@@ -50,4 +50,4 @@ def test_storage_that_may_run_out_of_room_since(tmp_path: Path, monkeypatch: pyt
         may_fill = True
         assert driver.volume.allocator is not None
         assert driver.volume.allocator.extend_now().result(20) == 32 * MIB
-        assert durable(0) == 1 and "may run out of room" in caplog.text
+        assert durable(0) == 1 and "may run out of space" in caplog.text

@@ -188,7 +188,7 @@ def test_extend_a_device(path: Path) -> None:
             extend(device)
 
 
-def test_extend_without_room(tmp_path: Path) -> None:
+def test_extend_without_space(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=10m") as folder:
         make(folder / "disk")
         with pytest.raises(NoSpace):

@@ -52,7 +52,7 @@ def more_space(folder: Path) -> None:
     run("mount", "-o", "remount,size=200m", folder)
 
 
-def test_writes_wait_for_room_below(small: Path, volume: str) -> None:
+def test_writes_wait_for_space_below(small: Path, volume: str) -> None:
     events: list[fvd.Event] = []
     with fvd.open(volume, on_full="wait", on_event=events.append) as disk:
         before = disk.info().free_bytes
@@ -69,7 +69,7 @@ def test_writes_wait_for_room_below(small: Path, volume: str) -> None:
         full = disk.info()
         assert full.no_room_below and full.free_bytes == 0 and full.waiting_writes == 1 and len(done) < PAGES
         assert disk.pread(4096, 4096) == content(1)
-        disk.pwrite(0, content(0))  # what has its room needs none
+        disk.pwrite(0, content(0))  # what has its space needs none
         disk.flush()
         more_space(small)
         thread.join(20)
@@ -92,4 +92,4 @@ def test_writes_fail_where_that_was_asked_for(small: Path, volume: str) -> None:
         more_space(small)
         disk.pwrite((PAGES - 1) * 4096, content(1))
         assert not disk.info().no_room_below
-    assert "fail. Make room" in next(event.message for event in events if event.kind == "storage_full")
+    assert "fail. Free some space" in next(event.message for event in events if event.kind == "storage_full")

@@ -491,7 +491,7 @@ def test_full_storage_waits_and_tries_again() -> None:
     steps = Steps()
     steps.reading(8)
     full = steps.reading(no_slot_copies=3)
-    assert (full.slots, full.state, full.cause) == (0, "full", "full") and "room" in full.reason and full.resume_ns
+    assert (full.slots, full.state, full.cause) == (0, "full", "full") and "space" in full.reason and full.resume_ns
     steps.until_slots(2)
     assert steps.reading(no_slot_copies=1).state == "full"
     assert steps.until_slots(4) > 0

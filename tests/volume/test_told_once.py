@@ -138,7 +138,7 @@ def cached_medium(folder: Path) -> Iterator[Medium]:
 
 
 def durable_writes_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that does not run out of room: RWF_DSYNC, whose failure cannot be told from another write's."""
+    """As on a device that does not run out of space: RWF_DSYNC, whose failure cannot be told from another write's."""
     monkeypatch.setattr(node_module, "stack_of", lambda status, **about: Stack(stack_of(status, **about).devices, False))
 
 
@@ -289,7 +289,7 @@ def test_every_write_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_full_storage_fails_one_write(tmp_path: Path) -> None:
-    """Where storage may run out (R29) a durable write that finds no room fails alone, and is made again when there is room."""
+    """Where storage may run out (R29) a durable write that finds no space fails alone, and is made again when there is space."""
     with plain_medium(tmp_path) as medium:
         make(medium.disk, virtual_size_bytes=16 * MIB, force=True)
         with driven(medium.disk, cache="directsync", discard=False, on_full="error") as driver:

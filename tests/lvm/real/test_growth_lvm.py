@@ -59,7 +59,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 
 def test_five_default_steps_under_a_verified_load(make_group: Callable[..., Group], commands: list[tuple[str, float]]) -> None:
     """100 GiB in steps of 5: every MiB of 26 GiB gets a block, so the volume grows five times and more; all is read back, twice."""
-    # Room for the largest step, of eight: one that is refused is looked into, by an lvs, and made smaller.
+    # Space for the largest step, of eight: one that is refused is looked into, by an lvs, and made smaller.
     group = make_group(size=60 * GIB, disks=2)
     volume = f"{group.name}/vm1"
     fvd.provision(volume, "100G")
@@ -334,7 +334,7 @@ def test_an_lvextend_that_hangs_is_ended(group: Group, monkeypatch: pytest.Monke
         with pytest.raises(fvd.Timeout, match="did not end within 2 s"):
             disk.extend()
         assert time.monotonic() - begun < 20
-        disk.pwrite(0, b"x")  # there is room, and nothing is suspended
+        disk.pwrite(0, b"x")  # there is space, and nothing is suspended
         fcntl.flock(held, fcntl.LOCK_UN)
         storage._lvm = Lvm()
         disk.extend()
@@ -528,7 +528,7 @@ def test_udev_that_is_stuck(group: Group, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_udev_at_all(group: Group) -> None:
-    """lvm makes the nodes itself; growth by hand is seen when more room is wanted."""
+    """lvm makes the nodes itself; growth by hand is seen when more space is wanted."""
     settle()
     for pid in udevd():
         os.kill(pid, signal.SIGKILL)
