@@ -36,7 +36,7 @@ from fvd.errors import Conflict, Corrupt, DeviceError, InvalidArgument, NotFound
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
 from fvd.format.pending import mark_acknowledged
-from fvd.format.superblock import LossReason, PossibleLoss, Superblock, decode
+from fvd.format.superblock import LossReason, LossRecord, Superblock, decode
 from fvd.modes import DIRECT_CACHE_MODES
 from fvd.storage.allocator import Allocator
 from fvd.storage.interfaces import Attached, GroundedStorage
@@ -73,7 +73,7 @@ class OpenVolume:
     failing: FailureWatch | None = None  # None: read-only
     holding: Holding | None = None  # that what it lies on stays its own
     copying: Copying | None = None  # None: nothing is ever copied here (read-only, or no base)
-    loss: PossibleLoss | None = None  # acknowledged writes may be gone, and no administrator has said yet that it was seen
+    loss: LossRecord | None = None  # acknowledged writes may be gone, and no administrator has said yet that it was seen
     log: pending.OpenLog | None = None  # None: read-only
     # How who drives the engine lets go of the base's descriptor or connection, in the loop's thread.
     detach_base: Callable[[], None] | None = field(default=None, repr=False)
@@ -363,7 +363,7 @@ def recover(node: Node, volume: str, *, read_only: bool, discard_pending: bool, 
             left.pending_log.close()
 
 
-def loss_after(left: pending.Leftover, superblock: Superblock) -> PossibleLoss | None:
+def loss_after(left: pending.Leftover, superblock: Superblock) -> LossRecord | None:
     """Whether acknowledged writes may be gone: by what the last server left, or by what nobody has acknowledged since."""
     reason = None
     if left.kind is pending.Left.MISSING:
@@ -373,11 +373,11 @@ def loss_after(left: pending.Leftover, superblock: Superblock) -> PossibleLoss |
     elif left.pending_log is not None and left.pending_log.log.durability_ops:
         reason = LossReason.FLUSH_UNHEARD
     if reason is not None:
-        return PossibleLoss(int(time.time()), reason)
+        return LossRecord(int(time.time()), reason)
     return None if left.pending_log is not None and left.pending_log.log.acknowledged else superblock.loss
 
 
-def begin_generation(node: Node, disk: LoadedDisk, loss: PossibleLoss | None, notices: list[str]) -> tuple[Superblock, pending.OpenLog]:
+def begin_generation(node: Node, disk: LoadedDisk, loss: LossRecord | None, notices: list[str]) -> tuple[Superblock, pending.OpenLog]:
     """R21: the superblock's next generation, durably, which says where the log of this open is; what was made for earlier ones is
     believed no more. The log is there before the superblock names it, and the earlier one until then."""
     superblock = disk.superblock

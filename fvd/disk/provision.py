@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
 
 @dataclass(frozen=True)
-class Provisioned:
+class ProvisionedDisk:
     """The disk that a provision made or found."""
 
     name: VolumeName
@@ -75,7 +75,7 @@ def provision(
     progress: Progress | None = None,
     new_uuid: Callable[[], bytes] = lambda: uuid.uuid4().bytes,
     clock: Callable[[], float] = time.time,
-) -> Provisioned:
+) -> ProvisionedDisk:
     """Makes the disk, or finds that it is there already with these parameters. Can be run again whenever it was interrupted.
 
     `force` overwrites foreign signatures and contents and a damaged superblock; never a volume in use, never a valid fvd disk.
@@ -179,7 +179,7 @@ def _check_size(volume: VolumeName, virtual_size_bytes: int, reference: BaseRefe
         )
 
 
-def _build(superblock: Superblock, plan: Plan, wanted: _Wanted, *, replaces: bool, progress: Progress | None) -> Provisioned:
+def _build(superblock: Superblock, plan: Plan, wanted: _Wanted, *, replaces: bool, progress: Progress | None) -> ProvisionedDisk:
     building = provider_for(wanted.volume).build(wanted.volume, plan)
     try:
         if (disk := _found_in(building, wanted)) is not None:
@@ -187,12 +187,12 @@ def _build(superblock: Superblock, plan: Plan, wanted: _Wanted, *, replaces: boo
         _make_ready(building, plan, wanted)
         view = _write_and_read_back(building.node, superblock, wanted, progress)
         building.publish(replace=replaces)
-        return Provisioned(wanted.volume, superblock, True, building.node.size_bytes(), view)
+        return ProvisionedDisk(wanted.volume, superblock, True, building.node.size_bytes(), view)
     finally:
         building.close()
 
 
-def _found_in(building: Building, wanted: _Wanted) -> Provisioned | None:
+def _found_in(building: Building, wanted: _Wanted) -> ProvisionedDisk | None:
     """Looks again now that nobody else can change it. Raises if what is there may not be overwritten."""
     if building.contents not in (Contents.OURS, Contents.FOREIGN):
         return None
@@ -299,11 +299,11 @@ def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Tabl
 # --- What is there already ---------------------------------------------------------------------------------------------------------
 
 
-def _same_disk(wanted: _Wanted, superblock: Superblock, size_bytes: int) -> Provisioned:
+def _same_disk(wanted: _Wanted, superblock: Superblock, size_bytes: int) -> ProvisionedDisk:
     differing = differences(superblock, wanted.geometry, wanted.base, wanted.features)
     if differing:
         raise Conflict(f"{wanted.volume} is an fvd disk with other parameters: {'; '.join(differing)}. {_what_to_do(differing)}")
-    return Provisioned(wanted.volume, superblock, False, size_bytes)
+    return ProvisionedDisk(wanted.volume, superblock, False, size_bytes)
 
 
 def _what_to_do(differing: list[str]) -> str:

@@ -20,7 +20,7 @@ from fvd.disk.loading import load_disk
 from fvd.disk.opening import OpenVolume, loss_after, recover
 from fvd.format.geometry import Geometry
 from fvd.format.maps import EMPTY, Bitmap, Table
-from fvd.format.superblock import PossibleLoss, Superblock
+from fvd.format.superblock import LossRecord, Superblock
 from fvd.storage.interfaces import Attached
 from fvd.storage.provider import provider_for
 from fvd.volume.name import VolumeName, parse_name
@@ -40,7 +40,7 @@ class View:
     table: Table | None
     clean: bool  # closed properly; always False for one that is open for writing
     open: bool
-    loss: PossibleLoss | None = None  # acknowledged writes may be gone
+    loss: LossRecord | None = None  # acknowledged writes may be gone
     left_open: bool = False  # closed, but its last server did not close it: it died, or has it open on another host
     pending_changes: int = 0  # left open: entries of the maps in its log, of which the next open commits what is in no commit yet
     short_bytes: int = 0  # of its storage: what finds no space in the file system that it lies on

@@ -136,7 +136,7 @@ class LossReason(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PossibleLoss:
+class LossRecord:
     """That acknowledged writes may be gone, until an administrator says that it was seen. Raises InvalidArgument."""
 
     seconds: int  # Unix time of the open that found it
@@ -160,7 +160,7 @@ class Superblock:
     incompatible_features: int = 0
     autoclear_features: int = 0
     log: LogRecord | None = None
-    loss: PossibleLoss | None = None
+    loss: LossRecord | None = None
 
     def __post_init__(self) -> None:
         said = PENDING_LOG * (self.log is not None) | POSSIBLE_LOSS * (self.loss is not None)
@@ -191,7 +191,7 @@ class Superblock:
             raise Corrupt(f"generation {self.generation} is the last that there can be, and no program counts so far: it is forged")
         return self.generation + 1
 
-    def renewed(self, *, log: LogRecord | None, loss: PossibleLoss | None) -> Superblock:
+    def renewed(self, *, log: LogRecord | None, loss: LossRecord | None) -> Superblock:
         """The next generation, with these records and without autoclear features that are not known: what they vouch for may change."""
         features = PENDING_LOG * (log is not None) | POSSIBLE_LOSS * (loss is not None)
         return replace(self, generation=self.next_generation, autoclear_features=features, log=log, loss=loss)
@@ -310,12 +310,12 @@ def _interpret_log(row: np.void) -> LogRecord | None:
         raise InvalidArgument("the log's path is not UTF-8") from error
 
 
-def _interpret_loss(row: np.void) -> PossibleLoss | None:
+def _interpret_loss(row: np.void) -> LossRecord | None:
     if not int(row["autoclear_features"]) & POSSIBLE_LOSS:
         return None
     if int(row["loss_reason"]) not in tuple(LossReason):
         raise InvalidArgument(f"loss_reason {int(row['loss_reason'])} does not exist")
-    return PossibleLoss(int(row["loss_seconds"]), LossReason(int(row["loss_reason"])))
+    return LossRecord(int(row["loss_seconds"]), LossReason(int(row["loss_reason"])))
 
 
 def _interpret_base(row: np.void) -> BaseReference | None:

@@ -20,7 +20,7 @@ from fvd.errors import Corrupt, DeviceError, FvdError, NotFound, Unsupported
 from fvd.format.geometry import PAGE_BYTES
 from fvd.format.journal import replay
 from fvd.format.maps import Bitmap, MapKind, Table, check_maps, decode_pages, empty_bitmap, empty_table, map_offset_bytes, map_pages
-from fvd.format.superblock import PossibleLoss, Superblock, decode
+from fvd.format.superblock import LossRecord, Superblock, decode
 from fvd.volume.memory import enough_memory
 from fvd.volume.name import VolumeName, parse_name
 from fvd.volume.superblocks import Pages, read_superblock, read_superblock_slots, state_of
@@ -30,7 +30,7 @@ LISTED_CELLS = 20  # of each map: a lost region must not fill the screen
 
 
 @dataclass
-class CheckReport:
+class Findings:
     """What a check found. A disk without errors opens; warnings are worth knowing."""
 
     volume: str
@@ -43,7 +43,7 @@ class CheckReport:
     base_released: bool = False  # all that the base has is in the disk: it may be gone
 
 
-def check(target: Target, *, progress: Progress | None = None, base_allow: Sequence[str] = ()) -> CheckReport:
+def check(target: Target, *, progress: Progress | None = None, base_allow: Sequence[str] = ()) -> Findings:
     """Checks a closed disk, or (in its loop's thread) an open one: its maps in memory, and the superblocks on storage. `base_allow`: bases
     that are opened whoever has named them (`rights.py`).
 
@@ -58,8 +58,8 @@ def check(target: Target, *, progress: Progress | None = None, base_allow: Seque
         return report if report.base_released else _check_base(node, report, place.base_marks, base_allow)
 
 
-def _check_open(volume: OpenVolume) -> CheckReport:
-    report = CheckReport(str(volume.name))
+def _check_open(volume: OpenVolume) -> Findings:
+    report = Findings(str(volume.name))
     _check_superblocks(volume.node, volume.superblock, report)
     view = look(volume)
     try:
@@ -76,9 +76,9 @@ def _check_open(volume: OpenVolume) -> CheckReport:
     return report
 
 
-def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = None) -> CheckReport:
+def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = None) -> Findings:
     """Checks all that describes a closed disk in an open node, but not whether its base is there."""
-    report = CheckReport(str(name))
+    report = Findings(str(name))
     try:
         superblock = read_superblock(node)
     except Corrupt as error:
@@ -96,7 +96,7 @@ def check_node(node: Pages, name: VolumeName, *, progress: Progress | None = Non
     return report
 
 
-def _check_maps(node: Pages, name: VolumeName, superblock: Superblock, report: CheckReport, progress: Progress | None) -> None:
+def _check_maps(node: Pages, name: VolumeName, superblock: Superblock, report: Findings, progress: Progress | None) -> None:
     geometry = superblock.geometry
     bitmap, table = empty_bitmap(geometry), empty_table(geometry)
     total_bytes = geometry.bitmap_size_bytes + geometry.table_size_bytes + geometry.journal_size_bytes
@@ -109,7 +109,7 @@ def _check_maps(node: Pages, name: VolumeName, superblock: Superblock, report: C
     _count(View(name, superblock, node.size_bytes(), bitmap, table, report.clean, open=False), report)
 
 
-def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
+def _check_log(node: Node, name: VolumeName, report: Findings) -> None:
     """What a server that died has left: a disk that waits for its log is not clean."""
     state = state_of(node)
     if report.errors or not isinstance(state, Superblock):
@@ -131,12 +131,12 @@ def _check_log(node: Node, name: VolumeName, report: CheckReport) -> None:
         _tell_loss(loss_after(left, disk.superblock), report)
 
 
-def _tell_loss(loss: PossibleLoss | None, report: CheckReport) -> None:
+def _tell_loss(loss: LossRecord | None, report: Findings) -> None:
     if loss is not None:
         report.warnings.append(f"{LOSSES[loss.reason]}; fvd-lv acknowledge says that you have seen it")
 
 
-def _check_base(node: Node, report: CheckReport, marks: frozenset[str] | None, allow: Sequence[str]) -> CheckReport:
+def _check_base(node: Node, report: Findings, marks: frozenset[str] | None, allow: Sequence[str]) -> Findings:
     """Whether the base of a disk that has a readable superblock can be opened."""
     state = state_of(node)
     if isinstance(state, Superblock) and state.base is not None:
@@ -158,7 +158,7 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
-def _check_superblocks(node: Pages, superblock: Superblock, report: CheckReport) -> None:
+def _check_superblocks(node: Pages, superblock: Superblock, report: Findings) -> None:
     """One good copy is enough to open; that the other is lost is worth a warning."""
     slots = read_superblock_slots(node)
     for slot in (0, 1) if slots is not None else ():
@@ -173,7 +173,7 @@ def _check_superblocks(node: Pages, superblock: Superblock, report: CheckReport)
             report.warnings.append(str(error))
 
 
-def _check_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap | Table, report: CheckReport, meter: _Meter) -> None:
+def _check_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap | Table, report: Findings, meter: _Meter) -> None:
     """Reads a map; of a batch with a bad cell each page is tried by itself, so that every one is named."""
     geometry = superblock.geometry
     pages = map_pages(geometry, kind)
@@ -200,7 +200,7 @@ def _check_map(node: Pages, superblock: Superblock, kind: MapKind, items: Bitmap
         report.errors.append(f"{kind.name.lower()}: {bad - LISTED_CELLS} more pages have damaged cells")
 
 
-def _check_contents(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Table | None, report: CheckReport) -> None:
+def _check_contents(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Table | None, report: Findings) -> None:
     """The journal, and what must be true of the maps after it. After damage above, only what the journal itself says counts."""
     geometry = superblock.geometry
     damaged = bool(report.errors)
@@ -216,7 +216,7 @@ def _check_contents(node: Pages, superblock: Superblock, bitmap: Bitmap, table: 
         report.errors.append(f"{prefix}{error}")
 
 
-def _count(view: View, report: CheckReport) -> None:
+def _count(view: View, report: Findings) -> None:
     geometry = view.geometry
     report.clean = view.clean
     report.mapped_chunks = view.mapped_chunks

@@ -15,7 +15,7 @@ import fvd
 import fvd.aio
 from fvd.api.types import info_from_json
 from fvd.device.node import open_node
-from fvd.format.superblock import LossReason, PossibleLoss, Superblock
+from fvd.format.superblock import LossReason, LossRecord, Superblock
 from fvd.volume.superblocks import read_superblock, write_superblock
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def volume(tmp_path: Path) -> str:
     name = f"file:{tmp_path / 'vm1.img'}"
     fvd.provision(name, "256M", grow_step="16M", journal_size="1M")
     with open_node(tmp_path / "vm1.img") as node:
-        loss = PossibleLoss(SECONDS, LossReason.FLUSH_FAILED)
+        loss = LossRecord(SECONDS, LossReason.FLUSH_FAILED)
         write_superblock(node, read_superblock(node).renewed(log=None, loss=loss))
     return name
 

@@ -11,13 +11,13 @@ from typing import Any
 from fvd.device.failures import FlushFailure
 from fvd.disk._disk_thread import DiskThread, drive
 from fvd.disk.opening import open_volume
-from fvd.disk.provision import Provisioned, provision
+from fvd.disk.provision import ProvisionedDisk, provision
 
 MIB = 1 << 20
 SMALL: dict[str, Any] = {"virtual_size_bytes": 64 * MIB, "journal_size_bytes": 64 * 1024, "grow_step_bytes": 16 * MIB}
 
 
-def make(path: Path | str, **changes: Any) -> Provisioned:
+def make(path: Path | str, **changes: Any) -> ProvisionedDisk:
     """Provisions a disk of 64 MiB with 2 MiB of metadata that grows by 16 MiB."""
     return provision(volume(path), **(SMALL | changes))
 

@@ -13,10 +13,10 @@ from fvd.disk import acknowledging
 from fvd.disk.acknowledging import acknowledge
 from fvd.disk.opening import open_volume
 from fvd.errors import Conflict, DeviceError, InUse, NotFound
-from fvd.format.superblock import LossReason, PossibleLoss, Superblock
+from fvd.format.superblock import LossReason, LossRecord, Superblock
 from fvd.volume.superblocks import read_superblock, write_superblock
 
-LOSS = PossibleLoss(1_700_000_000, LossReason.FLUSH_UNHEARD)
+LOSS = LossRecord(1_700_000_000, LossReason.FLUSH_UNHEARD)
 
 
 def superblock(path: Path) -> Superblock:

@@ -20,7 +20,7 @@ from fvd.disk import provision as provision_module
 from fvd.disk._disk_thread import drive
 from fvd.disk.extending import extend
 from fvd.disk.opening import open_volume
-from fvd.disk.provision import Provisioned, provision
+from fvd.disk.provision import ProvisionedDisk, provision
 from fvd.disk.removing import remove
 from fvd.disk.view import look
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
@@ -37,7 +37,7 @@ def name(machine: Machine) -> str:
     return f"{machine.add_group(1024 * MIB)}/vm1"
 
 
-def make(name: str, **changes: Any) -> Provisioned:
+def make(name: str, **changes: Any) -> ProvisionedDisk:
     return provision(name, **(SMALL | changes))
 
 

@@ -25,7 +25,7 @@ from fvd.device.node import open_node
 from fvd.device.signature import find_signatures
 from fvd.disk import provision as provision_module
 from fvd.disk.loading import load_disk
-from fvd.disk.provision import Provisioned, provision, write_disk
+from fvd.disk.provision import ProvisionedDisk, provision, write_disk
 from fvd.disk.removing import remove
 from fvd.errors import Conflict, Corrupt, DeviceError, InUse, InvalidArgument, NoSpace, NotFound, Unsupported
 from fvd.format.geometry import Geometry, Layout
@@ -41,7 +41,7 @@ GIB = 1 << 30
 SMALL: dict[str, Any] = {"virtual_size_bytes": 64 * MIB, "journal_size_bytes": 64 * 1024, "grow_step_bytes": 16 * MIB}
 
 
-def make(path: Path | str, **changes: Any) -> Provisioned:
+def make(path: Path | str, **changes: Any) -> ProvisionedDisk:
     name = str(path) if str(path).startswith("/dev/") else f"file:{path}"
     return provision(name, **(SMALL | changes))
 
