@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,6 +290,18 @@ def wrong_imports(path: Path) -> Iterator[str]:
             yield f"{path}:{line}: only the tester's command imports fvd.sim"
         if package != own and package.layer >= own.layer:
             yield f"{path}:{line}: {own_name} (layer {own.layer}) may not import {module} (layer {package.layer})"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither directly nor by way of others, wherever in a module it says so, and be it for types only."""
+    imported: dict[str, set[str]] = {}
+    for path in SOURCES:
+        own = module_name(path)
+        imported.setdefault(own, set()).update(module for _, module in imports(path) if module in MODULES and module != own)
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' is imported by '.join(error.args[1])}")
 
 
 def test_fvd_does_without_devtools() -> None:

@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 
 from fvd.api import remote
 from fvd.api.copying import absolute, prefetch_options
+from fvd.api.hints import how_to_serve
 from fvd.api.types import PrefetchStatus, SavedProfile, from_json
+from fvd.api.verbs import info
+from fvd.errors import NotFound
 
 T = TypeVar("T")
 
@@ -49,6 +52,12 @@ def record_profile(volume: str, path: str | os.PathLike[str] | None = None) -> S
 
 
 def _ask(kind: type[T], volume: str, verb: str, **arguments: Any) -> T:
+    """The answer of whoever serves the volume. Raises NotFound: no such volume, or nobody serves it."""
     from fvd.volume.name import parse_name
 
-    return from_json(kind, remote.ask_served(parse_name(volume), verb, **arguments))
+    name = parse_name(volume)
+    answer = remote.ask(name, verb, **arguments)
+    if answer is remote.NOT_SERVED:
+        info(str(name))  # raises what is worse than not being served
+        raise NotFound(f"{name} is not served; {how_to_serve(str(name))}")
+    return from_json(kind, answer)

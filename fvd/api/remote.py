@@ -6,9 +6,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fvd.api.hints import how_to_serve
-from fvd.errors import NotFound
-
 if TYPE_CHECKING:
     from fvd.volume.name import VolumeName
 
@@ -46,17 +43,6 @@ def ask(name: VolumeName, verb: str, **arguments: Any) -> Any:
                 return client.ask(verb, **arguments)
         logging.getLogger(__name__).warning("%s: user %d listens at %s, to whom it does not belong: not asked", name, client.peer_uid, path)
     return NOT_SERVED
-
-
-def ask_served(name: VolumeName, verb: str, **arguments: Any) -> Any:
-    """As `ask`, of a verb that only a served disk has. Raises NotFound: no such volume, or nobody serves it."""
-    from fvd.api.verbs import info
-
-    answer = ask(name, verb, **arguments)
-    if answer is NOT_SERVED:
-        info(str(name))  # raises what is worse than not being served
-        raise NotFound(f"{name} is not served; {how_to_serve(str(name))}")
-    return answer
 
 
 def _is_its_device(name: VolumeName) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fvd._lifetime import Handle, whole
 from fvd.api.copying import absolute, prefetch_options
 from fvd.api.events import Event, EventStream
-from fvd.api.serving import Serving
+from fvd.api.serving import ServeOptions, Serving
 from fvd.api.types import (
     Export,
     Extended,
@@ -22,7 +21,6 @@ from fvd.api.types import (
     from_json,
     info_from_json,
 )
-from fvd.disk.options import OpenOptions
 from fvd.errors import InvalidArgument
 from fvd.modes import CacheMode, OnFull
 from fvd.units import parse_size
@@ -30,19 +28,6 @@ from fvd.units import parse_size
 if TYPE_CHECKING:
     from fvd.api.opened import OpenedVerbs
     from fvd.export.listening import Socket
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions(OpenOptions):
-    """The options of `serve`: those of each disk, where it is served, and who hears of what happens."""
-
-    socket: str | os.PathLike[str] | None = None
-    listen: str | tuple[str, int] | None = None
-    listeners: Sequence[Socket] | None = None
-    socket_mode: int = 0o600
-    socket_group: str | int | None = None
-    on_end: Callable[[], None] | None = None
-    on_event: Callable[[Event], None] | None = None
 
 
 def serve(

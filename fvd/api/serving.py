@@ -6,31 +6,44 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fvd._lifetime import checkpoint
 from fvd.api.address import parse_listen
 from fvd.api.copying import allowed_bases, volume_options
-from fvd.api.events import Deliveries, EventStream, Hub, HubStream, LocalEvents
+from fvd.api.events import Deliveries, Event, EventStream, Hub, HubStream, LocalEvents
 from fvd.api.opened import OpenedVerbs, failure_details, storage_failure
 from fvd.api.types import Export
+from fvd.disk.options import OpenOptions
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
-    from fvd.api.served import ServeOptions
     from fvd.control.server import ControlServer
     from fvd.control.streaming import Stream
     from fvd.disk.opening import OpenVolume
-    from fvd.export.listening import Listen
+    from fvd.export.listening import Listen, Socket
     from fvd.export.server import NbdServer
     from fvd.volume.name import VolumeName
 
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(OpenOptions):
+    """The options of `serve`: those of each disk, where it is served, and who hears of what happens."""
+
+    socket: str | os.PathLike[str] | None = None
+    listen: str | tuple[str, int] | None = None
+    listeners: Sequence[Socket] | None = None
+    socket_mode: int = 0o600
+    socket_group: str | int | None = None
+    on_end: Callable[[], None] | None = None
+    on_event: Callable[[Event], None] | None = None
 
 
 class Serving:

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import fvd
-from fvd.api.served import Served, ServeOptions
+from fvd.api.served import Served
+from fvd.api.serving import ServeOptions
 from fvd.cli.activation import take_sockets, unix_path
 from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size

@@ -20,8 +20,7 @@ import fvd.aio
 from fvd.api import copying
 from fvd.api.events import Event, Hub, Subscription, report
 from fvd.api.opened import OpenedVerbs
-from fvd.api.served import ServeOptions
-from fvd.api.serving import Serving
+from fvd.api.serving import ServeOptions, Serving
 from fvd.api.types import from_json, info_from_json
 from fvd.engine._engine import Want
 from fvd.errors import Corrupt, InvalidArgument, NotFound, ReadOnly
