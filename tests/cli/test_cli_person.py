@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -226,7 +227,7 @@ def test_no_message_shows_python() -> None:
 def test_what_is_quoted_cannot_harm_a_terminal() -> None:
     assert quoted("a\x1b[31m\udcff'") == "'a?[31m?''"
     assert quoted(b"x") == "'x'" and quoted(7) == "7" and quoted(None) == "None"
-    assert quoted(KeyError("lv_size")) == "lv_size" and quoted(OSError(2, "No such file")) == "No such file"
+    assert quoted(KeyError("lv_size")) == "lv_size" and quoted(OSError(errno.ENOENT, "No such file")) == "No such file"
 
 
 ADVICE_THAT_LOSES = re.compile(r"(?i)\bremove it first|not, wipefs --all|; remove it\b|or remove something|delete it")

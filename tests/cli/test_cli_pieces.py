@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import stat
@@ -62,7 +63,7 @@ def test_an_error_names_its_volume_once() -> None:
 
 def test_an_error_is_one_line() -> None:
     assert "\n" not in failure.error_line(Conflict("a\n  b"), None)
-    assert failure.error_line(OSError(2, "No such file", "/x"), None) == "fvd-lv: /x: No such file"
+    assert failure.error_line(OSError(errno.ENOENT, "No such file", "/x"), None) == "fvd-lv: /x: No such file"
     assert "please report" in failure.error_line(ZeroDivisionError("x"), None)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -104,7 +105,9 @@ def test_info_of_a_disk_that_has_failed() -> None:
     """When, why, and whose flush it was; nothing of it where nothing has failed."""
     found = _info()
     assert not any("failed" in line for line in info.describe_info(found))
-    failed = replace(found, failed=True, failed_errno=5, failed_reason="Input/output error", failed_seconds=0.5, failed_source=found.volume)
+    failed = replace(
+        found, failed=True, failed_errno=errno.EIO, failed_reason="Input/output error", failed_seconds=0.5, failed_source=found.volume
+    )
     (line,) = [line for line in info.describe_info(failed) if "failed" in line]
     assert "Input/output error" in line and "00.500" in line and found.volume not in line
     (line,) = [line for line in info.describe_info(replace(failed, failed_source="file:/other")) if "failed" in line]

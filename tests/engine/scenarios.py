@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from typing import Any
@@ -109,7 +110,7 @@ def failed_flush_is_remembered() -> None:
     def fault(op: Operation) -> int:
         if op.kind == FLUSH and not failed:
             failed.append(op)
-            return -5
+            return -errno.EIO
         return 0
 
     stage.player.errors_expected = True
@@ -125,7 +126,7 @@ def write_without_space_below_the_storage() -> None:
     full = True
 
     def fault(op: Operation) -> int:
-        return -28 if full and op.kind == WRITE and op.offset_bytes >= stage.geometry.data_offset_bytes else 0
+        return -errno.ENOSPC if full and op.kind == WRITE and op.offset_bytes >= stage.geometry.data_offset_bytes else 0
 
     stage.device.fault = fault
     cookie = stage.submit("write", 0, SECTORS_PER_BLOCK)
@@ -226,11 +227,11 @@ def durable_write_under_way_at_a_failed_flush() -> None:
     stage.submit("write", 0, 8)
     (write,) = stage.pending()
     stage.effect(write)
-    stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+    stage.device.fault = lambda op: -errno.EIO if op.kind == FLUSH else 0
     stage.submit("flush")
     stage.finish_all(but=lambda op: op is write)
     stage.finish(write)
-    if "done 2: write -5" not in log:
+    if f"done 2: write {-errno.EIO}" not in log:
         raise Violation(f"a durable write was acknowledged after a flush had failed: {log[-1]}")
 
 
@@ -308,9 +309,9 @@ def durable_write_beside_one_that_fails() -> None:
     if first not in stage.in_flight:
         raise Violation("a durable write counted while another was in flight that may have taken its flush's report")
     stage.effect(other)
-    other.result = -5
+    other.result = -errno.EIO
     stage.finish(other)
-    if f"done {first >> 20}: write -5" not in log:
+    if f"done {first >> 20}: write {-errno.EIO}" not in log:
         raise Violation(f"a durable write was acknowledged beside one that took the flush's report: {log[-1]}")
 
 
@@ -323,7 +324,7 @@ def flush_beside_one_that_fails() -> None:
     if flush not in stage.in_flight:
         raise Violation("a flush was answered while durable writes were in flight that may have taken its report")
     stage.effect(one)
-    one.result = -5
+    one.result = -errno.EIO
     stage.finish(one)
     if flush in stage.in_flight:
         raise Violation("a flush that was held back is not answered when it can no longer succeed")
@@ -377,7 +378,7 @@ def failed_durable_write_is_a_failed_flush() -> None:
     _, _, one, other = _two_durable_writes(stage)
     stage.finish(other)
     stage.effect(one)
-    one.result = -28
+    one.result = -errno.ENOSPC
     stage.finish(one)
     flush = stage.submit("flush")
     stage.finish_all()
@@ -395,7 +396,7 @@ def failed_durable_part_of_a_block_is_a_failed_flush() -> None:
     stage.finish(*stage.pending(lambda op: op.kind == READ))
     (write,) = stage.pending()
     stage.effect(write)
-    write.result = -5
+    write.result = -errno.EIO
     stage.finish(write)
     stage.now("flush")
     if not stage.engine.failed_errno:
@@ -409,10 +410,10 @@ def failed_flush_beside_the_engine() -> None:
     stage.player.errors_expected = True
     stage.submit("flush")
     stage.pending()
-    stage.engine.note_failed_flush(5)
+    stage.engine.note_failed_flush(errno.EIO)
     stage.finish_all()
     stage.now("flush")
-    if stage.engine.failed_errno != 5:
+    if stage.engine.failed_errno != errno.EIO:
         raise Violation("a flush succeeds after one beside the engine has failed")
 
 
@@ -451,7 +452,7 @@ def durable_write_on_storage_that_may_be_full() -> None:
     stage.submit("write", 8, 8, fua=True)
     (full,) = stage.pending()
     stage.effect(full)
-    full.result = stage.device.fail_with = -28
+    full.result = stage.device.fail_with = -errno.ENOSPC
     stage.finish(full)
     if stage.engine.failed_errno:
         raise Violation("a write that found no space counts as a failed flush")
@@ -542,7 +543,7 @@ def first_write_after_a_failed_one() -> None:
     stage.submit("write", SECTORS_PER_BLOCK, 8)
     (failed,) = stage.pending()
     stage.effect(failed)
-    failed.result = -5
+    failed.result = -errno.EIO
     stage.finish(failed)
     stage.now("read", SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
     stage.now("write", SECTORS_PER_BLOCK + 64, 8)
@@ -552,7 +553,7 @@ def first_write_after_a_failed_one() -> None:
 def zeroing_that_failed() -> None:
     """R18: a slot whose zeroing failed holds what it held."""
     stage = Stage(zero_chunks=True)
-    stage.device.fault = lambda op: -5 if op.kind == ZERO else 0
+    stage.device.fault = lambda op: -errno.EIO if op.kind == ZERO else 0
     stage.now("write", 8, 8)
     stage.now("read", 0, SECTORS_PER_BLOCK)
     stage.now("write", SECTORS_PER_BLOCK + 8, 8)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -305,7 +306,7 @@ def test_what_is_given_up_is_looked_for_again() -> None:
     stage = prefetching(slots=1)
     (op,) = stage.pending()
     stage.player.errors_expected = True
-    stage.device.fault = lambda op: -5 if op.target == STORAGE and op.kind == WRITE and op.length_bytes > 4096 else 0
+    stage.device.fault = lambda op: -errno.EIO if op.target == STORAGE and op.kind == WRITE and op.length_bytes > 4096 else 0
     stage.finish(op)
     stage.finish_all()
     assert stage.engine.present_blocks < 16 and stage.engine.prefetching
@@ -323,7 +324,7 @@ def test_what_is_given_up_is_looked_for_again() -> None:
 def test_a_failed_base_read_is_tried_again_in_time(copy_on_read: bool) -> None:
     stage = Stage(base_bytes=MIB, base_timeout_ns=2 * SECOND)
     stage.engine.copy_on_read = copy_on_read
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     read = stage.submit("read", 0, 8)
     partial = stage.submit("write", 4 * BLOCK, 8)
     stage.finish_all()
@@ -344,7 +345,7 @@ def test_a_base_that_stays_away_fails_the_request_and_only_it(copy_on_read: bool
     stage = Stage(base_bytes=MIB, base_timeout_ns=2 * SECOND, log=log)
     stage.engine.copy_on_read = copy_on_read
     stage.player.errors_expected = True
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     read = stage.submit("read", 0, 8)
     for _ in range(7):
         stage.finish_all()
@@ -355,7 +356,7 @@ def test_a_base_that_stays_away_fails_the_request_and_only_it(copy_on_read: bool
     stage.device.advance(SECOND // 2)
     stage.finish_all()
     assert read not in stage.in_flight and later in stage.in_flight
-    assert any(line.endswith("read -5") for line in log)
+    assert any(line.endswith(f"read {-errno.EIO}") for line in log)
     stage.device.fault = None
     stage.device.advance(SECOND)
     stage.finish_all()
@@ -366,7 +367,7 @@ def test_a_base_that_stays_away_fails_the_request_and_only_it(copy_on_read: bool
 def test_prefetching_asks_a_failing_base_once_a_second() -> None:
     stage = prefetching()
     stage.device.advance(10 * SECOND)
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     stage.finish_all()
     before = stage.counts()["base_reads"]
     for _ in range(40):
@@ -386,16 +387,16 @@ def test_what_waits_for_the_base_can_be_ended(copy_on_read: bool) -> None:
     log: list[str] = []
     stage = Stage(base_bytes=MIB, base_timeout_ns=1000 * SECOND, log=log)
     stage.engine.copy_on_read = copy_on_read
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     stage.player.cancelled = True
     stage.submit("read", 0, 8)
     stage.submit("read", 8, 8)
     stage.submit("write", 4 * BLOCK, 8)
     stage.finish_all()
     assert stage.engine.waits_for_clock
-    assert stage.engine.cancel_all_waiting(108) == 3
+    assert stage.engine.cancel_all_waiting(errno.ESHUTDOWN) == 3
     stage.finish_all()
-    assert not stage.in_flight and sum(line.endswith("-108") for line in log) == 3
+    assert not stage.in_flight and sum(line.endswith(str(-errno.ESHUTDOWN)) for line in log) == 3
     assert stage.engine.leaks() == {}
     stage.device.fault = None
     stage.settle()
@@ -404,7 +405,7 @@ def test_what_waits_for_the_base_can_be_ended(copy_on_read: bool) -> None:
 def test_close_does_not_wait_for_a_base_that_fails() -> None:
     stage = Stage(base_bytes=MIB, base_timeout_ns=1000 * SECOND)
     stage.player.errors_expected = True
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     read = stage.submit("read", 0, 8)
     stage.finish_all()
     stage.begin_close()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from fvd.sim._device import BASE, FLUSH, STORAGE, WRITE, Operation
@@ -41,7 +43,7 @@ def test_a_read_that_joined_a_copy_fails_in_its_own_time() -> None:
     stage = Stage(base_bytes=MIB, base_timeout_ns=2 * SECOND)
     stage.engine.copy_on_read = True
     stage.player.errors_expected = True
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     stage.submit("read", 0, 8)
     stage.finish_all()
     stage.device.advance(SECOND // 4)
@@ -61,7 +63,7 @@ def test_a_plan_that_has_been_taken_back_is_not_looked_at_again() -> None:
     stage = Stage(base_bytes=MIB)
     stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 2
     stage.engine.prefetch_plan([(0, MIB)])
-    stage.device.fault = lambda op: -5 if of_base(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
     ops = stage.pending(of_base)
     stage.engine.prefetch_plan([])
     stage.finish(*ops)
@@ -165,7 +167,7 @@ def test_a_base_is_not_released_under_a_read(failing: bool) -> None:
     read = stage.submit("read", 0, 8)
     (op,) = stage.pending(of_base)
     if failing:
-        stage.device.fault = lambda op: -5 if of_base(op) else 0
+        stage.device.fault = lambda op: -errno.EIO if of_base(op) else 0
         stage.finish(op)
     stage.submit("write", 0, MIB // 512)
     stage.finish_all(but=of_base)
@@ -258,7 +260,7 @@ def test_nothing_is_prefetched_for_a_disk_that_closes_or_has_failed(closing: boo
     if closing:
         stage.begin_close()
     else:
-        stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+        stage.device.fault = lambda op: -errno.EIO if op.kind == FLUSH else 0
         stage.now("flush")
         assert stage.engine.failed_errno
     stage.engine.prefetch_depth = 4
@@ -276,7 +278,7 @@ def test_prefetching_comes_back_to_what_a_guests_copy_gave_up() -> None:
     stage.engine.prefetch_idle_ns, stage.engine.prefetch_depth = 0, 8
     stage.engine.prefetch_plan([(0, MIB)])
     stage.finish_all(but=lambda op: op is base)
-    stage.device.fault = lambda op: -5 if saving(op) else 0
+    stage.device.fault = lambda op: -errno.EIO if saving(op) else 0
     stage.finish_all()
     assert stage.engine.present_blocks == 15
     stage.device.fault = None
@@ -320,7 +322,7 @@ def test_what_cannot_be_kept_is_read_as_the_guest_asked(full: bool) -> None:
     if full:
         stage.set_exhausted(True)
     else:
-        stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+        stage.device.fault = lambda op: -errno.EIO if op.kind == FLUSH else 0
         stage.now("flush")
     stage.submit("read", SECTORS_PER_CHUNK, 8)
     (op,) = stage.pending(of_base)

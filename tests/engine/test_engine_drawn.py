@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from fvd.engine._engine import Want
 from fvd.format.geometry import Placement
 from fvd.sim._device import FLUSH, Operation
@@ -75,7 +77,7 @@ def test_overwrites_of_parts_of_blocks_go_on_after_a_failed_flush() -> None:
     stage = Stage(logical_block_bytes=4096, log=log)
     stage.now("write", 0, SECTORS_PER_BLOCK)
     stage.player.errors_expected = True
-    stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+    stage.device.fault = lambda op: -errno.EIO if op.kind == FLUSH else 0
     stage.now("flush")
     stage.now("write", 1, 1)
     assert log[-1].endswith("write 0"), log[-1]
@@ -89,15 +91,15 @@ def test_reads_of_what_is_durable_go_on_after_a_failed_flush() -> None:
         stage.now("write", 0, SECTORS_PER_BLOCK)
         stage.now("flush")
         stage.player.errors_expected = True
-        stage.device.fault = lambda op: -5 if op.kind == FLUSH else 0
+        stage.device.fault = lambda op: -errno.EIO if op.kind == FLUSH else 0
         stage.now("write", SECTORS_PER_CHUNK if pending else 0, SECTORS_PER_BLOCK)
         stage.now("flush")
-        assert log[-1].endswith("flush -5"), log[-1]
+        assert log[-1].endswith(f"flush {-errno.EIO}"), log[-1]
         stage.now("read", 0, SECTORS_PER_BLOCK)
         assert log[-1].endswith("read 0"), log[-1]
         if pending:
             stage.now("read", SECTORS_PER_CHUNK, SECTORS_PER_BLOCK)
-            assert log[-1].endswith("read -5"), log[-1]
+            assert log[-1].endswith(f"read {-errno.EIO}"), log[-1]
 
 
 def test_only_a_close_closes_cleanly() -> None:

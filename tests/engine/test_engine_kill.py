@@ -7,6 +7,8 @@ The flush itself is in fvd.disk.recovery; here the same histories are played wit
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from fvd.disk import recovery
@@ -60,7 +62,7 @@ def failed_commit_lands_before_the_flush(monkeypatch: pytest.MonkeyPatch) -> Non
     before = bytes(stage.image[start : start + len(page)])
     stage.effect(journal)
     stage.image[start : start + len(page)] = before  # nothing of it is there yet
-    journal.result = -5
+    journal.result = -errno.EIO
     stage.finish(journal)
     flush = recovery.make_durable
 

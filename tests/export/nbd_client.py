@@ -6,12 +6,26 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from fvd.export import handshake as hs
 from fvd.export._nbd import COMMAND_READ
 
 TIMEOUT_SECONDS = 20
 REQUEST_MAGIC = 0x25609513
+
+
+class NbdError(IntEnum):
+    """Errors as they stand in a reply: the numbers are the protocol's, whatever the system's errno numbers are."""
+
+    EPERM = 1
+    EIO = 5
+    ENOMEM = 12
+    EINVAL = 22
+    ENOSPC = 28
+    EOVERFLOW = 75
+    ENOTSUP = 95
+    ESHUTDOWN = 108
 
 
 def option(kind: int, data: bytes = b"") -> bytes:

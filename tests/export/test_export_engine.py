@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from nbd_client import TIMEOUT_SECONDS, request
+from nbd_client import TIMEOUT_SECONDS, NbdError, request
 from nbd_running import MIB, Disks, Running
 
 from fvd.engine._engine import Engine, Want
@@ -19,7 +19,6 @@ from fvd.export.server import Limits
 READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH, nbd.COMMAND_TRIM
 ZEROES, STATUS = nbd.COMMAND_WRITE_ZEROES, nbd.COMMAND_BLOCK_STATUS
 FUA, NO_HOLE, REQ_ONE = nbd.COMMAND_FLAG_FUA, nbd.COMMAND_FLAG_NO_HOLE, nbd.COMMAND_FLAG_REQ_ONE
-ENOSPC, ESHUTDOWN = 28, 108
 SIZE = 64 * MIB
 
 
@@ -126,10 +125,10 @@ def test_waiting_writes_have_a_cap_of_their_own(full: Full, size: int, count: in
     assert client.call(FLUSH).error == 0
     assert not client.replies
     more = [client.begin(WRITE, (10 + i % 50) * MIB, data=bytes(size)) for i in range(count + 100)]
-    assert [client.take(cookie).error for cookie in waits] == [ENOSPC] * count
+    assert [client.take(cookie).error for cookie in waits] == [NbdError.ENOSPC] * count
     assert full.counters()["inflight_bytes"] <= 11 * MIB
     full.grow(60)
-    assert {client.take(cookie).error for cookie in more} <= {0, ENOSPC}
+    assert {client.take(cookie).error for cookie in more} <= {0, NbdError.ENOSPC}
     assert other.take(others).error == 0
 
 
@@ -144,7 +143,7 @@ def test_what_waits_in_total_is_bounded(full: Full) -> None:
     assert clients[0].call(FLUSH).error == 0
     full.grow(60)
     errors = [client.take(cookie).error for client, cookie in waits]
-    assert set(errors) == {0, ENOSPC}
+    assert set(errors) == {0, NbdError.ENOSPC}
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
@@ -156,7 +155,7 @@ def test_a_client_that_leaves_takes_its_waiting_writes_along(full: Full, goodbye
     eventually(lambda: full.waiting() == 21)
     if goodbye:
         client.send(request_disconnect())
-        assert [client.take(i).error for i in range(1, 21)] == [ESHUTDOWN] * 20
+        assert [client.take(i).error for i in range(1, 21)] == [NbdError.ESHUTDOWN] * 20
         assert client.ended()
     else:
         client.socket.close()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nbd_client import TIMEOUT_SECONDS, Client, go, option, request
+from nbd_client import TIMEOUT_SECONDS, Client, NbdError, go, option, request
 from nbd_running import MIB, Disks, Running
 
 from devtools._passthrough import PassThrough
@@ -32,7 +31,6 @@ from fvd.export.server import Limits, NbdServer, Tcp, Unix
 READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH, nbd.COMMAND_TRIM
 CACHE, ZEROES, STATUS = nbd.COMMAND_CACHE, nbd.COMMAND_WRITE_ZEROES, nbd.COMMAND_BLOCK_STATUS
 FUA, NO_HOLE, DF, REQ_ONE = nbd.COMMAND_FLAG_FUA, nbd.COMMAND_FLAG_NO_HOLE, nbd.COMMAND_FLAG_DF, nbd.COMMAND_FLAG_REQ_ONE
-EPERM, EINVAL, ENOSPC, ESHUTDOWN = 1, 22, 28, 108
 
 Serve = Callable[..., Running]
 
@@ -88,13 +86,13 @@ def test_every_command(serve: Serve, structured: bool) -> None:
 
 def test_refusals_leave_the_connection_usable(serve: Serve) -> None:
     client = serve(minimum_block_bytes=512).client(structured=True)
-    assert client.call(READ, 1, 512).error == EINVAL
-    assert client.call(READ, 64 * MIB, 512).error == EINVAL
-    assert client.call(WRITE, 64 * MIB, data=bytes(512)).error == ENOSPC
-    assert client.call(STATUS, 0, 512).error == EINVAL
-    assert client.call(99, 0, 512).error == EINVAL
-    assert client.call(READ, 0, 33 * MIB).error == EINVAL
-    assert client.call(WRITE, 0, data=bytes(33 * MIB)).error == EINVAL  # taken in and thrown away
+    assert client.call(READ, 1, 512).error == NbdError.EINVAL
+    assert client.call(READ, 64 * MIB, 512).error == NbdError.EINVAL
+    assert client.call(WRITE, 64 * MIB, data=bytes(512)).error == NbdError.ENOSPC
+    assert client.call(STATUS, 0, 512).error == NbdError.EINVAL
+    assert client.call(99, 0, 512).error == NbdError.EINVAL
+    assert client.call(READ, 0, 33 * MIB).error == NbdError.EINVAL
+    assert client.call(WRITE, 0, data=bytes(33 * MIB)).error == NbdError.EINVAL  # taken in and thrown away
     assert client.call(WRITE, 0, data=pattern(1, 32 * MIB)).error == 0
     assert client.call(READ, 0, 32 * MIB).data == pattern(1, 32 * MIB)
 
@@ -102,8 +100,8 @@ def test_refusals_leave_the_connection_usable(serve: Serve) -> None:
 def test_read_only(serve: Serve) -> None:
     client = serve(read_only=True).client()
     assert client.flags & hs.EXPORT_READ_ONLY
-    assert [client.call(command, 0, 512).error for command in (TRIM, ZEROES)] == [EPERM, EPERM]
-    assert client.call(WRITE, 0, data=bytes(512)).error == EPERM
+    assert [client.call(command, 0, 512).error for command in (TRIM, ZEROES)] == [NbdError.EPERM, NbdError.EPERM]
+    assert client.call(WRITE, 0, data=bytes(512)).error == NbdError.EPERM
     assert client.call(READ, 0, 512).data == bytes(512)
 
 
@@ -386,8 +384,8 @@ def test_a_storage_that_fails_is_an_error_of_the_request(disks: Disks, tmp_path:
     fd = os.open(tmp_path / "short", os.O_RDONLY)
     disks.descriptors.append(fd)
     client = disks.serve(2 * MIB, storage=fd).client(structured=True)
-    assert client.call(READ, MIB, 512).error == errno.EIO
-    assert client.call(WRITE, 0, data=bytes(512)).error == errno.EIO
+    assert client.call(READ, MIB, 512).error == NbdError.EIO
+    assert client.call(WRITE, 0, data=bytes(512)).error == NbdError.EIO
     assert client.call(READ, 0, 512).error == 0
 
 

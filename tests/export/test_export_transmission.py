@@ -9,14 +9,13 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbd_client import REQUEST_MAGIC, request
+from nbd_client import REQUEST_MAGIC, NbdError, request
 
 from fvd.errors import InvalidArgument
 from fvd.export import _nbd as nbd
 from fvd.export._nbd import Closed, Command, NeedData, Transmission
 
 MIB = 1 << 20
-EPERM, EINVAL, ENOSPC = 1, 22, 28
 READ, WRITE, FLUSH, TRIM = nbd.COMMAND_READ, nbd.COMMAND_WRITE, nbd.COMMAND_FLUSH, nbd.COMMAND_TRIM
 CACHE, ZEROES, STATUS = nbd.COMMAND_CACHE, nbd.COMMAND_WRITE_ZEROES, nbd.COMMAND_BLOCK_STATUS
 
@@ -51,15 +50,15 @@ def test_good_requests(command: int, flags: int) -> None:
 
 @pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, ZEROES, STATUS])
 def test_bounds(command: int) -> None:
-    beyond = ENOSPC if command in (WRITE, ZEROES) else EINVAL
+    beyond = NbdError.ENOSPC if command in (WRITE, ZEROES) else NbdError.EINVAL
     for offset, length in ((64 * MIB, 1), (64 * MIB - 1, 2), (2**64 - 1, 1), (2**64 - 1, 2**31), (2**63, 4096)):
         assert verdict(command, offset, length) == beyond
-    assert verdict(command, 0, 0) == EINVAL
+    assert verdict(command, 0, 0) == NbdError.EINVAL
 
 
 def test_size_of_data() -> None:
     assert verdict(READ, 0, 32 * MIB) == verdict(WRITE, 0, 32 * MIB) == 0
-    assert verdict(READ, 0, 32 * MIB + 1) == verdict(WRITE, 0, 32 * MIB + 1) == EINVAL
+    assert verdict(READ, 0, 32 * MIB + 1) == verdict(WRITE, 0, 32 * MIB + 1) == NbdError.EINVAL
     for command in (TRIM, CACHE, ZEROES, STATUS):  # these carry no data
         assert verdict(command, 0, 64 * MIB) == 0
 
@@ -67,19 +66,19 @@ def test_size_of_data() -> None:
 @pytest.mark.parametrize("command", [READ, TRIM, CACHE, ZEROES, STATUS])
 def test_alignment(command: int) -> None:
     assert verdict(command, 4096, 8192, minimum_block_bytes=4096) == 0
-    assert verdict(command, 4096, 512, minimum_block_bytes=4096) == EINVAL
-    assert verdict(command, 512, 4096, minimum_block_bytes=4096) == EINVAL
+    assert verdict(command, 4096, 512, minimum_block_bytes=4096) == NbdError.EINVAL
+    assert verdict(command, 512, 4096, minimum_block_bytes=4096) == NbdError.EINVAL
 
 
 def test_read_only() -> None:
     for command in (TRIM, ZEROES):
-        assert verdict(command, 0, 4096, read_only=True) == EPERM
-        assert verdict(command, 2**40, 4096, read_only=True) == EPERM
+        assert verdict(command, 0, 4096, read_only=True) == NbdError.EPERM
+        assert verdict(command, 2**40, 4096, read_only=True) == NbdError.EPERM
     for command in (READ, CACHE, STATUS):
         assert verdict(command, 0, 4096, read_only=True) == 0
     assert verdict(FLUSH, 0, 0, read_only=True) == 0
     events = feed(request(WRITE, 0, 512, data=bytes(512)) + request(READ, 0, 512, cookie=2), Transmission(MIB, read_only=True))
-    assert [(event.error, event.data) for event in events if isinstance(event, Command)] == [(EPERM, b""), (0, b"")]
+    assert [(event.error, event.data) for event in events if isinstance(event, Command)] == [(NbdError.EPERM, b""), (0, b"")]
 
 
 def test_flags() -> None:
@@ -92,15 +91,15 @@ def test_flags() -> None:
         length = 0 if command == FLUSH else 4096
         for bit in range(16):
             good = 1 << bit in (nbd.COMMAND_FLAG_FUA, allowed.get(command))
-            assert verdict(command, 0, length, 1 << bit) == (0 if good else EINVAL), (command, bit)
-    assert verdict(READ, 0, 4096, nbd.COMMAND_FLAG_DF, structured=False) == EINVAL
+            assert verdict(command, 0, length, 1 << bit) == (0 if good else NbdError.EINVAL), (command, bit)
+    assert verdict(READ, 0, 4096, nbd.COMMAND_FLAG_DF, structured=False) == NbdError.EINVAL
 
 
 def test_other_refusals() -> None:
-    assert verdict(STATUS, 0, 4096, allocation=False) == EINVAL
-    assert verdict(FLUSH, 0, 1) == EINVAL and verdict(FLUSH, 1, 0) == EINVAL
+    assert verdict(STATUS, 0, 4096, allocation=False) == NbdError.EINVAL
+    assert verdict(FLUSH, 0, 1) == NbdError.EINVAL and verdict(FLUSH, 1, 0) == NbdError.EINVAL
     for unknown in (8, 9, 255, 65535):
-        assert verdict(unknown, 0, 4096) == EINVAL
+        assert verdict(unknown, 0, 4096) == NbdError.EINVAL
     with pytest.raises(InvalidArgument):
         Transmission(MIB, minimum_block_bytes=3)
 
@@ -114,14 +113,14 @@ def test_writes_carry_their_data() -> None:
 def test_the_data_of_a_refused_write_is_skipped() -> None:
     stream = request(WRITE, 2 * MIB, 4096, data=request(READ, 0, 512) * 146 + bytes(8)) + request(READ, 0, 512, cookie=9)
     events = feed(stream, Transmission(MIB))
-    assert [(event.cookie, event.error) for event in events if isinstance(event, Command)] == [(1, ENOSPC), (9, 0)]
+    assert [(event.cookie, event.error) for event in events if isinstance(event, Command)] == [(1, NbdError.ENOSPC), (9, 0)]
 
 
 def test_a_huge_write_is_refused_at_once_and_costs_no_memory() -> None:
     transmission = Transmission(1 << 40)
     transmission.receive_data(request(WRITE, 0, 0xFFFFFFFF))
     event = transmission.next_event()
-    assert isinstance(event, Command) and event.error == EINVAL
+    assert isinstance(event, Command) and event.error == NbdError.EINVAL
     for _ in range(64):
         transmission.receive_data(bytes(MIB))
         assert transmission.next_event() == NeedData()
@@ -139,19 +138,20 @@ def test_the_end() -> None:
 
 
 def test_replies() -> None:
-    assert nbd.simple_reply(5, 28) == struct.pack(">IIQ", 0x67446698, 28, 5)
+    assert nbd.simple_reply(5, NbdError.ENOSPC) == struct.pack(">IIQ", 0x67446698, NbdError.ENOSPC, 5)
     assert nbd.simple_reply(2**64 - 1, data=b"abc").endswith(b"\xff" * 8 + b"abc")
     head = struct.Struct(">IHHQI")
     assert nbd.data_reply(5, 4096, b"data") == head.pack(0x668E33EF, 1, 1, 5, 12) + struct.pack(">Q", 4096) + b"data"
     assert nbd.hole_reply(5, 4096, 512) == head.pack(0x668E33EF, 1, 2, 5, 12) + struct.pack(">QI", 4096, 512)
-    assert nbd.error_reply(5, 28) == head.pack(0x668E33EF, 1, 0x8001, 5, 6) + struct.pack(">IH", 28, 0)
+    assert nbd.error_reply(5, NbdError.ENOSPC) == head.pack(0x668E33EF, 1, 0x8001, 5, 6) + struct.pack(">IH", NbdError.ENOSPC, 0)
     assert nbd.status_reply(5, [(512, 3), (4096, 0)]) == head.pack(0x668E33EF, 1, 5, 5, 20) + struct.pack(">5I", 1, 512, 3, 4096, 0)
 
 
 def test_errors() -> None:
-    expected = {errno.ENOSPC: 28, errno.EDQUOT: 28, errno.EFBIG: 28, errno.EPERM: 1, errno.EACCES: 1, errno.EROFS: 1, errno.EIO: 5}
-    expected |= {errno.ENOMEM: 12, errno.EINVAL: 22, errno.EOVERFLOW: 75, errno.EOPNOTSUPP: 95, errno.ESHUTDOWN: 108, errno.ENODEV: 5, 0: 0}
-    assert {number: nbd.error_of_errno(number) for number in expected} == expected
+    expected = {getattr(errno, name): NbdError[name] for name in ("EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "EOVERFLOW", "ESHUTDOWN")}
+    expected |= {errno.EDQUOT: NbdError.ENOSPC, errno.EFBIG: NbdError.ENOSPC, errno.EACCES: NbdError.EPERM, errno.EROFS: NbdError.EPERM}
+    expected |= {errno.EOPNOTSUPP: NbdError.ENOTSUP, errno.ENODEV: NbdError.EIO}
+    assert {number: nbd.error_of_errno(number) for number in (*expected, 0)} == expected | {0: 0}
 
 
 def test_the_table_is_total_and_closes_for_good() -> None:

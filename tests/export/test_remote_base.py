@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from errno import EIO
 from pathlib import Path
 
 import pytest
 from nbd_base import Nbdkit, OddServer, until
+from nbd_client import NbdError
 from nbd_running import MIB, Disks, Running
 
 from fvd.device._remote import Remote
@@ -97,7 +97,7 @@ def test_a_request_that_is_passed_over(disks: Disks, tmp_path: Path, blocking: b
     client.begin(READ, 0, 4096)
     begun = time.monotonic()
     while odd.accepted == 1 and time.monotonic() - begun < 5:
-        assert other.call(READ, 8 * MIB, 4096).error in (0, EIO)
+        assert other.call(READ, 8 * MIB, 4096).error in (0, NbdError.EIO)
         time.sleep(0.02)
     assert 0.9 < time.monotonic() - begun < 2.5
     served.running.close()

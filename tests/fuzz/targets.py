@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
@@ -227,7 +228,7 @@ def use(storage: Storage, disk: LoadedDisk) -> None:
             if done:
                 break
         assert [number for number, _ in done] == [cookie], f"request {kind} never ends"
-        assert done[0][1] in (0, -28), done
+        assert done[0][1] in (0, -errno.ENOSPC), done
     assert not engine.leaks() and not engine.failed_errno
     try:
         assert load_disk(storage).journal_state.clean

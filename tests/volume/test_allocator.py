@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -535,7 +536,7 @@ def test_whatever_reading_the_size_raises_ends_the_step() -> None:
     world.storage.failure = NoSpace("full")
 
     def broken() -> int:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     real, world.storage.size_bytes = world.storage.size_bytes, broken  # type: ignore[method-assign]
     world.fill(0)

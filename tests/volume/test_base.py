@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -318,7 +319,7 @@ def test_a_format_that_qemu_contradicts(tmp_path: Path, remotes: list[FakeRemote
         ("qemu-img: Could not open 'X': Failed to connect to host: Connection refused", DeviceError),
         ("", DeviceError),
         (subprocess.TimeoutExpired("qemu-img", 3), Timeout),
-        (OSError(8, "Exec format error"), DeviceError),
+        (OSError(errno.ENOEXEC, "Exec format error"), DeviceError),
     ],
 )
 def test_what_qemu_img_complains_of(told: dict[str, Any], error: Any, kind: type[FvdError]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -107,7 +108,7 @@ def test_a_full_tmp_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise OSError(11, "Resource temporarily unavailable")
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", fail)
     with pytest.raises(DeviceError, match="cannot be started"):

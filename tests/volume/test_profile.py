@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -129,7 +130,7 @@ def test_the_old_profile_stays_where_the_new_one_cannot_be_written(path: str, mo
     save(path, BASE, [(0, 4096)])
 
     def fails(*_: object) -> None:
-        raise OSError(5, "no")
+        raise OSError(errno.EIO, "no")
 
     monkeypatch.setattr(Place, "rename", fails)
     with pytest.raises(DeviceError):
