@@ -17,6 +17,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
+from fvd.base.vhdx import has_parent
 from fvd.device.as_user import User
 from fvd.device.node import Node
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound, PermissionDenied, Timeout, Unsupported, quoted
@@ -45,6 +46,8 @@ _MAGICS = (
 _QCOW2_DATA_FILE = 4  # incompatible feature
 _QED_BACKING_FILE = 1
 _VPC_DIFFERENCING = 4
+_VDI_DIFFERENCING = 4
+_VDI_PARENT = slice(424, 456)  # the UUIDs of the image below, and of its last change
 # /usr/local first: an administrator's own QEMU. An ordinary PATH may hold anything.
 _PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SHOWN = 300  # characters of what a program says
@@ -56,6 +59,7 @@ class Contents:
     def __init__(self, node: Node) -> None:
         size_bytes = node.size_bytes()
         self.path = node.path
+        self._node = node
         self._head = node.pread(0, min(size_bytes, _HEAD_BYTES)).tobytes()
         tail_bytes = min(size_bytes, _SECTOR_BYTES)
         self._tail = node.pread(size_bytes - tail_bytes, tail_bytes).tobytes()
@@ -91,6 +95,11 @@ class Contents:
             footer = head if head.startswith(_VPC_FOOTER) else self._tail
             if _at(footer, 60, ">I")[0] == _VPC_DIFFERENCING:
                 raise _refusal(self.path, "has a parent")
+        elif base_format is BaseFormat.VDI:
+            if _at(head, 76, "<I")[0] == _VDI_DIFFERENCING or any(head[_VDI_PARENT]):
+                raise _refusal(self.path, "has a parent")
+        elif base_format is BaseFormat.VHDX and has_parent(self._node):
+            raise _refusal(self.path, "has a parent")
 
 
 def _at(raw: bytes, offset: int, layout: str) -> tuple[int, ...]:
@@ -223,6 +232,8 @@ def _failure(locator: str, text: str) -> FvdError:
         return PermissionDenied(f"the base {locator} may not be read: {line}")
     if "unknown protocol" in lower or "unknown driver" in lower:
         return Unsupported(f"this QEMU cannot read the base {locator}; install its driver (Debian: apt install qemu-block-extra) ({line})")
+    if "unsupported" in lower or "not supported" in lower:
+        return Unsupported(f"QEMU cannot read the base {locator}: {line}")
     if "no such file" in lower or "404" in lower:
         return NotFound(f"the base {locator} does not exist: {line}")
     if "not in" in lower or "invalid" in lower or "magic" in lower:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from loops import loop_device, sparse
 
 from fvd.base import images as base_images
+from fvd.base import vhdx
 from fvd.base.base import examine_base, open_base
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity
@@ -241,6 +243,9 @@ def test_an_fvd_disk_is_no_base(tmp_path: Path, offset: int, remotes: list[FakeR
         ("vmdk", 0, b"# Disk DescriptorFile", "keeps its data in other files"),
         ("vmdk", 12, bytes(8), "keeps its data in other files"),
         ("vpc", 60, struct.pack(">I", 4), "has a parent"),
+        ("vdi", 76, struct.pack("<I", 4), "has a parent"),
+        ("vdi", 424, b"\1", "has a parent"),
+        ("vdi", 455, b"\1", "has a parent"),
     ],
 )
 def test_headers_that_name_other_files(
@@ -264,6 +269,16 @@ def test_a_parent_of_a_fixed_vhd(tmp_path: Path, remotes: list[FakeRemote], told
     path.write_bytes(bytes(MIB) + (b"conectix".ljust(60, b"\0") + struct.pack(">I", 4)).ljust(512, b"\0"))
     with pytest.raises(Unsupported, match="has a parent"):
         examine_base(path, "vpc")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_of_a_vhdx_that_hold_anything(tmp_path: Path, seed: int, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
+    """Places beyond its end, and tables full of rows: what else is wrong with it is qemu-img's to say."""
+    rng = random.Random(seed)
+    place = rng.choice((0, MIB - 1, MIB, 2**63, 2**64 - 1))
+    row = vhdx.METADATA + struct.pack("<QII", place, 2**32 - 1, 1)
+    path = image(tmp_path / "image", "vhdx", ((192 + 64 * rng.randrange(2)) << 10, rng.randbytes(16) + row * rng.choice((1, 2047))))
+    assert examine_base(path, "vhdx").format is BaseFormat.VHDX
 
 
 def test_a_header_that_is_cut_off(tmp_path: Path, remotes: list[FakeRemote], told: dict[str, Any]) -> None:
@@ -316,6 +331,7 @@ def test_a_format_that_qemu_contradicts(tmp_path: Path, remotes: list[FakeRemote
         ("qemu: module block-block-ssh not found\nqemu-img: Could not open 'X': Unknown protocol 'ssh'", Unsupported),
         ("qemu-img: Could not open 'X': Could not open 'X': No such file or directory", NotFound),
         ("qemu-img: Could not open 'X': Image is not in qcow2 format", InvalidArgument),
+        ("qemu-img: Could not open 'X': unsupported VDI image (non-NULL link UUID)", Unsupported),
         ("qemu-img: Could not open 'X': Failed to connect to host: Connection refused", DeviceError),
         ("", DeviceError),
         (subprocess.TimeoutExpired("qemu-img", 3), Timeout),

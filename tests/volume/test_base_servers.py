@@ -6,18 +6,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from loops import loop_device, run
 
 from disks import driven
 from disks import make as make_disk
+from fvd.base import images, vhdx
 from fvd.base.base import examine_base, open_base
+from fvd.base.images import check_image
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Identity, open_node
 from fvd.disk.loading import load_disk
@@ -99,6 +103,55 @@ def test_a_vhd_of_fixed_size(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="looks like vpc"):
         examine_base(path)
     assert examine_base(path, "vpc").size_bytes >= SIZE
+
+
+def with_vdi_parent(image: bytearray) -> None:
+    """As VirtualBox writes the difference to another image: its kind, and the UUIDs of that one and of its last change."""
+    struct.pack_into("<I", image, 76, 4)
+    image[424:456] = bytes(range(1, 33))
+
+
+def with_vhdx_parent(image: bytearray) -> None:
+    """As Hyper-V writes it: the bit of the file parameters, and a locator with the parent's path in the table of metadata."""
+    regions = [struct.unpack_from("<16sQ", image, (192 << 10) + 16 + 32 * number) for number in range(2)]
+    (place,) = [offset for guid, offset in regions if guid == vhdx.METADATA]
+    (count,) = struct.unpack_from("<H", image, place + 10)
+    for number in range(count):
+        guid, offset = struct.unpack_from("<16sI", image, place + 32 + 32 * number)
+        if guid == vhdx.FILE_PARAMETERS:
+            image[place + offset + 4] |= 2
+    locator = 512 << 10
+    struct.pack_into("<16sIII", image, place + 32 + 32 * count, vhdx.PARENT_LOCATOR, locator, 20 + 12 + 62, 4)
+    struct.pack_into("<H", image, place + 10, count + 1)
+    key, value = (text.encode("utf-16-le") for text in ("relative_path", "shadow.vhdx"))
+    kind = UUID("b04aefb7-d19e-4a81-b789-25b8e9445913").bytes_le
+    struct.pack_into("<16sHHIIHH", image, place + locator, kind, 0, 1, 32, 32 + len(key), len(key), len(value))
+    image[place + locator + 32 : place + locator + 32 + len(key + value)] = key + value
+
+
+@pytest.mark.parametrize(("kind", "give_parent"), [("vdi", with_vdi_parent), ("vhdx", with_vhdx_parent)])
+def test_an_image_that_is_the_difference_to_another(
+    tmp_path: Path, kind: str, give_parent: Callable[[bytearray], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a program of QEMU's sees it, at provision, at open and before its reader is started again; and by qemu-img."""
+    path = make_image(tmp_path / "image", kind)
+    reference = examine_base(path, kind)
+    data = bytearray(path.read_bytes())
+    give_parent(data)
+    assert gone()
+    with open_base(reference, NOBODY) as base:
+        assert base.remote is not None and base.remote.pread(DATA_AT, 512) == b"A" * 512
+    path.write_bytes(data)
+    with pytest.raises((Unsupported, InvalidArgument)):
+        check_image(str(path), BaseFormat[kind.upper()], timeout_seconds=20)
+
+    def no_program(*arguments: object) -> str:
+        raise AssertionError("a program of QEMU's is asked for")
+
+    monkeypatch.setattr(images, "_program", no_program)
+    for call in (lambda: examine_base(path, kind), lambda: open_base(reference, NOBODY)):
+        with pytest.raises(Unsupported, match="has a parent"):
+            call()
 
 
 def test_an_image_on_a_device(tmp_path: Path) -> None:
