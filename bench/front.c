@@ -34,7 +34,7 @@ static int poll_fd;
 static uint64_t rng, started, under_way, now, end_ns, last_answer_ns, pause_ns;
 static uint64_t counts[KINDS], errors, checked, lost, reconnects, kicks, sleeps;
 static uint64_t times[64 * FINE], longest_ns;   /* how many requests took so long: see slot_of */
-static int is_checking;                         /* all is read again, and nothing else is done */
+static enum { LOAD, LAST_FLUSH, CHECK } phase;   /* what was asked for; one flush of each disk; all is read again */
 static struct queue **ready;
 static unsigned ready_count;
 
@@ -71,14 +71,15 @@ static double percentile_us(double share) {
 /* --- What is asked next ------------------------------------------------------------------------------------------------------------ */
 
 static int is_over(const struct disk *disk) {
-    if (is_checking) return disk->next == disk->positions;
+    if (phase == CHECK) return disk->next == disk->positions;
+    if (phase == LAST_FLUSH) return disk->next == 1;
     if (options.once) return disk->next == disk->positions;
     return options.count ? started >= options.count : now >= end_ns;
 }
 
 static enum kind kind_of_next(struct queue *queue) {
     unsigned all = 0, kind = READ;
-    if (is_checking) return READ;
+    if (phase != LOAD) return phase == CHECK ? READ : FLUSH;
     if (options.flush_every && queue->writes_since_flush >= options.flush_every) return FLUSH;
     for (unsigned at = 0; at < KINDS; at++) all += options.weights[at];
     for (uint64_t drawn = draw() % all; drawn >= options.weights[kind]; kind++) drawn -= options.weights[kind];
@@ -87,7 +88,7 @@ static enum kind kind_of_next(struct queue *queue) {
 
 /* 0: there is no more. */
 static int choose_position(struct disk *disk, uint64_t *position) {
-    if (is_checking) {
+    if (phase == CHECK) {
         while (disk->next < disk->positions && disk->content[disk->next] == UNKNOWN) disk->next++;
         if (disk->next == disk->positions) return 0;
         *position = disk->next++;
@@ -130,7 +131,7 @@ static int start(struct queue *queue) {
     struct request *request = queue->idle[queue->idle_count - 1];
     if (is_over(disk)) return 0;
     request->kind = kind_of_next(queue);
-    if (request->kind == FLUSH) queue->writes_since_flush = 0;
+    if (request->kind == FLUSH) queue->writes_since_flush = 0, disk->next += phase == LAST_FLUSH;
     else if (!choose_position(disk, &request->position)) return 0;
     else if (request->kind != READ) queue->writes_since_flush++;
     queue->idle_count--;
@@ -176,7 +177,7 @@ static void finish(struct queue *queue, struct request *request) {
     uint64_t took_ns = now - request->began_ns;
     int has_failed = *request->status != VIRTIO_BLK_S_OK;
     if (!request->under_way) errno = EPROTO, die("a request is answered twice");
-    if (!is_checking) {
+    if (phase != CHECK) {
         times[slot_of(took_ns)]++, counts[request->kind]++;
         if (took_ns > longest_ns) longest_ns = took_ns;
     }
@@ -239,7 +240,7 @@ static void rewind_ring(struct queue *queue) {
 static void attach_patiently(struct disk *disk) {
     uint64_t deadline = now_ns() + options.patience_seconds * 1e9;
     while (attach(disk, &options)) {
-        if (now_ns() > deadline) errno = ETIMEDOUT, die(disk->path);
+        if (!options.reconnect || now_ns() > deadline) die(disk->path);
         usleep(RETRY_US);
     }
     watch(disk->channel, EPOLLIN, disk, 1);
@@ -271,6 +272,7 @@ static void look(int wait_ms) {
 }
 
 static void ask_and_take(void) {
+    for (unsigned at = 0; phase != LOAD && at < disk_count; at++) disks[at].next = 0;
     now = last_answer_ns = now_ns(), end_ns = now + options.seconds * 1e9;
     for (unsigned at = 0; at < disk_count * options.queues; at++) {
         struct queue *queue = &disks[at / options.queues].queues[at % options.queues];
@@ -337,6 +339,7 @@ static struct { struct option option; const char *what; unsigned *number; uint64
     {{"zero", 1, 0, 0}, "share of write-zeroes", &options.weights[ZERO], 0, 0, 0},
     {{"trim", 1, 0, 0}, "share of discards", &options.weights[TRIM], 0, 0, 0},
     {{"flush-every", 1, 0, 0}, "so many requests of a queue that are no reads, a flush; 0: none", &options.flush_every, 0, 0, 0},
+    {{"last-flush", 1, 0, 0}, "a flush in the end, which is part of the time: 0", 0, 0, &options.last_flush, 0},
     {{"sequential", 1, 0, 0}, "0 or 1: 0", 0, 0, &options.sequential, 0},
     {{"once", 1, 0, 0}, "each place once, then it ends: 0", 0, 0, &options.once, 0},
     {{"seconds", 1, 0, 0}, "when to end", 0, 0, 0, &options.seconds},
@@ -396,11 +399,11 @@ int main(int argc, char **words) {
     double cpu = cpu_seconds();
     uint64_t began = now_ns();
     ask_and_take();
+    if (options.last_flush) phase = LAST_FLUSH, ask_and_take();
     double seconds = (now_ns() - began) / 1e9;
     cpu = cpu_seconds() - cpu;
     if (options.verify) {
-        is_checking = 1;
-        for (unsigned at = 0; at < disk_count; at++) disks[at].next = 0;
+        phase = CHECK;
         ask_and_take();
     }
     for (unsigned at = 0; at < disk_count; at++) {

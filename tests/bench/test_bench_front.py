@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from front_running import front, run_front
+from front_running import SOURCE, front, run_front
+from loops import run
 from qemu_running import storage_daemon
 
 pytestmark = pytest.mark.release_only
 
 MIB = 1 << 20
 DISK_BYTES = 32 * MIB
+RING_SERVER = SOURCE.with_name("ring_server.c")
 
 
 @pytest.fixture
@@ -38,6 +41,25 @@ def qemu(image: Path, *, read_only: bool = False, dies: bool = False) -> Iterato
         yield path
 
 
+@contextlib.contextmanager
+def limit(image: Path) -> Iterator[Path]:
+    """The socket of the ring server without a mapping, with four queues."""
+    path, program = image.with_name("vhost.sock"), image.with_name("ring_server")
+    try:
+        run("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, RING_SERVER, "-luring")
+    except (AssertionError, FileNotFoundError) as error:
+        pytest.skip(f"the ring server cannot be built: {error}")
+    with subprocess.Popen([program, path, image, "4"]) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            yield path
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("indirect", "event_index", "mem_slots", "segments", "shift"), [(True, True, False, 1, 0), (False, False, True, 5, 512)]
 )
@@ -57,8 +79,9 @@ def test_what_is_written_is_judged(image: Path, indirect: bool, event_index: boo
 def test_each_place_is_written_once_and_another_run_sees_what_is_gone(image: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with qemu(image) as path:
-        told = run_front(path, depth=16, once=True, write=1, verify=True, state=state)
+        told = run_front(path, depth=16, once=True, write=1, last_flush=True, verify=True, state=state)
         assert (told["writes"], told["checked"], told["lost"]) == (DISK_BYTES // 4096, DISK_BYTES // 4096, 0)
+        assert told["flushes"] == 1
         with image.open("r+b") as file:
             first = file.read(4096)
             file.seek(MIB)
@@ -90,3 +113,17 @@ def test_a_request_that_fails_is_counted(image: Path) -> None:
     with qemu(image, read_only=True) as path:
         told = run_front(path, depth=4, count=100, read=1, write=1)
     assert told["errors"] == told["writes"] > 0
+
+
+def test_the_ring_server_keeps_what_it_is_given(image: Path) -> None:
+    """Whole pages in pieces that lie apart, one front end after the other."""
+    with limit(image) as path:
+        for indirect in (True, False):
+            ways = {"indirect": indirect, "event_index": indirect, "segments": 4}
+            told = run_front(
+                path, queues=2, depth=8, count=4000, read=2, write=4, zero=1, trim=1, flush_every=32, verify=True, bytes=16384, **ways
+            )
+            assert (told["errors"], told["lost"]) == (0, 0)
+            assert told["operations"] + told["flushes"] == 4000
+            assert min(told[kind] for kind in ("reads", "writes", "zeroes", "trims", "flushes")) > 0
+            assert told["checked"] >= told["writes"] // 2
