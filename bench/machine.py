@@ -141,8 +141,8 @@ def unmount(folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def server(command: list[str], socket_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that is up when its socket accepts; ended with SIGTERM."""
+def server(command: list[str], socket_path: Path, end: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that is up when its socket accepts; ended with a signal."""
     import socket
 
     log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
@@ -163,7 +163,7 @@ def server(command: list[str], socket_path: Path) -> Iterator[subprocess.Popen[b
                 probe.close()
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(end)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes docs/benchmarks.md and the pictures that the README shows of results/*.json, wholly: text that is not a figure is in
-benchmarks.md.in. All pictures are in the report (report.py).
+benchmarks.md.in. In the README only what stands between two marks is made. All pictures are in the report (report.py).
 
 Nothing in a result is taken for markup. Knows no suite.
 """
@@ -32,6 +32,10 @@ from suite import Plot, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "bench" / "benchmarks.md.in"
+README_BEGIN, README_END = (
+    "<!-- The next lines are made by `make bench-publish`. -->",
+    "<!-- The lines before are made by `make bench-publish`. -->",
+)
 SIGNS = {"reached": "✅ reached", "missed": "❌ missed", "not measured": "not measured", None: ""}
 
 
@@ -97,6 +101,19 @@ def section(entry: Entry, folder: Path, names: Collection[str] | None) -> str:
     return "\n\n".join(parts)
 
 
+def headlines(entries: Sequence[Entry]) -> str:
+    """The tables that some suites put first of all."""
+    parts = []
+    for entry in entries:
+        found = entry.data.get("headline")
+        if not isinstance(found, dict) or not found.get("rows"):
+            continue
+        when = str(entry.data.get("when", ""))[:10]
+        how = f"{found['caption']} Medians of {(entry.data.get('plan') or {}).get('rounds', '?')} rounds, {when}, commit {commit(entry)}."
+        parts += [table([text(cell) for cell in found["head"]], [[text(cell) for cell in cells] for cells in found["rows"]]), text(how)]
+    return "\n\n".join(parts)
+
+
 def circumstances(entries: Sequence[Entry], last: Entry) -> str:
     facts = [
         ("machine", machine_line(last.machine)),
@@ -126,6 +143,7 @@ def document(entries: Sequence[Entry], folder: Path, names: Collection[str] | No
         .substitute(
             circumstances=circumstances(entries, last),
             mixed="The suites come from different runs; each says which." if len(commits) > 1 else "",
+            headlines=headlines(entries),
             counts=f"Of {len(said)} goals: {counts}.",
             goals=table(("suite", "what", "measured", "goal", ""), goal_rows) if goal_rows else "No result has a goal.",
             losses=table(("suite", "what", "measured", ""), loss_rows) if loss_rows else "Nowhere in these results.",
@@ -144,3 +162,14 @@ def write(results: Path, docs: Path, order: Sequence[str], names: Collection[str
     path = docs / "benchmarks.md"
     path.write_text(document(read_all(results, order), folder, names))
     return path
+
+
+def write_headlines(results: Path, readme: Path, order: Sequence[str]) -> bool:
+    """Between its two marks; whether there was anything to write."""
+    before, begin, rest = readme.read_text().partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    made = headlines(read_all(results, order))
+    if not (begin and end and made):
+        return False
+    readme.write_text(f"{before}{begin}\n\n{made}\n\n{end}{after}")
+    return True

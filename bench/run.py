@@ -33,7 +33,22 @@ from results import Entry, commit, goals, how_long, is_missing, losses, machine_
 from suite import PLANS, Plan, Row  # noqa: E402
 from versions import versions  # noqa: E402
 
-SUITES = ["matrix", "zeroing", "pending", "flushes", "trims", "aging", "growth", "scale", "postmark", "seeks", "lvm", "path", "kernels"]
+SUITES = [
+    "guest",
+    "matrix",
+    "zeroing",
+    "pending",
+    "flushes",
+    "trims",
+    "aging",
+    "growth",
+    "scale",
+    "postmark",
+    "seeks",
+    "lvm",
+    "path",
+    "kernels",
+]
 SUITES += ["copying"]
 ONLY_IN_FULL = {"copying"}  # if it is not named
 ALL_OF_THEM = {"quick": "about 2 min", "normal": "about 15 min", "full": "hours"}
@@ -119,6 +134,12 @@ def told(error: Exception) -> str:
     return f"the suite failed: {type(error).__name__}: {error}"
 
 
+def computed(module: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """What a suite makes of its samples."""
+    made = {"rows": module.rows(result), "plots": module.plots(result)}
+    return made | {"headline": module.headline(result)} if hasattr(module, "headline") else made
+
+
 def run_suite(name: str, plan: Plan, machine: dict[str, Any], results: Path) -> bool:
     """Measures, and writes results/NAME.json whatever comes. False: there is a mistake in the suite."""
     data: dict[str, Any] = {
@@ -139,7 +160,7 @@ def run_suite(name: str, plan: Plan, machine: dict[str, Any], results: Path) -> 
         # As it will be found in the file: rows must not need more.
         data["result"] = json.loads(json.dumps(module.measure(plan), default=as_json))
         data["took_seconds"] = time.monotonic() - began
-        data["rows"], data["plots"] = module.rows(data["result"]), module.plots(data["result"])
+        data |= computed(module, data["result"])
     except CannotMeasure as reason:
         data["not_measured"] = str(reason)
     except Exception as error:
@@ -157,7 +178,7 @@ def make_again(name: str, results: Path) -> bool:
         return True
     try:
         module = importlib.import_module(name)
-        renewed = {"title": module.TITLE, "rows": module.rows(data["result"]), "plots": module.plots(data["result"])}
+        renewed = {"title": module.TITLE, **computed(module, data["result"])}
     except Exception as error:
         print(f"{name}: {told(error)}")
         return False
@@ -218,9 +239,12 @@ def measure_all(names: Sequence[str], plan: Plan, results: Path) -> bool:
 
 
 def publish(results: Path) -> None:
-    from publish import shown_by, write
+    from publish import shown_by, write, write_headlines
 
-    print(f"written: {write(results, ROOT / 'docs', SUITES, shown_by(ROOT / 'README.md')).relative_to(ROOT)}")
+    readme = ROOT / "README.md"
+    print(f"written: {write(results, ROOT / 'docs', SUITES, shown_by(readme)).relative_to(ROOT)}")
+    if write_headlines(results, readme, SUITES):
+        print(f"written: the first table of {readme.relative_to(ROOT)}")
 
 
 def main(words: Sequence[str] | None = None) -> int:

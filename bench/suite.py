@@ -7,9 +7,10 @@ A suite is a module with
     measure(plan: Plan) -> dict[str, Any]       every sample, as JSON; raises CannotMeasure
     rows(result) -> list[Row]                   what a reader wants to know: ratios in front, absolute figures behind
     plots(result) -> list[Plot]                 what is better seen than read
+    headline(result) -> Headline                if it has one: the table that stands first of all
 
-`rows` and `plots` only compute: results/NAME.json is enough to make the report again. What a suite could not measure it says by a row
-made with `missing`, with the reason. Knows no suite and no report.
+These only compute: results/NAME.json is enough to make the report again. What a suite could not measure it says by a row made with
+`missing`, with the reason. Knows no suite and no report.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ class Plot(TypedDict):
     better: NotRequired[Literal["more", "less"]]
     goal: NotRequired[float]  # a line across
     caption: NotRequired[str]
+
+
+class Headline(TypedDict):
+    """A small table of absolute figures, for the README and the begin of docs/benchmarks.md."""
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str
 
 
 SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}

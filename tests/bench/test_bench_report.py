@@ -203,6 +203,27 @@ def test_only_what_the_readme_shows_is_published(tmp_path: Path) -> None:
     assert (docs / "benchmarks.md").read_text().count("](benchmarks/") == 1
 
 
+def test_a_headline_stands_first_and_between_its_marks_in_the_readme(tmp_path: Path) -> None:
+    headline = {"head": ["", "fvd", HOSTILE], "rows": [["reads", "2 k/s", HOSTILE]], "caption": "Thousands."}
+    _, docs = made(tmp_path, result("matrix", ROWS, [], headline=headline), result("flushes", ROWS, []))
+    text = (docs / "benchmarks.md").read_text()
+    assert 0 < text.index("| reads | 2 k/s |") < text.index("## Goals") and "<img" not in text
+    readme = tmp_path / "README.md"
+    command = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT / "bench")!r}]
+import publish
+readme = Path({str(readme)!r})
+readme.write_text(f"before\\n{{publish.README_BEGIN}}\\nold\\n{{publish.README_END}}\\nafter\\n")
+assert publish.write_headlines(Path({str(tmp_path / "results")!r}), readme, {ORDER!r})
+"""
+    subprocess.run([sys.executable, "-c", command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after") and "old" not in lines
+    assert [line for line in lines if line.startswith("| reads")] == [line for line in text.splitlines() if line.startswith("| reads")]
+
+
 def test_the_pictures_in_the_tree_are_those_of_the_readme() -> None:
     root = Path(__file__).parents[2]
     shown = re.findall(r"\]\(docs/benchmarks/([^)]*)\)", (root / "README.md").read_text())

@@ -110,7 +110,7 @@ def test_rows_are_made_again_from_the_samples(tmp_path: Path) -> None:
 
 def test_what_is_wrong_on_the_command_line(tmp_path: Path) -> None:
     for words, said in (
-        (["nonsense"], "no suite is called 'nonsense'; there are matrix, "),
+        (["nonsense"], "no suite is called 'nonsense'; there are guest, "),
         (["--rounds", "0"], "must be positive"),
         (["--seconds", "-1"], "must be positive"),
     ):
@@ -126,4 +126,4 @@ def test_copying_is_measured_when_it_is_named_or_in_full() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     by_mode = ast.literal_eval(done.stdout)
     assert ["copying" in names for names in by_mode] == [False, True, True, False]
-    assert by_mode[0][0] == "matrix" and by_mode[0] == by_mode[3] == by_mode[1][:-1]
+    assert by_mode[0][0] == "guest" and by_mode[0] == by_mode[3] == by_mode[1][:-1]
