@@ -11,10 +11,9 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from fvd._aligned cimport aligned
-from fvd.device._queue cimport EVENT_OP
 from fvd.device.clock cimport monotonic_ns
 from fvd.engine._engine cimport REQUEST_READ, REQUEST_WRITE
-from fvd.disk._disk_thread cimport DiskThread, fvd_disk_thread_woken
+from fvd.disk._disk_thread cimport DiskThread
 
 from fvd.errors import InvalidArgument
 
@@ -159,7 +158,6 @@ cdef class LoadThread(DiskThread):
 
     cdef int turn_once(self) except -1 nogil:
         """As the DiskThread's, with requests of our own instead of callers'."""
-        cdef uint32_t i
         cdef bint busy = True
         if not self.running:
             return DiskThread.turn_once(self)
@@ -167,30 +165,19 @@ cdef class LoadThread(DiskThread):
         self.submit_more(self.engine.now_ns)
         self.engine.tick(self.engine.now_ns)
         while busy:
-            if self.engine.want or self.has_posted:
-                self.handle_wants()
-            if self.engine.op_count:
-                self.queue.start(0, self.engine.ops, self.engine.op_count)
-                self.engine.op_count = 0
+            self.hand_over()
             if self.engine.done_count:
                 self.engine.now_ns = <uint64_t>monotonic_ns()
                 self.take_done(self.engine.now_ns)
                 self.submit_more(self.engine.now_ns)
-            busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
+            busy = self.has_more()
         if self.free_count == self.depth:
             self.ended_ns = <uint64_t>monotonic_ns()
             self.running = False
             with gil:
                 self.ended.set()
             return 0
-        self.queue.turn(TICK_NS, 0)
-        self.engine.now_ns = <uint64_t>monotonic_ns()
-        for i in range(self.queue.event_count):
-            if self.queue.events[i].kind == EVENT_OP:
-                self.engine.complete(self.queue.events[i].key, self.queue.events[i].result)
-            else:
-                fvd_disk_thread_woken(self.wake_fd)
-        self.queue.event_count = 0
+        self.wait(TICK_NS)
         return 0
 
 

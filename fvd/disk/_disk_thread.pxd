@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled fields of the in-process driver. See _disk_thread.pyx."""
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from fvd.device._queue cimport Queue
 from fvd.engine._engine cimport Engine
@@ -84,6 +84,9 @@ cdef class DiskThread:
     cdef int end_unwanted(self) except -1 nogil
     cdef int loop(self) except -1 nogil
     cdef int turn_once(self) except -1 nogil
+    cdef int hand_over(self) except -1 nogil
+    cdef bint has_more(self) noexcept nogil
+    cdef int wait(self, int64_t limit_ns) except -1 nogil
     cdef int take_inbox(self) except -1 nogil
     cdef int handle_wants(self) except -1 with gil
     cdef int run_posted(self) except -1

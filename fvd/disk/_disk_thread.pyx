@@ -412,20 +412,34 @@ cdef class DiskThread:
         self.take_inbox()
         self.engine.tick(self.engine.now_ns)
         while busy:
-            busy = False
-            if self.engine.want or self.has_posted:
-                self.handle_wants()
-            if self.unwanted:
-                self.end_unwanted()
-            if self.engine.op_count:
-                self.queue.start(0, self.engine.ops, self.engine.op_count)
-                self.engine.op_count = 0
+            self.hand_over()
             if self.engine.done_count:
                 for i in range(self.engine.done_count):
                     self.finish(<Call *>self.engine.done[i].cookie, self.engine.done[i].error)
                 self.engine.done_count = 0
-            busy = self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
-        self.queue.turn(COPYING_TICK_NS if self.has_copying else TICK_NS, 0)
+            busy = self.has_more()
+        self.wait(COPYING_TICK_NS if self.has_copying else TICK_NS)
+        return 0
+
+    cdef int hand_over(self) except -1 nogil:
+        """What the engine wants of Python, and of the device."""
+        if self.engine.want or self.has_posted:
+            self.handle_wants()
+        if self.unwanted:
+            self.end_unwanted()
+        if self.engine.op_count:
+            self.queue.start(0, self.engine.ops, self.engine.op_count)
+            self.engine.op_count = 0
+        return 0
+
+    cdef bint has_more(self) noexcept nogil:
+        """Whether the turn goes on: handing over has brought more to hand over."""
+        return self.engine.want != 0 or self.has_posted or self.engine.op_count != 0 or self.engine.done_count != 0
+
+    cdef int wait(self, int64_t limit_ns) except -1 nogil:
+        """Until something has ended, or somebody wakes the loop: the end of a turn."""
+        cdef uint32_t i
+        self.queue.turn(limit_ns, 0)
         self.engine.now_ns = <uint64_t>monotonic_ns()
         for i in range(self.queue.event_count):
             if self.queue.events[i].kind == EVENT_OP:

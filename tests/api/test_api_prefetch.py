@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 from loops import loop_device, sparse
+from nbd_handle import connect
 
 import fvd
 import fvd.aio
-
-nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
-
 
 MIB = 1 << 20
 WAIT_SECONDS = 60.0
@@ -46,12 +44,6 @@ def until(happened: Callable[[], bool], what: str) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.05)
-
-
-def connect(uri: str) -> Any:
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 def test_open_prefetch_and_delete_the_base(volume: str, base: Path) -> None:

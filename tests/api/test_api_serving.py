@@ -5,24 +5,16 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
+from nbd_handle import connect
 
 import fvd
 from fvd.api import serving, verbs
 from fvd.volume.name import parse_name
 
-nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
-
 GIB = 1 << 30
 MIB = 1 << 20
-
-
-def connect(uri: str) -> Any:
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 @pytest.fixture

@@ -9,26 +9,18 @@ import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fvd_commands import COMMAND, Done, Server
+from nbd_handle import connect
 
 import fvd
-
-nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 
 MIB = 1 << 20
 A, B = b"A" * 4096, b"B" * 4096
 
 FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
-
-
-def connect(uri: str) -> Any:
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 @pytest.fixture

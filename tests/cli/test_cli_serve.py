@@ -13,26 +13,18 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fvd_commands import COMMAND, Done, Server
+from nbd_handle import connect, nbd
 
 from fvd.modes import CACHE_MODES
-
-nbd = pytest.importorskip("nbd", reason="python3-libnbd is not installed")
 
 GIB = 1 << 30
 MIB = 1 << 20
 
 FvdLv = Callable[..., Done]
 Serving = Callable[..., AbstractContextManager[Server]]
-
-
-def connect(uri: str) -> Any:
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 @pytest.fixture

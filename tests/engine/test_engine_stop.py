@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from fvd.disk.engine_factory import engine_on
 from fvd.disk.recovery import recover_disk
 from fvd.engine._engine import Engine, Want
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE
@@ -49,18 +50,7 @@ def bench(**options: object) -> Workbench:
     """1 MiB over a base, of which storage holds two chunks of four."""
     stage = Stage(storage_chunks=2)
     disk = recover_disk(stage.node(), read_only=True)
-    engine = Engine(
-        stage.geometry,
-        uuid=disk.superblock.uuid,
-        bitmap=disk.bitmap,
-        table=disk.table,
-        used_slots=disk.used_slots,
-        journal_state=disk.journal_state,
-        dirty_bitmap_pages=disk.dirty_bitmap_pages,
-        dirty_table_pages=disk.dirty_table_pages,
-        storage_size_bytes=disk.storage_size_bytes,
-        **({"base_size_bytes": 1 << 20, "copy_on_read": True} | options),  # type: ignore[arg-type]
-    )
+    engine = engine_on(disk, **({"base_size_bytes": 1 << 20, "copy_on_read": True} | options))
     return Workbench(engine, Memory(512 * KIB), [], set(), [], stage.geometry.data_offset_bytes)
 
 

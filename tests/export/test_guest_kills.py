@@ -20,6 +20,7 @@ from random import Random
 import numpy as np
 import pytest
 from fvd_server import FvdServer
+from killed_disks import provision
 from loops import run
 from qemu_running import storage_daemon
 
@@ -92,25 +93,6 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-def provision(case: Case, folder: Path) -> str:
-    base = None
-    if case.base_bytes:
-        base = folder / "base.raw"
-        base.write_bytes(base_content(case.base_bytes, 0, case.base_bytes))
-    volume = f"file:{folder / 'disk'}"
-    fvd.provision(
-        volume,
-        case.size,
-        base=base,
-        layout="raw" if case.layout == "raw" else "compact",
-        block_size=case.block,
-        chunk_size=case.chunk,
-        journal_size=256 * KIB,
-        grow_step=8 * MIB,
-    )
-    return volume
-
-
 def lost_sectors(case: Case, folder: Path, image: Path) -> tuple[int, int]:
     """Sectors that the guest wrote, trimmed or zeroed, and how many of all do not hold what they must."""
     state = np.fromfile(folder / "state", "<u4").astype(np.uint64)
@@ -132,7 +114,7 @@ def play(case: Case, guest: Path, folder: Path, seed: int, between: Callable[[],
     `between`: called after each kill, before the next server.
     """
     rng = Random(seed)
-    volume = provision(case, folder)
+    volume = provision(case, folder, case.size, grow_step=8 * MIB, journal_size=256 * KIB)
     began = time.monotonic()
     with FvdServer(folder, volume, "--cache", case.cache, *case.serving) as server:
         server.start()

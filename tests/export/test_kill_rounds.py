@@ -19,9 +19,9 @@ from random import Random
 
 import pytest
 from fvd_server import FvdServer
+from killed_disks import provision
 
 import fvd
-from fvd.sim._base import base_content
 from fvd.sim._oracle import Violation
 from fvd.sim.foreign import ForeignPlayer
 
@@ -63,26 +63,6 @@ CASES = (
 )
 
 
-def provision(case: Case, folder: Path) -> str:
-    """Storage for one chunk, to grow by one at a time; a journal that goes round."""
-    base = None
-    if case.base_bytes:
-        base = folder / "base.raw"
-        base.write_bytes(base_content(case.base_bytes, 0, case.base_bytes))
-    volume = f"file:{folder / 'disk'}"
-    fvd.provision(
-        volume,
-        SIZE,
-        base=base,
-        layout="raw" if case.layout == "raw" else "compact",
-        block_size=case.block,
-        chunk_size=case.chunk,
-        journal_size=64 * KIB,
-        grow_step=case.chunk,
-    )
-    return volume
-
-
 def player(seed: int) -> ForeignPlayer:
     """Believes that whatever was acknowledged survives."""
     return ForeignPlayer(seed, depth=256, every_write_durable=True)
@@ -91,7 +71,7 @@ def player(seed: int) -> ForeignPlayer:
 def kill_rounds(case: Case, seed: int, folder: Path, player: ForeignPlayer, between: Callable[[], None] = lambda: None) -> str:
     """Returns what was done, for people. `between`: called after each kill, before the next server."""
     rng = Random(seed)
-    volume = provision(case, folder)
+    volume = provision(case, folder, SIZE)
     began = time.monotonic()
     opening = closing = 0
     with FvdServer(folder, volume, "--cache", case.cache, *case.serving) as server, player:

@@ -264,10 +264,7 @@ def test_a_base_that_is_swapped_while_it_is_served(folder: Path, secret: Path) -
     base, disk = give(qcow2(folder / "base.qcow2")), folder / "vm6.img"
     secret.write_bytes(SECRET * 256)
     make(disk, base=base, base_format="qcow2")
-    evil = folder / "evil.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={folder}/data,data_file_raw=on", evil, "1M")
-    (folder / "data").unlink()
-    (folder / "data").symlink_to(secret)
+    evil = image_that_names(secret, folder)
     with driven(disk, base_timeout_s=3) as driver:
         assert driver.pread(0, 4) == b"AAAA"
         base.rename(folder / "away")
@@ -281,6 +278,15 @@ def test_a_base_that_is_swapped_while_it_is_served(folder: Path, secret: Path) -
     for call in (lambda: driven(disk).__enter__(), lambda: make(folder / "vm7.img", base=base, base_format="qcow2")):
         with pytest.raises(Unsupported, match="keeps its data in another file"):
             call()
+
+
+def image_that_names(secret: Path, folder: Path) -> Path:
+    """An image whose data are outside it, in that file."""
+    evil = folder / "evil.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={folder}/data,data_file_raw=on", evil, "1M")
+    (folder / "data").unlink()
+    (folder / "data").symlink_to(secret)
+    return evil
 
 
 def restart_reader() -> None:
@@ -300,10 +306,7 @@ def test_what_is_written_into_an_image_at_the_wrong_moment(folder: Path, secret:
     base, disk = give(qcow2(folder / "base.qcow2")), folder / "vm8.img"
     secret.write_bytes(SECRET * 256)
     make(disk, base=base, base_format="qcow2")
-    evil = folder / "evil.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={folder}/data,data_file_raw=on", evil, "1M")
-    (folder / "data").unlink()
-    (folder / "data").symlink_to(secret)
+    evil = image_that_names(secret, folder)
     real = base_module.server_command
 
     calls: list[int] = []

@@ -45,6 +45,22 @@ def logs(folder: Path) -> list[str]:
     return sorted(os.listdir(folder)) if folder.exists() else []  # noqa: PTH208
 
 
+def left_log(folder: Path) -> surviving.SurvivingMemory:
+    """The only log that there is."""
+    (name,) = logs(folder)
+    return surviving.find(folder / name)
+
+
+def log_of_one_write(path: Path, folder: Path) -> tuple[surviving.SurvivingMemory, Any]:
+    """What a server that was killed after one write has left, and its header."""
+    make(path)
+    driver = start(path)
+    driver.pwrite(0, A)
+    crash(driver)
+    memory = left_log(folder)
+    return memory, np.frombuffer(memory.buffer, layout.HEADER, 1)
+
+
 def written_and_killed(path: Path, **options: Any) -> None:
     """A: written and flushed; B: written; a chunk trimmed; the server dies."""
     driver = start(path, **options)
@@ -203,13 +219,7 @@ def test_a_log_of_another_generation_is_not_believed(path: Path) -> None:
 
 
 def test_a_log_that_does_not_build_on_the_maps_is_not_believed(path: Path, pending_dir: Path) -> None:
-    make(path)
-    driver = start(path)
-    driver.pwrite(0, A)
-    crash(driver)
-    (name,) = logs(pending_dir)
-    memory = surviving.find(pending_dir / name)
-    header: Any = np.frombuffer(memory.buffer, layout.HEADER, 1)
+    memory, header = log_of_one_write(path, pending_dir)
     header["areas"]["base_hash"] ^= np.uint64(1)
     del header
     memory.close()
@@ -248,8 +258,7 @@ def test_a_log_that_says_that_a_flush_failed_is_never_applied(path: Path, pendin
     """R24."""
     make(path)
     written_and_killed(path)
-    (name,) = logs(pending_dir)
-    memory = surviving.find(pending_dir / name)
+    memory = left_log(pending_dir)
     layout.mark_failed(memory.buffer, errno.EIO, 1)
     memory.close()
     with driven(path) as driver:
@@ -303,13 +312,7 @@ def test_a_death_in_the_open_loses_nothing(path: Path, victim: tuple[Any, str], 
 
 def test_the_committing_part_comes_first(path: Path, pending_dir: Path) -> None:
     """A commit that its server's death interrupted, and what came after it."""
-    make(path)
-    driver = start(path)
-    driver.pwrite(0, A)
-    crash(driver)
-    (name,) = logs(pending_dir)
-    memory = surviving.find(pending_dir / name)
-    header: Any = np.frombuffer(memory.buffer, layout.HEADER, 1)
+    memory, header = log_of_one_write(path, pending_dir)
     geometry = superblock(path).geometry
     found = layout.read(memory.buffer, geometry, _identity(path))
     bitmap, table = layout_maps(path)
@@ -337,8 +340,7 @@ def test_each_part_must_be_possible_whoever_looks(path: Path, pending_dir: Path)
     driver.pwrite(0, A)
     driver.flush()
     crash(driver)
-    (name,) = logs(pending_dir)
-    memory = surviving.find(pending_dir / name)
+    memory = left_log(pending_dir)
     header: Any = np.frombuffer(memory.buffer, layout.HEADER, 1)
     now = int(header["epoch"][0]) & 1
     bitmap, table = layout_maps(path)

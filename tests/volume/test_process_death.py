@@ -24,6 +24,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 import pytest
+from killed_disks import provision
 
 import fvd
 from fvd.modes import CACHE_MODES, CacheMode
@@ -225,22 +226,8 @@ def lives(
     """
     rng = Random(seed)
     at_first = bytearray(SIZE)
-    base = None
-    if shape.base_bytes:
-        base = folder / "base.raw"
-        at_first[: shape.base_bytes] = base_content(shape.base_bytes, 0, shape.base_bytes)
-        base.write_bytes(at_first[: shape.base_bytes])
-    volume = f"file:{folder / 'disk'}"
-    fvd.provision(
-        volume,
-        SIZE,
-        base=base,
-        layout="raw" if shape.layout == "raw" else "compact",
-        block_size=shape.block,
-        chunk_size=shape.chunk,
-        journal_size=64 * KIB,
-        grow_step=shape.chunk,
-    )
+    at_first[: shape.base_bytes] = base_content(shape.base_bytes, 0, shape.base_bytes)
+    volume = provision(shape, folder, SIZE)
     expected = Expected(shape)
     stamp = 1
     for number in range(rounds):
