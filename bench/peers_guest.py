@@ -123,6 +123,6 @@ def guest_peers() -> dict[str, Peer]:
             for kind in (RAW, QCOW2)
             for way in WAYS
         ),
-        Peer(LIMIT, "limit", limit, ("gcc",), note="no mapping: each piece of a request is one operation of the device"),
+        Peer(LIMIT, "limit", limit, ("gcc",), note="no mapping; each request is one operation of the device, of memory that is registered"),
     ]
     return {peer.name: peer for peer in peers}

@@ -4,7 +4,7 @@
      ring_server SOCKET DEVICE QUEUES
 
    One thread and one io_uring; data move between the guest's memory and the device without a copy, the file and the memory are registered.
-   No mapping, no limits, no statistics, one front end at a time: it exists to say what a server with all that can be held to. A front end
+   Each request is one operation of the device. No mapping, no limits, no statistics, one front end at a time: it exists to say what a server with all that can be held to. A front end
    that breaks the protocol ends it. */
 
 #define _GNU_SOURCE
@@ -27,6 +27,7 @@
 #include "vhost.h"
 
 enum { ENTRIES = 1024, QUEUES_MAX = 64, RING_MAX = 1024, SECTOR_BYTES = 512, SEGMENTS_MAX = 254, CHAINS_A_TURN = 64 };
+enum { READV_FIXED = 60, WRITEV_FIXED = 61 };       /* of Linux 6.15, which this liburing does not know yet */
 static const uint64_t VERSION_1 = 1ull << 32, REGISTERED_BYTES_MAX = 1ull << 30;
 enum tag { CHAIN, KICK, CHANNEL, NOTHING, TAG_BITS = 3 };    /* in the low bits of a completion's user data */
 
@@ -36,6 +37,7 @@ struct chain {
     int pending, has_failed;
     uint32_t written_bytes;
     uint8_t *status;
+    struct iovec pieces[SEGMENTS_MAX];
 };
 struct queue {
     struct vring ring;
@@ -51,7 +53,7 @@ struct mapping {
 };
 
 static struct io_uring uring;
-static int channel = -1, is_registered;
+static int channel = -1, is_registered, has_fixed_vectors;
 static unsigned queue_count;
 static struct queue queues[QUEUES_MAX];
 static struct mapping mappings[REGIONS_MAX];
@@ -144,45 +146,65 @@ static void end_chain(struct chain *chain) {
     queue->under_way--;
 }
 
-/* One operation of the device. */
-static void submit(struct chain *chain, uint32_t type, uint64_t offset, uint64_t bytes, void *memory, unsigned mapping) {
-    struct io_uring_sqe *made = entry(chain, CHAIN);
-    if (type == VIRTIO_BLK_T_FLUSH) io_uring_prep_fsync(made, 0, IORING_FSYNC_DATASYNC);
-    else if (type == VIRTIO_BLK_T_DISCARD) io_uring_prep_fallocate(made, 0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
-    else if (type == VIRTIO_BLK_T_WRITE_ZEROES) io_uring_prep_fallocate(made, 0, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, bytes);
-    else if (type == VIRTIO_BLK_T_IN && is_registered) io_uring_prep_read_fixed(made, 0, memory, bytes, offset, mapping);
-    else if (type == VIRTIO_BLK_T_IN) io_uring_prep_read(made, 0, memory, bytes, offset);
-    else if (is_registered) io_uring_prep_write_fixed(made, 0, memory, bytes, offset, mapping);
-    else io_uring_prep_write(made, 0, memory, bytes, offset);
+static void submit(struct chain *chain, struct io_uring_sqe *made) {
     made->flags |= IOSQE_FIXED_FILE;
     chain->pending++;
 }
 
-/* What the chain asks for. Pieces that follow each other in memory are one operation. */
+/* All of a request is one operation, of one piece or of many; the guest's memory need not be pinned anew if it is registered. */
+static void transfer(struct chain *chain, int is_read, uint64_t offset, unsigned count, unsigned mapping, int in_one_mapping) {
+    struct io_uring_sqe *made = entry(chain, CHAIN);
+    struct iovec *first = chain->pieces;
+    int is_fixed = is_registered && in_one_mapping && (count == 1 || has_fixed_vectors);
+    if (count == 1 && is_fixed && is_read) io_uring_prep_read_fixed(made, 0, first->iov_base, first->iov_len, offset, mapping);
+    else if (count == 1 && is_fixed) io_uring_prep_write_fixed(made, 0, first->iov_base, first->iov_len, offset, mapping);
+    else if (is_read) io_uring_prep_readv(made, 0, first, count, offset);
+    else io_uring_prep_writev(made, 0, first, count, offset);
+    if (count > 1 && is_fixed) made->opcode = is_read ? READV_FIXED : WRITEV_FIXED, made->buf_index = mapping;
+    submit(chain, made);
+}
+
+static void begin_transfer(struct chain *chain, int is_read, uint64_t offset, const struct vring_desc *pieces, unsigned count) {
+    unsigned mapping = 0, found = 0, previous = 0;
+    uint64_t bytes = 0;
+    int in_one_mapping = 1;
+    for (unsigned at = 0; at < count; at++) {
+        struct iovec piece = {in_guest(pieces[at].addr, pieces[at].len, &mapping), pieces[at].len};
+        bytes += piece.iov_len;
+        if (at && mapping != previous) in_one_mapping = 0;
+        previous = mapping;
+        if (found && (uint8_t *)chain->pieces[found - 1].iov_base + chain->pieces[found - 1].iov_len == piece.iov_base)
+            chain->pieces[found - 1].iov_len += piece.iov_len;
+        else
+            chain->pieces[found++] = piece;
+    }
+    if (!found || offset > disk_bytes || bytes > disk_bytes - offset) refuse("a request beyond the end");
+    if (is_read) chain->written_bytes = bytes;
+    transfer(chain, is_read, offset, found, mapping, in_one_mapping);
+}
+
 static void begin_request(struct chain *chain, const struct vring_desc *pieces, unsigned count) {
     if (count < 2 || pieces[0].len != sizeof(struct virtio_blk_outhdr) || pieces[count - 1].len < 1) refuse("a request");
     struct virtio_blk_outhdr header = *(struct virtio_blk_outhdr *)in_guest(pieces[0].addr, sizeof header, NULL);
     chain->status = in_guest(pieces[count - 1].addr, 1, NULL);
     chain->pending = chain->has_failed = chain->written_bytes = 0;
     chain->queue->under_way++;
-    uint64_t offset = header.sector * SECTOR_BYTES;
+    if (header.type == VIRTIO_BLK_T_IN || header.type == VIRTIO_BLK_T_OUT) {
+        begin_transfer(chain, header.type == VIRTIO_BLK_T_IN, header.sector * SECTOR_BYTES, pieces + 1, count - 2);
+        return;
+    }
+    struct io_uring_sqe *made = entry(chain, CHAIN);
     if (header.type == VIRTIO_BLK_T_FLUSH) {
-        submit(chain, header.type, 0, 0, NULL, 0);
+        io_uring_prep_fsync(made, 0, IORING_FSYNC_DATASYNC);
     } else if (header.type == VIRTIO_BLK_T_DISCARD || header.type == VIRTIO_BLK_T_WRITE_ZEROES) {
         struct virtio_blk_discard_write_zeroes range = *(struct virtio_blk_discard_write_zeroes *)in_guest(pieces[1].addr, sizeof range, NULL);
-        submit(chain, header.type, range.sector * SECTOR_BYTES, (uint64_t)range.num_sectors * SECTOR_BYTES, NULL, 0);
+        int how = header.type == VIRTIO_BLK_T_DISCARD ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+        uint64_t bytes = (uint64_t)range.num_sectors * SECTOR_BYTES;
+        io_uring_prep_fallocate(made, 0, how | FALLOC_FL_KEEP_SIZE, range.sector * SECTOR_BYTES, bytes);
     } else {
-        for (unsigned at = 1; at < count - 1;) {
-            unsigned mapping;
-            uint64_t address = pieces[at].addr, bytes = 0;
-            for (; at < count - 1 && pieces[at].addr == address + bytes; at++) bytes += pieces[at].len;
-            void *memory = in_guest(address, bytes, &mapping);
-            submit(chain, header.type, offset, bytes, memory, mapping);
-            offset += bytes;
-            if (header.type == VIRTIO_BLK_T_IN) chain->written_bytes += bytes;
-        }
+        refuse("a request of an unknown kind");
     }
-    if (offset > disk_bytes || !chain->pending) refuse("a request beyond the end");
+    submit(chain, made);
 }
 
 static void take_chain(struct queue *queue, uint16_t head) {
@@ -390,6 +412,9 @@ int main(int argc, char **words) {
     if (error) errno = -error, die("io_uring");
     if (io_uring_register_files(&uring, &device, 1)) refuse("the device cannot be registered");
     io_uring_register_ring_fd(&uring);
+    struct io_uring_probe *probe = io_uring_get_probe_ring(&uring);
+    has_fixed_vectors = probe && probe->last_op >= WRITEV_FIXED && probe->ops_len > WRITEV_FIXED;
+    io_uring_free_probe(probe);
     strcpy(address.sun_path, words[1]);
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1)) die(words[1]);
