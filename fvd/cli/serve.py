@@ -19,7 +19,7 @@ from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
 from fvd.errors import InvalidArgument
-from fvd.modes import CACHE_MODES, ON_FULL
+from fvd.modes import CACHE_HELP, CACHE_MODES, ON_FULL
 
 if TYPE_CHECKING:
     from fvd.export.listening import Socket
@@ -34,10 +34,6 @@ EXAMPLES = """\
 When all volumes are ready, prints the NBD URI of each on a line; prints nothing if it was handed a socket (LISTEN_FDS). With one volume
 the empty export name means that volume too. SIGTERM or SIGINT closes the disks cleanly. A second signal ends the server at once; the next
 open on this host commits what it had acknowledged."""
-
-CACHE_HELP = """as in QEMU. none (default): O_DIRECT, flushed when the guest flushes; writeback: the same through
-the page cache; writethrough, directsync: every acknowledged write is durable, with and without the page cache;
-unsafe: ignores guest flushes, so a crash of the host may lose data"""
 
 
 def register(subparsers: Subparsers) -> None:

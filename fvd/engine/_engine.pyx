@@ -20,7 +20,7 @@ import numpy as np
 from fvd.errors import Corrupt, InvalidArgument, quoted
 from fvd.format.geometry import Placement
 from fvd.format.pending import HEADER as LOG_HEADER, RECORD as LOG_RECORD
-from fvd.modes import CACHE_MODES, ON_FULL, WRITE_THROUGH_CACHE_MODES
+from fvd.modes import CACHE_MODES, ON_FULL, UNSAFE_CACHE_MODES, WRITE_THROUGH_CACHE_MODES
 
 from fvd cimport _core
 from fvd._aligned cimport aligned

@@ -61,7 +61,7 @@ cdef int set_mode(Engine e, cache_mode, on_full, bint read_only) except -1:
     if on_full not in ON_FULL:
         raise InvalidArgument(f"on_full {quoted(on_full)}: choose one of {', '.join(ON_FULL)}")
     e.mode.read_only = read_only
-    e.mode.unsafe = cache_mode == "unsafe"
+    e.mode.unsafe = cache_mode in UNSAFE_CACHE_MODES
     e.mode.write_through = cache_mode in WRITE_THROUGH_CACHE_MODES
     e.mode.fail_when_full = on_full == "error"
     return 0

@@ -23,7 +23,7 @@ from fvd.sim._device cimport (
 from fvd.sim._rng cimport Rng
 from fvd.sim._oracle cimport Oracle
 
-from fvd.modes import WRITE_THROUGH_CACHE_MODES
+from fvd.modes import UNSAFE_CACHE_MODES, WRITE_THROUGH_CACHE_MODES
 from fvd.sim._oracle import Violation
 
 KINDS = ("read", "write", "flush", "trim", "zero", "close", "fua", "rewrite")
@@ -64,7 +64,7 @@ cdef class Player:
         self.most_bytes = geometry.max_storage_size_bytes
         self.has_base = base_bytes is not None
         self.trims = base_bytes is None or geometry.table_entries > 0
-        self.promises_flush = cache_mode != "unsafe"
+        self.promises_flush = cache_mode not in UNSAFE_CACHE_MODES
         self.every_write_durable = cache_mode in WRITE_THROUGH_CACHE_MODES
         self.failed_at = self.changes_at_failure = self.due_ns = NEVER
         self.capacity = 64

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from fvd.disk.recovery import recover_disk
 from fvd.format.geometry import Layout
+from fvd.modes import UNSAFE_CACHE_MODES
 from fvd.sim._base import base_content
 from fvd.sim._oracle import Violation
 from fvd.sim._player import CLOSE, FLUSH, READ, TRIM, WRITE, ZERO
@@ -180,6 +181,6 @@ def run(seed: int, rounds: int = 4) -> int:
         else:
             world._send(FLUSH, 0, 0, None)
             world.settle()
-            if world.shape.cache_mode != "unsafe":
+            if world.shape.cache_mode not in UNSAFE_CACHE_MODES:
                 world.crash()
     return world.count

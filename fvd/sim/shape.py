@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fvd.format.geometry import Geometry, Layout, Placement
-from fvd.modes import ON_FULL
+from fvd.modes import CACHE_MODES, DIRECT_CACHE_MODES, ON_FULL
 from fvd.sim._device import CATEGORIES
 from fvd.sim._rng import Rng
 
@@ -345,7 +345,7 @@ def draw_weather(shape: Shape, rng: Rng) -> None:
     """How the storage fails, and what it does by itself. From rng of its own: it changes nothing else."""
     shape.told_once = rng.random() < TOLD_ONCE
     shape.fua = rng.random() < 0.3
-    shape.outsider = rng.random() < 0.5 and shape.cache_mode not in ("none", "directsync")
+    shape.outsider = rng.random() < 0.5 and shape.cache_mode not in DIRECT_CACHE_MODES
     shape.eviction_share = rng.choice((0.0, 0.02, 0.2, 0.2))
     shape.landing_share = rng.choice((0.0, 0.0, 0.001, 0.001, 0.01, 0.1))
     if shape.told_once and shape.faulty:
@@ -396,7 +396,7 @@ def _draw_load(rng: Rng, geometry: Geometry, scale: str) -> Shape:
     return Shape(
         geometry=geometry,
         logical_block_bytes=rng.choice((512, 512, 4096)),
-        cache_mode=rng.choice(("none", "none", "none", "none", "writeback", "writethrough", "directsync", "unsafe")),
+        cache_mode=rng.choice(("none", "none", "none", *CACHE_MODES)),
         on_full=rng.choice(ON_FULL),
         storage_chunks=chunks if whole else rng.randint(1, chunks),
         surplus_bytes=rng.choice((0, 0, 0, 4096, geometry.chunk_size_bytes - 4096, 2 * geometry.chunk_size_bytes + 4096)),

@@ -23,6 +23,7 @@ from fvd.format import maps, pending
 from fvd.format.pending import LogIdentity
 from fvd.format.superblock import BaseReference, Superblock
 from fvd.inspect.check import check_node
+from fvd.modes import DIRECT_CACHE_MODES
 from fvd.sim._base import base_content
 from fvd.sim._device import SimulatedDevice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
@@ -119,7 +120,7 @@ class World:
         self.killed = False  # the life before ended so
         self.metadata = Metadata(self.device.image, self.superblock, remembering=self.shape.rot)
         self._watch_metadata()
-        self.device.page_cache = self.shape.cache_mode not in ("none", "directsync")
+        self.device.page_cache = self.shape.cache_mode not in DIRECT_CACHE_MODES
         growth = self.shape.allocator
         self.place: Place | None = None
         """Where the storage grows by the real allocator; None: `grow` does it."""
@@ -153,7 +154,7 @@ class World:
             self.log.append(text)
 
     def node(self) -> DeviceNode:
-        return DeviceNode(self.device, direct=self.shape.cache_mode in ("none", "directsync"))
+        return DeviceNode(self.device, direct=self.shape.cache_mode in DIRECT_CACHE_MODES)
 
     def make_engine(self, *, read_only: bool = False) -> Any:
         """An engine on what the storage holds now, recovered as an open does. Raises FvdError."""

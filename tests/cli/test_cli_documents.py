@@ -18,6 +18,7 @@ from fvd.cli.failure import exit_code_table
 from fvd.cli.main import build_parser
 from fvd.device import surviving
 from fvd.errors import PermissionDenied
+from fvd.modes import CACHE_HELP, CACHE_MODES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
@@ -51,6 +52,14 @@ def test_manual_page_has_every_option(command: str) -> None:
             assert option in page, f"{command} {option} is not in docs/fvd-lv.1"
         for choice in action.choices or ():
             assert str(choice) in page
+
+
+@pytest.mark.parametrize("mode", CACHE_MODES)
+def test_each_cache_mode_says_what_it_promises(mode: str) -> None:
+    text = (ROOT / "docs" / "internals" / "durability.md").read_text()
+    assert re.search(rf"^\| `{mode}`[^|]*\|[^|]+\|[^|]+\|[^|]+\|$", text, re.MULTILINE), f"{mode} has no row in durability.md"
+    assert f".B {mode}\n" in man_page(), f"{mode} is not described in docs/fvd-lv.1"
+    assert re.search(rf"\b{mode}\b", CACHE_HELP), f"--help does not say what {mode} is"
 
 
 def test_manual_page_has_every_exit_code() -> None:

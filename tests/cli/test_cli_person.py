@@ -21,6 +21,7 @@ from fvd.api.listing import Listing
 from fvd.cli import list_volumes, torture
 from fvd.cli.main import build_parser, main
 from fvd.errors import FvdError, InvalidArgument, quoted
+from fvd.modes import CACHE_MODES
 from fvd.units import GIB, parse_size
 
 pytestmark = pytest.mark.pure
@@ -48,7 +49,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["xyzzy"], "there is no command 'xyzzy'; there are provision, serve, "),
         (["provision", "file:a", "--sise", "1G"], "there is no '--sise'; did you mean --size?"),
         (["serve", "file:a", "--sokcet=vm.sock"], "did you mean --socket?"),
-        (["serve", "file:a", "--cache", "writebak"], "'writebak' is none of none, writeback, writethrough, directsync, unsafe; did"),
+        (["serve", "file:a", "--cache", "writebak"], f"'writebak' is none of {', '.join(CACHE_MODES)}; did"),
         (["info", "vm1.img"], "did you mean file:vm1.img?"),
         (["provision", "file:a", "--size", "10GB"], "write 10G or 10GiB"),
         (["provision", "vg0/a", "--size", "1G", "--max-overcommit", "much"], "'much' is not a number"),
