@@ -26,7 +26,7 @@ from fvd.errors import Conflict, Corrupt, FvdError, InUse, InvalidArgument, NotF
 from fvd.format.geometry import Layout
 from fvd.format.maps import EMPTY
 from fvd.format.superblock import PENDING_LOG, SLOT_OFFSETS_BYTES, SUPERBLOCK_BYTES, Superblock, decode, encode
-from fvd.modes import CACHE_MODES
+from fvd.modes import CACHE_MODES, DIRECT_CACHE_MODES
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_new_disk(path: Path) -> None:
 def test_cache_modes(path: Path, cache: str) -> None:
     make(path)
     with driven(path, cache=cache) as driver:
-        assert driver.volume.node.direct == (cache in ("none", "directsync"))
+        assert driver.volume.node.direct == (cache in DIRECT_CACHE_MODES)
         driver.pwrite(MIB + 1000, b"hello")
         driver.flush()
     with driven(path) as driver:
