@@ -3,9 +3,9 @@
 
      ring_server SOCKET DEVICE QUEUES
 
-   One thread and one io_uring; data move between the guest's memory and the device without a copy, the file and the memory are registered.
-   Each request is one operation of the device. No mapping, no limits, no statistics, one front end at a time: it exists to say what a server with all that can be held to. A front end
-   that breaks the protocol ends it. */
+   One thread and one io_uring; data move between the guest's memory and the device without a copy, the file and the memory are registered,
+   and each request is one operation of the device. No mapping, no limits, no statistics, one front end at a time: it exists to say what a
+   server with all that can be held to. A front end that breaks the protocol ends it. */
 
 #define _GNU_SOURCE
 #include <errno.h>

@@ -27,6 +27,8 @@ def rows(result):
     return [row("fvd / peer", result["samples"], goal=">= GOAL", against="peer", better="more"), missing("more", "no time")]
 def plots(result):
     return []
+def headline(result):
+    return {"head": ["", "fvd"], "rows": [["goal GOAL", str(len(result["samples"]))]], "caption": "Rounds."}
 """
 CANNOT = 'from machine import CannotMeasure\nTITLE = "no"\ndef measure(plan): raise CannotMeasure("there is no tape drive")\n'
 WRONG = (
@@ -104,6 +106,7 @@ def test_rows_are_made_again_from_the_samples(tmp_path: Path) -> None:
     good = kept(tmp_path / "results", "fake_good")
     assert good["result"]["samples"] == [2.0] * 4
     assert (good["rows"][0]["goal"], good["rows"][0]["reached"]) == (">= 2.5", False)
+    assert good["headline"]["rows"] == [["goal 2.5", "4"]]
     assert "not_measured" not in kept(tmp_path / "results", "fake_wrong")
     assert "Goals: 0 reached, 1 missed" in done.stdout
 
