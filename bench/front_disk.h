@@ -27,7 +27,7 @@ struct options {
     unsigned queues, depth, ring_size, segments, flush_every;   /* depth: of each queue */
     unsigned weights[KINDS];
     uint64_t request_bytes, stride_bytes, range_bytes, shift_bytes, count, seed;
-    int indirect, event_index, inflight, mem_slots, sequential, once, last_flush, verify, reconnect;
+    int indirect, event_index, inflight, mem_slots, sequential, once, last_flush, wait, verify, reconnect;
     double seconds, patience_seconds;
     const char *state_path;
 };

@@ -66,7 +66,7 @@ def front(*sockets: Path, patience: float = PATIENCE_SECONDS, fails: bool = Fals
             running.wait()
         finally:
             process.kill()
-    assert bool(running.told) is not fails, running.said
+    assert (process.returncode != 0) is fails, running.said
 
 
 def run_front(*sockets: Path, **options: Any) -> dict[str, Any]:
