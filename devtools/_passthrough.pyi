@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from fvd.export._server import Backend
+from fvd.engine._backend import Backend
 
 class PassThrough(Backend):
     def __init__(self, answer_only: bool = ...) -> None: ...

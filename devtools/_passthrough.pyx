@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free, realloc
 
 from fvd.device.op cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, TARGET_STORAGE, DeviceOp
 from fvd.engine._engine cimport FLAG_FUA, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done
-from fvd.export._server cimport Backend
+from fvd.engine._backend cimport Backend
 
 cdef enum:
     ZERO_BYTES = 32 << 20

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fvd._lifetime import Handle, whole
 from fvd.api.copying import absolute, prefetch_options
 from fvd.api.events import Event, EventStream
-from fvd.api.serving import ServeOptions, Serving
+from fvd.api.serving import QUEUES, ServeOptions, Serving
 from fvd.api.types import (
     Export,
     Extended,
@@ -35,6 +35,8 @@ def serve(
     socket: str | os.PathLike[str] | None = None,
     listen: str | tuple[str, int] | None = None,
     listeners: Sequence[Socket] | None = None,
+    vhost_user: str | os.PathLike[str] | None = None,
+    queues: int = QUEUES,
     cache: CacheMode = "none",
     read_only: bool = False,
     on_full: OnFull = "wait",
@@ -49,8 +51,10 @@ def serve(
     on_end: Callable[[], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Served:
-    """Serve disks over NBD until ``close``, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP, or on ``listeners``:
-    stream sockets that listen already, a service manager's, say, which are closed at the end, and whose names stay.
+    """Serve disks until ``close``. Over NBD, on a unix socket or (``listen="localhost:10809"``, ``":0"``) on TCP, or on ``listeners``:
+    stream sockets that listen already, a service manager's, say, which are closed at the end, and whose names stay. To guests, by
+    vhost-user, on the unix socket ``vhost_user``, for up to ``queues`` queues each; with several volumes that is a folder, with a socket
+    NAME.sock for each. Both at once, or one of them. One of the ``listeners`` with that path is the guests'.
 
     ``zero_chunks``: let the device zero a new chunk as a whole, where it can, so that a first write writes only what the guest wrote.
     ``copy_on_read``, ``prefetch``: copy what guests read from the base; copy all of it in the background, out of their way (None: as each
@@ -67,6 +71,8 @@ def serve(
         socket=socket,
         listen=listen,
         listeners=listeners,
+        vhost_user=vhost_user,
+        queues=queues,
         cache=cache,
         read_only=read_only,
         on_full=on_full,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fvd.api")
 READY_SECONDS = 60.0
+QUEUES = 16  # a virtual machine asks for one for each of its processors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class ServeOptions(OpenOptions):
     socket: str | os.PathLike[str] | None = None
     listen: str | tuple[str, int] | None = None
     listeners: Sequence[Socket] | None = None
+    vhost_user: str | os.PathLike[str] | None = None
+    queues: int = QUEUES
     socket_mode: int = 0o600
     socket_group: str | int | None = None
     on_end: Callable[[], None] | None = None
@@ -52,8 +55,11 @@ class Serving:
     def __init__(self, volumes: tuple[str, ...], options: ServeOptions) -> None:
         if not volumes:
             raise InvalidArgument("name at least one volume to serve")
-        if [options.socket, options.listen, options.listeners].count(None) != 2:
-            raise InvalidArgument("say where to serve: either socket=PATH or listen=HOST:PORT, or listeners that are there already")
+        places = [options.socket, options.listen, options.listeners].count(None)
+        if places < 2 or (places == 3 and options.vhost_user is None):
+            raise InvalidArgument(
+                "say where to serve: socket=PATH or listen=HOST:PORT, or listeners that are there already, or vhost_user=PATH for guests"
+            )
         self._names = volumes
         self._options = replace(options, prefetch=volume_options(options.prefetch), base_allow=allowed_bases(options.base_allow))
         self._server: NbdServer | None = None
@@ -64,6 +70,7 @@ class Serving:
         self._deliveries: Deliveries | None = None
         self._begun: set[str] = set()  # whose `served` is told and whose allocators are at work
         self._failing_bases: set[str] = set()  # of disks without a `copying`: whose base_lost is told
+        self._guest_paths: dict[str, str] = {}  # by export name: where its guests come in
         self._problems: dict[str, str] = {}  # of those that could not be closed cleanly: why
         self._resources = ExitStack()
         self._ready = threading.Event()
@@ -108,10 +115,13 @@ class Serving:
         with ExitStack() as undo:
             # At the very end, when the disks are given up: whoever hears that one is closed may open it.
             undo.callback(self._end_events)
-            server = self._server = NbdServer(self._address(), on_stop=self._close_exports, on_end=self._options.on_end)
+            for_guests = self._guest_places(export_names(names))
+            server = self._server = NbdServer(self._address(for_guests), on_stop=self._close_exports, on_end=self._options.on_end)
             for export_name, name in zip(export_names(names), names, strict=True):
                 self._open_disk(export_name, name, undo)
                 self._add_export(export_name, server)
+                if export_name in for_guests:
+                    server.add_guest_port(export_name, for_guests[export_name], self._options.queues)
             self._deliveries = Deliveries(list(self._hubs.values()), self._options.on_event)
             undo.callback(server.stop)
             for export_name in self._disks:
@@ -119,7 +129,10 @@ class Serving:
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()
             server.call(self._begin_all)
-            self.exports = [Export(str(disk.name), export_name, server.uri(export_name)) for export_name, disk in self._disks.items()]
+            self.exports = [
+                Export(str(disk.name), export_name, server.uri(export_name), self._guest_paths.get(export_name))
+                for export_name, disk in self._disks.items()
+            ]
             self._ready.set()
             self._resources = undo.pop_all()
 
@@ -169,19 +182,40 @@ class Serving:
         self._controls.append(control)
         undo.callback(control.stop)
 
-    def _address(self) -> Listen:
-        from fvd.export.listening import Given, Tcp, Unix
+    def _guest_places(self, names: list[str]) -> dict[str, Listen]:
+        """By export name: where its guests come in. Raises as `guest_sockets`."""
+        from fvd.export.listening import Given, guest_sockets, unix_path
+
+        if self._options.vhost_user is None:
+            return {}
+        places: dict[str, Listen] = {}
+        for name, place in guest_sockets(self._options.vhost_user, names).items():
+            self._guest_paths[name] = place
+            given = [one for one in self._options.listeners or () if unix_path(one) == self._guest_paths[name]]
+            places[name] = Given(tuple(given)) if given else self._unix(place)
+        return places
+
+    def _unix(self, path: str | os.PathLike[str]) -> Listen:
+        from fvd.export.listening import Unix
+
+        group = self._options.socket_group
+        if isinstance(group, str) and group.isascii() and group.isdigit():
+            group = int(group)
+        return Unix(os.fspath(path), self._options.socket_mode, group)
+
+    def _address(self, for_guests: dict[str, Listen]) -> Listen:
+        """Where NBD is served."""
+        from fvd.export.listening import Given, Nowhere, Tcp
 
         options = self._options
-        if options.listeners is not None:
-            return Given(tuple(options.listeners))
+        taken = [one for place in for_guests.values() if isinstance(place, Given) for one in place.sockets]
+        others = tuple(one for one in options.listeners or () if one not in taken)
+        if others or (options.listeners is not None and not taken):
+            return Given(others)
         if options.listen is not None:
             host, port = parse_listen(options.listen) if isinstance(options.listen, str) else options.listen
             return Tcp(host, port)
-        group = options.socket_group
-        if isinstance(group, str) and group.isascii() and group.isdigit():
-            group = int(group)
-        return Unix(os.fspath(options.socket or ""), options.socket_mode, group)
+        return Nowhere() if options.socket is None else self._unix(options.socket)
 
     def _begin_all(self) -> None:
         for export_name in self._disks:
@@ -337,7 +371,10 @@ class Serving:
 
     def _info(self, export_name: str) -> dict[str, Any]:
         uri = next((export.uri for export in self.exports if export.name == export_name), None)
-        return self._verbs[export_name].info(uri)
+        assert self._server is not None
+        path = self._guest_paths.get(export_name)
+        where = {"vhost_user": path, "queues": self._options.queues if path else 0, "guests": self._server.guest_count(export_name)}
+        return self._verbs[export_name].info(uri) | where
 
 
 def export_names(names: list[VolumeName]) -> list[str]:

@@ -98,7 +98,10 @@ class Info:
     base: Base | None
     clean: bool  # closed cleanly; False while it is open for writing
     created_seconds: int  # Unix time
-    uri: str | None = None  # where it is served; None: it is not
+    uri: str | None = None  # where it is served by NBD; empty: only to guests by vhost-user; None: it is not served
+    vhost_user: str | None = None  # the socket at which guests come in; None: there is none
+    queues: int = 0  # that a guest may have there
+    guests: int = 0  # that are connected there
     read_only: bool = False
     cache: CacheMode | None = None
     on_full: OnFull | None = None
@@ -213,11 +216,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Export:
-    """A served volume as NBD clients see it."""
+    """A served volume as its clients see it: those of NBD by ``uri`` (empty: there are none), guests by the socket ``vhost_user``."""
 
     volume: str
     name: str
     uri: str
+    vhost_user: str | None = None
 
 
 def from_json(kind: type[T], answer: dict[str, Any]) -> T:

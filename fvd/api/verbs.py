@@ -225,7 +225,7 @@ def remove(volume: str, *, wipe: bool = False, progress: Progress | None = None)
         served = remote.ask(name, "info")
         if served is remote.NOT_SERVED:
             raise
-        raise InUse(f"{name} is being served at {served['uri']}; stop that first") from error
+        raise InUse(f"{name} is being served at {served['uri'] or served.get('vhost_user')}; stop that first") from error
 
 
 # --- Plain values of maps, for both ends of a control socket ---------------------------------------------------------------------

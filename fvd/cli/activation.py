@@ -33,9 +33,3 @@ def take_sockets() -> list[socket.socket]:
         except OSError as error:
             raise InvalidArgument(f"descriptor {fd}{called}, handed over by LISTEN_FDS, is no socket: {error.strerror}") from None
     return taken
-
-
-def unix_path(one: socket.socket) -> str | None:
-    """Where it listens; None: it is no Unix socket with a name in a file system."""
-    address = one.getsockname()
-    return address if one.family == socket.AF_UNIX and isinstance(address, str) and address else None

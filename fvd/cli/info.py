@@ -75,8 +75,12 @@ def describe_growth(info: Info) -> str:
 
 
 def describe_state(info: Info) -> str:
-    if info.uri:
-        return f"served at {info.uri}"
+    if info.uri is not None:
+        places = [info.uri] if info.uri else []
+        if info.vhost_user is not None:
+            guests = "no guest" if not info.guests else "1 guest" if info.guests == 1 else f"{info.guests} guests"
+            places.append(f"{info.vhost_user} (vhost-user: {guests}, at most {info.queues} queues)")
+        return f"served at {' and '.join(places)}"
     if info.pending_changes:
         return (
             f"not clean: its last server died; the next open commits what it had acknowledged ({info.pending_changes} changes of the maps "

@@ -71,7 +71,7 @@ def describe(volumes: list[Listed]) -> list[str]:
             disk.max_storage_size if most is None else most,
         )
         loss = "" if disk.possible_loss is None else "; writes may be lost: fvd-lv info"
-        rows.append((listed.volume, *map(_size, sizes), f"{disk.uri or listed.state}{loss}"))  # type: ignore[arg-type]
+        rows.append((listed.volume, *map(_size, sizes), f"{disk.uri or disk.vhost_user or listed.state}{loss}"))  # type: ignore[arg-type]
     return columns(rows, right=(1, 2, 3, 4, 5))
 
 

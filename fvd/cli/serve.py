@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fvd-lv serve``: disks over NBD until SIGTERM or SIGINT. Says one line per volume when it is ready, tells systemd, closes cleanly."""
+"""``fvd-lv serve``: disks over NBD and vhost-user until SIGTERM or SIGINT. Says one line per volume when it is ready, tells systemd, and
+closes cleanly."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import fvd
 from fvd.api.served import Served
-from fvd.api.serving import ServeOptions
-from fvd.cli.activation import take_sockets, unix_path
+from fvd.api.serving import QUEUES, ServeOptions
+from fvd.cli.activation import take_sockets
 from fvd.cli.notify import notify
 from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
 from fvd.cli.output import Output
@@ -26,24 +27,32 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   fvd-lv serve file:vm1.img --socket /run/vm1.sock
+  fvd-lv serve vg0/vm1 --vhost-user /run/vm1.vhost
   fvd-lv serve file:vm1.img file:vm2.img --listen localhost:10809
   fvd-lv serve /dev/sdb --socket vm.sock --cache none --on-full error
   fvd-lv serve vg0/vm1 --socket /run/vm1.sock --copy-on-read on --prefetch on --prefetch-rate 50M
   nbdinfo -- [ fvd-lv serve file:vm1.img --read-only ]
 
-When all volumes are ready, prints the NBD URI of each on a line; prints nothing if it was handed a socket (LISTEN_FDS). With one volume
-the empty export name means that volume too. SIGTERM or SIGINT closes the disks cleanly. A second signal ends the server at once; the next
-open on this host commits what it had acknowledged."""
+When all volumes are ready, prints where each is on a line, its NBD URI or the socket of --vhost-user; prints nothing if it was handed a
+socket (LISTEN_FDS). With one volume the empty export name means that volume too. SIGTERM or SIGINT closes the disks cleanly. A second
+signal ends the server at once; the next open on this host commits what it had acknowledged."""
 
 
 def register(subparsers: Subparsers) -> None:
-    parser = add_command(subparsers, "serve", "serve disks over NBD", run, EXAMPLES)
+    parser = add_command(subparsers, "serve", "serve disks over NBD and vhost-user", run, EXAMPLES)
     parser.add_argument("volumes", metavar="VOLUME", nargs="+", help=f"{VOLUME_HELP}; clients select one of several by export name")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="listen on a unix socket; not needed if a service manager passes one")
     where.add_argument(
         "--listen", metavar="HOST:PORT", type=host_and_port, help="listen on TCP; no authentication: whoever connects reads and writes"
     )
+    parser.add_argument(
+        "--vhost-user",
+        metavar="PATH",
+        help="let guests in by vhost-user at this unix socket, their fastest way; alone or beside NBD. With several volumes, a folder "
+        "of sockets NAME.sock",
+    )
+    parser.add_argument("--queues", metavar="N", type=int, help=f"--vhost-user: as many queues as a guest may have (default {QUEUES})")
     parser.add_argument("--cache", choices=CACHE_MODES, default="none", help=CACHE_HELP)
     parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
     parser.add_argument(
@@ -90,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output)
     refuse_options(arguments, arguments.prefetch != "on", ("prefetch_delay", "prefetch_rate", "profile"), "--prefetch on")
     refuse_options(arguments, arguments.read_only, ("discard_pending",), "serve without --read-only, which is never refused")
+    refuse_options(arguments, arguments.vhost_user is None, ("queues",), "--vhost-user")
     sockets = take_sockets()
     _check_where(arguments, sockets)
     with contextlib.closing(_Stop()) as stop:
@@ -98,8 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_where(arguments: argparse.Namespace, sockets: list[Socket]) -> None:
     """Raises InvalidArgument unless there is one place to listen at."""
-    if not sockets and arguments.socket is None and arguments.listen is None:
-        raise InvalidArgument("give --socket PATH or --listen HOST:PORT, or start it from a .socket unit of systemd")
+    from fvd.export.listening import unix_path
+
+    if not sockets and arguments.socket is None and arguments.listen is None and arguments.vhost_user is None:
+        raise InvalidArgument("give --socket PATH, --listen HOST:PORT or --vhost-user PATH, or start it from a .socket unit of systemd")
     if not sockets:
         return
     if arguments.listen is not None:
@@ -121,6 +133,8 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
         socket=None if sockets else arguments.socket,
         listen=arguments.listen,
         listeners=sockets or None,
+        vhost_user=arguments.vhost_user,
+        queues=QUEUES if arguments.queues is None else arguments.queues,
         cache=arguments.cache,
         read_only=arguments.read_only,
         on_full=arguments.on_full,
@@ -144,9 +158,12 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
             stop.opening = False
         except _Asked:  # nothing has been said, nobody has been served
             return 0
-        exports = [{"volume": export.volume, "export": export.name, "uri": export.uri} for export in served.exports]
+        exports = [
+            {"volume": export.volume, "export": export.name, "uri": export.uri, "vhost_user": export.vhost_user}
+            for export in served.exports
+        ]
         if not sockets or output.is_json:  # whoever made the socket knows where it is, and may have words of its own on our output
-            output.result({"pid": os.getpid(), "volumes": exports}, [export.uri for export in served.exports])
+            output.result({"pid": os.getpid(), "volumes": exports}, [export.uri or export.vhost_user or "" for export in served.exports])
         notify(f"READY=1\nSTATUS=serving {', '.join(export.volume for export in served.exports)}\nMAINPID={os.getpid()}")
         stop.wait()
         notify("STOPPING=1")

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport Done, Engine, Extent
-from fvd.export._server cimport Backend
+from fvd.engine._backend cimport Backend
 
 
 cdef class EngineBackend(Backend):

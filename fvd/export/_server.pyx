@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serving loop: one thread moves requests between NBD connections, engines and the device queue, with no Python object per request.
+"""The serving loop: one thread moves requests between NBD connections, guests' rings, engines and the device queue, with no Python object
+per request.
 
 A turn: take what the device finished, answer, read what clients sent, submit, hand new operations to the queue. It returns to Python
 (server.py) for what is not a request: new connections, control calls, an engine that wants something, signals. May not know the
 handshake, the format, or where sockets come from.
 
-This file has the loop and what Python calls; its parts are included below: connections, what their requests hold, requests, and the
-sockets' bytes.
+This file has the loop and what Python calls; its parts are included below: connections, what their requests hold, requests, the
+sockets' bytes, and rings.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -21,12 +22,14 @@ from fvd.device.clock cimport monotonic_ns
 from fvd.device.op cimport DeviceOp
 from fvd.engine._engine cimport (DONE_ALL_ZERO, EXTENT_ZERO, FLAG_FUA, FLAG_NO_HOLE, REQUEST_CLOSE, REQUEST_FLUSH, REQUEST_READ,
                                  REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO, Done, Extent)
-from fvd.export._nbd cimport (COMMAND_BLOCK_STATUS, COMMAND_CACHE, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
+from fvd.engine._backend cimport Backend
+from fvd.export._nbd cimport (COMMAND_BLOCK_STATUS, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
                               COMMAND_DISCONNECT, COMMAND_FLUSH, COMMAND_READ, COMMAND_TRIM, COMMAND_WRITE, COMMAND_WRITE_ZEROES,
                               DATA_HEAD_BYTES, ERROR_CHUNK_BYTES, HOLE_CHUNK_BYTES, ON_END, ON_NO_MEMORY, REQUEST_BYTES, SIMPLE_HEAD_BYTES,
                               STATUS_EXTENT_BYTES, STATUS_HEAD_BYTES, STATUS_HOLE, STATUS_ZERO, WIRE_CLOSED, WIRE_HEADER, WIRE_PAYLOAD,
                               Limits, Request, Wire, nbd_error, put_data_head, put_error, put_hole, put_simple, put_status_extent,
                               put_status_head, request_capacity, take_data, take_header, wire_step)
+from fvd.virtio._blk_ring cimport TAKEN_NO_MEMORY, TAKEN_SOME, BlkRing, Counts, Taken
 
 cdef extern from *:
     """
@@ -50,6 +53,7 @@ cdef extern from *:
     ssize_t sendmsg(int fd, const msghdr *message, int flags) nogil
     int shutdown(int fd, int how) nogil
     int c_close "close"(int fd) nogil
+    ssize_t c_write "write"(int fd, const void *data, size_t size_bytes) nogil
     const int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
     const int64_t POLLHUP, POLLERR, POLLRDHUP
 
@@ -71,6 +75,7 @@ cdef enum:
     ALL = -1                        # instead of an export's number
     WATCH_CONNECTION = 0            # in the upper half of a watch's key; the lower is its number
     WATCH_PYTHON = 1                # ... or a descriptor
+    WATCH_RING = 2                  # ... or a ring's number
 
 cdef int64_t TICK_NS = 250000000
 
@@ -78,6 +83,7 @@ cdef enum Attention:                # why the loop returns to Python
     ATTENTION_FDS = 1
     ATTENTION_WANT = 2
     ATTENTION_TICK = 4
+    ATTENTION_RING = 8
 
 cdef struct Export:
     PyObject *backend               # a Backend; borrowed from NbdLoop.backends
@@ -93,13 +99,13 @@ cdef struct Export:
     uint8_t answered                # the loop's own request ended ...
     int32_t answer                  # ... with this
     Export *next_touched
-    uint64_t commands[8]            # by NBD command
-    uint64_t errors
-    uint64_t read_bytes
-    uint64_t written_bytes
+    uint32_t rings                  # guests'
+    Counts counts
+    uint64_t caches, block_statuses
 
 cdef struct Connection
 cdef struct RequestRecord
+cdef struct Ring
 cdef class NbdLoop
 
 include "buffers.pxi"
@@ -108,48 +114,7 @@ include "payloads.pxi"
 include "admission.pxi"
 include "requests.pxi"
 include "transfer.pxi"
-
-
-cdef class Backend:
-    """What the loop needs of a disk."""
-
-    cdef int submit(self, uint32_t kind, uint32_t flags, uint64_t offset_bytes, uint64_t length_bytes, uint8_t *buffer,
-                    uint64_t cookie) except -1 nogil:
-        with gil:
-            raise NotImplementedError
-
-    cdef int complete(self, uint64_t token, int64_t result) except -1 nogil:
-        with gil:
-            raise NotImplementedError
-
-    cdef void clock(self, uint64_t now_ns) noexcept nogil:
-        """What time it is, before anything else is asked in a turn."""
-
-    cdef int tick(self, uint64_t now_ns) except -1 nogil:
-        return 0
-
-    cdef int cancel_waiting(self, uint64_t mask, uint64_t value, int32_t error) except -1 nogil:
-        return 0
-
-    cdef uint64_t waiting_bytes(self, uint64_t mask, uint64_t value) noexcept nogil:
-        return 0
-
-    cdef void give_up_base(self) noexcept nogil:
-        """Nobody waits any longer for reads of a base that fails."""
-
-    cdef int extents(self, uint64_t offset_bytes, uint64_t length_bytes, Extent *out, int capacity) except -1 nogil:
-        out[0].length_bytes = length_bytes
-        out[0].state = 0
-        return 1
-
-    cdef uint32_t take_ops(self, DeviceOp **ops) noexcept nogil:
-        return 0
-
-    cdef uint32_t take_done(self, Done **done) noexcept nogil:
-        return 0
-
-    cdef uint32_t wants(self) noexcept nogil:
-        return 0
+include "rings.pxi"
 
 
 cdef class NbdLoop:
@@ -173,6 +138,11 @@ cdef class NbdLoop:
     cdef Connection **connections   # by number; NULL: free
     cdef uint32_t connection_capacity
     cdef readonly uint32_t connection_count
+    cdef Ring **rings               # by number; NULL: free
+    cdef uint32_t ring_capacity
+    cdef dict ring_objects          # number -> BlkRing
+    cdef Ring *first_ring           # to be looked at in this turn
+    cdef Ring *last_ring
     cdef Connection *first[LISTS]
     cdef Connection *last[LISTS]
     cdef RequestRecord **slabs
@@ -203,6 +173,7 @@ cdef class NbdLoop:
         self.busy_poll_ns = busy_poll_us * 1000
         self.force_blocking = force_blocking
         self.backends = []
+        self.ring_objects = {}
         self.watches = {}
 
     def __dealloc__(self):
@@ -225,6 +196,9 @@ cdef class NbdLoop:
             if self.connections[i] != NULL:
                 free(self.connections[i].buffer)
                 free(self.connections[i])
+        for i in range(self.ring_capacity):
+            free(self.rings[i])
+        free(self.rings)
         free(self.slabs)
         free(self.exports)
         free(self.connections)
@@ -294,7 +268,7 @@ cdef class NbdLoop:
     def remove_export(self, uint32_t number):
         """Forget an export that was closed and has no connections, once its last operations (discards) have ended."""
         cdef Export *export = self.exports[number]
-        if export.live or export.connections:
+        if export.live or export.connections or export.rings:
             raise RuntimeError("the export is in use")
         with nogil:
             while export.open_ops or export.touched:
@@ -379,6 +353,44 @@ cdef class NbdLoop:
             self.endings[i] = 0
         return endings
 
+    def add_ring(self, BlkRing ring not None, uint32_t export, int kick_fd, int call_fd):
+        """Serves a ring that has begun; its number. The descriptors stay the caller's, and must outlive it; `call_fd` -1: no calls."""
+        return add_ring(self, ring, self.exports[export], kick_fd, call_fd).number
+
+    def set_call(self, uint32_t number, int call_fd):
+        """Another descriptor to call the guest by."""
+        cdef Ring *ring = find_ring(self, number)
+        ring.call_fd = call_fd
+        (<BlkRing>ring.it).calls_due = True
+        list_ring(self, ring)
+
+    def drain_ring(self, uint32_t number, *, bint silently):
+        """Takes no more of it: pop_rings tells when nothing of it is under way. Again is fine."""
+        self.now_ns = monotonic_ns()
+        drain_ring(self, find_ring(self, number), silently)
+
+    def pop_rings(self):
+        """The numbers of the rings that have come to rest, or have broken, since the last call."""
+        cdef uint32_t i
+        cdef uint8_t news
+        numbers = []
+        for i in range(self.ring_capacity):
+            if self.rings[i] == NULL:
+                continue
+            news = 2 if self.rings[i].state == RING_RESTED else 1 if (<BlkRing>self.rings[i].it).fault != NULL else 0
+            if news > self.rings[i].told:
+                self.rings[i].told = news
+                numbers.append(i)
+        return numbers
+
+    def remove_ring(self, uint32_t number):
+        """Forgets a ring that has come to rest: nothing uses its memory any more."""
+        remove_ring(self, number)
+
+    def has_rested(self, uint32_t number):
+        """Whether nothing of it is under way any more."""
+        return find_ring(self, number).state == RING_RESTED
+
     def turns(self, int64_t at_most_ns=-1):
         """Serve until Python has something to do, or for so long. Returns the watched descriptors that became ready."""
         cdef uint32_t number
@@ -422,13 +434,19 @@ cdef class NbdLoop:
         replies in time are dropped, and those whose requests wait for a base that fails: neither get they an answer."""
         cdef uint32_t i
         cdef int64_t until = monotonic_ns() + timeout_ns
+        cdef Ring *ring
         cdef Connection *connection
         for i in range(self.connection_capacity):
             connection = self.connections[i]
             if connection != NULL and connection.state == CONNECTION_OPEN and export in (ALL, connection.export.number):
                 with nogil:
                     move_connection(self, connection, SERVER_ENDS)
-        while count_connections(self, export):
+        with nogil:
+            for i in range(self.ring_capacity):
+                ring = self.rings[i]
+                if ring != NULL and ring.state == RING_RUNNING and (export == ALL or export == ring.export.number):
+                    drain_ring(self, ring, False)
+        while count_connections(self, export) or self.count_rings(export):
             if monotonic_ns() > until:
                 self.drop_all(export)
                 for i in range(self.export_count):
@@ -438,6 +456,14 @@ cdef class NbdLoop:
             with nogil:
                 run_turn(self, TICK_NS // 10)
             PyErr_CheckSignals()
+
+    cdef uint32_t count_rings(self, int64_t export) noexcept:
+        """Those that have not come to rest."""
+        cdef uint32_t i, count = 0
+        for i in range(self.ring_capacity):
+            if self.rings[i] != NULL and self.rings[i].state != RING_RESTED and export in (ALL, self.rings[i].export.number):
+                count += 1
+        return count
 
     def request(self, uint32_t export, bint close=False):
         """Flush an export, or close it: nothing may be asked of it afterwards. Returns 0 or a negative errno."""
@@ -464,6 +490,9 @@ cdef class NbdLoop:
             connection = self.connections[i]
             if connection != NULL and connection.state != CONNECTION_DEAD and export in (ALL, connection.export.number):
                 move_connection(self, connection, CONNECTION_BREAKS)
+        for i in range(self.ring_capacity):
+            if self.rings[i] != NULL and export in (ALL, self.rings[i].export.number):
+                drain_ring(self, self.rings[i], True)
 
     def counters(self):
         cdef Export *export
@@ -471,18 +500,19 @@ cdef class NbdLoop:
         for i in range(self.export_count):
             export = self.exports[i]
             exports.append({
-                "reads": export.commands[COMMAND_READ],
-                "writes": export.commands[COMMAND_WRITE],
-                "flushes": export.commands[COMMAND_FLUSH],
-                "trims": export.commands[COMMAND_TRIM],
-                "write_zeroes": export.commands[COMMAND_WRITE_ZEROES],
-                "caches": export.commands[COMMAND_CACHE],
-                "block_statuses": export.commands[COMMAND_BLOCK_STATUS],
-                "errors": export.errors,
-                "read_bytes": export.read_bytes,
-                "written_bytes": export.written_bytes,
+                "reads": export.counts.reads,
+                "writes": export.counts.writes,
+                "flushes": export.counts.flushes,
+                "trims": export.counts.trims,
+                "write_zeroes": export.counts.zeroes,
+                "caches": export.caches,
+                "block_statuses": export.block_statuses,
+                "errors": export.counts.errors,
+                "read_bytes": export.counts.read_bytes,
+                "written_bytes": export.counts.written_bytes,
                 "open_requests": export.open_requests,
                 "connections": export.connections,
+                "rings": export.rings,
             })
         return {
             "connections": self.connection_count,
@@ -503,6 +533,8 @@ cdef int run_turn(NbdLoop loop, int64_t timeout_ns) except -1 nogil:
     cdef int64_t spin_ns = 0
     if loop.first[LIST_READY] != NULL or loop.touched != NULL or (loop.freed and loop.first[LIST_PAUSED] != NULL):
         timeout_ns = 0
+    if loop.first_ring != NULL:
+        timeout_ns = 0
     if loop.busy_poll_ns and loop.now_ns - loop.last_request_ns < 10 * loop.busy_poll_ns:
         spin_ns = loop.busy_poll_ns
     loop.queue.turn(timeout_ns, spin_ns)
@@ -517,6 +549,7 @@ cdef int run_turn(NbdLoop loop, int64_t timeout_ns) except -1 nogil:
         reply_to_done(loop, export)
         export = export.next_touched
     send_all(loop)
+    call_all(loop)
 
     loop.freed = False
     connection = list_take(loop, LIST_PAUSED)
@@ -533,6 +566,7 @@ cdef int run_turn(NbdLoop loop, int64_t timeout_ns) except -1 nogil:
             receive(loop, connection)
         connection = next
 
+    take_from_rings(loop)
     if loop.now_ns >= loop.next_tick_ns:
         loop.next_tick_ns = loop.now_ns + TICK_NS
         tick_all(loop)
@@ -560,6 +594,9 @@ cdef int take_events(NbdLoop loop) except -1 nogil:
         number = <uint32_t>event.key
         if event.key >> 32 == WATCH_PYTHON:
             note_ready(loop, <int>number)
+            continue
+        if event.key >> 32 == WATCH_RING:
+            note_kick(loop, number)
             continue
         connection = loop.connections[number]
         if event.kind == EVENT_READABLE:
@@ -622,6 +659,9 @@ cdef int tick_all(NbdLoop loop) except -1 nogil:
             move_connection(loop, connection, CONNECTION_BREAKS)
         else:
             cancel_waiting_requests(loop, connection)         # what has begun to wait since
+    for i in range(loop.ring_capacity):
+        if loop.rings[i] != NULL:
+            cancel_ring(loop, loop.rings[i])
     return 0
 
 

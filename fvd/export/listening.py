@@ -18,7 +18,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,12 @@ class Given:
     sockets: tuple[socket.socket, ...]
 
 
-Listen = Unix | Tcp | Given
+@dataclass(frozen=True)
+class Nowhere:
+    """No NBD: guests come in by vhost-user only."""
+
+
+Listen = Unix | Tcp | Given | Nowhere
 
 
 class BoundName:
@@ -104,6 +109,22 @@ def open_listener(listen: Unix | Tcp) -> tuple[socket.socket, BoundName | None]:
         if error.errno == errno.EADDRINUSE:
             raise InUse(f"listening on {listen}: the address is in use") from error
         raise InvalidArgument(f"listening on {listen}: {os.strerror(error.errno or 0)}") from error
+
+
+def unix_path(one: socket.socket) -> str | None:
+    """Where it listens; None: it is no Unix socket with a name in a file system."""
+    address = one.getsockname()
+    return address if one.family == socket.AF_UNIX and isinstance(address, str) and address else None
+
+
+def guest_sockets(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, str]:
+    """By export name: where its guests come in. Raises InvalidArgument: several exports, and no folder."""
+    place = Path(path).absolute()
+    if place.is_dir():
+        return {name: str(place / f"{name.replace('/', '-')}.sock") for name in names}
+    if len(names) > 1:
+        raise InvalidArgument(f"{path} is no folder; with several volumes, each has its socket in one")
+    return {names[0]: str(place)}
 
 
 def check_given(given: Given) -> None:

@@ -2,7 +2,8 @@
 # Requests: what NBD asks becomes a request to a backend, and what that answers becomes a reply. It knows no socket.
 #
 # Offers: begin_request, reply_to_done, submit_write
-# Needs: connections: list_push; payloads: free_record, give_payload, new_record, record_of, release_payload
+# Needs: connections: list_push; payloads: free_record, give_payload, new_record, record_of, release_payload;
+#   rings: ring_part_ended
 
 cdef int begin_request(NbdLoop loop, Connection *connection, const Request *request) except -1 nogil:
     cdef RequestRecord *record = new_record(loop, connection)
@@ -14,12 +15,13 @@ cdef int begin_request(NbdLoop loop, Connection *connection, const Request *requ
     record.request = request[0]
     if request.error:
         return reply_error(loop, record, request.error)
-    export.commands[request.command] += 1
     if request.command == COMMAND_READ:
+        export.counts.reads += 1
         if not give_payload(loop, record, length):
             return finish_request(loop, record, -ENOMEM, 0)
         return submit_request(loop, record, REQUEST_READ, 0, record.payload)
     if request.command == COMMAND_WRITE:
+        export.counts.writes += 1
         connection.large = length >= LARGE_BYTES
         if not give_payload(loop, record, length):
             wire_step(&connection.wire, ON_NO_MEMORY)
@@ -27,20 +29,25 @@ cdef int begin_request(NbdLoop loop, Connection *connection, const Request *requ
         connection.filling = record
         return 0
     if request.command == COMMAND_FLUSH:
+        export.counts.flushes += 1
         return submit_request(loop, record, REQUEST_FLUSH, 0, NULL)
     if request.command == COMMAND_TRIM:
+        export.counts.trims += 1
         return submit_request(loop, record, REQUEST_TRIM, flags, NULL)
     if request.command == COMMAND_WRITE_ZEROES:
+        export.counts.zeroes += 1
         return submit_request(loop, record, REQUEST_ZERO, flags | (FLAG_NO_HOLE if request.flags & COMMAND_FLAG_NO_HOLE else 0), NULL)
     if request.command == COMMAND_BLOCK_STATUS:
+        export.block_statuses += 1
         return reply_status(loop, record)
+    export.caches += 1
     return finish_request(loop, record, 0, 0)      # COMMAND_CACHE is a hint that we do not take
 
 
 cdef int submit_write(NbdLoop loop, Connection *connection) except -1 nogil:
     cdef RequestRecord *record = connection.filling
     connection.filling = NULL
-    connection.export.written_bytes += record.request.length_bytes
+    connection.export.counts.written_bytes += record.request.length_bytes
     return submit_request(loop, record, REQUEST_WRITE, FLAG_FUA if record.request.flags & COMMAND_FLAG_FUA else 0, record.payload)
 
 
@@ -96,7 +103,7 @@ cdef int finish_request(NbdLoop loop, RequestRecord *record, int32_t result, uin
         release_payload(loop, record)
         put_simple(record.head, request.cookie, 0)
         return reply(loop, record, record.head, SIMPLE_HEAD_BYTES)
-    connection.export.read_bytes += length
+    connection.export.counts.read_bytes += length
     if not connection.limits.structured:
         put_simple(record.payload - SIMPLE_HEAD_BYTES, request.cookie, 0)
         return reply(loop, record, record.payload - SIMPLE_HEAD_BYTES, SIMPLE_HEAD_BYTES + length)
@@ -109,7 +116,7 @@ cdef int finish_request(NbdLoop loop, RequestRecord *record, int32_t result, uin
 
 
 cdef int reply_error(NbdLoop loop, RequestRecord *record, uint32_t error) except -1 nogil:
-    record.connection.export.errors += 1
+    record.connection.export.counts.errors += 1
     release_payload(loop, record)
     if record.connection.limits.structured:
         put_error(record.head, record.request.cookie, error)
@@ -145,5 +152,8 @@ cdef int reply_to_done(NbdLoop loop, Export *export) except -1 nogil:
             export.answer = done[i].error
             continue
         export.open_requests -= 1
+        if done[i].cookie & RING_COOKIE:
+            ring_part_ended(loop, done[i].cookie, done[i].error)
+            continue
         finish_request(loop, record_of(loop, <uint32_t>done[i].cookie), done[i].error, done[i].flags)
     return 0

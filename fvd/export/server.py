@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD server as Python sees it: listening sockets, handshakes, control calls, start and stop.
+"""The server as Python sees it: listening sockets, NBD handshakes, guests (guests.py), control calls, start and stop.
 
 Requests never come here: `_server.NbdLoop` moves them in the same thread, and returns to this module for everything else. May not know
 the command line, the format, or how a disk was opened.
@@ -26,15 +26,18 @@ from urllib.parse import quote
 from fvd._lifetime import between_forks, keep, never_wait
 from fvd.counted import Counted, say_due
 from fvd.device._queue import Source
+from fvd.engine._backend import Backend
 from fvd.engine._engine import Engine
 from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
 from fvd.export import handshake
 from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import PAYLOAD_BYTES_MAX
-from fvd.export._server import Backend, NbdLoop
-from fvd.export.listening import BoundName, Given, Listen, Tcp, Unix, check_given, open_listener
+from fvd.export._server import NbdLoop
+from fvd.export.guests import Guests
+from fvd.export.listening import BoundName, Given, Listen, Nowhere, Tcp, Unix, check_given, open_listener
 from fvd.export.peers import Peer, is_privileged, peer_of, tune
 from fvd.units import MIB
+from fvd.virtio.config import GuestDisk
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -151,6 +154,7 @@ class NbdServer:
         self._listeners: dict[int, socket.socket] = {}
         self._arriving: socket.socket | None = None  # accepted last
         self._bound: BoundName | None = None  # of our Unix socket
+        self._guests = Guests(self._loop, self._notes)
         keep(self, NbdServer._descriptors)
 
     def _descriptors(self) -> list[int]:
@@ -204,6 +208,21 @@ class NbdServer:
 
         self._call_or_postpone(attach)
 
+    def add_guest_port(self, name: str, listen: Listen, queues: int) -> None:
+        """Has guests of an export come in by vhost-user, at a Unix socket, each with so many queues at most. Raises as
+        fvd.export.guests.Guests.add_port."""
+
+        def attach() -> None:
+            export = self._exports[name]
+            disk = GuestDisk(export.size_bytes, export.read_only, export.preferred_block_bytes, name.encode(), queues)
+            self._guests.add_port(name, export.number, disk, listen)
+
+        self._call_or_postpone(attach)
+
+    def guest_count(self, name: str) -> int:
+        """How many front ends are connected to an export. From any thread."""
+        return self._guests.count_of(name)
+
     def close_export(self, name: str) -> None:
         """Stop serving a disk: answer what is under way, hang up on its clients, have its engine close. Raises what that failed with."""
         self.call(lambda: self._close_export(name))
@@ -217,6 +236,8 @@ class NbdServer:
             if export is not None:
                 self._abandoned[name] = export
                 self._loop.drop_all(export.number)
+                self._guests.close_ports(name)
+                self._guests.end(name)
 
         self.call(abandon)
 
@@ -224,12 +245,21 @@ class NbdServer:
         export = self._exports.pop(name, None) or self._abandoned.pop(name, None)
         if export is None:
             raise NotFound(f"no export named {quoted(name)} is served")
+        self._guests.close_ports(name)
         self._loop.drain(int(self._limits.drain_seconds * 1e9), export.number)
+        self._see_guests_off(name, export.number)
         result = self._loop.request(export.number, close=True)
         self._loop.remove_export(export.number)
         self._on_want.pop(export.number, None)
         if result:
             raise DeviceError(f"closing {quoted(name)}: {os.strerror(-result)}; what was not flushed may be lost")
+
+    def _see_guests_off(self, name: str, number: int) -> None:
+        """Their rings have been drained: what they were still to be told has been told."""
+        self._guests.take_rings(self._loop.pop_rings(), reading=False)
+        self._guests.end(name)
+        self._loop.drain(int(self._limits.drain_seconds * 1e9), number)  # of what a message that waited has begun again
+        self._guests.take_rings(self._loop.pop_rings(), reading=False)
 
     def release_base(self, name: str) -> None:
         """A disk needs its base no longer: the caller may close it. Raises Conflict while something is still read from it."""
@@ -246,8 +276,10 @@ class NbdServer:
         self.call(release)
 
     def uri(self, name: str = "") -> str:
-        """The NBD URI of an export. For TCP with port 0, once the server runs."""
+        """The NBD URI of an export, empty where there is no NBD. For TCP with port 0, once the server runs."""
         match self._listen:
+            case Nowhere():
+                return ""
             case Unix(path):
                 return _unix_uri(path, name)
             case Tcp(host, port):
@@ -347,6 +379,7 @@ class NbdServer:
             by_number = counters.pop("exports")
             counters["exports"] = {name: by_number[export.number] for name, export in self._exports.items()}
             counters["handshakes"] = len(self._clients)
+            counters["guests"] = self._guests.count
             counters["turned_away"] = self._turned_away
             return counters
 
@@ -380,6 +413,8 @@ class NbdServer:
         if isinstance(self._listen, Given):
             check_given(self._listen)
             listeners = self._listen.sockets
+        elif isinstance(self._listen, Nowhere):
+            listeners = ()
         else:
             listener, self._bound = open_listener(self._listen)
             listeners = (listener,)
@@ -390,6 +425,7 @@ class NbdServer:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._serving = threading.get_ident()
         self._loop.watch(self._wake)
+        self._guests.open()
         if self.notice:
             log.warning("%s", self.notice)
 
@@ -408,6 +444,10 @@ class NbdServer:
                     self._accept_later.add(fd)
             elif fd in self._clients:
                 events_left -= self._shake(fd, self._clients[fd], min(_EVENTS_PER_SHAKE, events_left))
+        self._guests.take_rings(self._loop.pop_rings())
+        self._guests.take_ready(ready)
+        if self._guests.has_more:
+            self._wake_up()
         now = time.monotonic()
         self._accept_at = max(self._accept_at, now + _REST * (now - began))
         self._run_calls()
@@ -442,9 +482,12 @@ class NbdServer:
 
     def _shut_down(self) -> None:
         self._close_listeners()
+        self._guests.close_ports()
         for fd in list(self._clients):
             self._reject(fd, "the server stops")
         self._loop.drain(int(self._limits.drain_seconds * 1e9))
+        for name, export in self._exports.items():
+            self._see_guests_off(name, export.number)
         self._run_calls()
         for name, export in self._exports.items():
             if result := self._loop.request(export.number):
@@ -458,6 +501,7 @@ class NbdServer:
             wake, self._wake = self._wake, -1
             calls, self._calls = self._calls, deque()
         self._close_listeners()
+        self._guests.close_ports()
         for client in self._clients.values():
             client.socket.close()
         self._clients.clear()

@@ -64,7 +64,7 @@ def test_serve_json(disk: str, workdir: Path) -> None:
     assert answer["schema_version"] == 1
     assert answer["pid"] == process.pid
     [volume] = answer["volumes"]
-    assert set(volume) == {"volume", "export", "uri"}
+    assert set(volume) == {"volume", "export", "uri", "vhost_user"} and volume["vhost_user"] is None
     assert volume["volume"] == f"file:{workdir / 'a'}"
     assert connect(volume["uri"]).get_size() == GIB
     process.terminate()

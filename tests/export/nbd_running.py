@@ -10,8 +10,8 @@ from typing import Any
 from nbd_client import TIMEOUT_SECONDS, Client
 
 from devtools._passthrough import PassThrough
+from fvd.engine._backend import Backend
 from fvd.engine._engine import Engine
-from fvd.export._server import Backend
 from fvd.export.server import Limits, NbdServer, Tcp, Unix
 from fvd.format import journal, maps
 from fvd.format.geometry import Geometry

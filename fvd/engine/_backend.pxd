@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the serving loop needs of a disk: the engine's compiled interface, so that the loop can be measured without an engine."""
+"""What serves requests for an export: the engine's compiled interface, so that what brings them can be measured without an engine."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
