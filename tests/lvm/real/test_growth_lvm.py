@@ -415,6 +415,50 @@ def test_devices_of_others_and_of_the_group(group: Group, spare_device: str, tmp
     assert fvd.remove(volume)
 
 
+# --- A thin pool below ----------------------------------------------------------------------------------------------------------------
+
+# Of these pools there is nothing to check, and nobody but the test makes them larger.
+POOLS_ARE_OURS = ("--config", 'global{thin_check_executable=""} activation{monitoring=0}')
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["errors at once", "waits first"])
+def test_writes_wait_for_a_thin_pool_that_is_full(group: Group, at_once: bool) -> None:
+    """The device has its size, and the pool that it takes its blocks from has none left: it is told, what is there goes on, and what waits
+    ends well when the pool has grown."""
+    load_module("dm-thin-pool")
+    run("lvcreate", "--yes", *POOLS_ARE_OURS, "--type", "thin-pool", "--poolmetadatasize", "4M", "-L", "16M", "-n", "pool", group.name)
+    if at_once:
+        run("lvchange", *POOLS_ARE_OURS, "--errorwhenfull", "y", f"{group.name}/pool")
+    else:
+        Path("/sys/module/dm_thin_pool/parameters/no_space_timeout").write_text("2")  # 60 s as a rule
+    run("lvcreate", "--yes", *POOLS_ARE_OURS, "--thin", "-V", "64M", "-n", "thin", f"{group.name}/pool")
+    events: list[fvd.Event] = []
+    with mapped(linear(group.path("thin"), 64 * MIB)) as device:
+        fvd.provision(device.path, "32M", journal_size="1M")
+        with fvd.open(device.path, on_full="wait", on_event=events.append) as disk:
+            written = 0
+
+            def fill() -> None:
+                nonlocal written
+                for chunk in range(24):
+                    disk.pwrite(chunk * MIB, content(chunk, MIB))
+                    written += 1
+
+            writer = threading.Thread(target=fill)
+            writer.start()
+            wait_for(lambda: any(event.kind == "storage_full" for event in events))
+            full = disk.info()
+            assert full.no_room_below and full.free_bytes == 0 and full.waiting_writes and 8 < written < 16
+            disk.pwrite(0, content(0, MIB))  # what has its blocks needs none
+            run("lvextend", *POOLS_ARE_OURS, "-L", "64M", f"{group.name}/pool")
+            writer.join(30)
+            assert not writer.is_alive() and written == 24 and not disk.info().no_room_below
+            disk.flush()
+            assert all(disk.pread(chunk * MIB, MIB) == content(chunk, MIB) for chunk in range(24))
+        report = fvd.check(device.path)
+        assert report.clean and not report.errors and fvd.info(device.path).possible_loss is None
+
+
 # --- Changed behind the disk ---------------------------------------------------------------------------------------------------------
 
 
