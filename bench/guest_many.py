@@ -81,14 +81,12 @@ def idle_commands(device: str, socket: Path) -> dict[str, list[list[str]]]:
     provision = [*FVD_COMMAND, "provision", device, "--size", size, "--force"]
     create = ["qemu-img", "create", "-q", "-f", "qcow2", device, size]
     nodes = (f"driver=host_device,filename={device},cache.direct=on,aio=io_uring,node-name=file", "driver=qcow2,node-name=disk,file=file")
-    commands = {
+    return {
+        "fvd, vhost-user": [provision, vhost_command([device], socket)],
         "fvd, NBD": [provision, [*FVD_COMMAND, "serve", device, "--socket", str(socket)]],
         "qcow2, NBD (qemu-nbd)": [create, ["qemu-nbd", "--persistent", "--cache=none", "--format=qcow2", f"--socket={socket}", device]],
         "qcow2, vhost-user": [create, qemu_command(socket, *nodes)],
     }
-    with contextlib.suppress(CannotMeasure):
-        commands = {"fvd, vhost-user": [provision, vhost_command([device], socket)], **commands}
-    return commands
 
 
 def idle_memory(rounds: int) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ QEMU's is given what it is fastest with: an iothread, no page cache, and a choic
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from machine import CannotMeasure, compiled, server
+from machine import compiled, server
 from peers import Peer, Place, Served, disk_device, run
 
 QUEUES = 4
@@ -74,15 +73,7 @@ def provisioned(place: Place) -> Iterator[str]:
         yield device
 
 
-@functools.cache
-def has_vhost_user() -> bool:
-    done = subprocess.run([*FVD_COMMAND, "serve", "--help"], capture_output=True, text=True, check=False)
-    return "--vhost-user" in done.stdout
-
-
 def vhost_command(devices: list[str], path: Path) -> list[str]:
-    if not has_vhost_user():
-        raise CannotMeasure("this fvd does not serve over vhost-user")
     return [*FVD_COMMAND, "serve", *devices, "--vhost-user", str(path), "--queues", str(QUEUES)]
 
 
