@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import errno
 
+from test_engine_stop import KIB, WRITE, bench
+
 from fvd.engine._engine import Want
 from fvd.format.geometry import Placement
 from fvd.sim._device import FLUSH, Operation
 from fvd.sim.stage import SECTORS_PER_BLOCK, SECTORS_PER_CHUNK, Stage
 
 PAGE_BYTES = 4096
+SECOND = 1_000_000_000
 
 
 def test_every_page_of_the_ring_is_used() -> None:
@@ -100,6 +103,37 @@ def test_reads_of_what_is_durable_go_on_after_a_failed_flush() -> None:
         if pending:
             stage.now("read", SECTORS_PER_CHUNK, SECTORS_PER_BLOCK)
             assert log[-1].endswith(f"read {-errno.EIO}"), log[-1]
+
+
+def test_what_the_device_said_is_not_covered_by_a_failed_flush() -> None:
+    """A first write that both have hit ends with its own error."""
+    it = bench(base_size_bytes=None, copy_on_read=False, on_full="error")
+    it.submit(WRITE, 0, 64 * KIB)
+    it.take()
+    it.engine.note_failed_flush(errno.EIO)
+    it.complete(0, -errno.ENOSPC)
+    it.take()
+    assert it.answered == [(1, -errno.ENOSPC)]
+
+
+def test_a_failing_base_is_asked_when_a_second_is_over() -> None:
+    it = bench()
+    engine = it.engine
+    engine.prefetch_idle_ns, engine.prefetch_depth = 0, 1
+    engine.prefetch_plan([(0, 1 << 20)])
+    engine.advance_clock(10 * SECOND)
+    it.take()
+    for _ in range(2):  # it fails, and is asked once more
+        assert len(it.operations) == 1
+        it.complete(0, -errno.EIO)
+        it.take()
+    assert engine.base_failing and not it.operations
+    engine.advance_clock(11 * SECOND - 1)
+    it.take()
+    assert not it.operations
+    engine.advance_clock(11 * SECOND)
+    it.take()
+    assert len(it.operations) == 1
 
 
 def test_only_a_close_closes_cleanly() -> None:

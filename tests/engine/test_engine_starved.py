@@ -86,6 +86,22 @@ def test_reads_and_overwrites_go_on() -> None:
     assert [error for _, error in it.answered] == [0, 0, 0] and it.engine.storage_below_full and it.engine.starved_count == 1
 
 
+def test_a_copy_says_nothing_of_space() -> None:
+    """Its slot may have its blocks already."""
+    it = bench(on_full="error")
+    it.submit(WRITE, 0, 64 * KIB)
+    it.take()
+    starve(it)
+    it.engine.want = 0
+    it.submit(READ, 128 * KIB, 64 * KIB)
+    it.take()
+    while it.operations:  # from the base, and into the disk
+        it.complete(0)
+        it.take()
+    assert it.engine.present_blocks == 1
+    assert it.engine.storage_below_full and not it.engine.want & Want.STORAGE_BELOW
+
+
 @pytest.mark.parametrize(("how", "error"), [("close", errno.ESHUTDOWN), ("cancel", errno.ENOSPC), ("stop", errno.EIO), ("fail", errno.EIO)])
 def test_what_waits_ends(how: str, error: int) -> None:
     it = bench(base_size_bytes=None, copy_on_read=False)

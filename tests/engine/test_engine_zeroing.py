@@ -57,6 +57,13 @@ def test_whole_blocks_need_no_zeros() -> None:
     assert stage.counts()["zeroed_chunks"] == 0
 
 
+def test_a_long_write_into_zeros_is_one_operation() -> None:
+    """Its edges need no bounce buffer, so they are not cut off."""
+    stage = Stage(zero_chunks=True, chunk_size_bytes=1 << 20, virtual_size_bytes=1 << 21, grow_step_bytes=1 << 20)
+    stage.now("write", 0, 8)
+    assert written(stage, SECTORS_PER_BLOCK + 8, 6 * SECTORS_PER_BLOCK) == [(WRITE, 6 * BLOCK_BYTES)]
+
+
 def test_others_of_the_chunk_wait_and_those_of_other_chunks_do_not() -> None:
     stage = Stage(zero_chunks=True)
     stage.submit("write", 8, 8)

@@ -19,4 +19,16 @@ EQUIVALENT: dict[str, str] = {
     "commit_maybe, operand: `if e.commit.state != COMMIT_IDLE or e.failure.error_number or e.mode.read_only or not commit_wanted(e):` -> `if e.commit.state != COMMIT_IDLE or e.failure.error_number or not commit_wanted(e):`": (
         "a read-only open changes nothing, copies nothing and answers flushes at once: no commit is wanted"
     ),
+    "slot_take, comparison: `if slot >= e.slots.capacity:` -> `if slot > e.slots.capacity:`": (
+        "slots_at_hand is not 0: one is free, or none is and one waits for its discard; each placement finds it, below the capacity"
+    ),
+    "checkpoint_step, off by one: `cdef uint64_t pages = e.disk.bitmap_pages + e.disk.table_pages` -> `cdef uint64_t pages = (e.disk.bitmap_pages + e.disk.table_pages) + 1`": (
+        "one more look behind the last page of the table finds it clean, and the sweep ends there"
+    ),
+    "resize_storage, comparison: `if e.slots.cursor >= capacity:` -> `if e.slots.cursor > capacity:`": (
+        "at the capacity slot_append finds nothing above the cursor, and begins at 0, where the cursor would be"
+    ),
+    "resize_storage, operand: `if not e.disk.raw and bits_find(e.slots.used, capacity, e.disk.chunks, True) < e.disk.chunks:` -> `if bits_find(e.slots.used, capacity, e.disk.chunks, True) < e.disk.chunks:`": (
+        "a raw disk has its whole capacity here, or was refused before: no slot is beyond it"
+    ),
 }

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lvm_machine import Machine, Physical
 from test_lvm_commands import GROUP, PHYSICAL, group_row
 
 from disks import MIB, SMALL
+from fvd.api.listing import list_groups
 from fvd.disk._disk_thread import drive
 from fvd.disk.opening import open_volume
 from fvd.disk.provision import provision
@@ -19,7 +23,7 @@ from fvd.errors import DeviceError, NoSpace
 from fvd.lvm import members
 from fvd.lvm.commands import Lvm
 from fvd.lvm.members import Labelled
-from fvd.lvm.report import VolumeGroup, parse_groups
+from fvd.lvm.report import LogicalVolume, VolumeGroup, parse_groups
 from fvd.storage.lvm_storage import LvmStorage
 
 STRANGER = "/dev/nbd0"
@@ -177,6 +181,40 @@ def test_a_missing_device_that_a_disk_does_not_use(machine: Machine, udev: Udev,
     assert remove(name)
 
 
+CHANGES: dict[str, Callable[[LogicalVolume], object]] = {
+    "create": lambda volume: Lvm().create(volume.group, "new", 4 * MIB, ["tag"]),
+    "extend": lambda volume: Lvm().extend(volume.group, volume.name, 32 * MIB),
+    "retag": lambda volume: Lvm().retag(volume, add=["tag"]),
+    "stay inactive": lambda volume: Lvm().stay_inactive(volume),
+    "remove": lambda volume: Lvm().remove(volume, "fvd.disk"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_command_changes_a_group_of_which_a_device_is_not_known(machine: Machine, udev: Udev, name: str, change: str) -> None:
+    volume = Lvm().find(udev.group, "vm1")
+    assert volume is not None
+    udev.extend("/dev/sdb", 256 * MIB, known=False)
+    machine.commands.clear()
+    with pytest.raises(DeviceError, match="lacks physical volume uuid of /dev/sdb"):
+        CHANGES[change](volume)
+    assert {words[0] for words in machine.commands} == {"vgs"} and machine.groups[udev.group].harmed == []
+
+
+def test_what_a_volume_held_is_not_overwritten_for_a_provision_that_is_refused(machine: Machine, udev: Udev, name: str) -> None:
+    """With --force over a volume that is somebody's: the group is looked at first."""
+    volume = machine.volume(name)
+    assert volume is not None
+    volume.tags.clear()
+    before = volume.backing.read_bytes()
+    udev.extend("/dev/sdb", 256 * MIB)
+    machine.groups[udev.group].physical["/dev/sdb"].gone = True
+    machine.commands.clear()
+    with pytest.raises(DeviceError, match="lacks physical volume"):
+        provision(name, **SMALL, force=True)
+    assert volume.backing.read_bytes() == before and {words[0] for words in machine.commands} <= {"vgs", "lvs"}
+
+
 def test_a_volume_that_lies_on_a_missing_device(machine: Machine, udev: Udev, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = machine._lv_row
     monkeypatch.setattr(machine, "_lv_row", lambda *what: {**real(*what), "lv_health_status": "partial"})
@@ -194,6 +232,41 @@ def test_two_devices_that_say_they_are_the_same(machine: Machine, udev: Udev, na
     group = Lvm().group(udev.group)
     assert machine.lists[-1] == ([first] if used else ["/dev/clone", first])
     assert (group.obtainable_bytes() > 0) == used and group.free_bytes == 48 * MIB
+
+
+# --- What the kernel and udev know ------------------------------------------------------------------------------------------------------
+
+
+def test_logical_volumes_are_none_of_the_devices_that_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a guest has made on its disk is labelled too, and it lies in a logical volume."""
+    devices = [
+        SimpleNamespace(device_node=path, device_number=number, properties={"ID_FS_UUID": uuid})
+        for path, number, uuid in (("/dev/sdb", 2, "ours"), ("/dev/dm-7", 7, "the guest's"), ("/dev/sdc", 3, None))
+    ]
+    monkeypatch.setattr(members, "_UDEV_CONTROL", str(tmp_path))
+    monkeypatch.setattr("pyudev.Context", lambda: SimpleNamespace(list_devices=lambda **_: devices))
+    monkeypatch.setattr("fvd.lvm.dm.is_lvm_device", lambda number: number == 7)
+    assert members.labelled() == [Labelled("/dev/sdb", "ours")]
+
+
+def test_what_the_volumes_of_a_group_lie_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the kernel's tables: devices of this group, and no volume of lvm's that lies between."""
+    for device, name, uuid, below in (
+        ("dm-0", "vg0-vm1", "LVM-a", {"sdb": "8:16", "dm-1": "253:1"}),
+        ("dm-1", "vg0-vm1-real", "LVM-b", {"sdc": "8:32"}),
+        ("dm-2", "vg1-vm1", "LVM-c", {"sdd": "8:48"}),
+        ("dm-3", "vg0-x", "CRYPT-d", {"sde": "8:64"}),
+    ):
+        folder = tmp_path / device
+        (folder / "dm").mkdir(parents=True)
+        (folder / "dm" / "name").write_text(f"{name}\n")
+        (folder / "dm" / "uuid").write_text(f"{uuid}\n")
+        for slave, number in below.items():
+            (folder / "slaves" / slave / "dm").mkdir(parents=True)
+            (folder / "slaves" / slave / "dev").write_text(f"{number}\n")
+            (folder / "slaves" / slave / "dm" / "uuid").write_text("LVM-b\n" if slave == "dm-1" else "")
+    monkeypatch.setattr(members, "Path", lambda path: tmp_path if path == "/sys/block" else Path(path))
+    assert members.in_use("vg0") == {(8, 16): "/dev/sdb", (8, 32): "/dev/sdc"}
 
 
 # --- What can be had -----------------------------------------------------------------------------------------------------------------
@@ -257,6 +330,15 @@ def test_figures_and_steps_are_of_what_can_be_had(machine: Machine, udev: Udev, 
         assert refused.value.left_bytes == 0 and storage.size_bytes() == 64 * MIB
         assert len(machine.used("lvextend")) == 2
         assert storage.pool().free_bytes == 0
+
+
+def test_lists_and_limits_are_of_what_can_be_had(machine: Machine, udev: Udev, name: str) -> None:
+    udev.extend("/dev/sdb", 256 * MIB)
+    machine.groups[udev.group].physical["/dev/sdb"].allocatable = False
+    (group,) = list_groups(udev.group)
+    assert (group.free_bytes, group.unusable_bytes, group.available_bytes) == (48 * MIB, 256 * MIB, 64 * MIB)
+    with pytest.raises(NoSpace, match="over-committed"):
+        provision(f"{name}-new", **SMALL, max_overcommit=1)
 
 
 def test_no_growth_onto_larger_blocks(machine: Machine, udev: Udev, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

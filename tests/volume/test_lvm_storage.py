@@ -180,6 +180,24 @@ def test_an_lvextend_that_ends_half_way(machine: Machine, name: str, how: str, w
         assert len(machine.used("lvextend")) == 1
 
 
+def test_a_size_is_not_believed_while_the_step_that_made_it_runs(machine: Machine, name: str) -> None:
+    """The device may show it before the commit, of which a dead command takes it back."""
+    volume = there(machine, name)
+    seen: list[int] = []
+    with storage_of(name) as storage:
+
+        def slowly() -> tuple[int, str, str]:
+            volume.loaded = 32 * MIB
+            machine.resume(volume)
+            seen.extend((volume.device_size, storage.size_bytes()))
+            machine.commit(volume, 32 * MIB)
+            return 0, "", "  Loading table for x (7:0).\n  Suspending x (7:0) with device flush\n"
+
+        instead_of_lvextend(machine, slowly)
+        storage.grow_to(32 * MIB)
+        assert seen == [32 * MIB, 16 * MIB] and storage.size_bytes() == 32 * MIB
+
+
 def test_a_command_that_dies_while_ours_waits_for_the_lock(machine: Machine, name: str) -> None:
     """Ours ends well, and has put the dead one's table to use."""
     volume = there(machine, name)
