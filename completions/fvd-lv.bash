@@ -3,13 +3,13 @@ _fvd_lv() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command= word
     COMPREPLY=()
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in provision|serve|extend|info|attach-info|events|prefetch|copy-on-read|profile|map|check|acknowledge|dump|list|remove|torture) command=$word; break ;; esac
+        case $word in provision|serve|extend|info|attach-info|attach|detach|events|prefetch|copy-on-read|profile|map|check|acknowledge|dump|list|remove|torture) command=$word; break ;; esac
     done
     # Bash splits file:PATH at the colon.
     if [[ $current == : ]]; then current=; previous=:; fi
     if [[ $previous == : ]]; then _fvd_lv_files -f; return; fi
     case $command:$previous in
-        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|events:--output|prefetch:--output|copy-on-read:--output|profile:--output|map:--output|check:--output|acknowledge:--output|dump:--output|list:--output|remove:--output|torture:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
+        provision:--output|serve:--output|extend:--output|info:--output|attach-info:--output|attach:--output|detach:--output|events:--output|prefetch:--output|copy-on-read:--output|profile:--output|map:--output|check:--output|acknowledge:--output|dump:--output|list:--output|remove:--output|torture:--output) COMPREPLY=($(compgen -W "text json" -- "$current")); return ;;
         provision:--size) :; return ;;
         provision:--base) _fvd_lv_files -f; return ;;
         provision:--base-format) COMPREPLY=($(compgen -W "raw nbd qcow2 qed vmdk vdi vhdx vpc parallels" -- "$current")); return ;;
@@ -25,6 +25,8 @@ _fvd_lv() {
         provision:--max-overcommit) :; return ;;
         serve:--socket) _fvd_lv_files -f; return ;;
         serve:--listen) :; return ;;
+        serve:--vhost-user) _fvd_lv_files -f; return ;;
+        serve:--queues) :; return ;;
         serve:--cache) COMPREPLY=($(compgen -W "none writeback writethrough directsync unsafe" -- "$current")); return ;;
         serve:--on-full) COMPREPLY=($(compgen -W "wait error" -- "$current")); return ;;
         serve:--prefetch-delay) :; return ;;
@@ -36,6 +38,7 @@ _fvd_lv() {
         extend:--by) :; return ;;
         attach-info:--format) COMPREPLY=($(compgen -W "all qemu qmp libvirt uri" -- "$current")); return ;;
         attach-info:--target) :; return ;;
+        attach:--name) :; return ;;
         events:--count) :; return ;;
         prefetch:--rate) :; return ;;
         prefetch:--delay) :; return ;;
@@ -56,12 +59,14 @@ _fvd_lv() {
         torture:--script) :; return ;;
     esac
     case $command in
-        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info events prefetch copy-on-read profile map check acknowledge dump list remove torture --help --version --output --verbose" -- "$current")) ;;
+        "") COMPREPLY=($(compgen -W "provision serve extend info attach-info attach detach events prefetch copy-on-read profile map check acknowledge dump list remove torture --help --version --output --verbose" -- "$current")) ;;
         provision) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --size --base --truncate-base --base-format --base-allow --copy-on-read --prefetch --layout --block-size --chunk-size --journal-size --grow-step --placement --max-overcommit --force" -- "$current")); else _fvd_lv_volumes; fi ;;
-        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --base-allow --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
+        serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --vhost-user --queues --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --base-allow --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
         attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;
+        attach) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --name" -- "$current")); else _fvd_lv_volumes; fi ;;
+        detach) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --force" -- "$current")); else _fvd_lv_volumes; fi ;;
         events) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --history --count" -- "$current")); else _fvd_lv_volumes; fi ;;
         prefetch) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --rate --delay --profile --follow --wait" -- "$current")); else case " ${COMP_WORDS[*]:0:COMP_CWORD} " in *" start "*|*" stop "*|*" status "*) _fvd_lv_volumes ;; *) COMPREPLY=($(compgen -W "start stop status" -- "$current")) ;; esac; fi ;;
         copy-on-read) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else case " ${COMP_WORDS[*]:0:COMP_CWORD} " in *" on "*|*" off "*) _fvd_lv_volumes ;; *) COMPREPLY=($(compgen -W "on off" -- "$current")) ;; esac; fi ;;

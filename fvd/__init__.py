@@ -17,6 +17,7 @@ Importing does no work: no file, thread, process or socket. Every function is sa
 """
 
 from fvd.api.attach import AttachInfo, attach_info
+from fvd.api.attaching import Attached, attach, detach
 from fvd.api.disk import Disk, open
 from fvd.api.events import Event, EventStream
 from fvd.api.following import events
@@ -65,6 +66,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AttachInfo",
+    "Attached",
     "Base",
     "BaseFormat",
     "CacheMode",
@@ -103,8 +105,10 @@ __all__ = [
     "Timeout",
     "Unsupported",
     "acknowledge",
+    "attach",
     "attach_info",
     "check",
+    "detach",
     "dump",
     "events",
     "extend",

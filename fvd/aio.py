@@ -43,7 +43,9 @@ __all__ = [
     "AsyncEvents",
     "AsyncServed",
     "acknowledge",
+    "attach",
     "check",
+    "detach",
     "dump",
     "events",
     "extend",
@@ -117,6 +119,8 @@ async def _outcome(ended: asyncio.Future[Any]) -> bool:
 provision = _in_thread(fvd.provision)
 extend = _in_thread(fvd.extend)
 acknowledge = _in_thread(fvd.acknowledge)
+attach = _in_thread(fvd.attach)
+detach = _in_thread(fvd.detach)
 info = _in_thread(fvd.info)
 map = _in_thread(fvd.map)
 check = _in_thread(fvd.check)

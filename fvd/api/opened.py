@@ -33,6 +33,7 @@ class OpenedVerbs:
         self._call = call
 
     def info(self, uri: str | None = None) -> dict[str, Any]:
+        from fvd.device.nbd_devices import path_of
         from fvd.inspect.info import info
 
         short_bytes = 0
@@ -41,7 +42,9 @@ class OpenedVerbs:
         disk = self._disk
         answer: dict[str, Any] = self._call(lambda: info(disk, short_bytes) | copying.info_of_open(disk) | failure_details(disk))
         failed_errno = answer.get("failed_errno") or 0
-        return {**answer, "uri": uri, "failed": bool(failed_errno), "failed_reason": os.strerror(failed_errno) if failed_errno else ""}
+        failed_reason = os.strerror(failed_errno) if failed_errno else ""
+        attached = path_of(answer["uuid"])
+        return {**answer, "uri": uri, "attached": attached, "failed": bool(failed_errno), "failed_reason": failed_reason}
 
     def map(self, offset: int = 0, length: int | None = None, limit: int | None = MAP_PIECE_EXTENTS) -> dict[str, Any]:
         """The map, or its beginning: ``more`` says which."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fvd.volume.name import VolumeName
 
 # How long a verb may take. A server that says nothing for so long is stuck, most likely in storage that does not answer.
-TIMEOUT_SECONDS = {"info": 30.0, "map": 300.0, "check": 300.0, "extend": 120.0, "acknowledge": 30.0}
+TIMEOUT_SECONDS = {"info": 30.0, "map": 300.0, "check": 300.0, "extend": 120.0, "acknowledge": 30.0, "attach": 60.0}
 # Verbs that only turn or read something in the loop; and a profile, which is written to a file.
 TIMEOUT_SECONDS |= dict.fromkeys(("prefetch_start", "prefetch_stop", "prefetch_status", "copy_on_read", "profile_record"), 30.0)
 

@@ -22,6 +22,7 @@ from fvd.disk.options import OpenOptions
 from fvd.errors import Conflict, DeviceError, FvdError, InUse, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
+    from fvd.api.host_device import HostDevices
     from fvd.control.server import ControlServer
     from fvd.control.streaming import Stream
     from fvd.disk.opening import OpenVolume
@@ -66,6 +67,7 @@ class Serving:
         self._disks: dict[str, OpenVolume] = {}  # by export name
         self._verbs: dict[str, OpenedVerbs] = {}  # of the same
         self._hubs: dict[str, Hub] = {}
+        self._devices: HostDevices | None = None
         self._controls: list[ControlServer] = []
         self._deliveries: Deliveries | None = None
         self._begun: set[str] = set()  # whose `served` is told and whose allocators are at work
@@ -129,6 +131,7 @@ class Serving:
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()
             server.call(self._begin_all)
+            self._reconnect_devices(server)
             self.exports = [
                 Export(str(disk.name), export_name, server.uri(export_name), self._guest_paths.get(export_name))
                 for export_name, disk in self._disks.items()
@@ -181,6 +184,22 @@ class Serving:
             return
         self._controls.append(control)
         undo.callback(control.stop)
+
+    def _reconnect_devices(self, server: NbdServer) -> None:
+        """Of disks that are attached to this host since a server before us."""
+        from fvd.api.host_device import HostDevices
+        from fvd.volume.superblocks import uuid_text
+
+        self._devices = HostDevices(server)
+        for export_name, disk in self._disks.items():
+            self._devices.reconnect(export_name, str(disk.name), uuid_text(disk.superblock.uuid))
+
+    def _attach(self, export_name: str, link: str) -> dict[str, Any]:
+        from fvd.volume.superblocks import uuid_text
+
+        disk = self._disks[export_name]
+        assert self._devices is not None
+        return {"index": self._devices.attach(export_name, str(disk.name), uuid_text(disk.superblock.uuid), link).index}
 
     def _guest_places(self, names: list[str]) -> dict[str, Listen]:
         """By export name: where its guests come in. Raises as `guest_sockets`."""
@@ -362,6 +381,7 @@ class Serving:
             "prefetch_status": handler({}, verbs.prefetch_status),
             "copy_on_read": handler({"on": bool}, verbs.copy_on_read),
             "profile_record": handler({"path": str}, verbs.profile_record),
+            "attach": handler({"link": str}, partial(self._attach, export_name)),
         }
 
     def _stream_events(self, export_name: str, arguments: dict[str, Any], notify: Callable[[], None]) -> Stream:

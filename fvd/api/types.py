@@ -102,6 +102,7 @@ class Info:
     vhost_user: str | None = None  # the socket at which guests come in; None: there is none
     queues: int = 0  # that a guest may have there
     guests: int = 0  # that are connected there
+    attached: str | None = None  # the block device that it is on this host; None: it is none
     read_only: bool = False
     cache: CacheMode | None = None
     on_full: OnFull | None = None

@@ -142,9 +142,11 @@ def info(volume: str) -> Info:
 def closed_info(view: View) -> Info:
     """What a closed disk is and how full."""
     from fvd.api.copying import info_of_closed
+    from fvd.device.nbd_devices import path_of
     from fvd.inspect.info import info as info_of
 
-    return info_from_json(info_of(view) | info_of_closed(view))
+    known = info_of(view) | info_of_closed(view)
+    return info_from_json({**known, "attached": path_of(known["uuid"])})
 
 
 def map(volume: str, *, offset: int | str = 0, length: int | str | None = None) -> Map:

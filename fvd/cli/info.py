@@ -80,7 +80,9 @@ def describe_state(info: Info) -> str:
         if info.vhost_user is not None:
             guests = "no guest" if not info.guests else "1 guest" if info.guests == 1 else f"{info.guests} guests"
             places.append(f"{info.vhost_user} (vhost-user: {guests}, at most {info.queues} queues)")
-        return f"served at {' and '.join(places)}"
+        return f"served at {' and '.join(places)}" + (f", attached as {info.attached}" if info.attached else "")
+    if info.attached:
+        return f"attached as {info.attached}, whose requests wait until it is served again"
     if info.pending_changes:
         return (
             f"not clean: its last server died; the next open commits what it had acknowledged ({info.pending_changes} changes of the maps "

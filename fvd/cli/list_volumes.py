@@ -70,8 +70,10 @@ def describe(volumes: list[Listed]) -> list[str]:
             disk.free_bytes,
             disk.max_storage_size if most is None else most,
         )
+        attached = f", attached as {disk.attached}" if disk.attached else ""
         loss = "" if disk.possible_loss is None else "; writes may be lost: fvd-lv info"
-        rows.append((listed.volume, *map(_size, sizes), f"{disk.uri or disk.vhost_user or listed.state}{loss}"))  # type: ignore[arg-type]
+        where = disk.uri or disk.vhost_user or listed.state
+        rows.append((listed.volume, *map(_size, sizes), f"{where}{attached}{loss}"))  # type: ignore[arg-type]
     return columns(rows, right=(1, 2, 3, 4, 5))
 
 

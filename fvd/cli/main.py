@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 from fvd import __version__
 from fvd.cli import (
     acknowledge,
+    attach,
     attach_info,
     check,
     copy_on_read,
+    detach,
     dump,
     events,
     extend,
@@ -54,6 +56,8 @@ COMMANDS = (
     extend,
     info,
     attach_info,
+    attach,
+    detach,
     events,
     prefetch,
     copy_on_read,

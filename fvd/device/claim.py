@@ -288,6 +288,14 @@ def _leaving(name: str, fd: int, ending: list[Holder], holders: list[Holder], co
     return _Leaving(message, "the operations that a process which is gone left under way", under_way)
 
 
+def users_of(number: int) -> list[str]:
+    """Who uses a block device, its partitions included: mounts, swap, devices built on it, living processes that have it open."""
+    users = _holders(number)
+    for device in _with_partitions(number):
+        users += _titles([holder for holder in holders_of(("block", device, 0), set()).holders if not holder.ending])
+    return users
+
+
 def _titles(holders: list[Holder]) -> list[str]:
     return [f"open in {holder.title}" for holder in holders]
 

@@ -28,7 +28,7 @@ from fvd.counted import Counted, say_due
 from fvd.device._queue import Source
 from fvd.engine._backend import Backend
 from fvd.engine._engine import Engine
-from fvd.errors import Conflict, DeviceError, InvalidArgument, NotFound, Timeout, quoted
+from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout, quoted
 from fvd.export import handshake
 from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import PAYLOAD_BYTES_MAX
@@ -274,6 +274,35 @@ class NbdServer:
                 raise Conflict(f"the base of {quoted(name)} is in use: {error}") from error
 
         self.call(release)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Size and transmission flags of an export, for a client that makes no handshake. Raises NotFound."""
+        export = self._find(name)
+        return export.size_bytes, export.flags(structured=False)
+
+    def take_connection(self, name: str, connection: socket.socket) -> None:
+        """Serve this socket of ours, at whose other end somebody sends requests without a handshake. Raises NotFound, InUse: there are as
+        many connections as may be. It is the server's from here on, or closed."""
+
+        def take() -> None:
+            try:
+                export, peer = self._find(name), peer_of(connection)
+                if refusal := self._refusal(peer):
+                    raise InUse(f"{quoted(name)}: {refusal.reason}")
+                connection.setblocking(False)
+                tune(connection, self._connection_count())
+                self._adopt(connection, handshake.Start(export, structured=False, allocation=False, received=b""), peer)
+            except BaseException:
+                connection.close()
+                raise
+
+        self.call(take)
+
+    def _find(self, name: str) -> handshake.Export:
+        export = self._exports.get(name)
+        if export is None:
+            raise NotFound(f"no export named {quoted(name)} is served")
+        return export
 
     def uri(self, name: str = "") -> str:
         """The NBD URI of an export, empty where there is no NBD. For TCP with port 0, once the server runs."""
@@ -631,21 +660,25 @@ class NbdServer:
             return
         self._forget(fd)
         try:
-            self._loop.adopt(
-                fd,
-                export.number,
-                export.size_bytes,
-                export.minimum_block_bytes,
-                export.read_only,
-                start.structured,
-                start.allocation,
-                start.received,
-                *client.peer.key,
-            )
+            self._adopt(client.socket, start, client.peer)
         except BaseException:
             client.socket.close()
             raise
-        client.socket.detach()
+
+    def _adopt(self, connection: socket.socket, start: handshake.Start, peer: Peer) -> None:
+        export = start.export
+        self._loop.adopt(
+            connection.fileno(),
+            export.number,
+            export.size_bytes,
+            export.minimum_block_bytes,
+            export.read_only,
+            start.structured,
+            start.allocation,
+            start.received,
+            *peer.key,
+        )
+        connection.detach()
 
     def _reject(self, fd: int, reason: str) -> None:
         self._notes.info("handshake", f"a client's handshake ended: {reason}")

@@ -15,6 +15,7 @@ from fvd.lvm import dm
 
 _UDEV_CONTROL = "/run/udev/control"
 _LVM_DEVICE = "LVM-"
+_ATTACHED = "fvd:"  # as which the kernel has the server of a disk that is attached (fvd/device/nbd_devices.py)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Labelled:
 
 
 def labelled() -> list[Labelled] | None:
-    """All such devices, logical volumes left out: what lies in those is their guests' business. None: nobody knows, for no udev runs."""
+    """All such devices. Logical volumes and attached disks are left out: what lies in those is their guests' business, and whoever begins
+    to serve such a disk would wait for himself. None: nobody knows, for no udev runs."""
     import pyudev
 
     if not Path(_UDEV_CONTROL).exists():
@@ -35,7 +37,8 @@ def labelled() -> list[Labelled] | None:
     with contextlib.suppress(OSError):
         for device in pyudev.Context().list_devices(subsystem="block", ID_FS_TYPE="LVM2_member"):
             path, uuid = device.device_node, device.properties.get("ID_FS_UUID")
-            if path and uuid and not dm.is_lvm_device(int(device.device_number)):
+            ours = dm.is_lvm_device(int(device.device_number)) or _is_attached(Path(device.sys_path))
+            if path and uuid and not ours:
                 devices.append(Labelled(str(path), str(uuid)))
     return sorted(devices, key=lambda each: each.path)
 
@@ -50,6 +53,11 @@ def in_use(group: str) -> dict[tuple[int, int], str]:
                 if major.isdigit() and minor.isdigit() and not _text(slave / "dm" / "uuid").startswith(_LVM_DEVICE):
                     paths[int(major), int(minor)] = f"/dev/{slave.name.replace('!', '/')}"
     return paths
+
+
+def _is_attached(folder: Path) -> bool:
+    """A disk's, or a partition's, which lies in it."""
+    return any(_text(place / "backend").startswith(_ATTACHED) for place in (folder, folder.parent))
 
 
 def _text(path: Path) -> str:

@@ -23,8 +23,8 @@ from fvd.modes import CACHE_HELP, CACHE_MODES
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH_COMPLETION = ROOT / "completions" / "fvd-lv.bash"
 COMMANDS = (
-    *("provision", "serve", "extend", "info", "attach-info", "events", "prefetch", "copy-on-read", "profile", "map", "check"),
-    *("acknowledge", "dump", "list", "remove", "torture"),
+    *("provision", "serve", "extend", "info", "attach-info", "attach", "detach", "events", "prefetch", "copy-on-read", "profile"),
+    *("map", "check", "acknowledge", "dump", "list", "remove", "torture"),
 )
 
 pytestmark = pytest.mark.release_only

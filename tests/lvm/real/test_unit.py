@@ -25,7 +25,8 @@ SYSTEMD = Path("/lib/systemd/systemd")
 # What capabilities(7) calls them, by their numbers.
 CAPABILITIES = {
     "CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_DAC_READ_SEARCH": 2, "CAP_FOWNER": 3, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7,
-    "CAP_IPC_LOCK": 14, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_NICE": 23, "CAP_MKNOD": 27,
+    "CAP_IPC_LOCK": 14, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_NICE": 23, "CAP_SYS_RESOURCE": 24,
+    "CAP_MKNOD": 27,
 }  # fmt: skip
 # Process 1 of the namespaces. Debian's own units are left alone: the target wants nothing, the unit has no default dependencies.
 BOOT = """
