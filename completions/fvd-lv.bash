@@ -38,6 +38,8 @@ _fvd_lv() {
         extend:--by) :; return ;;
         attach-info:--format) COMPREPLY=($(compgen -W "all qemu qmp libvirt uri" -- "$current")); return ;;
         attach-info:--target) :; return ;;
+        attach-info:--over) COMPREPLY=($(compgen -W "vhost-user nbd" -- "$current")); return ;;
+        attach-info:--memory) :; return ;;
         attach:--name) :; return ;;
         events:--count) :; return ;;
         prefetch:--rate) :; return ;;
@@ -64,7 +66,7 @@ _fvd_lv() {
         serve) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --socket --listen --vhost-user --queues --cache --read-only --on-full --zero-chunks --copy-on-read --prefetch --prefetch-delay --prefetch-rate --profile --base-timeout --base-allow --discard-pending --socket-mode --socket-group" -- "$current")); else _fvd_lv_volumes; fi ;;
         extend) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --by" -- "$current")); else _fvd_lv_volumes; fi ;;
         info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose" -- "$current")); else _fvd_lv_volumes; fi ;;
-        attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target" -- "$current")); else _fvd_lv_volumes; fi ;;
+        attach-info) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --format --iothread --target --over --memory" -- "$current")); else _fvd_lv_volumes; fi ;;
         attach) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --name" -- "$current")); else _fvd_lv_volumes; fi ;;
         detach) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --force" -- "$current")); else _fvd_lv_volumes; fi ;;
         events) if [[ $current == -* ]]; then COMPREPLY=($(compgen -W "--help --output --verbose --history --count" -- "$current")); else _fvd_lv_volumes; fi ;;

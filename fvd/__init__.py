@@ -17,6 +17,7 @@ Importing does no work: no file, thread, process or socket. Every function is sa
 """
 
 from fvd.api.attach import AttachInfo, attach_info
+from fvd.api.attach_vhost_user import AttachVhostUser
 from fvd.api.attaching import Attached, attach, detach
 from fvd.api.disk import Disk, open
 from fvd.api.events import Event, EventStream
@@ -66,6 +67,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AttachInfo",
+    "AttachVhostUser",
     "Attached",
     "Base",
     "BaseFormat",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is given to QEMU or libvirt so that a virtual machine uses a served disk: command line, QMP, XML. Knows their syntax and NBD URIs.
+"""What is given to QEMU or libvirt so that a virtual machine uses a served disk: command line, QMP, XML. Knows NBD URIs.
 
 ``attach_info`` asks where the volume is served; ``describe`` is pure text generation, and asks nobody.
 """
@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
-from xml.sax.saxutils import quoteattr
 
+from fvd.api.attach_text import attributes, check_xml, keyval, shell_line
+from fvd.api.attach_vhost_user import DEFAULT_MEMORY, AttachVhostUser, describe_vhost_user
 from fvd.api.hints import how_to_serve, plain_name
 from fvd.api.types import Info
 from fvd.errors import InvalidArgument, NotFound, quoted
 from fvd.modes import WRITE_THROUGH_CACHE_MODES
+from fvd.units import parse_size
 
 # For so long QEMU holds a guest's requests back while the server is away; then they fail. Longer than the slowest `systemctl restart`
 # (systemd/fvd@.service: TimeoutStopSec, RestartSec), so that a restart, and a crash, is a pause for the guest and no error.
@@ -28,15 +28,13 @@ NODE_NAME_BYTES = 31
 DEFAULT_TARGET = "vdb"
 # "All addresses" is where a server listens, and nowhere a client can go.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-# What XML 1.0 can carry in no way, not even as a reference.
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _READ_TWICE = re.compile("[%&]")  # of a socket's path in a URI; QEMU 10 and later, until they are fixed
 _TARGET = re.compile(r"vd[a-z]{1,3}", re.ASCII)  # a virtio disk
 
 
 @dataclass(frozen=True)
 class AttachInfo:
-    """A served disk as QEMU and libvirt want to be told of it."""
+    """A served disk as QEMU and libvirt want to be told of it. What is about NBD is empty where it is served by vhost-user alone."""
 
     volume: str
     uri: str
@@ -47,16 +45,16 @@ class AttachInfo:
     qmp: list[dict[str, Any]]  # QMP commands, in order
     libvirt_xml: str  # a <disk> element: for virsh attach-device, or into a domain's <devices>
     notes: list[str]  # what whoever uses it must know
+    vhost_user: AttachVhostUser | None = None  # the faster way, if the disk is served at such a socket too; all above is NBD
 
     def shell_line(self) -> str:
         """The arguments for QEMU as a shell takes them, over several lines."""
-        pairs = [shlex.join(self.qemu_args[start : start + 2]) for start in range(0, len(self.qemu_args), 2)]
-        return " \\\n".join(pairs)
+        return shell_line(self.qemu_args)
 
 
-def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
-    """How a virtual machine gets this disk, which must be served. ``iothread``: with a thread of its own in QEMU; ``target``: libvirt's
-    name for the disk in the machine, such as vdb.
+def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TARGET, memory: int | str = DEFAULT_MEMORY) -> AttachInfo:
+    """How a virtual machine gets this disk, which must be served. ``iothread``: with a thread of its own in QEMU (NBD); ``target``:
+    libvirt's name for the disk in the machine, such as vdb; ``memory``: the machine's, which vhost-user shares with the server.
 
     Raises NotFound (no such volume, or nobody serves it), InvalidArgument, and what ``info`` raises.
     """
@@ -65,20 +63,22 @@ def attach_info(volume: str, *, iothread: bool = False, target: str = DEFAULT_TA
     disk = info(volume)
     if disk.uri is None:
         raise NotFound(f"{disk.volume} is not served; {how_to_serve(disk.volume)}")
-    return describe(disk, iothread=iothread, target=target)
+    return describe(disk, iothread=iothread, target=target, memory_bytes=parse_size(memory))
 
 
-def describe(disk: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET) -> AttachInfo:
-    """The texts for a disk whose ``uri`` is set. Raises InvalidArgument: no such target, or a path that XML cannot hold."""
-    assert disk.uri is not None
+def describe(
+    disk: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET, memory_bytes: int = parse_size(DEFAULT_MEMORY)
+) -> AttachInfo:
+    """The texts for a disk that is served. Raises InvalidArgument: no such target, or a path that XML cannot hold."""
     if not _TARGET.fullmatch(target):
         raise InvalidArgument(f"{quoted(target)} is no name of a virtio disk in a virtual machine; write for example vdb")
+    node = node_name(disk)
+    vhost_user = None if disk.vhost_user is None else describe_vhost_user(node, disk.vhost_user, disk.queues, target, memory_bytes)
+    if not disk.uri:
+        return AttachInfo(disk.volume, "", "", disk.read_only, [], {}, [], "", [], vhost_user)
     uri, everywhere = reachable(disk.uri)
     export, server = parse_uri(uri)
-    for text in (export, *server.values()):
-        if _NOT_XML.search(text):
-            raise InvalidArgument(f"{quoted(text)} contains characters that libvirt's XML cannot hold; serve the disk under another name")
-    node = node_name(disk)
+    check_xml(export, *server.values())
     blockdev = _blockdev(node, export, server, disk.read_only)
     thread = f"{node}-thread"
     # An error pauses the machine (`cont` goes on) rather than reach the guest's file system: a server that is away for longer
@@ -102,6 +102,7 @@ def describe(disk: Info, *, iothread: bool = False, target: str = DEFAULT_TARGET
         qmp=qmp,
         libvirt_xml=_libvirt_xml(export, server, disk.read_only, iothread, target),
         notes=_notes(disk, server, iothread, target, everywhere=everywhere),
+        vhost_user=vhost_user,
     )
 
 
@@ -143,16 +144,6 @@ def node_name(disk: Info) -> str:
     return f"fvd-{readable}"[: NODE_NAME_BYTES - len(tail)].rstrip("-._") + tail
 
 
-def keyval(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """QEMU's key=value form: nested objects by dotted keys, commas doubled."""
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from keyval(item, f"{prefix}{key}.")
-        else:
-            text = ("off", "on")[item] if isinstance(item, bool) else str(item).replace(",", ",,")
-            yield f"{prefix}{key}={text}"
-
-
 def _blockdev(node: str, export: str, server: dict[str, str], read_only: bool) -> dict[str, Any]:
     blockdev: dict[str, Any] = {
         "driver": "nbd",
@@ -178,9 +169,9 @@ def _libvirt_xml(export: str, server: dict[str, str], read_only: bool, iothread:
     host = {"transport": "unix", "socket": server["path"]} if server["type"] == "unix" else {"name": server["host"], "port": server["port"]}
     lines = [
         "<disk type='network' device='disk'>",
-        f"  <driver{_attributes(driver)}/>",
-        f"  <source protocol='nbd'{_attributes({'name': export})}>",
-        f"    <host{_attributes(host)}/>",
+        f"  <driver{attributes(driver)}/>",
+        f"  <source protocol='nbd'{attributes({'name': export})}>",
+        f"    <host{attributes(host)}/>",
         f"    <reconnect delay='{RECONNECT_DELAY_SECONDS}'/>",
         "  </source>",
         f"  <target dev='{target}' bus='virtio'/>",
@@ -188,15 +179,6 @@ def _libvirt_xml(export: str, server: dict[str, str], read_only: bool, iothread:
         "</disk>",
     ]
     return "\n".join(lines)
-
-
-def _attributes(values: dict[str, str]) -> str:
-    return "".join(f" {name}={_quoted(text)}" for name, text in values.items())
-
-
-def _quoted(text: str) -> str:
-    """An attribute's value in single quotes, as libvirt writes them."""
-    return "'" + quoteattr(text, {"'": "&apos;", '"': "&quot;"})[1:-1] + "'"
 
 
 def _notes(disk: Info, server: dict[str, str], iothread: bool, target: str, *, everywhere: bool) -> list[str]:

@@ -23,6 +23,7 @@ from qemu_running import export, running, storage_daemon
 
 from fvd.api.attach import NODE_NAME_BYTES, RECONNECT_DELAY_SECONDS, AttachInfo, describe, keyval, parse_uri
 from fvd.api.types import Base, Info
+from fvd.cli.main import main
 from fvd.errors import InvalidArgument
 
 pytestmark = pytest.mark.pure
@@ -326,6 +327,59 @@ def test_libvirt_allows_the_xml(uri: str, read_only: bool, workdir: Path) -> Non
         f"<os><type arch='x86_64' machine='q35'>hvm</type></os><devices>{xml}</devices></domain>"
     )
     run("virt-xml-validate", str(domain), "domain")
+
+
+# --- vhost-user ----------------------------------------------------------------------------------------------------------------
+
+
+def test_qemu_takes_vhost_user(disk: str, fvd_lv: FvdLv, serving: Serving, workdir: Path) -> None:
+    """As pasted into a shell, and by QMP into a machine with such memory."""
+    qemu = shlex.split("qemu-system-x86_64 -machine pc,accel=tcg -nodefaults -display none -S -qmp unix:qmp.sock,server=on,wait=off")
+    path = workdir / f"{ODD}.vhost"
+    with serving(disk, "--vhost-user", str(path), "--queues", "2"):
+        way = fvd_lv("attach-info", disk, "--memory", "64M", "--output", "json").json["vhost_user"]
+        assert (way["queues"], way["path"]) == (2, str(path))
+        line = fvd_lv("attach-info", disk, "--memory", "64M", "--format", "qemu").out
+        for given, commands in ((line, []), (shlex.join(way["qemu_args"][:4]), way["qmp"])):
+            with running(["sh", "-c", f"exec {shlex.join(qemu)} {given}"] if shutil.which(qemu[0]) else qemu, workdir / "qmp.sock") as qmp:
+                for command in commands:
+                    qmp.send(command)
+                node = way["qmp"][-1]["arguments"]["id"]
+                assert qmp.do("qom-get", path=f"/machine/peripheral/{node}", property="num-queues") == 2
+                assert qmp.do("query-memory-size-summary")["base-memory"] == 64 * MIB
+                assert fvd_lv("info", disk, "--output", "json").json["guests"] == 1
+
+
+def test_libvirt_allows_vhost_user(workdir: Path) -> None:
+    if shutil.which("virt-xml-validate") is None:
+        pytest.skip("libvirt-clients is not installed")
+    way = describe(served(vhost_user="/run/<'&.vhost", queues=4)).vhost_user
+    assert way is not None
+    domain = workdir / "domain.xml"
+    domain.write_text(
+        f"<domain type='kvm'><name>vm</name><memory unit='MiB'>64</memory>{way.libvirt_memory_xml}"
+        f"<os><type arch='x86_64' machine='q35'>hvm</type></os><devices>{way.libvirt_xml}</devices></domain>"
+    )
+    run("virt-xml-validate", str(domain), "domain")
+    driver = ElementTree.fromstring(way.libvirt_xml).find("driver")
+    assert driver is not None and driver.attrib["queues"] == "4"
+
+
+def test_which_way_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*words: str, **changes: Any) -> str:
+        monkeypatch.setattr("fvd.attach_info", lambda *_, **__: describe(served(**changes)))
+        code = main(["attach-info", "file:vm1", *words])
+        out, err = capsys.readouterr()
+        return out if code == 0 else err
+
+    both = {"vhost_user": "/run/vm1.vhost", "queues": 1}
+    assert "vhost-user-blk-pci" in text("--format", "qemu", **both)
+    assert "virtio-blk-pci" in text("--format", "qemu", "--over", "nbd", **both)
+    assert "blockdev" in text(**both) and "memoryBacking" in text(**both) and "blockdev" not in text("--over", "vhost-user", **both)
+    assert text("--over", "nbd", **both) == text()
+    assert "is not served by vhost-user" in text("--over", "vhost-user")
+    assert "blockdev" not in text(uri="", **both) and "vhost-user-blk-pci" in text("--format", "qemu", uri="", **both)
+    assert all("is not served over NBD" in text(*words, uri="", **both) for words in (("--format", "uri"), ("--over", "nbd")))
 
 
 def test_the_python_api(disk: str, serving: Serving) -> None:
