@@ -97,10 +97,10 @@ demo-lvm: build ## the same on real lvm2 in a User-Mode Linux guest, no root nee
 demo-publish: build ## both demos; docs/demo.md is what they print
 	@$(PY) scripts/demo-transcript
 
-bench: build ## benchmarks against what would be used instead, 15 minutes; tables, and results/report.html
+bench: build ## benchmarks against what would be used instead, 20 minutes; tables, and results/report.html
 	$(PY) bench/run.py
 
-bench-quick: build ## the same in 2 minutes: fewer and shorter rounds
+bench-quick: build ## the same in 3 minutes: fewer and shorter rounds
 	$(PY) bench/run.py --mode quick
 
 bench-full: build ## the whole matrix, hours

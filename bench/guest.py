@@ -141,7 +141,7 @@ class Guests:
 def measure(plan: Plan) -> dict[str, Any]:
     need("losetup", "gcc")
     sizes = Sizes(plan.of(64, 256, 512) * MIB, plan.of(32, 128, 256) * MIB, plan.of(256, 1024, 1024) * MIB)
-    seconds = plan.seconds * plan.of(0.2, 0.1, 0.2)
+    seconds = plan.seconds * plan.of(0.1, 0.1, 0.2)
     cases = cases_of(plan.mode)
     samples: list[dict[str, Any]] = []
     result: dict[str, Any] = {"mode": plan.mode, "samples": samples, "cases": [case.name for case in cases], "total_depth": TOTAL_DEPTH}

@@ -51,14 +51,14 @@ SUITES = [
 ]
 SUITES += ["copying"]
 ONLY_IN_FULL = {"copying"}  # if it is not named
-ALL_OF_THEM = {"quick": "about 2 min", "normal": "about 15 min", "full": "hours"}
+ALL_OF_THEM = {"quick": "about 3 min", "normal": "about 20 min", "full": "hours"}
 WHAT_WIDTH, VALUE_WIDTH, GOAL_WIDTH = 74, 28, 9
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"which: {', '.join(SUITES)} (default: all that belong to the mode)")
-    parser.add_argument("--mode", choices=list(PLANS), default="normal", help="quick: 2 minutes, normal: 15, full: hours")
+    parser.add_argument("--mode", choices=list(PLANS), default="normal", help="quick: 3 minutes, normal: 20, full: hours")
     parser.add_argument("--quick", action="store_const", dest="mode", const="quick", help="the same as --mode quick")
     parser.add_argument("--rounds", type=int, help="how many interleaved rounds, instead of the mode's")
     parser.add_argument("--seconds", type=float, help="how long one run of a round takes, instead of the mode's")

@@ -26,7 +26,7 @@ Mode = Literal["quick", "normal", "full"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure: `quick` all suites in about 2 minutes, `normal` in about 15, `full` everything, for hours."""
+    """How much to measure: `quick` all suites in about 3 minutes, `normal` in about 20, `full` everything, for hours."""
 
     mode: Mode
     rounds: int  # interleaved; a ratio is made within a round
