@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol as Interface
 
 from fvd._lifetime import Descriptors, keep
@@ -152,15 +153,14 @@ class FrontEnd:
 
     def _receive(self, size: int, *, header: bool) -> bool:
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(size, socket.CMSG_SPACE(messages.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES))
+            ancillary_bytes = socket.CMSG_SPACE(messages.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES)
+            data, ancillary, flags, _ = self._socket.recvmsg(size, ancillary_bytes, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 for place in range(0, len(content) - _DESCRIPTOR_BYTES + 1, _DESCRIPTOR_BYTES):
-                    fd = int.from_bytes(content[place : place + _DESCRIPTOR_BYTES], "little")
-                    os.set_inheritable(fd, False)
-                    self._received.append(fd)
+                    self._received.append(int.from_bytes(content[place : place + _DESCRIPTOR_BYTES], "little"))
         if flags & socket.MSG_CTRUNC or len(self._received) > messages.DESCRIPTORS_MAX:
             raise Broken("more descriptors came than a message can have")
         if not data:
@@ -178,6 +178,15 @@ class FrontEnd:
         fd = message.descriptors[place]
         self._received.remove(fd)
         self._taken.append(fd)
+        return fd
+
+    def _take_event(self, message: Message) -> int:
+        """As _take_descriptor, of what wakes somebody up. An eventfd only: to watch another file, or to write to it, may take for ever."""
+        fd = self._take_descriptor(message)
+        if fd != _NO_DESCRIPTOR:
+            if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:[eventfd]":
+                raise Broken(f"{message.ask.name} came with a descriptor that is no eventfd")
+            os.set_blocking(fd, False)
         return fd
 
     def _replace(self, before: int, after: int) -> int:
@@ -411,7 +420,7 @@ class FrontEnd:
         self._set_ring(message, change)
 
     def _set_kick(self, message: Message) -> None:
-        ring, fd = self._ring(message), self._take_descriptor(message)
+        ring, fd = self._ring(message), self._take_event(message)
         if fd == _NO_DESCRIPTOR:
             raise Broken("a ring without a descriptor to kick it by would have to be polled")
 
@@ -423,9 +432,7 @@ class FrontEnd:
         self._at_rest(change, ring)
 
     def _set_call(self, message: Message) -> None:
-        ring, fd = self._ring(message), self._take_descriptor(message)
-        if fd != _NO_DESCRIPTOR:
-            os.set_blocking(fd, False)
+        ring, fd = self._ring(message), self._take_event(message)
         if ring.number is not None:
             self._loop.set_call(ring.number, fd)
         ring.call_fd = self._replace(ring.call_fd, fd)
@@ -433,7 +440,7 @@ class FrontEnd:
 
     def _set_error(self, message: Message) -> None:
         ring = self._ring(message)
-        ring.error_fd = self._replace(ring.error_fd, self._take_descriptor(message))
+        ring.error_fd = self._replace(ring.error_fd, self._take_event(message))
         self._done(message)
 
     def _get_ring_base(self, message: Message) -> None:

@@ -22,8 +22,11 @@ from fvd.virtio.messages import QUEUES_MAX
 
 log = logging.getLogger(__name__)
 
+_ACCEPTS_PER_STEP = 16
+
 FRONT_ENDS_MAX = 8
-"""Of one disk. A guest that moves to another process on this host has two for a while."""
+"""Of one disk, with those that have hung up and still have requests under way. A guest that moves to another process on this host has two
+for a while."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class _Port:
     listen: Unix | Given
     listener: socket.socket | None = None
     bound: BoundName | None = None
+    accepts_later: bool = False  # at the loop's next tick: there may be more, and the queue does not ring again for them
 
     @property
     def path(self) -> str:
@@ -67,7 +71,7 @@ class Guests:
         return len(self._front_ends)
 
     def count_of(self, export_name: str) -> int:
-        return sum(port.export_name == export_name for _, port in self._front_ends.values())
+        return sum(port.export_name == export_name for _, port in list(self._front_ends.values()))
 
     @property
     def has_more(self) -> bool:
@@ -118,7 +122,7 @@ class Guests:
     def take_ready(self, ready: list[int]) -> None:
         """What the loop has seen of our descriptors."""
         for port in self._ports:
-            if port.listener is not None and port.listener.fileno() in ready:
+            if port.listener is not None and (port.accepts_later or port.listener.fileno() in ready):
                 self._accept(port, port.listener)
         for fd in dict.fromkeys([*self._again, *ready]):
             if fd in self._front_ends:
@@ -126,19 +130,21 @@ class Guests:
                 self._read(fd)
 
     def _accept(self, port: _Port, listener: socket.socket) -> None:
-        while True:
+        port.accepts_later = True
+        for _ in range(_ACCEPTS_PER_STEP):
             try:
                 with between_forks:
                     connection, _ = listener.accept()
                     self._arriving = connection
             except BlockingIOError:
+                port.accepts_later = False
                 return
             except OSError as error:
                 if error.errno not in (errno.ECONNABORTED, errno.EINTR):
                     self._notes.error("accept", f"accept: {error.strerror}")
                     return
                 continue
-            if sum(other is port for _, other in self._front_ends.values()) >= FRONT_ENDS_MAX:
+            if sum(other is port for _, other in [*self._front_ends.values(), *self._leaving]) >= FRONT_ENDS_MAX:
                 self._notes.warning("front ends", f"turned a virtual machine away: {FRONT_ENDS_MAX} use {port.export_name} already")
                 connection.close()
                 continue

@@ -9,6 +9,7 @@ from fvd.virtio._guest_memory cimport GuestMemory, Shared
 cdef enum:
     RING_MAX = 1024             # entries; what QEMU allows
     PIECES_MAX = 2048           # of a chain: each entry of it, cut where regions of memory meet
+    PARTS_MAX = 16384           # under way; nothing more is taken then. What 128 requests of Linux, of 126 segments each, come to
 
 # What a chain's pieces are, once translated: both as long as what lies side by side.
 cdef struct Piece:
@@ -63,7 +64,7 @@ cdef class BlkRing:
     cdef readonly uint16_t next_used            # the next one to be published
     cdef uint16_t published                     # the index that the guest sees
     cdef uint16_t told                          # ... when it was last told by a call
-    cdef bint calls_due                         # nothing is known of the time before: call once
+    cdef bint calls_due                         # nothing is known of the time before: call once, even if nothing has ended since
     cdef uint16_t *batch                        # the heads of used elements, by their place
     cdef uint64_t counter
     cdef Chain *chains                          # by head
@@ -76,6 +77,7 @@ cdef class BlkRing:
     cdef Counts *counts                         # whoever serves several rings has them counted together
     cdef Counts own_counts
     cdef readonly uint64_t parts                # handed to the backend, ever
+    cdef uint64_t open_parts                    # of these, not ended
     cdef Piece *pieces
     cdef uint32_t out_count, in_count           # pieces[:out_count] to read, pieces[out_count:][:in_count] to fill
     # --- What a loop uses ----------------------------------------------------------------------------------------

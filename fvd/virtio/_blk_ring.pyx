@@ -99,6 +99,8 @@ cdef class BlkRing:
         while self.again != NONE and not self.leaves:      # in the order in which they were taken first
             if chains == 0 or total >= bytes:
                 return TAKEN_SOME
+            if self.open_parts >= PARTS_MAX:
+                return TAKEN_NO_MEMORY
             head = <uint16_t>self.again
             if not collect(self, head) or not begin_chain(self, backend, cookie, head, &moved):
                 return self.not_now()
@@ -112,6 +114,8 @@ cdef class BlkRing:
         while self.next_available != ready:
             if chains == 0 or total >= bytes:
                 return TAKEN_SOME
+            if self.open_parts >= PARTS_MAX:
+                return TAKEN_NO_MEMORY
             head = guest_head(self, self.next_available)
             if not collect(self, head) or not begin_chain(self, backend, cookie, head, &moved):
                 return self.not_now()
@@ -124,18 +128,20 @@ cdef class BlkRing:
         return TAKEN_ALL if self.fault != NULL else TAKEN_NO_MEMORY if self.busy else TAKEN_SOME
 
     cdef int part_ended(self, uint32_t head, int32_t error) except -1 nogil:
+        self.open_parts -= 1
         return part_done(self, head, error)
 
     cdef bint publish(self) noexcept nogil:
         """Statuses and used elements first, then the index, then what is in flight no longer."""
         cdef uint16_t first = self.published, count = <uint16_t>(self.next_used - self.published)
-        if count == 0 or self.silent:
+        if self.silent or not (count or self.calls_due):
             return False
-        tell_used_index(self)
-        if self.inflight != NULL:
-            note_published(self, first, count)
-        if self.logs_used:
-            self.memory.note_written_at(self.used_guest_address, 4 + 8 * <uint64_t>self.size)
+        if count:
+            tell_used_index(self)
+            if self.inflight != NULL:
+                note_published(self, first, count)
+            if self.logs_used:
+                self.memory.note_written_at(self.used_guest_address, 4 + 8 * <uint64_t>self.size)
         return guest_asks_for_call(self)
 
     cdef bint ask_for_kick(self) noexcept nogil:

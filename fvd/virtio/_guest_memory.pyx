@@ -23,6 +23,7 @@ cdef extern from *:
     #include <sys/vfs.h>
 
     #define FVD_WATCHED_MAX 4096
+    #define FVD_WATCHED_BYTES_MAX (1ull << 46)  /* half of the addresses there are: nobody may leave none for others */
 
     /* The handler reads this in whatever thread stumbles, so a range is there before anybody can touch it and until nobody can. */
     static struct { uintptr_t begin, end; int torn; } fvd_watched[FVD_WATCHED_MAX];
@@ -62,14 +63,19 @@ cdef extern from *:
     }
 
     static int64_t fvd_watch(uintptr_t begin, uintptr_t end) {
+        uint64_t all_bytes = end - begin;
+        int64_t number = -1;
         for (int i = 0; i < FVD_WATCHED_MAX; i++)
-            if (fvd_watched[i].begin == 0) {
-                fvd_watched[i].torn = 0;
-                fvd_watched[i].end = end;
-                __atomic_store_n(&fvd_watched[i].begin, begin, __ATOMIC_RELEASE);
-                return i;
-            }
-        return -1;
+            if (fvd_watched[i].begin == 0)
+                number = i;
+            else
+                all_bytes += fvd_watched[i].end - fvd_watched[i].begin;
+        if (number < 0 || all_bytes > FVD_WATCHED_BYTES_MAX)
+            return -1;
+        fvd_watched[number].torn = 0;
+        fvd_watched[number].end = end;
+        __atomic_store_n(&fvd_watched[number].begin, begin, __ATOMIC_RELEASE);
+        return number;
     }
     static void fvd_unwatch(uint32_t number) { __atomic_store_n(&fvd_watched[number].begin, 0, __ATOMIC_RELEASE); }
     static int fvd_torn(uint32_t number) { return __atomic_load_n(&fvd_watched[number].torn, __ATOMIC_ACQUIRE); }
@@ -114,17 +120,17 @@ cdef uint64_t ADDRESS_MAX = <uint64_t>1 << 62
 
 
 cdef class Shared:
-    def __init__(self, int fd, uint64_t used_bytes):
+    def __init__(self, int fd, used_bytes):
         """Of the file, so many bytes are used. Raises InvalidArgument (not memory, shorter than that), OutOfMemory."""
         cdef uint64_t file_bytes = 0, page_bytes = fvd_memory_page_bytes(fd, &file_bytes)
         cdef int64_t number
         if page_bytes == 0:
             raise InvalidArgument("memory must be a memfd, or a file of tmpfs or hugetlbfs")
-        if used_bytes == 0 or used_bytes > file_bytes:
+        if not 0 < used_bytes <= min(file_bytes, ADDRESS_MAX):
             raise InvalidArgument(f"{used_bytes} bytes of memory were named, and its file has {file_bytes}")
         if fvd_handle_bus() != 0:
             raise OutOfMemory("the signal of memory that goes away cannot be handled")
-        self.size_bytes = (used_bytes + page_bytes - 1) // page_bytes * page_bytes
+        self.size_bytes = (<uint64_t>used_bytes + page_bytes - 1) // page_bytes * page_bytes
         self.memory = fvd_map_memory(fd, self.size_bytes)
         if self.memory == NULL:
             self.size_bytes = 0
@@ -132,7 +138,7 @@ cdef class Shared:
         number = fvd_watch(<size_t>self.memory, <size_t>self.memory + self.size_bytes)
         if number < 0:
             self.unmap()
-            raise OutOfMemory("too many pieces of guests' memory are mapped")
+            raise OutOfMemory("too much of guests' memory is mapped, or in too many pieces")
         self.watched = <uint32_t>number
 
     cdef void unmap(self) noexcept:
@@ -250,12 +256,20 @@ cdef class GuestMemory:
 
     cdef void note_written(self, const uint8_t *host, uint64_t length) noexcept nogil:
         cdef uint32_t i
+        cdef uint64_t inside, part
         if self.log == NULL:
             return
-        for i in range(self.count):
-            if self.regions[i].host <= host < self.regions[i].host + self.regions[i].size_bytes:
-                self.note_written_at(self.regions[i].guest_address + <uint64_t>(host - self.regions[i].host), length)
+        while length:               # what lies side by side here may be of regions that a guest has apart
+            for i in range(self.count):
+                inside = <uint64_t>host - <uint64_t>self.regions[i].host
+                if inside < self.regions[i].size_bytes:
+                    break
+            else:
                 return
+            part = min(length, self.regions[i].size_bytes - inside)
+            self.note_written_at(self.regions[i].guest_address + inside, part)
+            host += part
+            length -= part
 
     cdef void note_written_at(self, uint64_t guest_address, uint64_t length) noexcept nogil:
         cdef uint64_t last

@@ -72,6 +72,13 @@ cdef uint64_t move(Piece *pieces, uint32_t count, uint8_t *data, uint64_t length
     return done
 
 
+cdef void note_pieces(BlkRing r, const Piece *pieces, uint32_t count) noexcept nogil:
+    """For the log of a migration: they have been written to."""
+    cdef uint32_t i
+    for i in range(count):
+        r.memory.note_written(pieces[i].at, pieces[i].length_bytes)
+
+
 cdef void skip(Piece **pieces, uint32_t *count, uint64_t length) noexcept nogil:
     """The first `length` bytes of the pieces have been used; there are so many."""
     while length:
@@ -143,6 +150,7 @@ cdef bint begin_chain(BlkRing r, Backend backend, uint64_t cookie, uint16_t head
         begin_ranges(r, backend, cookie | head, chain, request.type == TYPE_WRITE_ZEROES, out, out_count)
     elif request.type == TYPE_GET_ID:
         chain.written_bytes += move(into, in_count, r.serial, ID_BYTES, True)
+        note_pieces(r, into, in_count)
     else:
         chain.error = UNSUPPORTED
     count(r.counts, chain.kind)
@@ -243,6 +251,7 @@ cdef inline int begin_part(BlkRing r, Backend backend, uint64_t cookie, Chain *c
                            uint8_t *at) except -1 nogil:
     chain.pending += 1
     r.parts += 1
+    r.open_parts += 1
     return backend.submit(chain.kind, flags, offset, length, at, cookie)
 
 
@@ -259,15 +268,13 @@ cdef int part_done(BlkRing r, uint32_t head, int32_t error) except -1 nogil:
 
 cdef void end_chain(BlkRing r, uint16_t head, Chain *chain) noexcept nogil:
     cdef Bounce *bounce = chain.bounce
-    cdef uint32_t i
     if not chain.busy:
         return
     if bounce != NULL:
         if bounce.data != NULL and chain.kind == REQUEST_READ and chain.error == 0 and not r.silent:
             move(bounce.pieces, bounce.count, bounce.data, bounce.length_bytes, True)
         if chain.kind == REQUEST_READ and r.memory.log != NULL:
-            for i in range(bounce.count):
-                r.memory.note_written(bounce.pieces[i].at, bounce.pieces[i].length_bytes)
+            note_pieces(r, bounce.pieces, bounce.count)
         if bounce.data != NULL:
             r.bounced_bytes -= bounce.length_bytes
         free(bounce.data)

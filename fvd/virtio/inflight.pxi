@@ -86,7 +86,7 @@ cdef inline void note_published(BlkRing r, uint16_t first, uint16_t count) noexc
 
 cdef int recover(BlkRing r) except -1:
     """What the server before has left: r.again has the chains to be taken again, in the order in which it took them. Returns how many."""
-    cdef uint16_t used = fvd_load16(r.used + 2)
+    cdef uint16_t used = r.published
     cdef uint16_t seen = fvd_region_used(r.inflight)
     cdef uint32_t head, i
     if fvd_region_version(r.inflight) == 0 and fvd_region_entries(r.inflight) == 0:
