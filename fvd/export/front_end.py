@@ -359,7 +359,7 @@ class FrontEnd:
         fd = os.memfd_create("fvd-in-flight", os.MFD_CLOEXEC)
         self._inflight_fd = self._replace(self._inflight_fd, fd)
         os.ftruncate(fd, area.size_bytes)
-        self._reply(messages.encode_inflight(area), [fd])
+        self._reply(messages.encode_inflight(area, message.value), [fd])
 
     def _take_inflight(self, message: Message) -> None:
         area = message.area

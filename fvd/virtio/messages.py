@@ -250,7 +250,8 @@ def _decode(ask: Ask, needs_reply: bool, payload: bytes, descriptors: tuple[int,
         size_bytes, offset_bytes = _LOG.unpack(payload)
         return Message(ask, needs_reply, descriptors, area=InflightArea(size_bytes, offset_bytes, 0, 0))
     if ask in (Ask.GET_INFLIGHT_FD, Ask.SET_INFLIGHT_FD):
-        return Message(ask, needs_reply, descriptors, area=InflightArea(*_INFLIGHT.unpack(payload[: _INFLIGHT.size])))
+        area = InflightArea(*_INFLIGHT.unpack(payload[: _INFLIGHT.size]))
+        return Message(ask, needs_reply, descriptors, value=len(payload) - _INFLIGHT.size, area=area)
     assert ask in (Ask.GET_CONFIG, Ask.SET_CONFIG)
     offset_bytes, size_bytes, _ = _CONFIG.unpack(payload[: _CONFIG.size])
     return Message(ask, needs_reply, descriptors, index=offset_bytes, value=size_bytes, data=payload[_CONFIG.size :])
@@ -277,8 +278,9 @@ def encode_base(index: int, next_available: int) -> bytes:
     return encode_reply(Ask.GET_VRING_BASE, _STATE.pack(index, next_available))
 
 
-def encode_inflight(area: InflightArea) -> bytes:
-    return encode_reply(Ask.GET_INFLIGHT_FD, _INFLIGHT.pack(*area))
+def encode_inflight(area: InflightArea, padding_bytes: int = 0) -> bytes:
+    """Padded as the question was: QEMU's is, by 4 bytes, and it takes no other answer."""
+    return encode_reply(Ask.GET_INFLIGHT_FD, _INFLIGHT.pack(*area) + bytes(padding_bytes))
 
 
 def encode_config(config: bytes, offset_bytes: int, size_bytes: int) -> bytes:
