@@ -251,7 +251,8 @@ def _decode(ask: Ask, needs_reply: bool, payload: bytes, descriptors: tuple[int,
         return Message(ask, needs_reply, descriptors, area=InflightArea(size_bytes, offset_bytes, 0, 0))
     if ask in (Ask.GET_INFLIGHT_FD, Ask.SET_INFLIGHT_FD):
         area = InflightArea(*_INFLIGHT.unpack(payload[: _INFLIGHT.size]))
-        return Message(ask, needs_reply, descriptors, value=len(payload) - _INFLIGHT.size, area=area)
+        padding_bytes = len(payload) - _INFLIGHT.size if ask is Ask.GET_INFLIGHT_FD else 0
+        return Message(ask, needs_reply, descriptors, value=padding_bytes, area=area)
     assert ask in (Ask.GET_CONFIG, Ask.SET_CONFIG)
     offset_bytes, size_bytes, _ = _CONFIG.unpack(payload[: _CONFIG.size])
     return Message(ask, needs_reply, descriptors, index=offset_bytes, value=size_bytes, data=payload[_CONFIG.size :])
