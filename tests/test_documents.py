@@ -76,3 +76,15 @@ def test_what_contributors_are_told_to_open_is_there() -> None:
     names = re.findall(r"`((?:fvd|tests|scripts|bench|devtools)/[\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text())
     named = [name for name in names if not re.search(r"/(COMMAND|NAME)\.py$", name)]  # of whatever is added
     assert len(named) > 20 and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_what_contributors_are_told_to_look_for_is_in_its_file() -> None:
+    """`file`, `name` and `name`; `file` (`name`); `name` in `file`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = [
+        (path, name) for path, *names in re.findall(r"`([\w./-]+\.\w+)`,? \(?`(\w+)`(?: and `(\w+)`)?", text) for name in names if name
+    ]
+    named += [(path, name) for name, path in re.findall(r"`(\w+)` in `([\w./-]+\.\w+)`", text)]
+    assert len(named) > 8
+    wrong = [f"{name} in {path}" for path, name in named if not re.search(rf"\b{name}\b", (ROOT / path).read_text())]
+    assert not wrong, wrong
