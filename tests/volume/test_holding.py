@@ -16,7 +16,7 @@ from lvm_machine import Machine, Volume
 import fvd
 from disks import MIB, SMALL, make, start
 from fvd.disk._disk_thread import DiskThread, drive
-from fvd.disk.opening import open_volume
+from fvd.disk.opening import OpenVolume, open_volume
 from fvd.disk.provision import provision
 from fvd.errors import DeviceError
 from fvd.lvm import dm
@@ -44,14 +44,18 @@ def content(volume: Volume) -> str:
     return hashlib.sha256(volume.backing.read_bytes()).hexdigest()
 
 
-def opened(name: str, events: list[GrowthEvent], stopped: threading.Event, **options: object) -> DiskThread:
+def not_driven(name: str, events: list[GrowthEvent], stopped: threading.Event, **options: object) -> OpenVolume:
     def tell(event: object) -> None:
         assert isinstance(event, GrowthEvent)
         events.append(event)
         if event.kind == "storage_error":
             stopped.set()
 
-    return drive(open_volume(name, on_event=tell, **options))  # type: ignore[arg-type]
+    return open_volume(name, on_event=tell, **options)  # type: ignore[arg-type]
+
+
+def opened(name: str, events: list[GrowthEvent], stopped: threading.Event, **options: object) -> DiskThread:
+    return drive(not_driven(name, events, stopped, **options))
 
 
 def check_stopped(driver: DiskThread, why: str) -> None:
@@ -81,6 +85,21 @@ def test_a_volume_that_is_shrunk(machine: Machine, name: str, read_only: bool) -
     assert content(volume) == before
 
 
+def test_what_is_seen_before_anybody_drives_the_disk_stops_it_then(machine: Machine, name: str) -> None:
+    events: list[GrowthEvent] = []
+    stopped = threading.Event()
+    disk = not_driven(name, events, stopped)
+    machine.shrink(there(machine, name), 8 * MIB)
+    assert disk.holding is not None
+    disk.holding.look()
+    assert events == [] and not disk.stopped
+    driver = drive(disk)
+    assert stopped.wait(10), "nobody has told"
+    check_stopped(driver, "it has 8.0 MiB, and had 16.0 MiB")
+    with pytest.raises(DeviceError, match="The disk has stopped"):
+        driver.close()
+
+
 def test_also_when_it_has_its_size_again(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """lvreduce, another's lvcreate, lvextend: only the table shows it, and nobody but the next step has looked meanwhile."""
     volume = there(machine, name)
@@ -94,8 +113,9 @@ def test_also_when_it_has_its_size_again(machine: Machine, name: str, monkeypatc
         dm.Target(8 * MIB // SECTOR, 8 * MIB // SECTOR, "linear", "8:0 999424"),
     ]
     assert driver.volume.allocator is not None
+    machine.commands.clear()
     driver.volume.allocator.extend_now().exception(20)
-    assert stopped.wait(10)
+    assert stopped.wait(10) and machine.used("lvextend") == [], "it has been grown though it is another's"
     check_stopped(driver, "bytes 8388608 to 16777216 of it lie elsewhere")
     with pytest.raises(DeviceError):
         driver.close()
