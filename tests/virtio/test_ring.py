@@ -72,10 +72,10 @@ class Play:
         elif kind in (DISCARD, WRITE_ZEROES):
             half = sectors // 2
             data = ranges((sector, half, 0), (sector + half, sectors - half, 0))
-        room = 40 if indirect else entries
-        into_most = rng.randint(1, room - 1)
+        capacity = 40 if indirect else entries
+        into_most = rng.randint(1, capacity - 1)
         into_length = {IN: sectors * SECTOR_BYTES, GET_ID: 20}.get(kind, 0) + 1
-        out = self.cut(16 + len(data), min(room - into_most, 6))
+        out = self.cut(16 + len(data), min(capacity - into_most, 6))
         into = self.cut(into_length, min(into_most, 6))
         content = header(kind, sector) + data
         for address, length in out:
