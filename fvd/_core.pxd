@@ -105,6 +105,9 @@ cpdef enum Bug:     # what each takes away: docs/internals/durability.md
     HANDED_OUT_WHEN_STOPPED
     STARVED_WRITE_NOT_TRIED
     STARVED_WRITE_ANSWERED
+    ANSWER_BEFORE_LAST_PART
+    TAKEN_BEFORE_IN_FLIGHT
+    IN_FLIGHT_ENDED_BEFORE_USED
 
 cdef inline bint BUG(int number) noexcept nogil:
     return HAS_BUGS and seeded_bug == number

@@ -96,6 +96,9 @@ class Bug(IntEnum):
     HANDED_OUT_WHEN_STOPPED = 66
     STARVED_WRITE_NOT_TRIED = 67
     STARVED_WRITE_ANSWERED = 68
+    ANSWER_BEFORE_LAST_PART = 69
+    TAKEN_BEFORE_IN_FLIGHT = 70
+    IN_FLIGHT_ENDED_BEFORE_USED = 71
 
 def crc32c(data: _Raw, crc: int = 0) -> int:
     """CRC32C of bytes, continuing from `crc`: crc32c(b, crc32c(a)) == crc32c(a + b)."""

@@ -576,6 +576,7 @@ cdef int run_turn(NbdLoop loop, int64_t timeout_ns) except -1 nogil:
         export = export.next_touched
     loop.touched = NULL
     send_all(loop)
+    call_all(loop)
     free_dead(loop)
     return 0
 

@@ -28,9 +28,9 @@ from fvd.counted import Counted, say_due
 from fvd.device._queue import Source
 from fvd.engine._backend import Backend
 from fvd.engine._engine import Engine
+from fvd.engine._engine_backend import EngineBackend
 from fvd.errors import Conflict, DeviceError, InUse, InvalidArgument, NotFound, Timeout, quoted
 from fvd.export import handshake
-from fvd.export._engine_backend import EngineBackend
 from fvd.export._nbd import PAYLOAD_BYTES_MAX
 from fvd.export._server import NbdLoop
 from fvd.export.guests import Guests

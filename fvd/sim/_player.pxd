@@ -7,6 +7,7 @@ from fvd.engine._engine cimport Engine
 from fvd.sim._device cimport Operation, SimulatedDevice
 from fvd.sim._rng cimport Rng
 from fvd.sim._oracle cimport Oracle
+from fvd.sim._ring_guest cimport RingGuest
 
 cdef enum Kind:                 # KINDS in _player.pyx names them
     KIND_READ
@@ -35,12 +36,14 @@ cdef struct Guest:              # a request in flight
     uint8_t promised            # the guest's reserve had a slot for it
     uint32_t chunks             # slots that it may take: 0 of what takes none
     uint8_t active
+    uint8_t by_ring
 
 cdef class Player:
     cdef readonly Engine engine
     cdef readonly SimulatedDevice device
     cdef readonly Oracle oracle
     cdef readonly Rng rng
+    cdef readonly RingGuest ring    # most requests go through it; None: none does
     cdef readonly uint64_t requests_done
     cdef public uint64_t failed_at  # from this moment no flush may succeed
     cdef uint64_t changes_at_failure        # pending then; there may never be more
@@ -87,6 +90,8 @@ cdef class Player:
     cdef int check_progress(self) except -1
     cdef bint turn(self) except -1
     cdef int take(self, Operation op) except -1
+    cdef int take_old_answers(self, RingGuest ring) except -1
+    cdef int take_answers(self, bint at_once) except -1
     cdef int finished(self, uint64_t cookie, int32_t error, uint32_t flags) except -1
     cdef int check_bounds(self, Operation op) except -1
     cdef int check_waiting(self) except -1

@@ -7,6 +7,7 @@ from typing import Any, Final
 from fvd.format.geometry import Geometry
 from fvd.sim._device import Operation, SimulatedDevice
 from fvd.sim._oracle import Oracle
+from fvd.sim._ring_guest import RingGuest
 from fvd.sim._rng import Rng
 
 KINDS: Final[tuple[str, ...]]
@@ -50,6 +51,14 @@ class Player:
     """The engine has been stopped: nothing may reach the device, and every request fails (R39)."""
     cancelled: bool
     """Requests may fail with ESHUTDOWN."""
+    def use_ring(self, ring: RingGuest) -> None:
+        """Most requests go through it from now on."""
+    def show_answers(self) -> None:
+        """The guest of the ring is shown what has ended, as at the end of each turn of the serving loop."""
+    def in_ring(self) -> dict[int, tuple[int, int, int, bool, int]]:
+        """Requests without an answer that stand in the ring: (kind, first sector, sectors, no hole, the oracle's number), by place."""
+    def take_up_ring(self, ring: RingGuest, requests: Mapping[int, tuple[int, int, int, bool, int]]) -> None:
+        """A ring whose server has died, and what was in it: whoever serves it now does that without being asked again."""
     log: list[str] | None
     """Is told every event."""
     mapped: Callable[[int, int], None] | None

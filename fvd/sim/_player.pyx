@@ -22,6 +22,7 @@ from fvd.sim._device cimport (
 )
 from fvd.sim._rng cimport Rng
 from fvd.sim._oracle cimport Oracle
+from fvd.sim._ring_guest cimport RingGuest
 
 from fvd.modes import UNSAFE_CACHE_MODES, WRITE_THROUGH_CACHE_MODES
 from fvd.sim._oracle import Violation
@@ -41,6 +42,10 @@ cdef enum:
     FLUSHES_MAX = 2            # a commit's and a checkpoint's
     MAP_WRITES_MAX = 4
     ZEROING_MAX = 32
+
+cdef uint64_t RING_COOKIE = <uint64_t>1 << 63
+cdef double RING_SHARE = 0.8        # of the requests that can go through a ring
+cdef double TOLD_SHARE = 0.4         # of the turns in which a guest is shown what has ended
 
 cdef int REQUESTS[6]
 REQUESTS[:] = [REQUEST_READ, REQUEST_WRITE, REQUEST_FLUSH, REQUEST_TRIM, REQUEST_ZERO, REQUEST_CLOSE]
@@ -133,6 +138,11 @@ cdef class Player:
         if self.log is not None:
             where = f" {first_sector}+{sectors}" if sectors else ""
             self.log.append(f"submit {guest.cookie >> 20}: {KINDS[kind]}{where}{' fua' if fua else ''}{' no-hole' if no_hole else ''}")
+        if self.ring is not None and self.ring.fits(kind, sectors, fua) and self.ring.rng.chance(RING_SHARE):
+            guest.by_ring = 1
+            guest.promised = 0              # its parts ask for slots one by one
+            self.ring.put(kind, first_sector, sectors, no_hole, guest.buffer, slot)
+            return guest.cookie
         self.engine.submit(REQUESTS[kind], (FLAG_FUA if fua else 0) | (FLAG_NO_HOLE if no_hole else 0), first_sector * SECTOR,
                            sectors * SECTOR, guest.buffer, guest.cookie)
         return self.guests[slot].cookie
@@ -217,6 +227,8 @@ cdef class Player:
             self.send(KIND_READ, first, sectors, False, False, 0)
         if self.to_send_again:
             self.send_some_again(False)
+        if self.ring is not None:
+            self.ring.take()
         self.engine.tick(self.device.now_ns)
         while attending:
             if self.stopped and self.engine.op_count:
@@ -235,8 +247,13 @@ cdef class Player:
             while i < self.engine.done_count:
                 cookie, error, flags = self.engine.done[i].cookie, self.engine.done[i].error, self.engine.done[i].flags
                 i += 1
-                self.finished(cookie, error, flags)
+                if cookie & RING_COOKIE:
+                    self.ring.ring.part_ended(<uint32_t>cookie, error)
+                else:
+                    self.finished(cookie, error, flags)
             self.engine.done_count = 0
+            if self.ring is not None:
+                self.take_answers(False)
             # One thing at a time: what comes of it is judged before the next.
             attending = self.attend is not None and (self.engine.want & self.attended or self.device.now_ns >= self.due_ns)
             if attending:
@@ -260,7 +277,7 @@ cdef class Player:
                 self.waited = self.engine.count.waited_for_space
                 while r != NULL:
                     guest = &self.guests[r.cookie & 0xFFFFF]
-                    if guest.promised:
+                    if guest.promised and not r.cookie & RING_COOKIE:
                         raise Violation(f"request {r.cookie >> 20} waits for a slot that copies were to leave to the guest")
                     r = r.next
         if self.engine.slots.capacity >= self.engine.disk.chunks:
@@ -277,13 +294,98 @@ cdef class Player:
                 self.guests[i].promised = 0
         self.promises = False
 
+    cdef int take_answers(self, bint at_once) except -1:
+        """What the guest finds in its ring: in most turns, or `at_once`. Returns how many answers."""
+        cdef int place, status, count = 0
+        cdef int32_t error
+        cdef Guest *guest
+        if not at_once and not self.ring.rng.chance(TOLD_SHARE):
+            return 0
+        self.ring.ring.publish()
+        place = self.ring.next_answer()
+        while place >= 0:
+            guest = &self.guests[self.ring.places[place].slot]
+            error = self.ring.error_of(place)
+            status = self.ring.fetch(place, guest.buffer)
+            if (status != 0) != (error != 0):
+                raise Violation(f"{KINDS[guest.kind]} at sector {guest.first_sector} ended with {error}, and the guest was told {status}")
+            count += 1
+            self.finished(guest.cookie, error, 0)
+            place = self.ring.next_answer()
+        return count
+
+    def show_answers(self):
+        if self.ring is not None:
+            self.take_answers(True)
+
+    def use_ring(self, RingGuest ring not None):
+        self.ring = ring
+        ring.attach(self.engine)
+
+    def in_ring(self):
+        cdef uint32_t i
+        cdef Guest *guest
+        requests = {}
+        if self.ring is not None:
+            for place, i in self.ring.unanswered().items():
+                guest = &self.guests[i]
+                requests[place] = (guest.kind, guest.first_sector, guest.sectors, bool(guest.no_hole), guest.write)
+        return requests
+
+    def take_up_ring(self, RingGuest ring not None, requests):
+        cdef uint32_t slot
+        cdef int place
+        cdef Guest *guest
+        for place, (kind, first_sector, sectors, no_hole, write) in requests.items():
+            slot = self.free_place()
+            guest = &self.guests[slot]
+            memset(guest, 0, sizeof(Guest))
+            self.serial += 1
+            guest.cookie = self.serial << 20 | slot
+            guest.kind, guest.first_sector, guest.sectors, guest.no_hole = kind, first_sector, sectors, no_hole
+            guest.growable = self.engine.disk.storage_size < self.most_bytes
+            guest.by_ring = guest.active = 1
+            guest.allocation = guest.buffer = <uint8_t *>aligned(sectors * SECTOR + 1)
+            if guest.allocation == NULL:
+                raise MemoryError("player")
+            self.in_flight_count += 1
+            self.reads_in_flight += kind == KIND_READ
+            self.tell_oracle(guest, write)
+            if guest.write:
+                guest.began = self.oracle.tick_()
+            if kind == KIND_TRIM or kind == KIND_ZERO:
+                self.hole_began(guest)
+            ring.rename(place, slot)
+        self.take_old_answers(ring)
+        self.use_ring(ring)
+
+    cdef int take_old_answers(self, RingGuest ring) except -1:
+        """What the server that died has shown before: of a read nobody knows any more what it may show."""
+        cdef int place = ring.next_answer(), status
+        cdef Guest *guest
+        while place >= 0:
+            guest = &self.guests[ring.places[place].slot]
+            status = ring.fetch(place, guest.buffer)
+            if guest.kind == KIND_TRIM or guest.kind == KIND_ZERO:
+                self.hole_ended(guest)
+            if guest.kind == KIND_READ:
+                self.oracle.read_dropped(guest.began)
+            elif guest.kind == KIND_FLUSH:
+                if self.promises_flush:
+                    self.oracle.flush_ended(guest.began, False)
+            else:
+                self.oracle.end(guest.write, status == 0, self.every_write_durable and status == 0)
+            self.forget(guest)
+            place = ring.next_answer()
+        return 0
+
     def unanswered(self):
         cdef uint32_t i
         cdef Guest *guest
         requests = list(self.to_send_again)
         for i in range(self.capacity):
             guest = &self.guests[i]
-            if guest.active and guest.kind != KIND_CLOSE:
+            if guest.active and guest.kind != KIND_CLOSE and not guest.by_ring:
                 requests.append((guest.kind, guest.first_sector, guest.sectors, bool(guest.fua), bool(guest.no_hole), guest.write))
         return requests
 
@@ -309,6 +411,8 @@ cdef class Player:
         if not self.device.pending and (self.engine.base.retries != NULL or self.engine.starved.first != NULL):
             # Nothing else is to happen before the next attempt.
             self.device.advance(RETRY_NS if self.engine.base.retries != NULL else STARVED_NS)
+            self.pump()
+        if not self.device.pending and self.ring is not None and self.take_answers(True):
             self.pump()
         if not self.device.pending:
             return False
@@ -350,6 +454,8 @@ cdef class Player:
         cdef uint64_t discards
         if self.engine.base.retries != NULL or self.engine.close.request != NULL or self.engine.starved.count:
             return 0
+        if self.ring is not None and self.ring.ring.next_used != self.ring.ring.published:
+            return 0            # some have ended, and the guest has not been shown
         if self.reads_in_flight and not self.has_base and self.device.under_way[<int>CATEGORY_READ] == 0:
             raise Violation(f"{self.reads_in_flight} reads wait for something else than reads: {self.device.pending[:4]}")
         discards = self.device.under_way[<int>CATEGORY_DISCARD]
@@ -358,7 +464,7 @@ cdef class Player:
             while r != NULL:
                 waiting += 1
                 r = r.next
-            if waiting != self.in_flight_count:
+            if waiting != self.in_flight_count and (self.ring is None or waiting < self.in_flight_count):     # in parts, perhaps
                 raise Violation(f"{self.in_flight_count - waiting} requests wait for discards: {self.device.pending[:4]}")
             if waiting and self.engine.free_slots:
                 raise Violation(f"{waiting} writes wait for discards though slots are free")

@@ -131,6 +131,8 @@ class Shape:
     base_timeout_ns: int = 0
     resends: bool = False
     """The client sends again what a killed server has not answered."""
+    ring: bool = False
+    """Most requests go through a ring in a guest's memory, which outlives a server that is killed."""
     deaths: int = 0
     """As many at most die while they open a disk whose server was killed."""
     deadly: bool = False
@@ -326,6 +328,13 @@ def draw_log(shape: Shape, rng: Rng) -> None:
     """Whether a killed process leaves a log of what was pending. From rng of its own: it changes nothing else."""
     shape.log = rng.random() < 0.9
     shape.short_log = rng.random() < 0.4
+
+
+def draw_ring(shape: Shape, rng: Rng) -> None:
+    """Whether there is a guest with a ring. From rng of its own: it changes nothing else."""
+    shape.ring = rng.random() < 0.3
+    if shape.ring and rng.random() < 0.6:
+        shape.deadly = True  # what is in a ring is at stake when its server is killed
 
 
 def draw_bounds(shape: Shape, rng: Rng) -> None:

@@ -28,6 +28,7 @@ from fvd.sim._base import base_content
 from fvd.sim._device import SimulatedDevice
 from fvd.sim._oracle import SECTOR_BYTES, Oracle, Violation
 from fvd.sim._player import READ, TRIM, WRITE, ZERO, Player
+from fvd.sim._ring_guest import RingGuest
 from fvd.sim._rng import Rng
 from fvd.sim.agenda import SECOND_NS
 from fvd.sim.copies import TICK_NS, Copies
@@ -44,6 +45,7 @@ from fvd.sim.shape import (
     draw_growth,
     draw_log,
     draw_placement,
+    draw_ring,
     draw_weather,
     draw_zeroing,
 )
@@ -54,7 +56,7 @@ FOREIGN = b"\xf0FOREIGN"  # what the storage held before it was ours: must never
 SHAPE, EVENTS, ROUNDS, REQUESTS, COPYING, PLACEMENT, ZEROING, GROWTH, STORAGE, STEERING = range(1, 11)  # streams of a seed
 WEATHER = 40
 LOG, DURABLE = 20, 21
-BOUNDS = 37
+BOUNDS, RING = 37, 38
 CORNER, ENDING, TAKEN = 30, 31, 32
 _VAST_BYTES = 1 << 30
 SAMPLED = True  # whoever serves a disk through a page cache has a second open file that hears what the first is not told
@@ -82,6 +84,7 @@ def shape_of(seed: int) -> Shape:
         draw_growth(shape, Rng(seed, GROWTH))
         draw_weather(shape, Rng(seed, WEATHER))
         draw_durable(shape, Rng(seed, DURABLE))
+        draw_ring(shape, Rng(seed, RING))
     draw_log(shape, Rng(seed, LOG))
     draw_bounds(shape, Rng(seed, BOUNDS))
     return shape
@@ -133,7 +136,11 @@ class World:
         self.device.told_once, self.device.fua, self.device.sampler = self.shape.told_once, self.shape.fua, SAMPLED
         self.engine: Any
         self.player: Player
+        self.ring: RingGuest | None = None
+        """The guest whose requests go through a ring in its memory."""
+        self._ring_rng = Rng(seed, RING, events)
         self.open()
+        self._begin_ring()
 
     def _watch_metadata(self) -> None:
         self.device.announce, self.device.inspect = self.metadata.announce, self.metadata.inspect
@@ -514,6 +521,7 @@ class World:
         """Its storage has become somebody else's: the engine is stopped in the midst of it all, and goes on being asked (R39)."""
         self.say("the disk is stopped")
         player = self.player
+        player.show_answers()
         player.attended = 0
         player.stopped = True
         self.engine.stop()
@@ -569,6 +577,9 @@ class World:
         if self.place is not None:
             self.place.end_life(power=True)
         self.device.kill()
+        ring, in_ring = self.ring, self.player.in_ring()
+        if ring is not None:
+            ring.die()
         self.player.abandon()
         lives, refused = self._die_while_opening()
         whole = whole and not refused
@@ -596,6 +607,11 @@ class World:
         else:
             self.oracle.adopt_after_kill(shown)
         self._check_extents(shown)
+        if whole and ring is not None and self.shape.resends:
+            self.ring = ring
+            self.player.take_up_ring(ring, in_ring)
+        else:
+            self._begin_ring()
 
     def _die_while_opening(self) -> tuple[bool, bool]:
         """Some who open the disk are killed at it, after any of their operations. Whether power is on afterwards; and whether one was
@@ -626,6 +642,12 @@ class World:
             self.oracle.check_read(first, self.oracle.begin_read(), bytes(shown[at : at + count * SECTOR_BYTES]))
             at += count * SECTOR_BYTES
 
+    def _begin_ring(self) -> None:
+        """A guest that begins with an empty ring, where there is one."""
+        self.ring = RingGuest(self.shape.sectors, self._ring_rng) if self.shape.ring else None
+        if self.ring is not None:
+            self.player.use_ring(self.ring)
+
     def reopen(self) -> None:
         """Open after a crash: judge everything, and go on from there."""
         if self.rng.random() < 0.1:
@@ -638,6 +660,7 @@ class World:
         self._check_refusals(
             {WRITE: errno.ENOSPC, ZERO: errno.ENOSPC, TRIM: errno.EINVAL, READ: errno.EINVAL}, self.geometry.virtual_size_bytes - 512
         )
+        self._begin_ring()
 
     def _open_read_only(self) -> None:
         """A read-only open shows what a writable one does, and writes nothing."""

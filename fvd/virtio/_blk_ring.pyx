@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from fvd._aligned cimport aligned
+from fvd._core cimport BUG, Bug
 from fvd.engine._backend cimport Backend
 from fvd.engine._engine cimport FLAG_FUA, FLAG_NO_HOLE, REQUEST_FLUSH, REQUEST_READ, REQUEST_TRIM, REQUEST_WRITE, REQUEST_ZERO
 from fvd.virtio._guest_memory cimport GuestMemory, Shared

@@ -256,12 +256,12 @@ cdef inline int begin_part(BlkRing r, Backend backend, uint64_t cookie, Chain *c
 
 
 cdef int part_done(BlkRing r, uint32_t head, int32_t error) except -1 nogil:
-    """how a request ended is told when the last of its parts has ended."""
+    """R41: how a request ended is told when the last of its parts has ended."""
     cdef Chain *chain = &r.chains[head]
     if error and chain.error == 0:
         chain.error = error
     chain.pending -= 1
-    if chain.pending == 0:
+    if chain.pending == 0 or (chain.error == 0 and BUG(Bug.ANSWER_BEFORE_LAST_PART)):
         end_chain(r, <uint16_t>head, chain)
     return 0
 
@@ -292,3 +292,5 @@ cdef void end_chain(BlkRing r, uint16_t head, Chain *chain) noexcept nogil:
     put_used(r, head, chain.written_bytes)
     if r.inflight != NULL:
         fvd_entry_ended(r.inflight, head)
+        if BUG(Bug.IN_FLIGHT_ENDED_BEFORE_USED):
+            fvd_entry_free(r.inflight, head)

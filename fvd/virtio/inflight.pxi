@@ -69,14 +69,14 @@ cpdef uint64_t inflight_bytes(uint32_t size) noexcept:
 
 
 cdef inline void note_taken(BlkRing r, uint16_t head) noexcept nogil:
-    """Before anything is done for it."""
-    if r.inflight != NULL:
+    """R42: before anything is done for it."""
+    if r.inflight != NULL and not BUG(Bug.TAKEN_BEFORE_IN_FLIGHT):
         fvd_entry_taken(r.inflight, head, r.counter)
         r.counter += 1
 
 
 cdef inline void note_published(BlkRing r, uint16_t first, uint16_t count) noexcept nogil:
-    """The used index is seen: these `count` used elements are in flight no longer."""
+    """R42: the used index is seen: these `count` used elements are in flight no longer."""
     cdef uint16_t i, head
     for i in range(count):
         head = r.batch[<uint16_t>(first + i) & (r.size - 1)]

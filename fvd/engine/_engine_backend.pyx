@@ -4,13 +4,11 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from fvd.device.op cimport DeviceOp
-from fvd.engine._engine cimport Done, Engine, Extent
 from fvd.engine._backend cimport Backend
+from fvd.engine._engine cimport Done, Engine, Extent
 
 
 cdef class EngineBackend(Backend):
-    cdef Engine engine
-
     def __init__(self, Engine engine not None):
         self.engine = engine
 
