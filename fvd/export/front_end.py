@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,11 +181,15 @@ class FrontEnd:
         self._taken.append(fd)
         return fd
 
-    def _take_event(self, message: Message) -> int:
-        """As _take_descriptor, of what wakes somebody up. An eventfd only: to watch another file, or to write to it, may take for ever."""
+    def _take_event(self, message: Message, *, or_socket: bool = False) -> int:
+        """As _take_descriptor, of what wakes somebody up. An eventfd only: to watch another file, or to write to it, may take for ever.
+
+        `or_socket`: it is only written to, which does not wait for a reader; User-Mode Linux is called through a pair of sockets.
+        """
         fd = self._take_descriptor(message)
         if fd != _NO_DESCRIPTOR:
-            if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:[eventfd]":
+            is_socket = or_socket and stat.S_ISSOCK(os.fstat(fd).st_mode)
+            if not is_socket and str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:[eventfd]":
                 raise Broken(f"{message.ask.name} came with a descriptor that is no eventfd")
             os.set_blocking(fd, False)
         return fd
@@ -432,7 +437,7 @@ class FrontEnd:
         self._at_rest(change, ring)
 
     def _set_call(self, message: Message) -> None:
-        ring, fd = self._ring(message), self._take_event(message)
+        ring, fd = self._ring(message), self._take_event(message, or_socket=True)
         if ring.number is not None:
             self._loop.set_call(ring.number, fd)
         ring.call_fd = self._replace(ring.call_fd, fd)
@@ -440,7 +445,7 @@ class FrontEnd:
 
     def _set_error(self, message: Message) -> None:
         ring = self._ring(message)
-        ring.error_fd = self._replace(ring.error_fd, self._take_event(message))
+        ring.error_fd = self._replace(ring.error_fd, self._take_event(message, or_socket=True))
         self._done(message)
 
     def _get_ring_base(self, message: Message) -> None:
