@@ -275,10 +275,10 @@ class FrontEnd:
         self._at_rest(lambda: self._reset(message))
 
     def _reset(self, message: Message) -> None:
+        """Rings keep what they have come to: QEMU 7.2 resets a device that it stops, and asks for that afterwards (GET_VRING_BASE)."""
         self._status = 0
         for ring in self._rings:
             ring.enabled = False
-            ring.next_available = 0
         self._done(message)
 
     def _nothing(self, message: Message) -> None:
