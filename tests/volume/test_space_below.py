@@ -12,6 +12,7 @@ import pytest
 from loops import loop_device, mounted, run, sparse
 
 import fvd
+from fvd.device.node import open_node
 
 MIB = 1 << 20
 PAGES = 6 * MIB // 4096
@@ -93,3 +94,14 @@ def test_writes_fail_where_that_was_asked_for(small: Path, volume: str) -> None:
         disk.pwrite((PAGES - 1) * 4096, content(1))
         assert not disk.info().no_room_below
     assert "fail. Free some space" in next(event.message for event in events if event.kind == "storage_full")
+
+
+def test_what_a_file_has_no_blocks_for_and_cannot_get(small: Path) -> None:
+    """It is longer than what its file system has left."""
+    with open_node(sparse(small / "image", 64 * MIB), direct=False) as node:
+        assert 58 * MIB <= node.stack().short_bytes < 64 * MIB
+        node.pwrite(0, bytes(MIB))
+        assert node.stack().short_bytes >= 58 * MIB
+    more_space(small)
+    with open_node(small / "image", direct=False) as node:
+        assert node.stack().short_bytes == 0
