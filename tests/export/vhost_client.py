@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A front end of vhost-user for the tests, a message at a time: it can say anything, in any order and in pieces. The guest is guest_model's."""
+"""A front end of vhost-user for the tests, a message at a time: anything, in any order and in pieces. The guest is guest_model's."""
 
 from __future__ import annotations
 
