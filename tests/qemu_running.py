@@ -33,13 +33,21 @@ class Qmp:
         return self.send({"execute": name, "arguments": arguments})
 
     def send(self, command: dict[str, Any]) -> Any:
+        answer = self._exchange(command)
+        assert "error" not in answer, (command, answer)
+        return answer["return"]
+
+    def answer(self, name: str, /, **arguments: Any) -> dict[str, Any]:
+        """As `do`, of a command that may be refused."""
+        return self._exchange({"execute": name, "arguments": arguments})
+
+    def _exchange(self, command: dict[str, Any]) -> dict[str, Any]:
         self._file.write(json.dumps(command).encode() + b"\n")
         self._file.flush()
         while True:
-            answer = json.loads(self._file.readline())
-            assert "error" not in answer, (command, answer)
-            if "return" in answer:
-                return answer["return"]
+            answer: dict[str, Any] = json.loads(self._file.readline())
+            if "return" in answer or "error" in answer:
+                return answer
 
     def close(self) -> None:
         self._file.close()

@@ -52,23 +52,25 @@ def test_nbdinfo_starts_the_server_itself(disk: str, fvd_lv: FvdLv) -> None:
 
 
 def test_a_service_managers_socket(disk: str, fvd_lv: FvdLv, workdir: Path) -> None:
-    """The command of the unit, with the --socket that it has anyway; the name stays the manager's."""
+    """The command of the unit, with the --socket that it has anyway, and a socket for guests beside it; the names stay the manager's."""
     needs("systemd-socket-activate")
     needs("nbdinfo")
-    path = workdir / "vm1.nbd"
+    path, guests = workdir / "vm1.nbd", workdir / "vm1.vhost"
     environment = [f"--setenv={name}" for name in ("PYTHONPATH", "FVD_RUNTIME_DIR", "FVD_PENDING_DIR")]
-    command = ["systemd-socket-activate", f"--listen={path}", *environment, *COMMAND, "serve", disk, "--socket", "vm1.nbd"]
+    serve = ["serve", disk, "--socket", "vm1.nbd", "--vhost-user", str(guests)]
+    command = ["systemd-socket-activate", f"--listen={path}", f"--listen={guests}", *environment, *COMMAND, *serve]
     manager = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         wait_until(path.exists)
         uri = f"nbd+unix:///vm1.img?socket={path}"
         size = subprocess.run(["nbdinfo", "--size", uri], capture_output=True, text=True, timeout=60, check=True)
         assert size.stdout == f"{1 << 30}\n"
-        assert fvd_lv("info", disk, "--output", "json").json["uri"] == uri
+        info = fvd_lv("info", disk, "--output", "json").json
+        assert (info["uri"], info["vhost_user"]) == (uri, str(guests))
         manager.terminate()  # which has become the server
         out, _ = manager.communicate(timeout=60)
         assert (manager.returncode, out) == (0, "")
-        assert path.exists()
+        assert path.exists() and guests.exists()
     finally:
         if manager.poll() is None:
             manager.kill()
@@ -87,7 +89,7 @@ def test_what_is_said_twice_must_agree(disk: str, workdir: Path) -> None:
 
 
 def test_a_place_is_needed(disk: str, fvd_lv: FvdLv) -> None:
-    assert "--socket PATH or --listen HOST:PORT" in fvd_lv("serve", disk, code=2).err
+    assert "--socket PATH, --listen HOST:PORT or --vhost-user PATH" in fvd_lv("serve", disk, code=2).err
 
 
 def test_descriptors_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
