@@ -6,7 +6,6 @@ It knows the ring as virtio 1.2 (2.7) lays it out, and nothing of who serves it.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import struct
@@ -82,10 +81,11 @@ class Memory:
         self._carved = carved
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError):
+        """Again is fine."""
+        if self.fd >= 0:
             self._map.close()
-        with contextlib.suppress(OSError):
             os.close(self.fd)
+            self.fd = -1
 
 
 class Ring:
