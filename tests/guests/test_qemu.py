@@ -21,7 +21,7 @@ QUEUES = 4
 MOUNT = "mount /dev/vda /mnt"
 UNMOUNT = "umount /mnt"
 DROP_CACHES = "echo 3 >/proc/sys/vm/drop_caches"
-CHECK_FILES = f"{DROP_CACHES}\ncd /mnt && sha256sum -c -s sums && cd / || {{ cd / ; false ; }}"
+CHECK_FILES = f"{DROP_CACHES}\ncd /mnt && md5sum -c -s sums && cd / || {{ cd / ; false ; }}"
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def test_files(machine: Machine, server: GuestServer) -> None:
     """They are there when the page cache is gone; what is trimmed gives its chunks back."""
     machine.run("/e2fs/mke2fs -q -F -t ext4 /dev/vda")
     machine.run(MOUNT)
-    machine.run("cd /mnt\nfor n in 1 2 3 4 ; do dd if=/dev/urandom of=$n bs=1M count=8 ; done\nsha256sum 1 2 3 4 >sums\ncd /\nsync")
+    machine.run("cd /mnt\nfor n in 1 2 3 4 ; do dd if=/dev/urandom of=$n bs=1M count=4 ; done\nmd5sum 1 2 3 4 >sums\ncd /\nsync")
     machine.run(CHECK_FILES)
     before = server.mapped_bytes
     machine.run("rm /mnt/1 /mnt/2\nsed -i '1,2d' /mnt/sums\nsync\nfstrim /mnt")
-    assert before - server.mapped_bytes >= 12 * MIB
+    assert before - server.mapped_bytes >= 6 * MIB
     machine.run(CHECK_FILES)
     machine.run(UNMOUNT)
     machine.run("/e2fs/e2fsck -fn /dev/vda")
@@ -78,12 +78,15 @@ def test_memory_that_is_plugged_while_requests_are_under_way(machine: Machine) -
     offline = "grep -l offline /sys/devices/system/memory/memory*/state"
     wait_until(lambda: "memory" in machine.run(f"{offline} || true"))
     machine.run(f"for state in $({offline}) ; do echo online_movable >$state ; done")
-    machine.run("dd if=/dev/urandom of=/mnt/5 bs=1M count=32\nsha256sum /mnt/5 >>/mnt/sums")
+    machine.run("dd if=/dev/urandom of=/mnt/5 bs=1M count=8\nmd5sum /mnt/5 >>/mnt/sums")
     machine.run(CHECK_FILES)
-    movable = "/sys/devices/system/memory/memory*"
-    assert "Movable" in machine.run("grep -B 1 -A 30 'zone *Movable' /proc/zoneinfo | grep -A 40 Movable")
+    zones = machine.run("cat /proc/zoneinfo")
+    found = re.search(r"zone +Movable\n +pages free +(\d+)\n(?:.*\n)*? +managed +(\d+)\n", zones)
+    assert found is not None and (int(found[2]) - int(found[1])) * 4096 >= 8 * MIB, (
+        "what was read does not lie in the memory that was plugged"
+    )
     machine.run(DROP_CACHES)
-    machine.run(f"for at in {movable} ; do grep -q Movable $at/valid_zones && echo offline >$at/state ; done\ntrue")
+    machine.run("for at in /sys/devices/system/memory/memory* ; do grep -q Movable $at/valid_zones && echo offline >$at/state ; done\ntrue")
     machine.qmp.do("device_del", id="dimm")
     wait_until(lambda: machine.qmp.do("query-memory-devices") == [])
     machine.run(CHECK_FILES)
