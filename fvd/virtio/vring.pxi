@@ -102,6 +102,7 @@ cdef bint collect(BlkRing r, uint16_t head) noexcept nogil:
     cdef const uint8_t *table = r.descriptors
     cdef uint32_t entries = r.size, left = r.size, index = head
     cdef uint64_t length
+    cdef bint is_indirect = False       # its table may be the ring's own: an address does not tell
     cdef fvd_descriptor entry
     r.out_count = r.in_count = 0
     if head >= r.size:
@@ -113,13 +114,14 @@ cdef bint collect(BlkRing r, uint16_t head) noexcept nogil:
         entry = fvd_descriptor_at(table, index)
         if entry.flags & FLAG_INDIRECT:
             length = entry.length
-            if table != r.descriptors or not r.has_indirect or entry.flags & FLAG_NEXT:
+            if is_indirect or not r.has_indirect or entry.flags & FLAG_NEXT:
                 return break_off(r, b"an indirect table stands where none may")
             if length == 0 or length % ENTRY_BYTES or length > PIECES_MAX * ENTRY_BYTES:
                 return break_off(r, b"an indirect table has no whole entries, or too many")
             table = r.memory.at_guest(entry.address, &length)
             if table == NULL or length != entry.length:
                 return break_off(r, b"an indirect table is not in one piece of the guest's memory")
+            is_indirect = True
             entries = left = <uint32_t>(length // ENTRY_BYTES)
             index = 0
             continue

@@ -61,6 +61,11 @@ def indirect_in_indirect(running: Running) -> None:
     offer(running, (TABLE, 16, INDIRECT, 0), table=TABLE)
 
 
+def indirect_to_itself(running: Running) -> None:
+    """Its table is the ring's own: without a word for it, this one never ends."""
+    offer(running, (running.guest.descriptors, 16, INDIRECT, 0))
+
+
 def indirect_and_more(running: Running) -> None:
     offer(running, (TABLE, 16, INDIRECT | NEXT, 1))
 
@@ -146,6 +151,7 @@ FAULTS: list[tuple[str, Callable[[Running], None]]] = [
     ("a chain leads out of its table", out_of_its_table),
     ("a chain leads out of its table", out_of_its_indirect_table),
     ("an indirect table stands where none may", indirect_in_indirect),
+    ("an indirect table stands where none may", indirect_to_itself),
     ("an indirect table stands where none may", indirect_and_more),
     ("an indirect table has no whole entries, or too many", indirect_of(0)),
     ("an indirect table has no whole entries, or too many", indirect_of(17)),
