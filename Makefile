@@ -68,7 +68,7 @@ test-quick: build ## the release build's fast tests (three minutes)
 
 # libFuzzer's corpus grows in build/fuzzing/corpus; what it finds is left in build/fuzzing/TARGET.
 TIME ?= 600
-TARGETS ?= image journal server maps superblock pending transmission handshake control name
+TARGETS ?= image journal server maps superblock pending transmission handshake control name ring front_end
 fuzz: fuzzed ## coverage-guided fuzzing on the fuzz build, TIME=seconds for each of TARGETS
 	@$(PY) tests/fuzz/keep.py --unpack build/fuzzing/corpus
 	@for target in $(TARGETS); do \

@@ -27,7 +27,8 @@ from unittest import mock
 import numpy as np
 from hostile import ALL_REGIONS, JOURNAL, MAPS, SUPERBLOCKS, TESTS, Cliff, Good, Storage, Take, decode_map, load_golden, spoil, spoil_log
 
-sys.path.append(str(TESTS / "export"))
+sys.path += [str(TESTS), str(TESTS / "export")]
+from hostile_guest import target_front_end, target_ring  # noqa: F401 (they are in TARGETS)
 from nbd_client import go, meta_context, option, request
 
 from fvd import _core

@@ -36,7 +36,7 @@ BUILD = os.environ.get("FVD_TEST_BUILD", "release")
 FUZZ_TREE = ROOT / "build" / "fuzz"
 SLOW_SECONDS = 10
 MEMORY_BYTES = 1 << 30
-GUIDED_SECONDS = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2, "pending": 3}
+GUIDED_SECONDS = {"image": 6, "journal": 3, "server": 4, "maps": 2, "superblock": 2, "pending": 3, "ring": 3, "front_end": 3}
 """How long each target is guided for; the others say little to coverage."""
 TIMES = float(os.environ.get("FVD_FUZZ_TIMES", "1"))  # as long
 EXAMPLES = {"image": 150, "server": 60, "pending": 150}
