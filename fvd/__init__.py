@@ -16,35 +16,8 @@ Importing does no work: no file, thread, process or socket. Every function is sa
 "100G" (GiB). `fvd.aio` has the same for asyncio, and is imported by its name. Errors are the types of `fvd.errors`, all of them `FvdError`.
 """
 
-from fvd.api.attach import AttachInfo, attach_info
-from fvd.api.attach_vhost_user import AttachVhostUser
-from fvd.api.attaching import Attached, attach, detach
-from fvd.api.disk import Disk, open
-from fvd.api.events import Event, EventStream
-from fvd.api.following import events
-from fvd.api.listing import list_groups, list_volumes
-from fvd.api.prefetching import prefetch_start, prefetch_status, prefetch_stop, record_profile, set_copy_on_read
-from fvd.api.profile import read_profile
-from fvd.api.served import Served, serve
-from fvd.api.types import (
-    Base,
-    CheckReport,
-    Export,
-    Extended,
-    Extent,
-    Group,
-    Info,
-    Listed,
-    Map,
-    PossibleLoss,
-    PrefetchOptions,
-    PrefetchState,
-    PrefetchStatus,
-    Profile,
-    Provisioned,
-    SavedProfile,
-)
-from fvd.api.verbs import acknowledge, check, dump, extend, info, map, provision, remove
+from typing import TYPE_CHECKING, Any
+
 from fvd.errors import (
     Conflict,
     Corrupt,
@@ -62,6 +35,37 @@ from fvd.errors import (
     Unsupported,
 )
 from fvd.modes import BaseFormat, CacheMode, OnFull
+
+if TYPE_CHECKING:
+    from fvd.api.attach import AttachInfo, attach_info
+    from fvd.api.attach_vhost_user import AttachVhostUser
+    from fvd.api.attaching import Attached, attach, detach
+    from fvd.api.disk import Disk, open
+    from fvd.api.events import Event, EventStream
+    from fvd.api.following import events
+    from fvd.api.listing import list_groups, list_volumes
+    from fvd.api.prefetching import prefetch_start, prefetch_status, prefetch_stop, record_profile, set_copy_on_read
+    from fvd.api.profile import read_profile
+    from fvd.api.served import Served, serve
+    from fvd.api.types import (
+        Base,
+        CheckReport,
+        Export,
+        Extended,
+        Extent,
+        Group,
+        Info,
+        Listed,
+        Map,
+        PossibleLoss,
+        PrefetchOptions,
+        PrefetchState,
+        PrefetchStatus,
+        Profile,
+        Provisioned,
+        SavedProfile,
+    )
+    from fvd.api.verbs import acknowledge, check, dump, extend, info, map, provision, remove
 
 __version__ = "0.2.0"
 
@@ -129,3 +133,38 @@ __all__ = [
     "serve",
     "set_copy_on_read",
 ]
+
+# Each is imported when it is asked for: a server that is idle must not hold what only other verbs need.
+_HOME = {
+    "fvd.api.attach": "AttachInfo attach_info",
+    "fvd.api.attach_vhost_user": "AttachVhostUser",
+    "fvd.api.attaching": "Attached attach detach",
+    "fvd.api.disk": "Disk open",
+    "fvd.api.events": "Event EventStream",
+    "fvd.api.following": "events",
+    "fvd.api.listing": "list_groups list_volumes",
+    "fvd.api.prefetching": "prefetch_start prefetch_status prefetch_stop record_profile set_copy_on_read",
+    "fvd.api.profile": "read_profile",
+    "fvd.api.served": "Served serve",
+    "fvd.api.types": (
+        "Base CheckReport Export Extended Extent Group Info Listed Map PossibleLoss PrefetchOptions PrefetchState PrefetchStatus "
+        "Profile Provisioned SavedProfile"
+    ),
+    "fvd.api.verbs": "acknowledge check dump extend info map provision remove",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    from fvd.errors import quoted
+
+    for module, names in _HOME.items():
+        if name in names.split():
+            value = globals()[name] = getattr(import_module(module), name)
+            return value
+    raise AttributeError(f"module 'fvd' has no attribute {quoted(name)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

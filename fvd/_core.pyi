@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-_Words = npt.NDArray[np.uint64]
-_Entries = npt.NDArray[np.uint32]
+_Words = Buffer | npt.NDArray[np.uint64]
+_Entries = Buffer | npt.NDArray[np.uint32]
 _Raw = Buffer | npt.NDArray[np.uint8]
-_Bytes = npt.NDArray[np.uint8]
+_Bytes = Buffer | npt.NDArray[np.uint8]
+_Items = Buffer | npt.NDArray[Any]
 
 ACCELERATED: bool
 """Whether crc32c uses the processor's instruction on this machine."""
@@ -127,7 +128,7 @@ def bitmap_none(bitmap: _Words, first: int, end: int) -> bool:
 def bitmap_fill(bitmap: _Words, first: int, end: int, value: bool) -> None:
     """Set every bit to `value`."""
 
-def bitmap_runs(bitmap: _Words, first: int, end: int, limit: int = 65536) -> tuple[_Words, bool]:
+def bitmap_runs(bitmap: _Words, first: int, end: int, limit: int = 65536) -> tuple[npt.NDArray[np.uint64], bool]:
     """Runs of equal bits as ``(bounds, value)``: run i is [bounds[i], bounds[i + 1]) and has the value ``value ^ (i & 1)``.
 
     At most `limit` runs: where bounds[-1] < end, go on from there. An empty range has one bound and no run.
@@ -145,15 +146,13 @@ class Lookup:
         all absent; `slot` is the chunk's slot, or -1 where it is EMPTY. Ask again from offset + run_bytes for the rest.
         The end of the maps is known to a whole word of 64 blocks only."""
 
-def cells_encode(
-    kind: int, items: npt.NDArray[Any], uuid: bytes, map_offset_bytes: int, first_page: int, page_count: int, out: _Bytes
-) -> None:
+def cells_encode(kind: int, items: _Items, uuid: bytes, map_offset_bytes: int, first_page: int, page_count: int, out: _Bytes) -> None:
     """Seal pages [first_page, first_page + page_count) of a map into `out` (page_count * 4096 bytes).
 
     `items` is the whole map: uint64 words for kind 1, uint32 entries for kind 2. Cells past its end get initial content.
     """
 
-def cells_decode(kind: int, raw: _Raw, items_out: npt.NDArray[Any], uuid: bytes, map_offset_bytes: int, first_page: int = 0) -> int:
+def cells_decode(kind: int, raw: _Raw, items_out: _Items, uuid: bytes, map_offset_bytes: int, first_page: int = 0) -> int:
     """Verify the whole pages in `raw`, which begin with page `first_page` of the map, and copy their items to their place in `items_out`.
 
     Returns the index of the first cell whose checksum, kind, reserved field, index or items past the map's end are wrong, or -1.
@@ -167,6 +166,9 @@ def table_slots(table: _Entries, limit_slots: int, used_out: _Words) -> int:
 
     Returns the index of the first chunk whose slot is used twice or not below `limit_slots`, or -1.
     """
+
+def mapped_chunks(bitmap: _Words, table: _Entries | None, blocks_per_chunk: int, blocks: int) -> int:
+    """How many chunks have a slot; without a table, how many have a present block."""
 
 def empty_chunk_with_bits(bitmap: _Words, table: _Entries, blocks_per_chunk: int, blocks: int) -> int:
     """Index of the first EMPTY chunk that has a 1-bit below bit `blocks`, or -1."""

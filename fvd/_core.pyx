@@ -8,8 +8,6 @@ release is built without bounds checks.
 
 import sys
 
-import numpy as np
-
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -321,6 +319,7 @@ cdef uint64_t find_runs(const uint64_t *words, uint64_t first, uint64_t end, uin
 def bitmap_runs(const uint64_t[::1] bitmap not None, uint64_t first, uint64_t end, uint64_t limit=65536):
     cdef uint64_t count
     cdef uint64_t[::1] bounds
+    import numpy as np  # here, for a server that is idle must not hold it
     check_range(bitmap, first, end)
     if limit < 1:
         raise ValueError("limit must be at least 1")
@@ -489,6 +488,22 @@ def table_slots(const uint32_t[::1] table not None, uint64_t limit_slots, uint64
                 break
             used_out[slot >> 6] |= <uint64_t>1 << (slot & 63)
     return result
+
+
+def mapped_chunks(const uint64_t[::1] bitmap not None, const uint32_t[::1] table, uint64_t blocks_per_chunk, uint64_t blocks):
+    cdef uint64_t count = 0
+    cdef uint64_t first
+    cdef Py_ssize_t i
+    if table is not None:
+        for i in range(table.shape[0]):
+            count += table[i] != EMPTY
+        return count
+    check_range(bitmap, 0, blocks)
+    if blocks_per_chunk == 0:
+        raise ValueError("a chunk has at least one block")
+    for first in range(0, blocks, blocks_per_chunk):
+        count += bits_count(&bitmap[0], first, min(first + blocks_per_chunk, blocks)) != 0
+    return count
 
 
 def empty_chunk_with_bits(const uint64_t[::1] bitmap not None, const uint32_t[::1] table not None, uint64_t blocks_per_chunk,

@@ -7,7 +7,6 @@ Answers are plain values, for a control socket as for this process. What looks a
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -106,6 +105,8 @@ def storage_failure(disk: OpenVolume) -> str:
     failure = None if disk.failing is None else disk.failing.failure
     if failure is None:
         return ""
+    import datetime
+
     when = datetime.datetime.fromtimestamp(failure.seconds).astimezone().isoformat(" ", "milliseconds")
     whose = "" if failure.source == str(disk.name) else f", of {failure.source}, which lies on the same device"
     return (

@@ -131,7 +131,7 @@ class Serving:
             undo.callback(self._ready.set)  # whoever asks while it fails to start is not kept waiting
             server.start()
             server.call(self._begin_all)
-            self._reconnect_devices(server)
+            self._reconnect_devices()
             self.exports = [
                 Export(str(disk.name), export_name, server.uri(export_name), self._guest_paths.get(export_name))
                 for export_name, disk in self._disks.items()
@@ -185,21 +185,28 @@ class Serving:
         self._controls.append(control)
         undo.callback(control.stop)
 
-    def _reconnect_devices(self, server: NbdServer) -> None:
+    def _reconnect_devices(self) -> None:
         """Of disks that are attached to this host since a server before us."""
-        from fvd.api.host_device import HostDevices
+        from fvd.device import nbd_devices
         from fvd.volume.superblocks import uuid_text
 
-        self._devices = HostDevices(server)
         for export_name, disk in self._disks.items():
-            self._devices.reconnect(export_name, str(disk.name), uuid_text(disk.superblock.uuid))
+            if nbd_devices.find(uuid := uuid_text(disk.superblock.uuid)):
+                self._host_devices().reconnect(export_name, str(disk.name), uuid)
+
+    def _host_devices(self) -> HostDevices:
+        from fvd.api.host_device import HostDevices
+
+        assert self._server is not None
+        with self._close_lock:
+            self._devices = self._devices or HostDevices(self._server)
+            return self._devices
 
     def _attach(self, export_name: str, link: str) -> dict[str, Any]:
         from fvd.volume.superblocks import uuid_text
 
         disk = self._disks[export_name]
-        assert self._devices is not None
-        return {"index": self._devices.attach(export_name, str(disk.name), uuid_text(disk.superblock.uuid), link).index}
+        return {"index": self._host_devices().attach(export_name, str(disk.name), uuid_text(disk.superblock.uuid), link).index}
 
     def _guest_places(self, names: list[str]) -> dict[str, Listen]:
         """By export name: where its guests come in. Raises as `guest_sockets`."""

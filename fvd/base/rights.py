@@ -14,7 +14,6 @@ Knows names and owners; opens no base.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -50,7 +49,9 @@ ROOT = Namer()
 
 def mark_of(reference: BaseReference) -> str:
     """The tag that records on a logical volume what its base is: of the characters that lvm takes, whatever the locator holds."""
-    return TAG_BASE + hashlib.sha256(f"{int(reference.format)} {reference.locator}".encode()).hexdigest()
+    from fvd.digest import sha256
+
+    return TAG_BASE + sha256(f"{int(reference.format)} {reference.locator}".encode()).hex()
 
 
 def namer_of(volume: str, node: Node, marks: Iterable[str] | None, reference: BaseReference) -> Namer:

@@ -11,30 +11,11 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from fvd import __version__
-from fvd.cli import (
-    acknowledge,
-    attach,
-    attach_info,
-    check,
-    copy_on_read,
-    detach,
-    dump,
-    events,
-    extend,
-    info,
-    list_volumes,
-    map_volume,
-    output,
-    prefetch,
-    profile,
-    provision,
-    remove,
-    serve,
-    torture,
-)
+from fvd.cli import output
 from fvd.cli.failure import (
     EXIT_BROKEN_PIPE,
     EXIT_USAGE,
@@ -50,26 +31,27 @@ from fvd.cli.options import add_common
 from fvd.cli.suggest import guess, guess_volume
 from fvd.errors import FvdError, InvalidArgument, NotFound, quoted
 
-COMMANDS = (
-    provision,
-    serve,
-    extend,
-    info,
-    attach_info,
-    attach,
-    detach,
-    events,
-    prefetch,
-    copy_on_read,
-    profile,
-    map_volume,
-    check,
-    acknowledge,
-    dump,
-    list_volumes,
-    remove,
-    torture,
-)
+# The module of each, which is imported when it is wanted: a server that is idle must not hold the others.
+COMMANDS = {
+    "provision": "provision",
+    "serve": "serve",
+    "extend": "extend",
+    "info": "info",
+    "attach-info": "attach_info",
+    "attach": "attach",
+    "detach": "detach",
+    "events": "events",
+    "prefetch": "prefetch",
+    "copy-on-read": "copy_on_read",
+    "profile": "profile",
+    "map": "map_volume",
+    "check": "check",
+    "acknowledge": "acknowledge",
+    "dump": "dump",
+    "list": "list_volumes",
+    "remove": "remove",
+    "torture": "torture",
+}
 
 DESCRIPTION = """\
 Thin virtual disks on LVM that survive any crash, served over NBD.
@@ -114,8 +96,8 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USAGE)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; also what completions and the manual page are compared with."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line, or that of one command; also what completions and the manual page are compared with."""
     parser = _Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
@@ -138,15 +120,16 @@ Sizes: 64K, 1.5G, 100GiB or bytes; G means GiB. See fvd-lv COMMAND --help, and f
     add_common(parser, default=True)
     parser.set_defaults(output=None)  # as the command has it: text, but of events JSON
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in COMMANDS:
-        command.register(subparsers)
+    for name in COMMANDS if only is None else [only]:
+        import_module(f"fvd.cli.{COMMANDS[name]}").register(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Usage errors and --help leave by SystemExit, as argparse does."""
     try:
-        arguments = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = build_parser(words[0] if words and words[0] in COMMANDS else None).parse_args(words)
     finally:
         if (code := _flush()) is not None:  # --help and --version leave by SystemExit
             sys.exit(code)

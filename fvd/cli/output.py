@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
@@ -44,6 +42,8 @@ def is_terminal() -> bool:
 
 
 def terminal_width() -> int:
+    import shutil
+
     return shutil.get_terminal_size().columns
 
 
@@ -90,6 +90,8 @@ def duration(seconds: float) -> str:
 
 def moment(seconds: float, timespec: str = "auto") -> str:
     """A time as people read it; a number of seconds that is none, as it is."""
+    import datetime
+
     try:
         return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(" ", timespec)
     except (ValueError, OverflowError, OSError):

@@ -29,6 +29,11 @@ def run() -> int:
     try:
         from fvd.cli.main import main
 
+        if (
+            "serve" not in sys.argv[1:]
+        ):  # which must not hold it; others may come to it, and its import says strange things when interrupted
+            import numpy as _  # noqa: F401
+
         # Until here SIGINT was the system's: whoever interrupts an import ends the process.
         with Interruptible():
             try:

@@ -156,6 +156,7 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
             stop.opening = True
             served.open()
             stop.opening = False
+            _give_back_memory()
         except _Asked:  # nothing has been said, nobody has been served
             return 0
         exports = [
@@ -168,6 +169,15 @@ def _serve(arguments: argparse.Namespace, output: Output, stop: _Stop, sockets: 
         stop.wait()
         notify("STOPPING=1")
     return 0
+
+
+def _give_back_memory() -> None:
+    """What only the beginning needed: the parser of the command line, the journal while it was read. A server may be idle for months."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Asked(KeyboardInterrupt):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,8 @@ _NAMES_MAX = 10_000
 
 def guess(word: str, known: Iterable[str]) -> str:
     """``; did you mean --size?``, or nothing."""
+    import difflib
+
     near = difflib.get_close_matches(word, [name for name in known if name != word], n=1, cutoff=_LIKENESS_MIN)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -17,9 +17,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fvd._lifetime import between_forks, keep
 from fvd.device.failures import reported
@@ -27,8 +25,11 @@ from fvd.device.folders import Place, open_path
 from fvd.device.stack import Stack, free_bytes_of, stack_of
 from fvd.errors import DeviceError, FvdError, InvalidArgument, NoSpace, NotFound, PermissionDenied, Unsupported
 
-Bytes = npt.NDArray[np.uint8]
-Data = bytes | bytearray | memoryview | Bytes
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+
+Bytes = memoryview  # of bytes, writable
+Data: TypeAlias = Any  # what has a buffer of bytes, numpy's arrays too
 # What a node is, whatever path led to it: ("block", device number, 0) or ("file", file system, inode).
 Identity = tuple[str, int, int]
 
@@ -96,7 +97,7 @@ _HUGE_BYTES = 4 << 20
 def aligned_buffer(size_bytes: int) -> Bytes:
     """A page-aligned, zeroed buffer that O_DIRECT accepts."""
     if size_bytes == 0:
-        return np.empty(0, np.uint8)
+        return memoryview(bytearray())
     # Private: the shared mapping that mmap makes by default costs twice as much at the first touch of each page.
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size_bytes >= _HUGE_BYTES:
@@ -104,7 +105,12 @@ def aligned_buffer(size_bytes: int) -> Bytes:
         # kernel without huge pages says EINVAL.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    return memoryview(memory)
+
+
+def _is_aligned(view: memoryview) -> bool:
+    """Whether O_DIRECT takes it as it is. What can only be read is not asked: nobody aligns that."""
+    return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % PAGE_BYTES == 0
 
 
 class Node:
@@ -155,18 +161,18 @@ class Node:
             return descriptor_size_bytes(self._open_fd())
 
     def pread(self, offset_bytes: int, length_bytes: int) -> Bytes:
-        """Exactly `length_bytes` from `offset_bytes`, in a page-aligned array. A shorter device or file: DeviceError."""
+        """Exactly `length_bytes` from `offset_bytes`, page-aligned. A shorter device or file: DeviceError."""
         self._check_range(offset_bytes, length_bytes)
         data = aligned_buffer(length_bytes)
         self.pread_into(offset_bytes, data)
         return data
 
-    def pread_into(self, offset_bytes: int, buffer: Bytes) -> None:
+    def pread_into(self, offset_bytes: int, buffer: Buffer) -> None:
         """Fills `buffer`, which must be page-aligned where `direct` is on. Raises as `pread`."""
-        length_bytes = int(buffer.size)
+        view = memoryview(buffer).cast("B")
+        length_bytes = len(view)
         self._check_range(offset_bytes, length_bytes)
         fd = self._open_fd()
-        view = buffer.data
         done = 0
         while done < length_bytes:
             with typed_errors(f"reading {length_bytes} bytes at {offset_bytes} of", self.path):
@@ -177,12 +183,12 @@ class Node:
 
     def pwrite(self, offset_bytes: int, data: Data) -> None:
         """All of `data` at `offset_bytes`. Not durable before `flush`. Raises NoSpace, DeviceError, PermissionDenied."""
-        source: Bytes = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
-        length = int(source.size)
+        source = memoryview(data).cast("B")
+        length = len(source)
         self._check_range(offset_bytes, length)
         self._check_writable()
         fd = self._open_fd()
-        bounce = self.direct and length > 0 and source.ctypes.data % PAGE_BYTES != 0
+        bounce = self.direct and length > 0 and not _is_aligned(source)
         buffer = aligned_buffer(min(length, TRANSFER_BYTES)) if bounce else source
         done = 0
         while done < length:
@@ -193,7 +199,7 @@ class Node:
             else:
                 piece = source[done : done + count]
             with typed_errors(f"writing {length} bytes at {offset_bytes} of", self.path):
-                written = os.pwritev(fd, [piece.data], offset_bytes + done)
+                written = os.pwritev(fd, [piece], offset_bytes + done)
             if written == 0:
                 raise DeviceError(f"{self.path} took no data at byte {offset_bytes + done}")
             done += written

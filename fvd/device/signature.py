@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -73,6 +72,8 @@ def _name(target: Node | str | os.PathLike[str]) -> str:
 
 def _wipefs(target: Node | str | os.PathLike[str], options: list[str], timeout_seconds: float) -> str:
     name = _name(target)
+    import shutil
+
     program = shutil.which("wipefs", path=_PROGRAM_PATH)
     if program is None:
         raise Unsupported(f"wipefs is needed to see what {name} holds; install util-linux")

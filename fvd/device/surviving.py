@@ -7,7 +7,6 @@ Links are never followed and owners are checked, for the names lie where other u
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 import os
 import stat
@@ -17,6 +16,7 @@ from pathlib import Path
 from fvd._lifetime import keep
 from fvd.device.folders import reach
 from fvd.device.node import Node
+from fvd.digest import sha256
 from fvd.errors import FvdError, NotFound, PermissionDenied, Unsupported
 
 _MEMORY_SYSTEMS = ("tmpfs", "ramfs")
@@ -131,7 +131,7 @@ def host_id() -> bytes:
     text = ""
     with contextlib.suppress(OSError):
         text = Path("/etc/machine-id").read_text().strip()
-    return hashlib.sha256(b"fvd" + (text or os.uname().nodename).encode()).digest()[:16]
+    return sha256(b"fvd" + (text or os.uname().nodename).encode())[:16]
 
 
 def lasting_place(node: Node) -> str:

@@ -70,6 +70,6 @@ def _first_that_holds_something(node: Node, begin: int, end: int, buffer: Bytes)
     for at in range(begin, end, LOOK_BYTES):
         part = buffer[: min(LOOK_BYTES, end - at)]
         node.pread_into(at, part)
-        if part.any():
+        if bytes(part).strip(b"\0"):
             return at
     return None

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from fvd import _core
 from fvd._lifetime import checkpoint
 from fvd.device.node import aligned_buffer
@@ -38,8 +35,8 @@ class LoadedDisk:
     table: Table | None
     used_slots: Bitmap
     journal_state: JournalState
-    dirty_bitmap_pages: npt.NDArray[np.bool_]  # what replay changed and storage may not have yet
-    dirty_table_pages: npt.NDArray[np.bool_]
+    dirty_bitmap_pages: bytearray  # what replay changed and storage may not have yet: a byte for each page
+    dirty_table_pages: bytearray
 
     @property
     def geometry(self) -> Geometry:
@@ -112,11 +109,9 @@ def check_slots_fit(geometry: Geometry, used_slots: Bitmap, size_bytes: int) -> 
 
 def highest_slot(used_slots: Bitmap) -> int:
     """The highest slot in use; -1: none."""
-    words = np.flatnonzero(used_slots)
-    if words.size == 0:
-        return -1
-    last = int(words[-1])
-    return last * 64 + int(used_slots[last]).bit_length() - 1
+    words = memoryview(used_slots)
+    last = _core.bitmap_find_last(words, 0, len(words) * 64, True)
+    return -1 if last == len(words) * 64 else last
 
 
 @contextmanager

@@ -7,7 +7,6 @@ A base that nothing will be read from any more is not opened: it may be gone.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -313,6 +312,8 @@ def _devices_of(node: Node, at_open: frozenset[int]) -> frozenset[int]:
 
 
 def _copying(volume: OpenVolume, on_event: OnEvent | None) -> Copying:
+    import random  # brings libcrypto
+
     base = volume.superblock.base
     if base is None:
         raise InvalidArgument(f"{volume.name} has no base to copy from")

@@ -8,7 +8,6 @@ docs/internals/durability.md, "When the server dies", says what must hold and wh
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Protocol
 from fvd.device import surviving
 from fvd.device.node import Node
 from fvd.device.surviving import SurvivingMemory
+from fvd.digest import sha256
 from fvd.errors import Corrupt, FvdError
 from fvd.format import pending
 from fvd.format.geometry import Geometry
@@ -181,7 +181,7 @@ def remove_others(superblock: Superblock, node: Node, keep: SurvivingMemory | No
 
 def _prefix(superblock: Superblock, place: str) -> str:
     """Of the names of this disk's logs here. A copy of the disk in another place has other names."""
-    return f"{superblock.uuid.hex()}-{hashlib.sha256(place.encode()).hexdigest()[:16]}."
+    return f"{superblock.uuid.hex()}-{sha256(place.encode()).hex()[:16]}."
 
 
 # --- In words -----------------------------------------------------------------------------------------------------------------------

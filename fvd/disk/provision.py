@@ -291,7 +291,7 @@ def _write_maps(node: Pages, superblock: Superblock, bitmap: Bitmap, table: Tabl
             checkpoint()
             batch = encode_pages(geometry, kind, items, superblock.uuid, first, min(BATCH_BYTES // PAGE_BYTES, pages - first))
             node.pwrite(map_offset_bytes(geometry, kind) + first * PAGE_BYTES, batch)
-            done_bytes += batch.size
+            done_bytes += batch.nbytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
 
@@ -367,7 +367,7 @@ def _refuse_contents(node: Node, volume: VolumeName, error: FvdError, force: boo
         raise Conflict(f"{volume} is a file that holds something else ({size}); if nobody needs that, --force overwrites it")
     # Without a known mark only the header can be judged: an unfinished provision and a removed disk leave zeros in it.
     head = min(node.size_bytes(), HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES
-    if head and node.pread(0, head).any():
+    if head and bytes(node.pread(0, head)).strip(b"\0"):
         raise Conflict(f"{volume} holds data of an unknown kind at its beginning; if nobody needs that, --force overwrites it")
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from fvd import _core
 from fvd.device.claim import Ownership, claim
 from fvd.device.node import Node, open_node
@@ -19,7 +17,7 @@ from fvd.disk import pending
 from fvd.disk.loading import load_disk
 from fvd.disk.opening import OpenVolume, loss_after, recover
 from fvd.format.geometry import Geometry
-from fvd.format.maps import EMPTY, Bitmap, Table
+from fvd.format.maps import Bitmap, Table
 from fvd.format.superblock import LossRecord, Superblock
 from fvd.storage.interfaces import Attached
 from fvd.storage.provider import provider_for
@@ -58,15 +56,8 @@ class View:
     @property
     def mapped_chunks(self) -> int:
         """Chunks that have a slot; in the raw layout those with a present block, for all have one."""
-        if self.table is not None:
-            return int(np.count_nonzero(self.table != EMPTY))
         geometry = self.geometry
-        per_chunk = geometry.blocks_per_chunk
-        if per_chunk >= 64:
-            return int(np.count_nonzero(np.logical_or.reduceat(self.bitmap != 0, np.arange(0, geometry.bitmap_words, per_chunk // 64))))
-        chunk_bits = (1 << per_chunk) - 1
-        masks = (np.uint64(chunk_bits << first_bit) for first_bit in range(0, 64, per_chunk))
-        return sum(int(np.count_nonzero(self.bitmap & mask)) for mask in masks)
+        return _core.mapped_chunks(self.bitmap, self.table, geometry.blocks_per_chunk, geometry.blocks)
 
 
 def look(target: Target) -> View:

@@ -3,10 +3,9 @@
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
+from typing_extensions import Buffer
 
 from fvd.format.geometry import Geometry
 from fvd.format.journal import JournalState
@@ -39,12 +38,12 @@ class Engine:
         geometry: Geometry,
         *,
         uuid: bytes,
-        bitmap: npt.NDArray[np.uint64],
-        table: npt.NDArray[np.uint32] | None,
-        used_slots: npt.NDArray[np.uint64],
+        bitmap: Any,
+        table: Any | None,
+        used_slots: Any,
         journal_state: JournalState,
-        dirty_bitmap_pages: npt.NDArray[np.bool_],
-        dirty_table_pages: npt.NDArray[np.bool_] | None,
+        dirty_bitmap_pages: Any,
+        dirty_table_pages: Any | None,
         storage_size_bytes: int,
         base_size_bytes: int | None = None,
         align_bytes: int = 512,
@@ -59,7 +58,7 @@ class Engine:
         copy_on_read: bool = False,
         copy_limit_bytes: int = ...,
         base_timeout_ns: int = ...,
-        pending_log: memoryview | npt.NDArray[np.uint8] | None = None,
+        pending_log: Buffer | None = None,
         discards_max: int = ...,
         discard_bytes: int = ...,
         first_discard_bytes: int = ...,
@@ -125,8 +124,8 @@ class Engine:
     def commit_soon(self) -> None:
         """Commit what is pending without waiting for the timer or a flush, copies too."""
 
-    def snapshot_maps(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32] | None]:
-        """Copies of the bitmap and the table (None in the raw layout) as the guest sees them now."""
+    def snapshot_maps(self) -> tuple[Any, Any | None]:
+        """Copies, in kind, of the bitmap and the table (None in the raw layout) as the guest sees them now."""
 
     @property
     def free_slots(self) -> int:
@@ -179,7 +178,7 @@ class Engine:
     def forget_log(self) -> None:
         """The memory of the log is let go; only when nothing will be asked of the engine any more."""
 
-    def adopt_changes(self, keys: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> None:
+    def adopt_changes(self, keys: Buffer, values: Buffer) -> None:
         """For recovery: these entries of the maps (kind << 56 | number) get these values, to be committed by the next flush. Of an engine
         that has done nothing else; afterwards it may only be flushed. Raises InvalidArgument; Corrupt: more than a commit can take."""
 

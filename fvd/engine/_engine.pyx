@@ -14,8 +14,8 @@ from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS, 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, mmap, munmap
 
-import numpy as np
 
 from fvd.errors import Corrupt, InvalidArgument, quoted
 from fvd.format.geometry import Placement

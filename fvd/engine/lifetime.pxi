@@ -13,6 +13,14 @@ cdef void *zeroed_memory(size_t count, size_t item_bytes) except NULL:
     return memory
 
 
+cdef void *untouched_memory(size_t size_bytes) except NULL:
+    """Zeros that are only read: they take no memory."""
+    cdef void *memory = mmap(NULL, size_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if memory == MAP_FAILED:
+        out_of_memory()
+    return memory
+
+
 cdef void *aligned_memory(size_t size_bytes) except NULL:
     cdef void *memory = aligned(size_bytes)
     if memory == NULL:
@@ -23,9 +31,12 @@ cdef void *aligned_memory(size_t size_bytes) except NULL:
 cdef uint64_t set_bits(uint64_t *bits, where) except? 0:
     """Those whose element of an array is not zero. Returns how many."""
     cdef uint64_t count = 0
-    for bit in np.flatnonzero(where):
-        bits_fill(bits, bit, bit + 1, True)
-        count += 1
+    cdef const uint8_t[::1] flags = memoryview(where).cast("B")
+    cdef Py_ssize_t bit
+    for bit in range(flags.shape[0]):
+        if flags[bit]:
+            bits_fill(bits, bit, bit + 1, True)
+            count += 1
     return count
 
 
@@ -122,8 +133,7 @@ cdef int allocate_memory(Engine e) except -1:
     e.done = <Done *>zeroed_memory(256, sizeof(Done))
     e.pools.op_capacity = e.pools.done_capacity = 256
     e.pools.spare_bounces = <uint8_t **>zeroed_memory(SPARE_BOUNCES, sizeof(uint8_t *))
-    e.pools.zeros = <uint8_t *>aligned_memory(ZEROS_BYTES)
-    memset(e.pools.zeros, 0, ZEROS_BYTES)
+    e.pools.zeros = <uint8_t *>untouched_memory(ZEROS_BYTES)
     e.active_chunks.buckets = <ActiveChunk **>zeroed_memory(BUCKETS, sizeof(ActiveChunk *))
     e.copies.buckets = <Copy **>zeroed_memory(COPY_BUCKETS, sizeof(Copy *))
     e.journal.buffer = <uint8_t *>aligned_memory(e.journal.commit_pages_max * PAGE_BYTES)
@@ -155,7 +165,8 @@ cdef void free_memory(Engine e) noexcept:
     free(e.done)
     free(e.pools.slabs)
     free(e.pools.spare_bounces)
-    free(e.pools.zeros)
+    if e.pools.zeros != NULL:
+        munmap(e.pools.zeros, ZEROS_BYTES)
     free(e.slots.zeroed)
     free(e.discards.waiting)
     free(e.journal.buffer)

@@ -127,7 +127,7 @@ cdef inline void log_durability(Engine e, int64_t change) noexcept nogil:
 
 
 def _check_log_layout():
-    fields = LOG_HEADER.fields
+    places = LOG_HEADER.places
     cdef LogHeader h
     cdef LogRecord r
     mine = {
@@ -136,8 +136,8 @@ def _check_log_layout():
         "acknowledged": <char *>&h.acknowledged - <char *>&h, "failed_ns": <char *>&h.failed_ns - <char *>&h,
         "durability_ops": <char *>&h.durability_ops - <char *>&h, "areas": <char *>&h.areas[0] - <char *>&h,
     }
-    theirs = {name: fields[name][1] for name in mine}
-    if mine != theirs or LOG_RECORD.itemsize != sizeof(r) or fields["areas"][0].itemsize != sizeof(h.areas):
+    theirs = {name: places[name][0] for name in mine}
+    if mine != theirs or LOG_RECORD.itemsize != sizeof(r) or places["areas"][1] != sizeof(h.areas):
         raise ImportError(f"the log of pending changes differs between fvd.format and fvd.engine: {theirs} and {mine}")
 
 

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import grp
 import os
-import secrets
 import socket
 import stat
 import time
@@ -236,7 +235,7 @@ def _move(source: int, name: str, target: int, new_name: str) -> None:
 @contextlib.contextmanager
 def _private_folder(folder: int) -> Iterator[int]:
     """A descriptor of a new folder in `folder` that nobody else may enter: what is in it has our names only. Gone at the end."""
-    name = f".fvd-{secrets.token_hex(8)}"
+    name = f".fvd-{os.urandom(8).hex()}"
     os.mkdir(name, 0o700, dir_fd=folder)
     private = -1
     try:

@@ -8,7 +8,6 @@ again. Of IPv6, the 64 bits that a host or site has to itself as many addresses 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import pwd
 import socket
 import struct
@@ -40,6 +39,8 @@ class Peer(NamedTuple):
         return self.kind, self.value
 
     def __str__(self) -> str:
+        import ipaddress  # here, for a server on a Unix socket does not need it
+
         match self.kind:
             case 0:
                 return f"user {_user_name(self.value)}"
@@ -64,6 +65,8 @@ def peer_of(client: socket.socket) -> Peer:
 
 
 def peer_of_address(text: str) -> Peer:
+    import ipaddress
+
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is None:

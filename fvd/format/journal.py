@@ -6,20 +6,19 @@ Pure: the caller reads and writes the ring. A ring may hold anything; reading it
 
 from __future__ import annotations
 
+import array
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, NamedTuple
 
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.format.geometry import PAGE_BYTES, Geometry
 from fvd.format.maps import Bitmap, Bytes, MapKind, Table, check_items
+from fvd.format.records import Record
 
-Records = npt.NDArray[np.void]
-Headers = npt.NDArray[np.void]
+Records = Any  # an array of numpy's
 
 PAGE_MAGIC = b"FVDJ"
 HEADER_BYTES = 64
@@ -29,30 +28,29 @@ PARTS_MAX = 0xFFFF
 # A counter that only ever counts pages cannot come near this; what does was not written by a disk, and must not overflow one.
 SEQUENCE_END = 1 << 63
 
-PAGE_HEADER = np.dtype(
-    [
-        ("page_magic", "<u4"),
-        ("page_checksum", "<u4"),
-        ("sequence", "<u8"),
-        ("previous", "<u8"),
-        ("tail", "<u8"),
-        ("map_hash", "<u8"),
-        ("part", "<u2"),
-        ("parts", "<u2"),
-        ("word_count", "<u2"),
-        ("entry_count", "<u2"),
-        ("flags", "<u4"),
-        ("page_reserved", "V12"),
-    ]
+PAGE_HEADER = Record(
+    ("page_magic", "<u4"),
+    ("page_checksum", "<u4"),
+    ("sequence", "<u8"),
+    ("previous", "<u8"),
+    ("tail", "<u8"),
+    ("map_hash", "<u8"),
+    ("part", "<u2"),
+    ("parts", "<u2"),
+    ("word_count", "<u2"),
+    ("entry_count", "<u2"),
+    ("flags", "<u4"),
+    ("page_reserved", "V12"),
 )
-WORD_RECORD = np.dtype([("word_index", "<u4"), ("word_value", "<u8")])
-ENTRY_RECORD = np.dtype([("entry_index", "<u4"), ("entry_value", "<u4")])
+WORD_RECORD = Record(("word_index", "<u4"), ("word_value", "<u8"))
+ENTRY_RECORD = Record(("entry_index", "<u4"), ("entry_value", "<u4"))
+_HEADER = struct.Struct("<8xQQQQHHHHI12x")
+_SEQUENCE_WORD = 1
 _SAME_IN_ALL_PARTS = ("previous", "tail", "map_hash", "parts", "flags")
 
 
 def _check_layout() -> None:
-    fields: Any = PAGE_HEADER.fields
-    header = {name: (fields[name][1], fields[name][0].itemsize) for name in fields}
+    header = PAGE_HEADER.places
     if header != _core.JOURNAL_HEADER_LAYOUT or PAGE_HEADER.itemsize != HEADER_BYTES:
         raise ImportError(f"page headers differ between fvd.format and fvd._core: {header} and {_core.JOURNAL_HEADER_LAYOUT}")
     mine = {
@@ -69,6 +67,20 @@ def _check_layout() -> None:
 
 
 _check_layout()
+
+
+class _Header(NamedTuple):
+    """What a page's header says: PAGE_HEADER without what only the scan needs."""
+
+    sequence: int
+    previous: int
+    tail: int
+    map_hash: int
+    part: int
+    parts: int
+    word_count: int
+    entry_count: int
+    flags: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +131,11 @@ def fit_sequence(geometry: Geometry, next_sequence: int, parts: int) -> int:
     return next_sequence if parts <= left else next_sequence + left
 
 
-def _as_records(records: Records | Sequence[tuple[int, int]], dtype: np.dtype[np.void]) -> Records:
+def _as_records(records: Records | Sequence[tuple[int, int]], record: Record) -> Records:
+    import numpy as np
+
     # numpy takes a tuple for one record, a list for many.
-    return np.ascontiguousarray(records if isinstance(records, np.ndarray) else list(records), dtype)
+    return np.ascontiguousarray(records if isinstance(records, np.ndarray) else list(records), record.dtype)
 
 
 def encode_commit(
@@ -151,10 +165,10 @@ def encode_commit(
         raise InvalidArgument(f"word {words['word_index'].max()} is past the end of a bitmap of {geometry.bitmap_words} words")
     if len(entries) and int(entries["entry_index"].max()) >= geometry.table_entries:
         raise InvalidArgument(f"entry {entries['entry_index'].max()} is past the end of a table of {geometry.table_entries} entries")
-    out = np.empty(parts * PAGE_BYTES, np.uint8)
+    out = memoryview(bytearray(parts * PAGE_BYTES))
     _core.journal_encode(
-        words.view(np.uint8),
-        entries.view(np.uint8),
+        words.view("u1"),
+        entries.view("u1"),
         uuid,
         geometry.journal_offset_bytes,
         geometry.journal_pages,
@@ -176,130 +190,149 @@ def first_page(geometry: Geometry, uuid: bytes, map_hash: int = 0) -> bytes:
     return encode_commit(geometry, uuid, sequence=1, previous=0, tail=1, map_hash=map_hash, words=(), entries=(), clean=True).tobytes()
 
 
-def _as_ring(geometry: Geometry, ring: Bytes | bytes) -> Bytes:
+def _as_ring(geometry: Geometry, ring: Any) -> Bytes:
     if len(ring) != geometry.journal_size_bytes:
         raise InvalidArgument(f"the ring has {geometry.journal_size_bytes} bytes, not {len(ring)}")
-    return np.frombuffer(ring, np.uint8)
+    return memoryview(ring).cast("B")
 
 
-def _scan(geometry: Geometry, uuid: bytes, ring: Bytes) -> Headers:
+def _scan(geometry: Geometry, uuid: bytes, ring: Bytes) -> bytearray:
     """Headers of the valid pages by ring position; the others are all zero."""
-    headers = np.zeros(geometry.journal_pages, PAGE_HEADER)
-    _core.journal_scan(ring, uuid, geometry.journal_offset_bytes, headers.view(np.uint8).reshape(-1, HEADER_BYTES))
+    headers = bytearray(geometry.journal_pages * HEADER_BYTES)
+    rows = memoryview(headers).cast("B", shape=[geometry.journal_pages, HEADER_BYTES])
+    _core.journal_scan(ring, uuid, geometry.journal_offset_bytes, rows)
     return headers
 
 
-def _read_commit(headers: Headers, first: int, parts: int) -> tuple[np.void, bool]:
+class _Headers:
+    """The headers of a ring, each read when it is asked for."""
+
+    def __init__(self, raw: bytearray) -> None:
+        self._raw = raw
+        self._count = len(raw) // HEADER_BYTES
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> _Header:
+        return _Header(*_HEADER.unpack_from(self._raw, position * HEADER_BYTES))
+
+    def sequences(self) -> Sequence[int]:
+        """By position; 0: no valid page."""
+        numbers = memoryview(self._raw).cast("Q")
+        return numbers[_SEQUENCE_WORD :: HEADER_BYTES // 8].tolist()
+
+
+def _read_commit(headers: _Headers, first: int, parts: int) -> tuple[_Header, bool]:
     """The header of the first valid page of the commit [first, first + parts), and whether the commit is complete. Raises Corrupt."""
     position = first % len(headers)
     if position + parts > len(headers):
         raise Corrupt(f"journal: the commit at {first} has {parts} pages, which cross the end of a ring of {len(headers)}")
-    pages = headers[position : position + parts]
-    numbers = np.arange(parts, dtype=np.uint64)
-    present = pages["sequence"] == np.uint64(first) + numbers
-    mine = pages[present]
-    if np.any(mine["part"] != numbers[present]):
+    pages = [(number, headers[position + number]) for number in range(parts)]
+    mine = [(number, page) for number, page in pages if page.sequence == first + number]
+    if any(page.part != number for number, page in mine):
         raise Corrupt(f"journal: a page among the {parts} of the commit at {first} says that it is of another commit")
-    for name in _SAME_IN_ALL_PARTS if len(mine) > 1 else ():
-        if np.any(mine[name] != mine[0][name]):
+    _, header = mine[0]
+    for name in _SAME_IN_ALL_PARTS:
+        if any(getattr(page, name) != getattr(header, name) for _, page in mine):
             raise Corrupt(f"journal: the pages of the commit at {first} differ in {name}")
-    if int(mine[0]["parts"]) != parts:
-        raise Corrupt(f"journal: the commit at {first} has {int(mine[0]['parts'])} pages, not {parts}")
-    return mine[0], bool(present.all())
+    if header.parts != parts:
+        raise Corrupt(f"journal: the commit at {first} has {header.parts} pages, not {parts}")
+    return header, len(mine) == parts
 
 
-def _complete_commit(headers: Headers, first: int, follower: int) -> np.void:
+def _complete_commit(headers: _Headers, first: int, follower: int) -> _Header:
     """The header of the commit that begins at `first`, named by the commit at `follower`. Raises Corrupt unless it is complete."""
     named = f"journal: the commit at {follower} follows the one at {first}, but"
     page = headers[first % len(headers)]
-    if not 1 <= first < follower or int(page["sequence"]) != first or int(page["part"]) != 0:
+    if not 1 <= first < follower or page.sequence != first or page.part != 0:
         raise Corrupt(f"{named} no commit begins there")
-    header, complete = _read_commit(headers, first, int(page["parts"]))
+    header, complete = _read_commit(headers, first, page.parts)
     if not complete:
         raise Corrupt(f"{named} that is not complete")
-    if first + int(page["parts"]) > follower:
+    if first + page.parts > follower:
         raise Corrupt(f"{named} that reaches past its follower")
     return header
 
 
-def _walk(headers: Headers, last: int, header: np.void) -> list[tuple[int, int]]:
+def _walk(headers: _Headers, last: int, header: _Header) -> list[tuple[int, int]]:
     """(first sequence, parts) of the commits to apply, oldest first. Bounded: sequences fall, and each needs its own ring position."""
-    tail = int(header["tail"])
+    tail = header.tail
     if not 1 <= tail <= last:
         raise Corrupt(f"journal: the last commit, at {last}, names the tail {tail}")
-    commits = [(last, int(header["parts"]))]
+    commits = [(last, header.parts)]
     first = last
     while first != tail:
-        previous = int(header["previous"])
+        previous = header.previous
         if previous < tail:
             raise Corrupt(f"journal: no commit begins at the tail {tail}; the walk back from {last} comes from {first} to {previous}")
         header = _complete_commit(headers, previous, first)
         first = previous
-        commits.append((first, int(header["parts"])))
+        commits.append((first, header.parts))
     commits.reverse()
     return commits
 
 
-def replay(
-    geometry: Geometry, uuid: bytes, ring: Bytes | bytes, bitmap: Bitmap, table: Table | None
-) -> tuple[JournalState, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def replay(geometry: Geometry, uuid: bytes, ring: Any, bitmap: Bitmap, table: Table | None) -> tuple[JournalState, bytearray, bytearray]:
     """Bring the maps read from storage up to the last complete commit, in place. Raises Corrupt; the maps are then of no use.
 
-    Also returns which pages of the bitmap and of the table the replay touched: those that storage may not have yet.
+    Also returns which pages of the bitmap and of the table the replay touched, one byte for each: those that storage may not have yet.
     """
     check_items(geometry, MapKind.BITMAP, bitmap)
     if table is not None or geometry.table_entries:
         check_items(geometry, MapKind.TABLE, table)
     pages = _as_ring(geometry, ring)
-    headers = _scan(geometry, uuid, pages)
-    newest = headers[int(np.argmax(headers["sequence"]))]
-    highest = int(newest["sequence"])
+    headers = _Headers(_scan(geometry, uuid, pages))
+    sequences = headers.sequences()
+    highest = max(sequences)
+    newest = headers[sequences.index(highest)]
     if highest == 0:
         raise Corrupt(f"journal: none of its {len(headers)} pages is valid")
     if highest >= SEQUENCE_END:
         raise Corrupt(f"journal: sequence {highest} cannot have been reached")
-    newest_first, newest_parts = highest - int(newest["part"]), int(newest["parts"])
+    newest_first, newest_parts = highest - newest.part, newest.parts
     header, complete = _read_commit(headers, newest_first, newest_parts)
     last = newest_first
     if not complete:
-        last = int(header["previous"])
+        last = header.previous
         header = _complete_commit(headers, last, newest_first)
     commits = _walk(headers, last, header)
     # A writer keeps its numbers within one lap of the tail: what claims more would leave the next one no space, not even to say so.
     if newest_first + newest_parts - commits[0][0] > len(headers):
         raise Corrupt(f"journal: sequence {highest} is more than a ring of {len(headers)} pages past the tail {commits[0][0]}")
 
-    positions = np.concatenate([np.arange(parts, dtype=np.uint64) + np.uint64(first % len(headers)) for first, parts in commits])
-    dirty_bitmap_pages = np.zeros(geometry.bitmap_pages, np.uint8)
-    dirty_table_pages = np.zeros(geometry.table_pages, np.uint8)
+    positions = array.array("Q", [first % len(headers) + number for first, parts in commits for number in range(parts)])
+    dirty_bitmap_pages, dirty_table_pages = bytearray(geometry.bitmap_pages), bytearray(geometry.table_pages)
     bad = _core.journal_apply(pages, positions, bitmap, table, dirty_bitmap_pages, dirty_table_pages)
     if bad >= 0:
-        sequence = int(headers[int(positions[bad])]["sequence"])
+        sequence = headers[positions[bad]].sequence
         raise Corrupt(f"journal: page {sequence} changes a word or entry that the maps do not have")
-    found_hash, wanted_hash = _core.map_hash(uuid, bitmap, table), int(header["map_hash"])
+    found_hash, wanted_hash = _core.map_hash(uuid, bitmap, table), header.map_hash
     if found_hash != wanted_hash:
         raise Corrupt(
             f"the maps have hash {found_hash:#018x} after the commit at {last}, which says {wanted_hash:#018x}: "
             "a write of a bitmap or table page was lost, or a map was changed from outside"
         )
-    applied = headers[positions]
     state = JournalState(
         next_sequence=newest_first + newest_parts,
         previous=last,
-        tail=int(header["tail"]),
+        tail=header.tail,
         map_hash=wanted_hash,
-        clean=bool(int(header["flags"]) & FLAG_CLEAN),
+        clean=bool(header.flags & FLAG_CLEAN),
         dropped_commit=not complete,
         commits_replayed=len(commits),
-        records_replayed=int(applied["word_count"].sum(dtype=np.int64) + applied["entry_count"].sum(dtype=np.int64)),
+        records_replayed=sum(headers[position].word_count + headers[position].entry_count for position in positions),
     )
-    return state, dirty_bitmap_pages.astype(np.bool_), dirty_table_pages.astype(np.bool_)
+    return state, dirty_bitmap_pages, dirty_table_pages
 
 
-def iter_commits(geometry: Geometry, uuid: bytes, ring: Bytes | bytes) -> Iterator[Commit]:
+def iter_commits(geometry: Geometry, uuid: bytes, ring: Any) -> Iterator[Commit]:
     """Every commit of which a valid page is in the ring, by sequence, old and unfinished ones too. Judges nothing: it is for looking."""
-    pages = _as_ring(geometry, ring).reshape(-1, PAGE_BYTES)
-    headers = _scan(geometry, uuid, pages.reshape(-1))
+    import numpy as np
+
+    pages = np.frombuffer(_as_ring(geometry, ring), np.uint8).reshape(-1, PAGE_BYTES)
+    raw = _scan(geometry, uuid, _as_ring(geometry, ring))
+    headers = np.frombuffer(raw, PAGE_HEADER)
     positions = np.flatnonzero(headers["sequence"])
     positions = positions[np.argsort(headers["sequence"][positions])]
     firsts = headers["sequence"][positions] - headers["part"][positions]
@@ -315,7 +348,7 @@ def iter_commits(geometry: Geometry, uuid: bytes, ring: Bytes | bytes) -> Iterat
             words.append(pages[position, HEADER_BYTES:split].view(WORD_RECORD))
             entries.append(pages[position, split:end].view(ENTRY_RECORD))
         try:
-            complete = _read_commit(headers, first, int(header["parts"]))[1]
+            complete = _read_commit(_Headers(raw), first, int(header["parts"]))[1]
         except Corrupt:
             complete = False
         yield Commit(

@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bitmap and table: arrays to and from the pages of cells that hold them, and what must be true of them (FORMAT.md sections 5 and 7).
 
-Pure: the caller reads and writes the pages. A bitmap is ``uint64[bitmap_words]``, a table is ``uint32[chunks]`` or None in the raw layout.
+Pure: the caller reads and writes the pages. A bitmap is ``uint64[bitmap_words]``, a table is ``uint32[chunks]`` or None in the raw layout:
+any memory of that shape, an `Items` or an array of numpy's. Imports no numpy: a server that is idle must not hold it.
 """
 
 from __future__ import annotations
 
+import array
 from enum import IntEnum
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, ENTRIES_PER_CELL, PAGE_BYTES, WORDS_PER_CELL, Geometry, Layout, ceil_div
+from fvd.format.records import Record
 
-Bitmap = npt.NDArray[np.uint64]
-Table = npt.NDArray[np.uint32]
-Bytes = npt.NDArray[np.uint8]
+Bitmap = Any  # Items("Q"), or uint64 of numpy's
+Table = Any  # Items("I"), or uint32
+Bytes = memoryview
 
 EMPTY = 0xFFFFFFFF
 
-CELL = np.dtype(
-    [
-        ("cell_checksum", "<u4"),
-        ("cell_kind", "<u2"),
-        ("cell_reserved", "<u2"),
-        ("cell_index", "<u8"),
-        ("cell_payload", "V496"),
-    ]
+CELL = Record(
+    ("cell_checksum", "<u4"),
+    ("cell_kind", "<u2"),
+    ("cell_reserved", "<u2"),
+    ("cell_index", "<u8"),
+    ("cell_payload", "V496"),
 )
 
 
@@ -41,8 +39,7 @@ class MapKind(IntEnum):
 
 
 def _check_layout() -> None:
-    fields: Any = CELL.fields
-    header = {name: (fields[name][1], fields[name][0].itemsize) for name in fields if name != "cell_payload"}
+    header = {name: place for name, place in CELL.places.items() if name != "cell_payload"}
     if header != _core.CELL_HEADER_LAYOUT or CELL.itemsize != CELL_BYTES:
         raise ImportError(f"cells differ between fvd.format and fvd._core: {header} and {_core.CELL_HEADER_LAYOUT}")
     mine = {
@@ -63,13 +60,32 @@ def _check_layout() -> None:
 _check_layout()
 
 
-def empty_bitmap(geometry: Geometry) -> Bitmap:
-    return np.zeros(geometry.bitmap_words, np.uint64)
+class Items(array.array):  # type: ignore[type-arg]
+    """A map in memory."""
+
+    def copy(self) -> Items:
+        return Items(self.typecode, self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """For numpy, without a copy unless it is asked for."""
+        import numpy as np
+
+        shared = np.frombuffer(self, np.uint64 if self.typecode == "Q" else np.uint32)
+        return shared.astype(dtype or shared.dtype, copy=bool(copy))
 
 
-def empty_table(geometry: Geometry) -> Table | None:
+def empty_bitmap(geometry: Geometry) -> Items:
+    return zeros(geometry.bitmap_words)
+
+
+def empty_table(geometry: Geometry) -> Items | None:
     """None in the raw layout."""
-    return None if geometry.layout == Layout.RAW else np.full(geometry.chunks, EMPTY, np.uint32)
+    return None if geometry.layout == Layout.RAW else Items("I", array.array("I", [EMPTY]) * geometry.chunks)
+
+
+def zeros(count: int) -> Items:
+    """So many words."""
+    return Items("Q", array.array("Q", [0]) * count)
 
 
 def map_offset_bytes(geometry: Geometry, kind: MapKind) -> int:
@@ -82,10 +98,11 @@ def map_pages(geometry: Geometry, kind: MapKind) -> int:
 
 def check_items(geometry: Geometry, kind: MapKind, items: Bitmap | Table | None) -> None:
     """Raises InvalidArgument unless `items` has the shape and type of this map of this disk."""
-    count, dtype = (geometry.bitmap_words, np.dtype(np.uint64)) if kind == MapKind.BITMAP else (geometry.table_entries, np.dtype(np.uint32))
-    if items is None or items.shape != (count,) or items.dtype != dtype:
-        given = "nothing" if items is None else f"{items.shape} of {items.dtype}"
-        raise InvalidArgument(f"a {MapKind(kind).name.lower()} of this disk is {count} items of {dtype}, not {given}")
+    count, size_bytes = (geometry.bitmap_words, 8) if kind == MapKind.BITMAP else (geometry.table_entries, 4)
+    view = None if items is None else memoryview(items)
+    if view is None or view.shape != (count,) or view.itemsize != size_bytes or view.format not in ("Q", "L", "I"):
+        given = "nothing" if view is None else f"{view.shape} of format {view.format}"
+        raise InvalidArgument(f"a {MapKind(kind).name.lower()} of this disk is {count} items of {size_bytes} bytes, not {given}")
 
 
 def encode_pages(geometry: Geometry, kind: MapKind, items: Bitmap | Table, uuid: bytes, first_page: int, page_count: int) -> Bytes:
@@ -93,12 +110,12 @@ def encode_pages(geometry: Geometry, kind: MapKind, items: Bitmap | Table, uuid:
     check_items(geometry, kind, items)
     if first_page < 0 or page_count < 0 or first_page + page_count > map_pages(geometry, kind):
         raise InvalidArgument(f"pages {first_page} to {first_page + page_count} of a map of {map_pages(geometry, kind)}")
-    out = np.empty(page_count * PAGE_BYTES, np.uint8)
+    out = memoryview(bytearray(page_count * PAGE_BYTES))
     _core.cells_encode(kind, items, uuid, map_offset_bytes(geometry, kind), first_page, page_count, out)
     return out
 
 
-def decode_pages(geometry: Geometry, kind: MapKind, raw: Bytes | bytes, uuid: bytes, items: Bitmap | Table, first_page: int) -> None:
+def decode_pages(geometry: Geometry, kind: MapKind, raw: Any, uuid: bytes, items: Bitmap | Table, first_page: int) -> None:
     """Read some whole pages into their place in `items`: a large map is read piece by piece. Raises Corrupt, naming the cell."""
     check_items(geometry, kind, items)
     if len(raw) % PAGE_BYTES or first_page < 0 or first_page + len(raw) // PAGE_BYTES > map_pages(geometry, kind):
@@ -109,7 +126,7 @@ def decode_pages(geometry: Geometry, kind: MapKind, raw: Bytes | bytes, uuid: by
         raise Corrupt(f"{MapKind(kind).name.lower()} cell {bad} at byte {where_bytes} is damaged or does not belong there")
 
 
-def decode_bitmap(geometry: Geometry, raw: Bytes | bytes, uuid: bytes) -> Bitmap:
+def decode_bitmap(geometry: Geometry, raw: Any, uuid: bytes) -> Bitmap:
     """The whole bitmap region to an array. Raises Corrupt."""
     if len(raw) != geometry.bitmap_size_bytes:
         raise InvalidArgument(f"the bitmap has {geometry.bitmap_size_bytes} bytes, not {len(raw)}")
@@ -118,7 +135,7 @@ def decode_bitmap(geometry: Geometry, raw: Bytes | bytes, uuid: bytes) -> Bitmap
     return bitmap
 
 
-def decode_table(geometry: Geometry, raw: Bytes | bytes, uuid: bytes) -> Table | None:
+def decode_table(geometry: Geometry, raw: Any, uuid: bytes) -> Table | None:
     """The whole table region to an array; None in the raw layout. Raises Corrupt."""
     if len(raw) != geometry.table_size_bytes:
         raise InvalidArgument(f"the table has {geometry.table_size_bytes} bytes, not {len(raw)}")
@@ -139,7 +156,7 @@ def check_maps(geometry: Geometry, bitmap: Bitmap, table: Table | None, has_base
     past = _core.bitmap_find(bitmap, geometry.blocks, geometry.bitmap_words * 64, True)
     if past < geometry.bitmap_words * 64:
         raise Corrupt(f"the bitmap marks block {past}, but the disk has {geometry.blocks} blocks")
-    used = np.zeros(ceil_div(geometry.chunks, 64), np.uint64)
+    used = zeros(ceil_div(geometry.chunks, 64))
     if table is None:
         if geometry.layout != Layout.RAW:
             raise InvalidArgument("the compact layout needs a table")

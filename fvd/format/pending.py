@@ -7,16 +7,16 @@ anything; reading it raises only Corrupt, and bounds are checked before anything
 
 from __future__ import annotations
 
+import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument
 from fvd.format.geometry import PAGE_BYTES, Geometry
 from fvd.format.maps import Bitmap, MapKind, Table
+from fvd.format.records import Record, Row
 
 MAGIC = b"FVDPEND\n"
 VERSION = 1
@@ -28,34 +28,34 @@ _INDEX_BITS = 56
 _STATIC_BYTES = 512
 _CHECKSUM_OFFSET = 8
 
-AREA = np.dtype([("base_hash", "<u8"), ("count", "<u8"), ("area_reserved", "V48")])
-HEADER = np.dtype(
-    [
-        ("log_magic", "V8"),
-        ("log_checksum", "<u4"),
-        ("log_version", "<u4"),
-        ("uuid", "V16"),
-        ("boot", "V16"),
-        ("host", "V16"),
-        ("generation", "<u8"),
-        ("capacity", "<u8"),
-        ("identity", f"V{IDENTITY_BYTES}"),
-        ("static_reserved", "V176"),
-        ("epoch", "<u8"),
-        ("failed_errno", "<u4"),
-        ("acknowledged", "<u4"),
-        ("failed_ns", "<u8"),
-        ("durability_ops", "<u8"),
-        ("mutable_reserved", "V32"),
-        ("areas", AREA, 2),
-        ("page_reserved", f"V{HEADER_BYTES - 704}"),
-    ]
+AREA = Record(("base_hash", "<u8"), ("count", "<u8"), ("area_reserved", "V48"))
+HEADER = Record(
+    ("log_magic", "V8"),
+    ("log_checksum", "<u4"),
+    ("log_version", "<u4"),
+    ("uuid", "V16"),
+    ("boot", "V16"),
+    ("host", "V16"),
+    ("generation", "<u8"),
+    ("capacity", "<u8"),
+    ("identity", f"V{IDENTITY_BYTES}"),
+    ("static_reserved", "V176"),
+    ("epoch", "<u8"),
+    ("failed_errno", "<u4"),
+    ("acknowledged", "<u4"),
+    ("failed_ns", "<u8"),
+    ("durability_ops", "<u8"),
+    ("mutable_reserved", "V32"),
+    ("areas", "V128"),
+    ("page_reserved", f"V{HEADER_BYTES - 704}"),
+    inner={"areas": (AREA, 2)},
 )
-RECORD = np.dtype([("key", "<u8"), ("value", "<u8")])
+RECORD = Record(("key", "<u8"), ("value", "<u8"))
+_AREAS = HEADER.places["areas"][0]
 
-Buffer = bytearray | memoryview | npt.NDArray[np.uint8]
+Buffer = Any  # writable memory
 
-if HEADER.itemsize != HEADER_BYTES or HEADER.fields is None or HEADER.fields["epoch"][1] != _STATIC_BYTES:
+if HEADER.itemsize != HEADER_BYTES or HEADER.places["epoch"][0] != _STATIC_BYTES or HEADER.places["areas"][1] != 2 * AREA.itemsize:
     raise ImportError(f"the log's header has {HEADER.itemsize} bytes, not {HEADER_BYTES}")
 
 
@@ -80,38 +80,44 @@ class LogIdentity:
 class Changes:
     """Entries of the maps, each named once, with their values; in no order."""
 
-    keys: npt.NDArray[np.uint64]  # kind << 56 | index
-    values: npt.NDArray[np.uint64]
+    keys: Any  # uint64: kind << 56 | index
+    values: Any  # uint64
+
+    @classmethod
+    def of(cls, last: dict[int, int]) -> Changes:
+        return cls(array.array("Q", last), array.array("Q", last.values()))
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Kind, index and value of each."""
+        for key, value in zip(self.keys, self.values, strict=True):
+            yield int(key) >> _INDEX_BITS, int(key) & (1 << _INDEX_BITS) - 1, int(value)
+
     def check(self, geometry: Geometry) -> None:
         """Raises Corrupt if an entry does not exist in these maps, or a value does not fit."""
-        kinds, indexes = self.keys >> np.uint64(_INDEX_BITS), self.keys & np.uint64((1 << _INDEX_BITS) - 1)
-        words, entries = kinds == MapKind.BITMAP, kinds == MapKind.TABLE
-        if not np.all(words | entries):
-            raise Corrupt("the log of pending changes names a map that does not exist")
-        if np.any(indexes[words] >= geometry.bitmap_words) or np.any(indexes[entries] >= geometry.table_entries):
-            raise Corrupt("the log of pending changes names an entry that the maps do not have")
-        if np.any(self.values[entries] > 0xFFFFFFFF):
-            raise Corrupt("the log of pending changes has a slot that cannot be")
+        limits = {MapKind.BITMAP: geometry.bitmap_words, MapKind.TABLE: geometry.table_entries}
+        for kind, index, value in self:
+            if kind not in limits:
+                raise Corrupt("the log of pending changes names a map that does not exist")
+            if index >= limits[MapKind(kind)]:
+                raise Corrupt("the log of pending changes names an entry that the maps do not have")
+            if kind == MapKind.TABLE and value > 0xFFFFFFFF:
+                raise Corrupt("the log of pending changes has a slot that cannot be")
 
     def apply(self, bitmap: Bitmap, table: Table | None) -> None:
         """Into maps, in place; `check` must have been called."""
-        kinds, indexes = self.keys >> np.uint64(_INDEX_BITS), self.keys & np.uint64((1 << _INDEX_BITS) - 1)
-        words, entries = kinds == MapKind.BITMAP, kinds == MapKind.TABLE
-        bitmap[indexes[words].astype(np.int64)] = self.values[words]
-        if table is not None:
-            table[indexes[entries].astype(np.int64)] = self.values[entries].astype(np.uint32)
+        for kind, index, value in self:
+            if kind == MapKind.BITMAP:
+                bitmap[index] = value
+            elif table is not None:
+                table[index] = value
 
     def are_in(self, bitmap: Bitmap, table: Table | None) -> bool:
         """Whether the maps have all these values already."""
-        kinds, indexes = self.keys >> np.uint64(_INDEX_BITS), self.keys & np.uint64((1 << _INDEX_BITS) - 1)
-        words, entries = kinds == MapKind.BITMAP, kinds == MapKind.TABLE
-        if not np.array_equal(bitmap[indexes[words].astype(np.int64)], self.values[words]):
-            return False
-        return table is None or np.array_equal(table[indexes[entries].astype(np.int64)], self.values[entries].astype(np.uint32))
+        maps = {MapKind.BITMAP: bitmap, MapKind.TABLE: table}
+        return all(items is None or items[index] == value for kind, index, value in self for items in (maps[MapKind(kind)],))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,10 @@ class PendingLog:
 
     def latest(self) -> Changes:
         """Every entry with its last value: a running change comes after a committing one."""
-        keys, first = np.unique(np.concatenate([self.running.keys, self.committing.keys]), return_index=True)
-        return Changes(keys, np.concatenate([self.running.values, self.committing.values])[first])
+        last: dict[int, int] = {}
+        for part in (self.committing, self.running):
+            last |= zip(part.keys, part.values, strict=True)
+        return Changes.of(last)
 
 
 def capacity_for(geometry: Geometry) -> int:
@@ -157,91 +165,85 @@ def lay_out(buffer: Buffer, capacity: int, identity: LogIdentity, map_hash: int)
     """An empty log for maps with this hash, in `size_bytes(capacity)` of memory. The records are not touched."""
     if len(buffer) < size_bytes(capacity):
         raise InvalidArgument(f"a log of {capacity} records needs {size_bytes(capacity)} bytes, not {len(buffer)}")
-    header = np.zeros(1, HEADER)
-    row = header[0]
-    row["log_magic"] = np.void(MAGIC)
+    row = HEADER.empty()
+    row["log_magic"] = MAGIC
     row["log_version"] = VERSION
-    row["uuid"], row["boot"], row["host"] = np.void(identity.uuid), np.void(identity.boot), np.void(identity.host)
+    row["uuid"], row["boot"], row["host"] = identity.uuid, identity.boot, identity.host
     row["generation"] = identity.generation
     row["capacity"] = capacity
-    row["identity"] = np.void(identity.place.encode().ljust(IDENTITY_BYTES, b"\0"))
-    row["areas"]["base_hash"] = map_hash
-    raw = header.view(np.uint8)
-    row["log_checksum"] = _checksum(raw)
-    view = np.frombuffer(buffer, np.uint8, HEADER_BYTES)
-    view[:] = raw
+    row["identity"] = identity.place.encode()
+    row["areas"] = AREA.write({**AREA.empty(), "base_hash": map_hash}) * 2
+    raw = HEADER.write(row)
+    HEADER.put(raw, "log_checksum", _checksum(raw))
+    memoryview(buffer).cast("B")[:HEADER_BYTES] = raw
 
 
 def read(buffer: Buffer | bytes, geometry: Geometry, identity: LogIdentity) -> PendingLog:
     """The log in this memory, if it is this one. Raises Corrupt: it is another's, or damaged."""
     if len(buffer) < HEADER_BYTES:
         raise Corrupt(f"the log of pending changes has only {len(buffer)} bytes")
-    raw = np.frombuffer(buffer, np.uint8)
-    row = raw[:HEADER_BYTES].view(HEADER)[0]
-    if row["log_magic"].tobytes() != MAGIC or int(row["log_checksum"]) != _checksum(raw[:HEADER_BYTES]):
+    raw = memoryview(buffer).cast("B")
+    row = HEADER.read(raw)
+    if row["log_magic"] != MAGIC or row["log_checksum"] != _checksum(raw[:HEADER_BYTES]):
         raise Corrupt("the log of pending changes is damaged, or none")
-    if int(row["log_version"]) != VERSION:
-        raise Corrupt(f"the log of pending changes has version {int(row['log_version'])}, which this program does not know")
-    made_for = (row["uuid"].tobytes(), int(row["generation"]), row["boot"].tobytes(), row["host"].tobytes())
+    if row["log_version"] != VERSION:
+        raise Corrupt(f"the log of pending changes has version {row['log_version']}, which this program does not know")
+    made_for = (row["uuid"], row["generation"], row["boot"], row["host"])
     if made_for != (identity.uuid, identity.generation, identity.boot, identity.host):
         raise Corrupt("the log of pending changes is another disk's, or of another time")
-    if row["identity"].tobytes() != identity.place.encode().ljust(IDENTITY_BYTES, b"\0"):
+    if row["identity"] != identity.place.encode().ljust(IDENTITY_BYTES, b"\0"):
         raise Corrupt("the log of pending changes was made for a disk in another place: this one may be a copy")
-    capacity = int(row["capacity"])
+    capacity = row["capacity"]
     if capacity < capacity_min(geometry) or len(buffer) < size_bytes(capacity):
         raise Corrupt("the log of pending changes does not have the size that it says")
-    now = int(row["epoch"]) & 1
-    areas = [_area(raw, row["areas"][i], i, capacity) for i in range(2)]
+    now = row["epoch"] & 1
+    headers = [AREA.read(row["areas"], number * AREA.itemsize) for number in range(2)]
+    areas = [_area(raw, header, number, capacity) for number, header in enumerate(headers)]
     for area in areas:
         area.check(geometry)
     return PendingLog(
         committing=areas[1 - now],
-        committing_base_hash=int(row["areas"][1 - now]["base_hash"]),
+        committing_base_hash=headers[1 - now]["base_hash"],
         running=areas[now],
-        running_base_hash=int(row["areas"][now]["base_hash"]),
-        failed_errno=int(row["failed_errno"]),
-        failed_ns=int(row["failed_ns"]),
-        durability_ops=int(row["durability_ops"]),
+        running_base_hash=headers[now]["base_hash"],
+        failed_errno=row["failed_errno"],
+        failed_ns=row["failed_ns"],
+        durability_ops=row["durability_ops"],
         acknowledged=bool(row["acknowledged"]),
     )
 
 
 def mark_failed(buffer: Buffer, errno: int, now_ns: int) -> None:
     """Nothing of the log in this memory will ever be applied."""
-    row: Any = np.frombuffer(buffer, HEADER, 1)
-    row["failed_ns"] = now_ns
-    row["failed_errno"] = errno
+    HEADER.put(buffer, "failed_ns", now_ns)
+    HEADER.put(buffer, "failed_errno", errno)
 
 
 def mark_acknowledged(buffer: Buffer) -> None:
     """An administrator has seen what the superblock says of lost writes."""
-    row: Any = np.frombuffer(buffer, HEADER, 1)
-    row["acknowledged"] = 1
+    HEADER.put(buffer, "acknowledged", 1)
 
 
 def mark_committed(buffer: Buffer, *, running_too: bool, map_hash: int) -> None:
     """The committing changes, with `running_too` all, are in the maps on storage, which have this hash."""
-    row: Any = np.frombuffer(buffer, HEADER, 1)
-    now = int(row["epoch"][0]) & 1
-    row["areas"]["count"][0, 1 - now] = 0
+    now = HEADER.read(buffer)["epoch"] & 1
+    AREA.put(buffer, "count", 0, _AREAS + (1 - now) * AREA.itemsize)
     if running_too:
-        row["areas"]["count"][0, now] = 0
-        row["areas"]["base_hash"][0, now] = map_hash
+        AREA.put(buffer, "count", 0, _AREAS + now * AREA.itemsize)
+        AREA.put(buffer, "base_hash", map_hash, _AREAS + now * AREA.itemsize)
 
 
-def _checksum(header: npt.NDArray[np.uint8]) -> int:
+def _checksum(header: Buffer) -> int:
     """Over what never changes while the log is in use."""
-    fixed = header[:_STATIC_BYTES].copy()
-    fixed[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + 4] = 0
+    fixed = bytearray(header[:_STATIC_BYTES])
+    fixed[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + 4] = bytes(4)
     return _core.crc32c(fixed)
 
 
-def _area(raw: npt.NDArray[np.uint8], area: np.void, number: int, capacity: int) -> Changes:
-    count = int(area["count"])
+def _area(raw: memoryview, area: Row, number: int, capacity: int) -> Changes:
+    count = area["count"]
     if count > capacity:
         raise Corrupt(f"the log of pending changes says that it has {count} records where {capacity} fit")
     start = HEADER_BYTES + number * capacity * RECORD.itemsize
-    records = raw[start : start + count * RECORD.itemsize].view(RECORD)
-    # The last record of each key is its value: the first in reversed order.
-    keys, first = np.unique(records["key"][::-1], return_index=True)
-    return Changes(keys, records["value"][::-1][first].copy())
+    # The last record of each key is its value.
+    return Changes.of(dict(RECORD.read_all(raw[start : start + count * RECORD.itemsize])))

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-import numpy as np
-
 from fvd import _core
 from fvd.errors import Corrupt, InvalidArgument, NotFound, Unsupported, quoted
 from fvd.format.geometry import PAGE_BYTES, Geometry, Layout, Placement
 from fvd.format.locator import LOCATOR_BYTES_MAX as LOCATOR_BYTES_MAX
 from fvd.format.locator import BaseFormat as BaseFormat
 from fvd.format.locator import check_locator
+from fvd.format.records import Record, Row
 
 SUPERBLOCK_BYTES = PAGE_BYTES
 SLOT_OFFSETS_BYTES = (0, 524288)
@@ -34,45 +33,43 @@ ID_BYTES = 16
 LOG_PATH_BYTES_MAX = 256
 _U64_END = 1 << 64
 
-SUPERBLOCK = np.dtype(
-    [
-        ("magic", "V8"),
-        ("checksum", "<u4"),
-        ("version", "<u4"),
-        ("generation", "<u8"),
-        ("uuid", "V16"),
-        ("compatible_features", "<u8"),
-        ("incompatible_features", "<u8"),
-        ("autoclear_features", "<u8"),
-        ("virtual_size_bytes", "<u8"),
-        ("block_size_bytes", "<u4"),
-        ("chunk_size_bytes", "<u4"),
-        ("grow_step_bytes", "<u8"),
-        ("journal_offset_bytes", "<u8"),
-        ("journal_size_bytes", "<u8"),
-        ("bitmap_offset_bytes", "<u8"),
-        ("bitmap_size_bytes", "<u8"),
-        ("table_offset_bytes", "<u8"),
-        ("table_size_bytes", "<u8"),
-        ("data_offset_bytes", "<u8"),
-        ("max_storage_size_bytes", "<u8"),
-        ("layout", "u1"),
-        ("placement", "u1"),
-        ("base_format", "u1"),
-        ("reserved_a", "V1"),
-        ("base_locator_size", "<u4"),
-        ("base_size_bytes", "<u8"),
-        ("created_seconds", "<u8"),
-        ("log_boot", f"V{ID_BYTES}"),
-        ("log_host", f"V{ID_BYTES}"),
-        ("loss_seconds", "<u8"),
-        ("loss_reason", "<u4"),
-        ("log_path_size", "<u4"),
-        ("reserved_b", "V288"),
-        ("base_locator", f"V{LOCATOR_BYTES_MAX}"),
-        ("log_path", f"V{LOG_PATH_BYTES_MAX}"),
-        ("reserved_c", "V256"),
-    ]
+SUPERBLOCK = Record(
+    ("magic", "V8"),
+    ("checksum", "<u4"),
+    ("version", "<u4"),
+    ("generation", "<u8"),
+    ("uuid", "V16"),
+    ("compatible_features", "<u8"),
+    ("incompatible_features", "<u8"),
+    ("autoclear_features", "<u8"),
+    ("virtual_size_bytes", "<u8"),
+    ("block_size_bytes", "<u4"),
+    ("chunk_size_bytes", "<u4"),
+    ("grow_step_bytes", "<u8"),
+    ("journal_offset_bytes", "<u8"),
+    ("journal_size_bytes", "<u8"),
+    ("bitmap_offset_bytes", "<u8"),
+    ("bitmap_size_bytes", "<u8"),
+    ("table_offset_bytes", "<u8"),
+    ("table_size_bytes", "<u8"),
+    ("data_offset_bytes", "<u8"),
+    ("max_storage_size_bytes", "<u8"),
+    ("layout", "u1"),
+    ("placement", "u1"),
+    ("base_format", "u1"),
+    ("reserved_a", "V1"),
+    ("base_locator_size", "<u4"),
+    ("base_size_bytes", "<u8"),
+    ("created_seconds", "<u8"),
+    ("log_boot", f"V{ID_BYTES}"),
+    ("log_host", f"V{ID_BYTES}"),
+    ("loss_seconds", "<u8"),
+    ("loss_reason", "<u4"),
+    ("log_path_size", "<u4"),
+    ("reserved_b", "V288"),
+    ("base_locator", f"V{LOCATOR_BYTES_MAX}"),
+    ("log_path", f"V{LOG_PATH_BYTES_MAX}"),
+    ("reserved_c", "V256"),
 )
 _CHOSEN = ("virtual_size_bytes", "block_size_bytes", "chunk_size_bytes", "journal_size_bytes", "grow_step_bytes")
 _DERIVED = (
@@ -206,12 +203,11 @@ def encode(superblock: Superblock) -> bytes:
     """The page to write at ``SLOT_OFFSETS_BYTES[superblock.slot]``. Raises InvalidArgument or Unsupported;
     what it returns decodes to the same superblock."""
     geometry = superblock.geometry
-    page = np.zeros(1, SUPERBLOCK)
-    row = page[0]
-    row["magic"] = np.void(MAGIC)
+    row = SUPERBLOCK.empty()
+    row["magic"] = MAGIC
     row["version"] = VERSION
     row["generation"] = superblock.generation
-    row["uuid"] = np.void(superblock.uuid)
+    row["uuid"] = superblock.uuid
     for name in _FEATURES:
         row[name] = getattr(superblock, name)
     for name in _CHOSEN + _DERIVED:
@@ -224,17 +220,17 @@ def encode(superblock: Superblock) -> bytes:
         row["base_format"] = int(superblock.base.format)
         row["base_locator_size"] = len(locator)
         row["base_size_bytes"] = superblock.base.size_bytes
-        row["base_locator"] = np.void(locator.ljust(LOCATOR_BYTES_MAX, b"\0"))
+        row["base_locator"] = locator
     if superblock.log is not None:
         path = superblock.log.path.encode()
-        row["log_boot"], row["log_host"] = np.void(superblock.log.boot), np.void(superblock.log.host)
+        row["log_boot"], row["log_host"] = superblock.log.boot, superblock.log.host
         row["log_path_size"] = len(path)
-        row["log_path"] = np.void(path.ljust(LOG_PATH_BYTES_MAX, b"\0"))
+        row["log_path"] = path
     if superblock.loss is not None:
         row["loss_seconds"], row["loss_reason"] = superblock.loss.seconds, int(superblock.loss.reason)
-    raw = page.view(np.uint8)
-    row["checksum"] = _core.checksum(superblock.uuid, SLOT_OFFSETS_BYTES[superblock.slot], raw, _CHECKSUM_OFFSET)
-    encoded = raw.tobytes()
+    raw = SUPERBLOCK.write(row)
+    SUPERBLOCK.put(raw, "checksum", _core.checksum(superblock.uuid, SLOT_OFFSETS_BYTES[superblock.slot], raw, _CHECKSUM_OFFSET))
+    encoded = bytes(raw)
     if decode(encoded, superblock.slot) != superblock:
         raise InvalidArgument("the superblock does not survive its own encoding")
     return encoded
@@ -246,46 +242,46 @@ def decode(page: bytes, slot: int) -> Superblock:
         raise InvalidArgument(f"superblock slot {slot} with {len(page)} bytes")
     where = f"superblock slot {slot}"
     page = bytes(page)
-    row = np.frombuffer(page, SUPERBLOCK)[0]
-    if row["magic"].tobytes() != MAGIC:
+    row = SUPERBLOCK.read(page)
+    if row["magic"] != MAGIC:
         raise NotFound(f"{where} holds no fvd superblock")
-    uuid = row["uuid"].tobytes()
+    uuid = row["uuid"]
     # Before the version: rot must not look like a format of the future.
-    if int(row["checksum"]) != _core.checksum(uuid, SLOT_OFFSETS_BYTES[slot], page, _CHECKSUM_OFFSET):
+    if row["checksum"] != _core.checksum(uuid, SLOT_OFFSETS_BYTES[slot], page, _CHECKSUM_OFFSET):
         raise Corrupt(f"{where}: checksum mismatch")
-    if int(row["version"]) != VERSION:
-        raise Unsupported(f"{where}: format version {int(row['version'])}; this program knows version {VERSION}")
-    unknown = int(row["incompatible_features"]) & ~KNOWN_INCOMPATIBLE_FEATURES
+    if row["version"] != VERSION:
+        raise Unsupported(f"{where}: format version {row['version']}; this program knows version {VERSION}")
+    unknown = row["incompatible_features"] & ~KNOWN_INCOMPATIBLE_FEATURES
     if unknown:
         raise Unsupported(f"{where}: unknown incompatible features {unknown:#x}; a newer program wrote this disk")
     # Before the rest: what a locator looks like is up to its format.
-    if int(row["base_format"]) not in tuple(BaseFormat):
-        raise Unsupported(f"{where}: unknown base format {int(row['base_format'])}; a newer program wrote this disk")
+    if row["base_format"] not in tuple(BaseFormat):
+        raise Unsupported(f"{where}: unknown base format {row['base_format']}; a newer program wrote this disk")
     try:
         return _interpret(row, uuid, slot)
     except InvalidArgument as error:
         raise Corrupt(f"{where}: {error}") from error
 
 
-def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
-    if int(row["generation"]) % 2 != slot:
-        raise InvalidArgument(f"generation {int(row['generation'])} does not belong here")
-    if int(row["layout"]) not in tuple(Layout) or int(row["placement"]) not in tuple(Placement):
-        raise InvalidArgument(f"layout {int(row['layout'])} or placement {int(row['placement'])} does not exist")
-    chosen = {name: int(row[name]) for name in _CHOSEN}
-    geometry = Geometry(**chosen, layout=Layout(int(row["layout"])), placement=Placement(int(row["placement"])))
+def _interpret(row: Row, uuid: bytes, slot: int) -> Superblock:
+    if row["generation"] % 2 != slot:
+        raise InvalidArgument(f"generation {row['generation']} does not belong here")
+    if row["layout"] not in tuple(Layout) or row["placement"] not in tuple(Placement):
+        raise InvalidArgument(f"layout {row['layout']} or placement {row['placement']} does not exist")
+    chosen = {name: row[name] for name in _CHOSEN}
+    geometry = Geometry(**chosen, layout=Layout(row["layout"]), placement=Placement(row["placement"]))
     for name in _DERIVED:
-        if int(row[name]) != getattr(geometry, name):
-            raise InvalidArgument(f"{name} is {int(row[name])}, but the sizes give {getattr(geometry, name)}")
+        if row[name] != getattr(geometry, name):
+            raise InvalidArgument(f"{name} is {row[name]}, but the sizes give {getattr(geometry, name)}")
     superblock = Superblock(
         geometry=geometry,
         uuid=uuid,
-        generation=int(row["generation"]),
+        generation=row["generation"],
         base=_interpret_base(row),
-        created_seconds=int(row["created_seconds"]),
+        created_seconds=row["created_seconds"],
         log=_interpret_log(row),
         loss=_interpret_loss(row),
-        **{name: int(row[name]) for name in _FEATURES},
+        **{name: row[name] for name in _FEATURES},
     )
     # A feature that this program does not know may have given a meaning to reserved bytes.
     unknown = superblock.compatible_features & ~KNOWN_COMPATIBLE_FEATURES | superblock.autoclear_features & ~KNOWN_AUTOCLEAR_FEATURES
@@ -293,46 +289,46 @@ def _interpret(row: np.void, uuid: bytes, slot: int) -> Superblock:
         of_the_log = () if superblock.log is not None else _OF_THE_LOG
         of_the_loss = () if superblock.loss is not None else _OF_THE_LOSS
         for name in (*_RESERVED, *of_the_log, *of_the_loss):
-            if row[name].tobytes().strip(b"\0"):
+            if row[name] != SUPERBLOCK.empty()[name]:
                 raise InvalidArgument(f"{name} is not zero")
     return superblock
 
 
-def _interpret_log(row: np.void) -> LogRecord | None:
-    if not int(row["autoclear_features"]) & PENDING_LOG:
+def _interpret_log(row: Row) -> LogRecord | None:
+    if not row["autoclear_features"] & PENDING_LOG:
         return None
-    padded, size = row["log_path"].tobytes(), int(row["log_path_size"])
+    padded, size = row["log_path"], row["log_path_size"]
     if size > LOG_PATH_BYTES_MAX or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"log_path_size is {size}, which does not fit the path")
     try:
-        return LogRecord(row["log_boot"].tobytes(), row["log_host"].tobytes(), padded[:size].decode())
+        return LogRecord(row["log_boot"], row["log_host"], padded[:size].decode())
     except UnicodeDecodeError as error:
         raise InvalidArgument("the log's path is not UTF-8") from error
 
 
-def _interpret_loss(row: np.void) -> LossRecord | None:
-    if not int(row["autoclear_features"]) & POSSIBLE_LOSS:
+def _interpret_loss(row: Row) -> LossRecord | None:
+    if not row["autoclear_features"] & POSSIBLE_LOSS:
         return None
-    if int(row["loss_reason"]) not in tuple(LossReason):
-        raise InvalidArgument(f"loss_reason {int(row['loss_reason'])} does not exist")
-    return LossRecord(int(row["loss_seconds"]), LossReason(int(row["loss_reason"])))
+    if row["loss_reason"] not in tuple(LossReason):
+        raise InvalidArgument(f"loss_reason {row['loss_reason']} does not exist")
+    return LossRecord(row["loss_seconds"], LossReason(row["loss_reason"]))
 
 
-def _interpret_base(row: np.void) -> BaseReference | None:
-    padded = row["base_locator"].tobytes()
-    size = int(row["base_locator_size"])
+def _interpret_base(row: Row) -> BaseReference | None:
+    padded = row["base_locator"]
+    size = row["base_locator_size"]
     if size > LOCATOR_BYTES_MAX or padded[size:].strip(b"\0"):
         raise InvalidArgument(f"base_locator_size is {size}, which does not fit the locator")
-    base_format = BaseFormat(int(row["base_format"]))
+    base_format = BaseFormat(row["base_format"])
     if base_format is BaseFormat.NONE:
-        if size or int(row["base_size_bytes"]):
+        if size or row["base_size_bytes"]:
             raise InvalidArgument("a base's name or size without a base")
         return None
     try:
         locator = padded[:size].decode()
     except UnicodeDecodeError as error:
         raise InvalidArgument("the base's name is not UTF-8") from error
-    return BaseReference(locator, int(row["base_size_bytes"]), base_format)
+    return BaseReference(locator, row["base_size_bytes"], base_format)
 
 
 def choose(page0: bytes, page1: bytes) -> Superblock:
@@ -345,7 +341,7 @@ def choose(page0: bytes, page1: bytes) -> Superblock:
         try:
             superblock = decode(page, slot)
         except Unsupported as error:
-            generation = int(np.frombuffer(page, SUPERBLOCK)[0]["generation"])
+            generation = SUPERBLOCK.read(page)["generation"]
             if newest_unsupported is None or generation > newest_unsupported[0]:
                 newest_unsupported = (generation, error)
         except Corrupt as error:

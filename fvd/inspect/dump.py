@@ -177,8 +177,8 @@ def _cells(node: Node, superblock: Superblock, kind: MapKind) -> list[dict[str, 
             damaged += 1
             if damaged > LISTED_PAGES:
                 continue
-        for row, number in zip(raw.view(CELL), range(page * CELLS_PER_PAGE, (page + 1) * CELLS_PER_PAGE), strict=True):
-            payload = np.frombuffer(row["cell_payload"].tobytes(), whole.dtype)[:per_cell]
+        for row, number in zip(np.frombuffer(raw, CELL), range(page * CELLS_PER_PAGE, (page + 1) * CELLS_PER_PAGE), strict=True):
+            payload = np.frombuffer(row["cell_payload"].tobytes(), np.uint64 if kind is MapKind.BITMAP else np.uint32)[:per_cell]
             filled = np.flatnonzero(payload != initial)
             if filled.size == 0 and problem is None:
                 continue

@@ -87,7 +87,7 @@ def slots_of(view: View, first_chunk: int, end_chunk: int) -> npt.NDArray[np.int
     """The slot of each chunk; -1: none."""
     if view.table is None:
         return np.arange(first_chunk, end_chunk, dtype=np.int64)
-    slots = view.table[first_chunk:end_chunk].astype(np.int64)
+    slots = np.asarray(view.table)[first_chunk:end_chunk].astype(np.int64)
     slots[slots == EMPTY] = -1
     return slots
 
@@ -97,7 +97,7 @@ def _window(view: View, first: int, end: int) -> Iterator[MapExtent]:
     geometry = view.geometry
     block, per_chunk = geometry.block_size_bytes, geometry.blocks_per_chunk
     base_bytes = view.superblock.base.size_bytes if view.superblock.base else 0
-    words = view.bitmap[first // 64 : -(-end // 64)]
+    words = np.asarray(view.bitmap)[first // 64 : -(-end // 64)]
     if not words.any():  # most of a large disk, as a rule; what slots its chunks have does not matter then
         middle = min(max(-(-base_bytes // block), first), end)
         for start, stop, kind in ((first, middle, _BASE), (middle, end, _ZERO)):

@@ -35,7 +35,7 @@ def _placed(view: View) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     slots = slots_of(view, 0, geometry.chunks)
     if view.table is None:
         per_chunk = geometry.blocks_per_chunk
-        present = np.unpackbits(view.bitmap.view(np.uint8), bitorder="little")[: geometry.blocks]
+        present = np.unpackbits(np.asarray(view.bitmap).view(np.uint8), bitorder="little")[: geometry.blocks]
         filled = np.logical_or.reduceat(present, np.arange(0, geometry.blocks, per_chunk))
         slots = np.where(filled, slots, -1)
     chunks = np.flatnonzero(slots >= 0)

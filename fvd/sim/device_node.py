@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fvd.device.node import Bytes, Data
@@ -25,13 +27,13 @@ class DeviceNode:
 
     def pread(self, offset_bytes: int, length_bytes: int, /) -> Bytes:
         self._device.happen_at_rest()
-        return self._bytes[offset_bytes : offset_bytes + length_bytes].copy()
+        return memoryview(bytearray(self._bytes[offset_bytes : offset_bytes + length_bytes]))
 
     def pread_into(self, offset_bytes: int, buffer: Bytes, /) -> None:
-        buffer[:] = self._bytes[offset_bytes : offset_bytes + buffer.size]
+        np.frombuffer(buffer, np.uint8)[:] = self._bytes[offset_bytes : offset_bytes + len(buffer)]
 
     def pwrite(self, offset_bytes: int, data: Data, /) -> None:
-        source = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+        source = np.frombuffer(memoryview(data), np.uint8)
         self._bytes[offset_bytes : offset_bytes + source.size] = source
 
     def zero(self, offset_bytes: int, length_bytes: int, /) -> None:
@@ -71,7 +73,7 @@ class VolatileNode(DeviceNode):
         super().__init__(device, direct=direct)
         self._budget = budget
 
-    def _operate(self, kind: int, offset_bytes: int, data: Bytes | None) -> None:
+    def _operate(self, kind: int, offset_bytes: int, data: Any | None) -> None:
         address, length = (0, 0) if data is None else (data.ctypes.data, data.size)
         self._device.submit([(0, kind, STORAGE, offset_bytes, length, address, False)])
         operation = self._device.pending[-1]
@@ -82,7 +84,7 @@ class VolatileNode(DeviceNode):
             raise DeviceError(f"{self.path}: an operation failed with {operation.result}")
 
     def pwrite(self, offset_bytes: int, data: Data, /) -> None:
-        source = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+        source = np.frombuffer(memoryview(data), np.uint8)
         self._operate(WRITE, offset_bytes, source)
 
     def zero(self, offset_bytes: int, length_bytes: int, /) -> None:

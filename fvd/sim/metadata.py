@@ -34,7 +34,7 @@ class Metadata:
         """A life begins with this, whose arrays the engine takes."""
         self._durable_tail = disk.journal_state.tail
         self._records, self._before, self._behind = {}, {}, {}
-        self._committed = {MapKind.BITMAP: disk.bitmap.copy(), MapKind.TABLE: None if disk.table is None else disk.table.copy()}
+        self._committed = {MapKind.BITMAP: np.array(disk.bitmap), MapKind.TABLE: None if disk.table is None else np.array(disk.table)}
 
     def announce(self, operation: Operation) -> None:
         """Metadata is handed to the device. A map page holds what is committed at this moment, and nothing else (R11)."""
@@ -112,7 +112,7 @@ class Metadata:
         decode_pages(geometry, kind, np.frombuffer(content, np.uint8), self._uuid, items, first_page)
         per_page = CELLS_PER_PAGE * (ENTRIES_PER_CELL if kind is MapKind.TABLE else WORDS_PER_CELL)
         first, end = first_page * per_page, (first_page + len(content) // PAGE_BYTES) * per_page
-        others = (np.flatnonzero(items[first:end] != committed[first:end]) + first).tolist()
+        others = (np.flatnonzero(np.asarray(items)[first:end] != committed[first:end]) + first).tolist()
         for index in others:
             # A commit that has ended in the device may still be held back in the engine (R26): then its page goes without it, and the
             # journal must keep it.

@@ -381,7 +381,7 @@ class Workbench:
         chunk: int | None = slot
         _, table = self.stage.engine.snapshot_maps()
         if table is not None:
-            chunk = next(iter(np.flatnonzero(table == slot).tolist()), None)
+            chunk = next(iter(np.flatnonzero(np.asarray(table) == slot).tolist()), None)
         for index, word in enumerate(words_of(content)[:, 0].tolist()):
             stamp = unstamp(word)
             if stamp is not None and stamp[0]:

@@ -471,7 +471,7 @@ class World:
         if table is None:
             return
         self.check_lost_slots()
-        named = int(np.count_nonzero(table != maps.EMPTY))
+        named = int(np.count_nonzero(np.asarray(table) != maps.EMPTY))
         if named != engine.used_slots_count or engine.capacity_slots - named != engine.free_slots:
             raise Violation(
                 f"{engine.used_slots_count} slots in use and {engine.free_slots} of {engine.capacity_slots} free, {named} in the table"

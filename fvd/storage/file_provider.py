@@ -7,7 +7,6 @@ The folder may be somebody else's, who can put anything under any name in it mea
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 from functools import partial
@@ -16,6 +15,7 @@ from fvd.device import names
 from fvd.device.claim import Claim, claim
 from fvd.device.folders import Place, reach
 from fvd.device.node import Identity, create_file, identity_of, open_node, typed_errors
+from fvd.digest import sha256
 from fvd.errors import Conflict, FvdError, InUse, InvalidArgument, NotFound
 from fvd.storage.interfaces import AttachedPath, Contents, Plan, Presence, Wipe
 from fvd.storage.sized import FileStorage
@@ -177,5 +177,5 @@ def _identity(place: Place, name: str) -> Identity | None:
 def _hidden_name(name: str) -> str:
     hidden = f".{name}.fvd-provision"
     if len(os.fsencode(hidden)) > _NAME_BYTES_MAX:
-        return f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.fvd-provision"
+        return f".{sha256(os.fsencode(name)).hex()}.fvd-provision"
     return hidden

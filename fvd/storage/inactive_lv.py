@@ -44,13 +44,13 @@ class OfflineVolume:
         return buffer
 
     def pread_into(self, offset_bytes: int, buffer: Bytes, /) -> None:
-        if offset_bytes < 0 or offset_bytes + buffer.size > self.size_bytes():
-            raise DeviceError(f"{self.path} ends before byte {offset_bytes + buffer.size}")
+        if offset_bytes < 0 or offset_bytes + len(buffer) > self.size_bytes():
+            raise DeviceError(f"{self.path} ends before byte {offset_bytes + len(buffer)}")
         done = 0
-        while done < buffer.size:
+        while done < len(buffer):
             at = offset_bytes + done
             piece = next(piece for piece in self._pieces if piece.start <= at < piece.start + piece.length)
-            count = min(buffer.size - done, piece.start + piece.length - at)
+            count = min(len(buffer) - done, piece.start + piece.length - at)
             self._nodes[piece.device].pread_into(piece.offset + at - piece.start, buffer[done : done + count])
             done += count
 

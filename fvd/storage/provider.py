@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-from fvd.storage.device_provider import DeviceProvider
-from fvd.storage.file_provider import FileProvider
 from fvd.storage.interfaces import Provider
-from fvd.storage.lvm_provider import LvmProvider
 from fvd.volume.name import VolumeKind, VolumeName
 
 
 def provider_for(name: VolumeName) -> Provider:
-    """The provider of a kind of name."""
+    """The provider of a kind of name. The others are not imported: an idle server must not hold them."""
     if name.kind is VolumeKind.LVM:
+        from fvd.storage.lvm_provider import LvmProvider
+
         return LvmProvider()
-    return FileProvider() if name.kind is VolumeKind.FILE else DeviceProvider()
+    if name.kind is VolumeKind.FILE:
+        from fvd.storage.file_provider import FileProvider
+
+        return FileProvider()
+    from fvd.storage.device_provider import DeviceProvider
+
+    return DeviceProvider()

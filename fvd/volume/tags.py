@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fvd.lvm.report import LogicalVolume
+if TYPE_CHECKING:
+    from fvd.lvm.report import LogicalVolume
 
 TAG_DISK = "fvd.disk"
 TAG_UNFINISHED = "fvd.unfinished"

@@ -37,12 +37,12 @@ def forge(path: Path, **fields: int | bytes) -> None:
             row["generation"] = 4 - slot
             for name, value in fields.items():
                 if isinstance(value, bytes):
-                    capacity = SUPERBLOCK[name].itemsize
+                    capacity = SUPERBLOCK.dtype[name].itemsize
                     row[name] = np.void(value[:capacity].ljust(capacity, b"\0"))
                     if f"{name}_size" in (SUPERBLOCK.names or ()) and f"{name}_size" not in fields:
                         row[f"{name}_size"] = min(capacity, len(value))
                 else:
-                    row[name] = value & (256 ** SUPERBLOCK[name].itemsize - 1)
+                    row[name] = value & (256 ** SUPERBLOCK.dtype[name].itemsize - 1)
             if int(row["generation"]) % 2 != slot and "generation" in fields:
                 row["generation"] = int(row["generation"]) ^ 1
             raw = page.view(np.uint8)
@@ -126,7 +126,7 @@ def features_for(name: str) -> dict[str, int]:
     return {"autoclear_features": PENDING_LOG} if name.startswith("log") else {}
 
 
-NUMBERS = [name for name in SUPERBLOCK.names or () if SUPERBLOCK[name].kind != "V" and name != "checksum"]
+NUMBERS = [name for name in SUPERBLOCK.names or () if SUPERBLOCK.dtype[name].kind != "V" and name != "checksum"]
 # What is not derived from the rest, or bound to be a power of two.
 FREE = ("generation", "grow_step_bytes", "base_size_bytes", "created_seconds", "loss_seconds", "compatible_features", "autoclear_features")
 

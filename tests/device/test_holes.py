@@ -86,8 +86,8 @@ def test_a_hole_is_made_in_a_device(tmp_path: Path) -> None:
         if not punch_hole(node, MIB, MIB):
             pytest.skip("this kernel's loop devices make no holes")
         node.flush()
-        assert not node.pread(MIB, MIB).any()
-        assert node.pread(0, MIB).all() and node.pread(2 * MIB, 2 * MIB).all()
+        assert not any(node.pread(MIB, MIB))
+        assert all(node.pread(0, MIB)) and all(node.pread(2 * MIB, 2 * MIB))
 
 
 @pytest.mark.parametrize(("number", "fine"), [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EIO, False)])

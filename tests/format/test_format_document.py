@@ -16,6 +16,7 @@ from fvd.errors import InvalidArgument
 from fvd.format import geometry, journal, maps, superblock
 from fvd.format.geometry import Geometry, Layout
 from fvd.format.locator import NBD_SCHEMES, QEMU_SCHEMES, BaseFormat
+from fvd.format.records import Record
 
 FORMAT = Path(geometry.__file__).resolve().parent.parent / "FORMAT.md"
 TEXT = FORMAT.read_text()
@@ -37,9 +38,11 @@ def fields(table: list[Row]) -> list[tuple[str, int, int]]:
     return [(row["field"], int(row["offset"]), int(row["size"])) for row in table]
 
 
-def of_dtype(dtype: np.dtype[np.void]) -> list[tuple[str, int, int]]:
-    declared: Any = dtype.fields
-    return [(name, declared[name][1], declared[name][0].itemsize) for name in dtype.names or ()]
+def of_dtype(record: Record) -> list[tuple[str, int, int]]:
+    """As numpy has it, which must be what the record itself reads and writes."""
+    declared: Any = record.fields
+    assert record.places == {name: (declared[name][1], declared[name][0].itemsize) for name in record.names}
+    return [(name, *record.places[name]) for name in record.names]
 
 
 def test_superblock_fields() -> None:
@@ -120,9 +123,9 @@ def test_kernels_share_the_layout() -> None:
 @pytest.mark.parametrize("module, name", [(maps, "CELL"), (journal, "PAGE_HEADER")])
 def test_swapped_names_refuse_the_import(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two fields of one size, swapped, have the same layout: only their names tell."""
-    entries = [(n, getattr(module, name)[n]) for n in getattr(module, name).names]
+    entries = getattr(module, name).dtype.descr
     swapped = {"cell_kind": "cell_reserved", "cell_reserved": "cell_kind", "previous": "tail", "tail": "previous"}
-    monkeypatch.setattr(module, name, np.dtype([(swapped.get(n, n), t) for n, t in entries]))
+    monkeypatch.setattr(module, name, Record(*((swapped.get(n, n), t.replace("|", "")) for n, t in entries)))
     with pytest.raises(ImportError):
         module._check_layout()
 

@@ -83,7 +83,7 @@ class Disk:
     def checkpoint(self) -> None:
         self.stored = (self.bitmap.copy(), None if self.table is None else self.table.copy())
 
-    def open(self) -> tuple[JournalState, np.ndarray, np.ndarray]:
+    def open(self) -> tuple[JournalState, bytearray, bytearray]:
         bitmap, table = self.stored[0].copy(), None if self.stored[1] is None else self.stored[1].copy()
         state, dirty_bitmap, dirty_table = journal.replay(self.g, self.uuid, bytes(self.ring), bitmap, table)
         self.opened = (bitmap, table)
@@ -96,9 +96,9 @@ class Disk:
             assert self.opened[1] is None and len(dirty_table) == 0
         else:
             assert self.opened[1] is not None and np.array_equal(self.opened[1], self.table)
-            changed = np.flatnonzero(self.table != self.stored[1]) // 992
-            assert dirty_table[changed].all()
-        assert dirty_bitmap[np.flatnonzero(self.bitmap != self.stored[0]) // 496].all()
+            changed = np.flatnonzero(np.asarray(self.table) != self.stored[1]) // 992
+            assert np.frombuffer(dirty_table, np.bool_)[changed].all()
+        assert np.frombuffer(dirty_bitmap, np.bool_)[np.flatnonzero(np.asarray(self.bitmap) != self.stored[0]) // 496].all()
         assert state.next_sequence == self.sequence
         assert state.previous == self.previous
         assert state.tail == self.tail

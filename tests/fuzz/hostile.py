@@ -30,6 +30,7 @@ from fvd.format.geometry import CELL_BYTES, CELLS_PER_PAGE, PAGE_BYTES, Geometry
 from fvd.format.journal import ENTRY_RECORD, HEADER_BYTES, PAGE_HEADER, RECORDS_BYTES, WORD_RECORD
 from fvd.format.maps import CELL, MapKind
 from fvd.format.pending import LogIdentity
+from fvd.format.records import Record
 from fvd.format.superblock import _CHOSEN, _DERIVED, SLOT_OFFSETS_BYTES, SUPERBLOCK
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -133,16 +134,15 @@ class Storage:
         return data
 
     def pread_into(self, offset_bytes: int, buffer: maps.Bytes, /) -> None:
-        length = int(buffer.size)
+        length = len(buffer)
         self._check(offset_bytes, length)
         self.read_bytes += length
         good = self._good[offset_bytes : offset_bytes + length]
-        buffer[: len(good)] = np.frombuffer(good, np.uint8)
-        buffer[len(good) :] = 0
+        buffer[:] = bytes(good).ljust(length, b"\0")
         for offset, page in self._changed.items():
             begin, end = max(offset, offset_bytes), min(offset + PAGE_BYTES, offset_bytes + length)
             if begin < end:
-                buffer[begin - offset_bytes : end - offset_bytes] = np.frombuffer(page[begin - offset : end - offset], np.uint8)
+                buffer[begin - offset_bytes : end - offset_bytes] = bytes(page[begin - offset : end - offset])
 
     def _check(self, offset_bytes: int, length_bytes: int) -> None:
         if offset_bytes + length_bytes > self._size_bytes:
@@ -225,13 +225,13 @@ def seal(good: Good, offset_bytes: int, page: bytearray) -> None:
             put(cell, good.uuid, offset_bytes + cell, bytes(page[cell : cell + CELL_BYTES]))
 
 
-def _layout_of(good: Good, offset_bytes: int) -> np.dtype[Any]:
+def _layout_of(good: Good, offset_bytes: int) -> Record:
     if offset_bytes in SLOT_OFFSETS_BYTES:
         return SUPERBLOCK
     return PAGE_HEADER if offset_bytes < good.geometry.bitmap_offset_bytes else CELL
 
 
-def _numbers(layout: np.dtype[Any]) -> tuple[tuple[int, int], ...]:
+def _numbers(layout: Record) -> tuple[tuple[int, int], ...]:
     """(offset, size) of the fields that are numbers."""
     fields: Any = layout.fields
     return tuple((fields[name][1], fields[name][0].itemsize) for name in fields if fields[name][0].kind == "u")
@@ -372,8 +372,9 @@ class Cliff:
             raise OSError(ctypes.get_errno(), "mprotect")
         self._memory = (ctypes.c_char * self.MEMORY_BYTES).from_address(address)
 
-    def array(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def array(self, original: Any) -> npt.NDArray[Any]:
         """A copy of an array at the edge. It lives until the next one."""
+        like = np.asarray(original)
         found: npt.NDArray[Any] = np.frombuffer(memoryview(self._memory), like.dtype, like.size, self.MEMORY_BYTES - like.nbytes)
         found[:] = like
         return found

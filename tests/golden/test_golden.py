@@ -123,7 +123,7 @@ def test_what_the_images_are_for() -> None:
     sb = superblock.choose(torn[:4096], torn[524288 : 524288 + 4096])
     g = sb.geometry
     bitmap = maps.decode_bitmap(g, torn[g.bitmap_offset_bytes :][: g.bitmap_size_bytes], sb.uuid)
-    assert bitmap[:124].all() and not bitmap[124:].any()
+    assert all(bitmap[:124]) and not any(bitmap[124:])
 
 
 def test_both_readers_agree_on_damage() -> None:

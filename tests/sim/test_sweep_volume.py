@@ -85,7 +85,7 @@ class Scene:
             zeros = disk.superblock.base is not None
             if not np.array_equal(disk.bitmap, ZEROS if zeros else np.zeros_like(ZEROS)):
                 raise Violation("the disk has contents that nobody wrote")
-            if disk.table is not None and (disk.table != 0xFFFFFFFF).any():
+            if disk.table is not None and set(disk.table) != {0xFFFFFFFF}:
                 raise Violation("the disk has chunks that nobody wrote")
             if zeros and disk.table is None:
                 self._check_places(node)
@@ -103,7 +103,7 @@ class Scene:
     @staticmethod
     def _check_places(node: DeviceNode) -> None:
         for first, end in runs(ZEROS, RAW_GEOMETRY.blocks):
-            if node.pread(RAW_GEOMETRY.data_offset_bytes + first * 4096, (end - first) * 4096).any():
+            if any(node.pread(RAW_GEOMETRY.data_offset_bytes + first * 4096, (end - first) * 4096)):
                 raise Violation("blocks that are said to be zeros show what the storage held before")
 
 
@@ -130,8 +130,9 @@ def their_disk(node: DeviceNode) -> None:
     write_disk(node, THEIRS)
     bitmap, table = empty_bitmap(GEOMETRY), empty_table(GEOMETRY)
     assert table is not None
-    bitmap[:] = 0xFFFF
-    table[:3] = (2, 0, 1)
+    for word in range(len(bitmap)):
+        bitmap[word] = 0xFFFF
+    table[0], table[1], table[2] = 2, 0, 1
     for kind, items in ((MapKind.BITMAP, bitmap), (MapKind.TABLE, table)):
         pages = encode_pages(GEOMETRY, kind, items, THEIRS.uuid, 0, map_pages(GEOMETRY, kind))
         node.pwrite(map_offset_bytes(GEOMETRY, kind), pages)

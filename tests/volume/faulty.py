@@ -43,12 +43,12 @@ class FaultyStorage:
         return data
 
     def pread_into(self, offset_bytes: int, buffer: Bytes, /) -> None:
-        assert offset_bytes + buffer.size <= self.size_bytes()
-        buffer[:] = self.volatile[offset_bytes : offset_bytes + buffer.size]
+        assert offset_bytes + len(buffer) <= self.size_bytes()
+        np.frombuffer(buffer, np.uint8)[:] = self.volatile[offset_bytes : offset_bytes + len(buffer)]
 
     def pwrite(self, offset_bytes: int, data: Data, /) -> None:
         self._operate()
-        source = np.frombuffer(data, np.uint8)
+        source = np.frombuffer(memoryview(data), np.uint8)
         assert offset_bytes % BLOCK_BYTES == source.size % BLOCK_BYTES == 0
         assert offset_bytes + source.size <= self.size_bytes()
         self.volatile[offset_bytes : offset_bytes + source.size] = source

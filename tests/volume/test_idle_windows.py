@@ -65,8 +65,7 @@ class Machine:
         geometry = Geometry(
             virtual_size_bytes=BASE_BYTES, block_size_bytes=64 << 10, chunk_size_bytes=MIB, journal_size_bytes=16 * MIB, grow_step_bytes=GIB
         )
-        bitmap, table = empty_bitmap(geometry), empty_table(geometry)
-        assert table is not None
+        bitmap, table = np.array(empty_bitmap(geometry)), np.array(empty_table(geometry))
         bitmap[: LOCAL_BYTES // (64 << 10) // 64] = 0xFFFFFFFFFFFFFFFF
         table[: LOCAL_BYTES // MIB] = np.arange(LOCAL_BYTES // MIB, dtype=np.uint32)
         used = np.zeros(-(-geometry.chunks // 64), np.uint64)

@@ -594,4 +594,4 @@ def test_a_copy_of_a_disk_opens(path: Path) -> None:
     with open_volume(volume(path)), driven(path.with_name("copy")) as driver:
         assert driver.pread(0, MIB) == b"x" * MIB
         bitmap, table = driver.call(driver.volume.engine.snapshot_maps)
-        assert int(bitmap[0]) == 0xFFFF and table is not None and (table != EMPTY).sum() == 1
+        assert int(bitmap[0]) == 0xFFFF and table is not None and len(table) - table.count(EMPTY) == 1

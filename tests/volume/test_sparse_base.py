@@ -19,7 +19,7 @@ GEOMETRY = Geometry(virtual_size_bytes=200 * BLOCK + 512, block_size_bytes=BLOCK
 
 
 def bits(bitmap: np.ndarray) -> list[int]:
-    return np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little")).tolist()
+    return np.flatnonzero(np.unpackbits(np.asarray(bitmap).view(np.uint8), bitorder="little")).tolist()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ RAW = Geometry(
 
 
 def some(*blocks: int) -> np.ndarray:
-    return zero_blocks(RAW, 1 << 30, [(block * BLOCK, BLOCK) for block in blocks])
+    return np.asarray(zero_blocks(RAW, 1 << 30, [(block * BLOCK, BLOCK) for block in blocks]))
 
 
 def test_runs() -> None:

@@ -293,7 +293,7 @@ def test_a_view_is_a_copy(path: Path) -> None:
     with driven(path) as driver:
         view = driver.call(lambda: look(driver.volume))
         driver.pwrite(0, b"x" * BLOCK)
-        assert not view.bitmap.any()
+        assert not any(view.bitmap)
 
 
 # --- check -------------------------------------------------------------------------------------------------------
