@@ -540,6 +540,7 @@ cdef class Player:
                 # What storage lost and no longer shows it may have held before it was this disk's, until the engine has been told.
                 if self.doubts and guest.began < self.failed_at:
                     self.oracle.loose_sectors = self.disk_sectors if self.has_base else self.chunk_sectors
+                    self.oracle.loose_copies = self.has_base
                 self.oracle.read_ended(guest.first_sector, guest.sectors, guest.began, guest.buffer)
                 self.oracle.loose_sectors = 0
             else:
