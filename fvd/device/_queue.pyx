@@ -11,7 +11,7 @@ import os
 from cpython.ref cimport PyObject
 from libc.errno cimport (EAGAIN, EBUSY, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM, ETIME, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from fvd._core cimport BUG, Bug
@@ -132,7 +132,7 @@ cdef extern from *:
     void io_uring_prep_poll_add(io_uring_sqe *sqe, int fd, unsigned mask) nogil
     void io_uring_prep_poll_multishot(io_uring_sqe *sqe, int fd, unsigned mask) nogil
     void io_uring_prep_cancel64(io_uring_sqe *sqe, uint64_t user_data, int flags) nogil
-    const int IORING_OP_READ, IORING_OP_WRITE, IORING_OP_URING_CMD
+    const int IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_URING_CMD
     const unsigned IORING_FSYNC_DATASYNC, IORING_CQE_F_MORE, IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN
     const unsigned IORING_SETUP_CQSIZE, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_TASKRUN_FLAG
     const unsigned IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN

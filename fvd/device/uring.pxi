@@ -10,11 +10,20 @@ def _let_go_of_ring(UringQueue queue):
     return (queue.ring.ring_fd if was_open else -1,)
 
 
+cdef enum:
+    JOINED_MAX = 128        # operations that are one for the kernel
+    JOINED_BYTES = 1 << 20  # of all of them
+    SINGLE_BYTES = 64 << 10 # as large as that, an operation goes by itself
+
 cdef struct Pending:
     DeviceOp op
     uint64_t moved          # bytes of it already transferred
     uint32_t disk
     uint32_t next_free
+    uint32_t joined         # the operation behind it on the device, which goes with it; NONE
+    uint32_t count          # of the first of them: how many; 1: it goes by itself
+    uint64_t joined_bytes   # ... and all of their bytes
+    iovec *parts            # ... and where those are; JOINED_MAX of them, kept for the next
 
 
 cdef class UringQueue(Queue):
@@ -31,14 +40,18 @@ cdef class UringQueue(Queue):
     cdef uint32_t overflow_count
     cdef uint32_t polls                 # poll requests in the kernel
     cdef uint64_t batch                 # of completions that were taken together, from 1
+    cdef readonly uint64_t joined_total # operations that went with another one
 
     def __cinit__(self):
         self.kind = "io_uring"
         self.first_free = NONE
 
     def __dealloc__(self):
+        cdef uint32_t number
         if self.opened:                 # the owner did not close(): whatever is in flight still writes to its buffers, so they must leak
             io_uring_queue_exit(&self.ring)
+        for number in range(self.pending_capacity):
+            free(self.pending[number].parts)
         free(self.pending)
         free(self.overflow)
 
@@ -112,6 +125,7 @@ cdef class UringQueue(Queue):
 
     cdef int start(self, uint32_t disk, const DeviceOp *ops, uint32_t count) except -1 nogil:
         cdef uint32_t i, number, capacity
+        cdef uint32_t first = NONE, last = NONE     # those that are joined, and not issued yet
         cdef Pending *grown
         for i in range(count):
             if ops[i].target == TARGET_BASE:
@@ -128,6 +142,7 @@ cdef class UringQueue(Queue):
                 self.pending = grown
                 for number in range(self.pending_capacity, capacity):
                     grown[number].next_free = number + 1
+                    grown[number].parts = NULL
                 grown[capacity - 1].next_free = NONE
                 self.first_free = self.pending_capacity
                 self.pending_capacity = capacity
@@ -136,15 +151,27 @@ cdef class UringQueue(Queue):
             self.pending[number].op = ops[i]
             self.pending[number].moved = 0
             self.pending[number].disk = disk
+            self.pending[number].count = 1
+            self.pending[number].joined_bytes = ops[i].length_bytes
             self.inflight += 1
-            self.issue(number)
-            if self.overflow_count == 0 and io_uring_sq_ready(&self.ring) >= SUBMIT_AT_ONCE:
-                io_uring_submit(&self.ring)     # a refusal is the turn's to see
+            if first == NONE or not self.join(first, last, number):
+                if first != NONE:
+                    self.issue_now(first)
+                first = number
+            last = number
+        return 0 if first == NONE else self.issue_now(first)
+
+    cdef int issue_now(self, uint32_t number) except -1 nogil:
+        self.issue(number)
+        if self.overflow_count == 0 and io_uring_sq_ready(&self.ring) >= SUBMIT_AT_ONCE:
+            io_uring_submit(&self.ring)     # a refusal is the turn's to see
         return 0
 
     cdef int issue(self, uint32_t number) except -1 nogil:
         """Put an operation, or what is left of it, into the ring."""
         cdef Pending *pending = &self.pending[number]
+        if pending.count > 1:
+            return self.issue_joined(pending, number)
         cdef DeviceOp *op = &pending.op
         cdef Disk *disk = &self.disks[pending.disk]
         cdef int fd = disk.base_fd if op.target == TARGET_BASE else disk.storage_fd
@@ -172,12 +199,69 @@ cdef class UringQueue(Queue):
             sqe.addr3 = op.length_bytes
         return 0
 
+    cdef int issue_joined(self, Pending *pending, uint32_t number) except -1 nogil:
+        """Operations side by side on the device whose buffers lie apart: one for the kernel."""
+        cdef io_uring_sqe *sqe = self.entry(OWNER_OP, number)
+        cdef uint32_t i
+        for i in range(pending.count):
+            pending.parts[i].iov_base = self.pending[number].op.buffer
+            pending.parts[i].iov_len = self.pending[number].op.length_bytes
+            number = self.pending[number].joined
+        io_uring_prep_rw(IORING_OP_READV if pending.op.kind == OP_READ else IORING_OP_WRITEV, sqe, self.disks[pending.disk].storage_fd,
+                         pending.parts, pending.count, pending.op.offset_bytes)
+        if pending.op.durable:
+            sqe.rw_flags = RWF_DSYNC
+        return 0
+
+    cdef bint join(self, uint32_t first, uint32_t last, uint32_t number) noexcept nogil:
+        """Whether the operation `number` goes with those that begin with `first` and end with `last`; then it is one of them."""
+        cdef Pending *leader = &self.pending[first]
+        cdef DeviceOp *before = &self.pending[last].op
+        cdef DeviceOp *op = &self.pending[number].op
+        if (op.kind != before.kind or op.target != before.target or op.durable != before.durable or op.kind > OP_WRITE
+                or op.target != TARGET_STORAGE or before.offset_bytes + before.length_bytes != op.offset_bytes
+                or before.length_bytes >= SINGLE_BYTES or op.length_bytes >= SINGLE_BYTES
+                or leader.count == JOINED_MAX or leader.joined_bytes + op.length_bytes > JOINED_BYTES):
+            return False
+        if leader.parts == NULL:
+            leader.parts = <iovec *>malloc(JOINED_MAX * sizeof(iovec))
+            if leader.parts == NULL:
+                return False
+        self.pending[last].joined = number
+        leader.count += 1
+        leader.joined_bytes += op.length_bytes
+        self.joined_total += 1
+        return True
+
+    cdef int joined_ended(self, uint32_t number, int64_t result) except -1 nogil:
+        """All of them have ended as one. A short transfer and a failure say nothing of a single one, so each is done by itself; but what
+        failed to be durable is everybody's failure: the kernel may have told it for the only time."""
+        cdef Pending *pending = &self.pending[number]
+        cdef uint32_t following, left = pending.count
+        cdef bint again = (result < 0 and not pending.op.durable) or (result >= 0 and <uint64_t>result < pending.joined_bytes)
+        if not again:
+            result = min(result, <int64_t>0)
+            if result == 0 and is_sampled(&self.disks[pending.disk], &pending.op):
+                result = self.sampled(&self.disks[pending.disk])
+        pending.count = 1
+        while left:
+            following = self.pending[number].joined
+            if again:
+                self.issue(number)
+            else:
+                self.finish(number, result)
+            number = following
+            left -= 1
+        return 0
+
     cdef int ended(self, uint32_t number, int64_t result) except -1 nogil:
         """The kernel's answer to an operation: continue a short transfer, or finish."""
         cdef Pending *pending = &self.pending[number]
         cdef DeviceOp *op = &pending.op
         if result == -EINTR or result == -EAGAIN:
             return self.issue(number)
+        if pending.count > 1:
+            return self.joined_ended(number, result)
         if op.kind == OP_READ or op.kind == OP_WRITE:
             if result > 0:
                 pending.moved += <uint64_t>result

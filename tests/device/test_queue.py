@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from loops import loop_device, mounted, run, sparse
 
 from devtools._queue_driver import QueueDriver
-from fvd.device._queue import open_queue
+from fvd.device._queue import UringQueue, open_queue
 
 if TYPE_CHECKING:
     from devtools._queue_driver import Op  # a name of the stub's
@@ -124,6 +124,43 @@ def test_the_end_of_a_device(driver: QueueDriver, device: int) -> None:
         ("read", size, PAGE),
     ]
     assert [result for result, _ in driver.run(batch)] == [-errno.ENOSPC, -errno.ENOSPC, -errno.EIO, -errno.EIO]
+
+
+def test_neighbours_on_the_device_are_one_operation(driver: QueueDriver, storage: int) -> None:
+    """Their buffers lie apart. What is short, of another kind, or large goes by itself."""
+    driver.attach(storage)
+    pages = [bytes([number + 1]) * PAGE for number in range(16)]
+    writes: list[Op] = [("write", number * PAGE, page) for number, page in enumerate(pages)]
+    assert driver.run(writes) == [(0, b"")] * 16
+    assert driver.run([("write_durable", 20 * PAGE, b"d" * PAGE), ("write", 21 * PAGE, b"n" * PAGE)]) == [(0, b"")] * 2
+    assert driver.run([("write", 32 * PAGE, b"l" * (64 << 10)), ("write", 48 * PAGE, b"m" * PAGE)]) == [(0, b"")] * 2
+    reads: list[Op] = [("read", number * PAGE, PAGE) for number in range(16)]
+    assert driver.run([*reads, ("read", 20 * PAGE, PAGE), ("read", 21 * PAGE, PAGE), ("read", 17 * PAGE, PAGE)]) == [
+        *((0, page) for page in pages),
+        (0, b"d" * PAGE),
+        (0, b"n" * PAGE),
+        (0, bytes(PAGE)),
+    ]
+    if isinstance(driver.queue, UringQueue):
+        assert driver.queue.joined_total == 15 + 15 + 1
+
+
+def test_neighbours_of_which_one_ends_short(driver: QueueDriver, storage: int) -> None:
+    driver.attach(storage)
+    end = (1 << 20) - 2 * PAGE
+    answers = driver.run([("read", end, PAGE), ("read", end + PAGE, PAGE), ("read", end + 2 * PAGE, PAGE)])
+    assert answers[:2] == [(0, bytes(PAGE))] * 2 and answers[2][0] == -errno.EIO
+
+
+@pytest.mark.parametrize("how", ["write", "write_durable"])
+def test_neighbours_that_fail(driver: QueueDriver, how: Literal["write", "write_durable"], tmp_path: Path) -> None:
+    """A failure of durable writes is not asked again of each, which the kernel might answer with success; of others each has its own."""
+    (tmp_path / "read-only").write_bytes(bytes(8 * PAGE))
+    fd = os.open(tmp_path / "read-only", os.O_RDONLY)
+    driver.attach(fd)
+    batch: list[Op] = [(how, 0, bytes(PAGE)), (how, PAGE, bytes(PAGE))]
+    assert [result for result, _ in driver.run(batch)] == [-errno.EBADF] * 2
+    os.close(fd)
 
 
 def test_errors_are_answers(driver: QueueDriver, tmp_path: Path) -> None:
