@@ -13,7 +13,7 @@ def _let_go_of_ring(UringQueue queue):
 cdef enum:
     JOINED_MAX = 128        # operations that are one for the kernel
     JOINED_BYTES = 1 << 20  # of all of them
-    SINGLE_BYTES = 64 << 10 # as large as that, an operation goes by itself
+    SINGLE_BYTES = 64 << 10  # as large as that, an operation goes by itself
 
 cdef struct Pending:
     DeviceOp op
@@ -40,7 +40,7 @@ cdef class UringQueue(Queue):
     cdef uint32_t overflow_count
     cdef uint32_t polls                 # poll requests in the kernel
     cdef uint64_t batch                 # of completions that were taken together, from 1
-    cdef readonly uint64_t joined_total # operations that went with another one
+    cdef readonly uint64_t joined_total  # operations that went with another one
 
     def __cinit__(self):
         self.kind = "io_uring"

@@ -56,7 +56,7 @@ cdef class Oracle:
     cdef uint64_t brought_back_at   # when the last of those ended
     cdef bint any_failed            # a write of this life has failed
     cdef public bint lands_late     # a write that failed may still reach the storage after a read that did not show it
-    cdef bint loose_copies          # ... and elsewhere neither: what was copied from the base is not durable, without any write of a guest's
+    cdef bint loose_copies          # ... nor elsewhere: what was copied from the base is not durable, without any write of a guest's
     cdef uint64_t loose_sectors     # a read is not judged in chunks of so many sectors with anything in them that is not durable; 0: it is
 
     cdef int begin_life(self) except -1
