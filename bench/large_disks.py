@@ -51,7 +51,7 @@ def make_disk(path: Path, size_bytes: int, *, full: bool) -> None:
     if table is None:
         raise ValueError("only disks with a table are made here")
     if full:
-        fill(geometry, bitmap, table)
+        fill(geometry, np.asarray(bitmap), np.asarray(table))
     with reach(path) as place:
         os.close(create_file(place, path.name, geometry.max_storage_size_bytes))
     with open_node(path) as node:
