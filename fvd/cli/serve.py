@@ -17,7 +17,19 @@ from fvd.api.served import Served
 from fvd.api.serving import QUEUES, ServeOptions
 from fvd.cli.activation import take_sockets
 from fvd.cli.notify import notify
-from fvd.cli.options import ON_OFF, VOLUME_HELP, Subparsers, add_base_allow, add_command, host_and_port, mode, refuse_options, seconds, size
+from fvd.cli.options import (
+    ON_OFF,
+    VOLUME_HELP,
+    Subparsers,
+    add_base_allow,
+    add_command,
+    host_and_port,
+    mode,
+    refuse_options,
+    seconds,
+    size,
+    whole_number,
+)
 from fvd.cli.output import Output
 from fvd.errors import InvalidArgument
 from fvd.modes import CACHE_HELP, CACHE_MODES, ON_FULL
@@ -52,7 +64,9 @@ def register(subparsers: Subparsers) -> None:
         help="let guests in by vhost-user at this unix socket, their fastest way; alone or beside NBD. With several volumes, a folder "
         "of sockets NAME.sock",
     )
-    parser.add_argument("--queues", metavar="N", type=int, help=f"--vhost-user: as many queues as a guest may have (default {QUEUES})")
+    parser.add_argument(
+        "--queues", metavar="N", type=whole_number, help=f"--vhost-user: as many queues as a guest may have (default {QUEUES})"
+    )
     parser.add_argument("--cache", choices=CACHE_MODES, default="none", help=CACHE_HELP)
     parser.add_argument("--read-only", action="store_true", help="clients may only read; the storage is not written")
     parser.add_argument(

@@ -237,16 +237,27 @@ def test_two_devices_that_say_they_are_the_same(machine: Machine, udev: Udev, na
 # --- What the kernel and udev know ------------------------------------------------------------------------------------------------------
 
 
-def test_logical_volumes_are_none_of_the_devices_that_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a guest has made on its disk is labelled too, and it lies in a logical volume."""
+def test_what_is_none_of_the_devices_that_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a guest has made on its disk is labelled too: in a logical volume, on an attached disk, in a partition of one."""
+    for name, backend in (("sdb", ""), ("dm-7", ""), ("sdc", ""), ("nbd0", "fvd:uuid:vm1"), ("nbd0/nbd0p1", ""), ("nbd1", "another's")):
+        (tmp_path / name).mkdir()
+        if backend:
+            (tmp_path / name / "backend").write_text(backend + "\n")
     devices = [
-        SimpleNamespace(device_node=path, device_number=number, properties={"ID_FS_UUID": uuid})
-        for path, number, uuid in (("/dev/sdb", 2, "ours"), ("/dev/dm-7", 7, "the guest's"), ("/dev/sdc", 3, None))
+        SimpleNamespace(
+            device_node=f"/dev/{name.split('/')[-1]}",
+            device_number=number,
+            properties={"ID_FS_UUID": uuid},
+            sys_path=str(tmp_path / name),
+        )
+        for number, (name, uuid) in enumerate(
+            {"sdb": "ours", "sdc": None, "dm-7": "the guest's", "nbd0": "a guest's", "nbd0/nbd0p1": "a guest's", "nbd1": "ours"}.items(), 5
+        )
     ]
     monkeypatch.setattr(members, "_UDEV_CONTROL", str(tmp_path))
     monkeypatch.setattr("pyudev.Context", lambda: SimpleNamespace(list_devices=lambda **_: devices))
     monkeypatch.setattr("fvd.lvm.dm.is_lvm_device", lambda number: number == 7)
-    assert members.labelled() == [Labelled("/dev/sdb", "ours")]
+    assert members.labelled() == [Labelled("/dev/nbd1", "ours"), Labelled("/dev/sdb", "ours")]
 
 
 def test_what_the_volumes_of_a_group_lie_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
