@@ -44,8 +44,8 @@ READ_1, WRITE_1 = random_4k("read", 1, 1), random_4k("write", 1, 1)
 SEQUENTIAL_1M = (sequential("read", MIB, 1), sequential("write", MIB, 1))
 FLUSHES = Case("4 KiB random write, QD32, a flush after every 32", options={"write": 1, "depth": DEPTH, "flush_every": 32})
 ONCE = {"write": 1, "once": True, "last_flush": True, "depth": DEPTH}
-FIRST = Case("4 KiB first write, QD32", "first", ONCE)
-FIRST_ZEROED = Case("4 KiB first write where the device writes zeros, QD32", "first, zeros by the device", ONCE)
+FIRST = Case("4 KiB allocating write, QD32", "first", ONCE)
+FIRST_ZEROED = Case("4 KiB allocating write where the device writes zeros, QD32", "first, zeros by the device", ONCE)
 OVER_BASE = Case("4 KiB copy-on-write over a base, QD32", "over a base", {**ONCE, "stride": CLUSTER_BYTES})
 FOUR_QUEUES = tuple(random_4k(side, depth, QUEUES) for depth in (DEPTH, 1) for side in ("read", "write"))  # type: ignore[arg-type]
 # A guest's pages lie anywhere: its requests have many pieces.

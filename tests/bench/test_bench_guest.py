@@ -27,7 +27,7 @@ def test_servers_are_asked_and_qemu_gets_its_fastest_way() -> None:
         "[result, guest.rows(result), guest.plots(result), guest.headline(result)]",
     )
     seen = {(s["peer"], s["case"]) for s in result["samples"]}
-    mapped = [case for case in result["cases"] if "first" not in case]
+    mapped = [case for case in result["cases"] if "allocating" not in case]
     served = {peer for peer, _ in seen}
     assert served == {"fvd", "QEMU's NBD client, fvd", "qemu raw", "qcow2", "ring server"}
     assert {(peer, case) for peer in served for case in mapped} <= seen
@@ -69,7 +69,7 @@ def test_goals_and_when_the_limit_is_none(raw_iops: float, counts: bool) -> None
         "cases": [case],
         "total_depth": 64,
         "chosen": {case: {"qcow2": "qcow2, aio=native"}},
-        "not_measured": {"fvd: 4 KiB first write, QD32": "no time"},
+        "not_measured": {"fvd: 4 KiB allocating write, QD32": "no time"},
         "many": [
             {"round": 0, "disks": disks, "side": "read", "iops": iops, "cpu_us_per_request": 2.0}
             for disks, iops in ((1, 200e3), (64, 100e3))
@@ -83,7 +83,7 @@ def test_goals_and_when_the_limit_is_none(raw_iops: float, counts: bool) -> None
     reached, note = goals[f"{case}, operations a second: fvd / ring server"]
     assert reached is (True if counts else None)
     assert counts or "1.75 times QEMU's raw here, so that a ratio to it does not count; it was 0.95" in note
-    assert goals["4 KiB first write, QD32, CPU: fvd / qcow2"] == (None, "no time")
+    assert goals["4 KiB allocating write, QD32, CPU: fvd / qcow2"] == (None, "no time")
     assert goals["4 KiB random read, 64 under way in all, operations a second: 64 disks / 1 disk"][0] is False
     assert goals["4 KiB random read, 64 under way in all, CPU: 64 disks / 1 disk"][0] is True
     assert goals["memory of an idle disk of 100 GiB: fvd, vhost-user"][0] is True
