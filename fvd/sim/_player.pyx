@@ -412,8 +412,8 @@ cdef class Player:
             # Nothing else is to happen before the next attempt.
             self.device.advance(RETRY_NS if self.engine.base.retries != NULL else STARVED_NS)
             self.pump()
-        if not self.device.pending and self.ring is not None and self.take_answers(True):
-            self.pump()
+        while not self.device.pending and self.ring is not None and self.take_answers(True):
+            self.pump()         # what the guest asks when it sees them may be answered at once
         if not self.device.pending:
             return False
         if self.in_flight_count:
